@@ -1,0 +1,62 @@
+# `make finetune` and `make test` need Python 3.11 or newer and nothing else: the first use sets up .venv.
+#
+#   PYTHON=python3.12                                     the interpreter that .venv is made from
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      another index for torch (here: builds without CUDA)
+#   ARGS="--steps 50"                                     more arguments for the command (finetune, test)
+#   JOBS=2                                                processes for the tests
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One thread for each test process: two processes on two cores beat one process with two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help finetune test test-all lint format bench clean
+
+help:
+	@echo "make finetune   set up .venv and fine-tune the embedded model on 2 processes"
+	@echo "make test       set up .venv and run the tests"
+	@echo "make test-all   the full matrices and the long drills too"
+	@echo "make lint       ruff and mypy; make format mends what can be mended"
+	@echo "make bench      the benchmarks, each against its peer"
+
+# torch comes first and alone, so that its index can differ; the constraints keep everything else off it.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "MeshPEFT needs Python 3.11 or newer, and $(PYTHON) is %d.%d: set PYTHON=python3.11" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "setting up $(VENV) (once)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+finetune: $(VENV)/.runtime
+	@$(BIN)/meshpeft finetune --tp 2 --output-dir runs/embedded --overwrite $(ARGS)
+
+test: $(VENV)/.dev
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev
+	@$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
