@@ -1,0 +1,88 @@
+"""What a rank holds and how ranks talk. Knows nothing of adapters."""
+
+from meshpeft.parallel.collectives import (
+    all2all_hp2sp,
+    mp_copy,
+    mp_gather,
+    mp_reduce,
+    mp_scatter,
+    sp_gather,
+    sp_reduce_scatter,
+)
+from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.embedding import ParallelEmbedding, VocabParallelEmbedding
+from meshpeft.parallel.errors import MeshPEFTError, ParallelError
+from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_axes, gradient_norm
+from meshpeft.parallel.init import (
+    InitializationType,
+    initialize_,
+    initialize_model_parallel_affine_weight_,
+    named_init_,
+)
+from meshpeft.parallel.layer_layout import (
+    LayerType,
+    LinearLayout,
+    layer_type_of,
+    layout_of,
+    register_layer_type,
+)
+from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from meshpeft.parallel.loss import vocab_parallel_cross_entropy
+from meshpeft.parallel.mesh import (
+    ParallelAxis,
+    ParallelGroupInfo,
+    destroy_parallelism,
+    init_parallelism,
+    is_simulated,
+    on_each_rank,
+    parallel_group_info,
+)
+from meshpeft.parallel.random import draw_seed, dropout, dropout_mask, set_seed
+from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout_of_tensor, set_layout
+
+__all__ = [
+    "ColumnParallelLinear",
+    "InitializationType",
+    "LayerType",
+    "LinearLayout",
+    "MeshPEFTError",
+    "ModelParallelConfig",
+    "Packing",
+    "ParallelAxis",
+    "ParallelEmbedding",
+    "ParallelError",
+    "ParallelGroupInfo",
+    "Piece",
+    "RowParallelLinear",
+    "TensorLayout",
+    "VocabParallelEmbedding",
+    "all2all_hp2sp",
+    "clip_gradients_",
+    "destroy_parallelism",
+    "draw_seed",
+    "dropout",
+    "dropout_mask",
+    "finalize_gradients",
+    "gradient_axes",
+    "gradient_norm",
+    "init_parallelism",
+    "initialize_",
+    "initialize_model_parallel_affine_weight_",
+    "is_simulated",
+    "layer_type_of",
+    "layout_of",
+    "layout_of_tensor",
+    "mp_copy",
+    "mp_gather",
+    "mp_reduce",
+    "mp_scatter",
+    "named_init_",
+    "on_each_rank",
+    "parallel_group_info",
+    "register_layer_type",
+    "set_layout",
+    "set_seed",
+    "sp_gather",
+    "sp_reduce_scatter",
+    "vocab_parallel_cross_entropy",
+]

@@ -1,0 +1,52 @@
+"""`ModelParallelConfig`: the fields of Megatron-Core's that a layer reads; Megatron's own is accepted in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meshpeft.parallel.errors import ParallelError
+
+__all__ = ["ModelParallelConfig"]
+
+
+@dataclass
+class ModelParallelConfig:
+    """How a model is divided and initialised.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that share one dense layer.
+        pipeline_model_parallel_size: stages.
+        expert_model_parallel_size: ranks over which experts are divided.
+        expert_tensor_parallel_size: ranks that share one expert; `None` means the tensor-parallel size.
+        sequence_parallel: activations between layers are divided over tensor parallel along the sequence.
+        params_dtype: type of new parameters; `bf16` and `fp16` override it.
+        bf16, fp16: compute in that type. Not both.
+        use_cpu_initialization: draw new parameters on the CPU (this package always does).
+        perform_initialization: draw new parameters at all; `False` leaves them uninitialised, to be loaded.
+        cpu_offloading: the engine moves activations to the CPU; adapters then keep no second copy of theirs.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    params_dtype: torch.dtype = torch.float32
+    bf16: bool = False
+    fp16: bool = False
+    use_cpu_initialization: bool = False
+    perform_initialization: bool = True
+    cpu_offloading: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bf16 and self.fp16:
+            raise ParallelError("bf16=True and fp16=True: choose one")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of new parameters."""
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else self.params_dtype

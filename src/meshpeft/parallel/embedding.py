@@ -1,0 +1,180 @@
+"""Embeddings: divided along the embedding dim (`ParallelEmbedding`) or along the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshpeft.parallel.collectives import mp_gather, mp_reduce, sp_reduce_scatter
+from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.init import InitializationType, initialize_
+from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
+from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
+
+__all__ = ["ParallelEmbedding", "VocabParallelEmbedding"]
+
+
+class _Embedding(nn.Module):
+    def __init__(
+        self,
+        layout: TensorLayout,
+        axis: ParallelAxis,
+        init_type: InitializationType,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        perform_initialization: bool,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layout.global_shape
+        self.axis = axis
+        self.layout = layout
+        self.weight = nn.Parameter(torch.empty(layout.local_shape, device=device, dtype=dtype))
+        set_layout(self.weight, layout)
+        if perform_initialization:
+            initialize_(self.weight, None, init_type)
+
+    @property
+    def master_weight(self) -> Tensor:
+        """The full table [num_embeddings, embedding_dim], on every rank. A collective; no gradient."""
+        return self.layout.gather(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.axis.name}={self.axis.world_size}"
+
+
+class ParallelEmbedding(_Embedding):
+    """Model-parallel embeddings, partitioned along the `embedding_dim` dimension.
+
+    x [*] of indices, I -> [*, embedding_dim], I.
+
+    Args:
+        num_embeddings: number of embeddings (vocabulary size).
+        embedding_dim: embedding dimension; must be divisible by the model-parallel size.
+        padding_idx: see `nn.Embedding`: this row starts at zero and gets no gradient.
+        max_norm: see `nn.Embedding`: rows that are looked up are first scaled down, in place, to this norm. The
+            norm is that of the full row.
+        norm_type: p of that norm.
+        scale_grad_by_freq: see `nn.Embedding`.
+        sparse: see `nn.Embedding`.
+        init_type: initialization type.
+        axis, device, dtype, perform_initialization: as in `ColumnParallelLinear`.
+
+    Raises:
+        ParallelError: `embedding_dim` is not divisible, or `padding_idx` is out of range.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        init_type: InitializationType = "xavier_normal",
+        *,
+        axis: ParallelAxis | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        perform_initialization: bool = True,
+    ) -> None:
+        axis = parallel_group_info().tp if axis is None else axis
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ParallelError(f"padding_idx={padding_idx}: expected an index of {num_embeddings} embeddings")
+            padding_idx %= num_embeddings
+        layout = TensorLayout((num_embeddings, embedding_dim), ((1, axis),))
+        super().__init__(layout, axis, init_type, device, dtype, perform_initialization)
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        if padding_idx is not None and perform_initialization and not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight[padding_idx].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*] of indices in [0, num_embeddings) -> [*, embedding_dim]."""
+        if self.max_norm is not None:
+            self._renormalise(x, self.max_norm)
+        local = F.embedding(
+            x,
+            self.weight,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
+        return mp_gather(local, -1, self.axis)
+
+    @torch.no_grad()
+    def _renormalise(self, x: Tensor, max_norm: float) -> None:
+        """Scale the rows named by x so that the norm of the *full* row is at most `max_norm`."""
+        rows = x.reshape(-1).unique()
+        values = self.weight[rows]
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        if self.norm_type == float("inf"):
+            norm = all_reduce(wide.abs().amax(-1), self.axis, dist.ReduceOp.MAX)
+        else:
+            power = all_reduce(wide.abs().pow(self.norm_type).sum(-1), self.axis)
+            norm = power.pow(1 / self.norm_type)
+        # 1e-7 is nn.Embedding's own guard against division by zero (aten embedding_renorm_).
+        scale = torch.where(norm > max_norm, max_norm / (norm + 1e-7), torch.ones_like(norm))
+        self.weight[rows] = (wide * scale.unsqueeze(-1)).to(values.dtype)
+
+
+@on_each_rank
+def _local_rows(x: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Indices into this rank's rows (0 where another rank holds the row), and whether it is held here."""
+    local = x - rank * rows
+    held = (local >= 0) & (local < rows)
+    return local * held, held
+
+
+class VocabParallelEmbedding(_Embedding):
+    """Embeddings divided along the vocabulary.
+
+    x [*] of indices, the same on every rank -> [*, embedding_dim], I; with `sequence_parallel` x is [seq, ..] and
+    the output S(0), [seq / world_size, .., embedding_dim].
+
+    Args:
+        num_embeddings: vocabulary size; must be divisible by the axis's size.
+        embedding_dim: embedding dimension.
+        init_type: initialization type.
+        sequence_parallel: scatter the sequence after the reduction.
+        axis, device, dtype, perform_initialization: as in `ColumnParallelLinear`.
+
+    Raises:
+        ParallelError: `num_embeddings` is not divisible.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        init_type: InitializationType = "xavier_normal",
+        *,
+        sequence_parallel: bool = False,
+        axis: ParallelAxis | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        perform_initialization: bool = True,
+    ) -> None:
+        axis = parallel_group_info().tp if axis is None else axis
+        layout = TensorLayout((num_embeddings, embedding_dim), ((0, axis),))
+        super().__init__(layout, axis, init_type, device, dtype, perform_initialization)
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*] of indices in [0, num_embeddings) -> [*, embedding_dim]."""
+        if self.axis.world_size == 1:
+            return F.embedding(x, self.weight)
+        local, held = _local_rows(x, self.axis.rank, self.weight.shape[0])
+        partial = F.embedding(local, self.weight) * held.unsqueeze(-1)
+        if self.sequence_parallel:
+            return sp_reduce_scatter(partial, 0, self.axis)
+        return mp_reduce(partial, axis=self.axis)

@@ -1,0 +1,13 @@
+"""The errors a user can mend: their text names what was given, what was expected, and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["MeshPEFTError", "ParallelError"]
+
+
+class MeshPEFTError(ValueError):
+    """Base of every error about the user's input; the command line prints it and exits with code 2."""
+
+
+class ParallelError(MeshPEFTError):
+    """Sizes that do not divide, axes that do not exist, layers used in a way their layout does not allow."""

@@ -1,0 +1,118 @@
+"""What happens to gradients between the backward pass and the optimizer.
+
+Each parameter knows from its layout the axes over which its gradient is a summand. `finalize_gradients` sums
+every one exactly once, in one flat buffer per distinct set of axes; nothing else in the package communicates
+gradients, except the collectives inside a forward's own backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+
+__all__ = ["clip_gradients_", "finalize_gradients", "gradient_axes", "gradient_norm"]
+
+
+def _trainable(source: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    tensors = source.parameters() if isinstance(source, nn.Module) else source
+    unique = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
+    return list(unique.values())
+
+
+def gradient_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
+    """The axes of more than one rank over which a parameter's gradient is a summand after the backward pass.
+
+    Those its layer states, and data parallel: `edp` for experts, `dp` otherwise (also for a parameter without a
+    layout, which is replicated).
+    """
+    info = parallel_group_info()
+    if layout is None:
+        axes: tuple[ParallelAxis, ...] = (info.dp,)
+    else:
+        data_axis = layout.data_axis or (info.edp if layout.expert else info.dp)
+        axes = (*layout.grad_partial, data_axis)
+    return tuple(axis for axis in axes if axis.world_size > 1)
+
+
+def _reduction_groups(axes: tuple[ParallelAxis, ...]) -> tuple[ParallelAxis, ...]:
+    """One axis to reduce over where the mesh has the joined group, else the axes one after the other."""
+    if len(axes) < 2:
+        return axes
+    info = parallel_group_info()
+    own = all(getattr(info, axis.name, None) is axis for axis in axes)
+    return (info.joined(axis.name for axis in axes),) if own else axes
+
+
+def finalize_gradients(source: nn.Module | Iterable[Tensor]) -> None:
+    """Sum every gradient that is a summand, once. Call it once per optimizer step, after the last backward.
+
+    Every trainable parameter has a gradient afterwards (zero where the step did not reach it), so that what the
+    optimizer does does not depend on the layout. float16 and bfloat16 are summed in float32.
+
+    Args:
+        source: a module, or parameters, in the same order on every rank.
+    """
+    buckets: dict[tuple[tuple[ParallelAxis, ...], torch.dtype, torch.device], list[Tensor]] = {}
+    for parameter in _trainable(source):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        axes = gradient_axes(layout_of_tensor(parameter))
+        if axes:
+            dtype = torch.promote_types(parameter.grad.dtype, torch.float32)
+            buckets.setdefault((axes, dtype, parameter.device), []).append(parameter)
+    for (axes, dtype, _), parameters in buckets.items():
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([grad.reshape(-1).to(dtype) for grad in grads])
+        for axis in _reduction_groups(axes):
+            dist.all_reduce(flat, group=axis.group)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def gradient_norm(source: nn.Module | Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all final gradients: a replicated parameter counts once, a divided one over its shards.
+
+    Args:
+        source: a module or parameters whose gradients `finalize_gradients` has summed.
+
+    Returns:
+        A scalar, the same on every rank, in float32 or the widest type of the gradients.
+    """
+    squares: dict[tuple[ParallelAxis, ...], Tensor] = {}
+    for parameter in _trainable(source):
+        if parameter.grad is None:
+            continue
+        layout = layout_of_tensor(parameter)
+        axes = () if layout is None else layout.shard_axes
+        wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+        square = parameter.grad.detach().to(wide).square().sum()
+        squares[axes] = squares[axes] + square if axes in squares else square
+    total = torch.zeros((), dtype=torch.float32)
+    for axes, square in squares.items():
+        for axis in _reduction_groups(axes):
+            square = all_reduce(square, axis)
+        total = total.to(square) + square
+    return total.sqrt()
+
+
+def clip_gradients_(source: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients down so that their global norm is at most `max_norm`; in place.
+
+    Returns:
+        The norm before clipping. The factor is `torch.nn.utils.clip_grad_norm_`'s: max_norm / (norm + 1e-6), at
+        most 1.
+    """
+    parameters = _trainable(source)
+    norm = gradient_norm(parameters)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+    return norm

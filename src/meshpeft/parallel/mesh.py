@@ -1,0 +1,275 @@
+"""The mesh: which process groups exist, and where this rank stands in each.
+
+The world is factored twice. Dense layers see `pp x dp x tp`; expert layers see
+`pp x edp x ep x etp`. Both run over the same ranks, the last axis fastest:
+
+    rank = (pp * dp_size + dp) * tp_size + tp
+         = ((pp * edp_size + edp) * ep_size + ep) * etp_size + etp
+
+Nothing else in the package asks torch.distributed who it is: layers take a
+[`ParallelAxis`][meshpeft.parallel.ParallelAxis], and every slice follows from a layout that holds one.
+
+The module also knows that all ranks of a small mesh can be simulated in one process
+(`torch.distributed._local_tensor.LocalTensorMode`): there an axis's rank is a symbolic integer,
+and [`on_each_rank`][meshpeft.parallel.on_each_rank] runs a function once per simulated rank.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed._local_tensor import enabled_local_tensor_mode, maybe_run_for_local_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshpeft.parallel.errors import ParallelError
+
+__all__ = [
+    "ParallelAxis",
+    "ParallelGroupInfo",
+    "destroy_parallelism",
+    "init_parallelism",
+    "is_simulated",
+    "on_each_rank",
+    "parallel_group_info",
+]
+
+DENSE_AXES = ("pp", "dp", "tp")
+EXPERT_AXES = ("pp", "edp", "ep", "etp")
+# Sets of axes over which one gradient can be partial at once; their joined groups are made with the mesh,
+# in this order on every rank, so that no rank can create one later than another and hang.
+JOINED_AXES = (("dp", "tp"), ("edp", "ep"), ("edp", "etp"), ("ep", "etp"), ("edp", "ep", "etp"))
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelAxis:
+    """One axis of the mesh as this rank sees it.
+
+    Attributes:
+        name: `tp pp dp ep etp edp`, or names joined by `+` for a flattened axis.
+        group: the process group of the axis; `None` if torch.distributed is not in use.
+        rank: this rank's index on the axis, in `[0, world_size)`. Symbolic under simulation: use it only
+            to slice (through a layout), never in python control flow.
+        world_size: number of ranks on the axis.
+    """
+
+    name: str
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group, where there must be one.
+
+        Raises:
+            ParallelError: torch.distributed is not in use.
+        """
+        if self.group is None:
+            raise ParallelError(f"axis {self.name} has no process group; call init_parallelism in a started world")
+        return self.group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelAxis:
+        """Copies of a module talk over the same group: process groups are never copied."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"ParallelAxis({self.name}, rank={self.rank}, world_size={self.world_size})"
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelGroupInfo:
+    """The axes of the mesh, each with `.group`, `.rank` and `.world_size`."""
+
+    tp: ParallelAxis
+    pp: ParallelAxis
+    dp: ParallelAxis
+    ep: ParallelAxis
+    etp: ParallelAxis
+    edp: ParallelAxis
+    world: ParallelAxis
+    joined_axes: dict[frozenset[str], ParallelAxis]
+    mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
+
+    def axis(self, name: str) -> ParallelAxis:
+        """The axis called `name` (`tp pp dp ep etp edp world`)."""
+        if name not in ("tp", "pp", "dp", "ep", "etp", "edp", "world"):
+            raise ParallelError(f"no mesh axis {name!r}; the axes are tp, pp, dp, ep, etp, edp and world")
+        found: ParallelAxis = getattr(self, name)
+        return found
+
+    def joined(self, names: Iterable[str]) -> ParallelAxis:
+        """One axis that runs over all ranks of the axes named; axes of size 1 are left out."""
+        wanted = [name for name in dict.fromkeys(names) if self.axis(name).world_size > 1]
+        if not wanted:
+            return ParallelAxis("+".join(dict.fromkeys(names)) or "none")
+        if len(wanted) == 1:
+            return self.axis(wanted[0])
+        found = self.joined_axes.get(frozenset(wanted))
+        if found is None:
+            raise ParallelError(
+                f"the axes {', '.join(wanted)} cannot be joined: dense axes ({', '.join(DENSE_AXES)}) and expert "
+                f"axes ({', '.join(EXPERT_AXES)}) factor the same ranks in different ways"
+            )
+        return found
+
+
+def _single(name: str) -> ParallelAxis:
+    return ParallelAxis(name)
+
+
+_SERIAL = ParallelGroupInfo(
+    *(_single(name) for name in ("tp", "pp", "dp", "ep", "etp", "edp", "world")), joined_axes={}
+)
+_current: ParallelGroupInfo = _SERIAL
+
+
+def parallel_group_info() -> ParallelGroupInfo:
+    """The groups made by [`init_parallelism`][meshpeft.parallel.init_parallelism]; all of size 1 before it."""
+    return _current
+
+
+def init_parallelism(
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
+) -> ParallelGroupInfo:
+    """Factor the world into mesh axes and make their process groups. Every rank calls it, with equal arguments.
+
+    Uses the process group that exists, else starts one from `RANK` and `WORLD_SIZE` (nccl where CUDA is
+    available, else gloo), else (world size 1) works without torch.distributed.
+
+    Args:
+        tensor_parallel: ranks that share one dense layer.
+        pipeline_parallel: stages.
+        expert_parallel: ranks over which the experts of one layer are divided.
+        expert_tensor_parallel: ranks that share one expert; `None` means `tensor_parallel`.
+
+    Returns:
+        The groups. Data parallel is what is left: `dp = world / (pp * tp)`, `edp = world / (pp * ep * etp)`.
+
+    Raises:
+        ParallelError: a size is below 1, or the world does not factor; the message names the sizes that would.
+    """
+    global _current
+    etp = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
+    sizes = {
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "expert_parallel": expert_parallel,
+        "expert_tensor_parallel": etp,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ParallelError(f"{name}={size!r}: expected an integer of at least 1")
+    dense, expert = pipeline_parallel * tensor_parallel, pipeline_parallel * expert_parallel * etp
+    world_size = _world_size()
+    for product, text in (
+        (dense, f"pipeline_parallel={pipeline_parallel} x tensor_parallel={tensor_parallel}"),
+        (
+            expert,
+            f"pipeline_parallel={pipeline_parallel} x expert_parallel={expert_parallel} x expert_tensor_parallel={etp}",
+        ),
+    ):
+        if world_size % product:
+            raise ParallelError(
+                f"{text} = {product} does not divide the world of {world_size} processes; "
+                f"start a multiple of {math.lcm(dense, expert)} processes"
+            )
+    if not _start_process_group(world_size):
+        _current = _SERIAL
+        return _current
+    _current = _build(world_size, pipeline_parallel, tensor_parallel, expert_parallel, etp)
+    return _current
+
+
+def destroy_parallelism() -> None:
+    """Forget the mesh; the process group itself, and layers that already hold an axis, are untouched."""
+    global _current
+    _current = _SERIAL
+
+
+def _world_size() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _start_process_group(world_size: int) -> bool:
+    """Whether there is a process group, after starting one if the environment asks for it."""
+    if dist.is_available() and dist.is_initialized():
+        return True
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return True
+
+
+def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGroupInfo:
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    dense = init_device_mesh(device_type, (pp, world_size // (pp * tp), tp), mesh_dim_names=DENSE_AXES)
+    expert = init_device_mesh(device_type, (pp, world_size // (pp * ep * etp), ep, etp), mesh_dim_names=EXPERT_AXES)
+
+    def axis(mesh: DeviceMesh, name: str) -> ParallelAxis:
+        sub = mesh[name]
+        return ParallelAxis(name, sub.get_group(), sub.get_local_rank(), sub.size())
+
+    def joined(mesh: DeviceMesh, names: tuple[str, ...]) -> ParallelAxis:
+        flat = mesh[names]._flatten("_".join(names))
+        return ParallelAxis("+".join(names), flat.get_group(), flat.get_local_rank(), flat.size())
+
+    joined_axes = {
+        frozenset(names): joined(dense if "tp" in names else expert, names)
+        for names in JOINED_AXES
+        if all((dense if "tp" in names else expert)[name].size() > 1 for name in names)
+    }
+    whole = dense._flatten("world")
+    return ParallelGroupInfo(
+        tp=axis(dense, "tp"),
+        pp=axis(dense, "pp"),
+        dp=axis(dense, "dp"),
+        ep=axis(expert, "ep"),
+        etp=axis(expert, "etp"),
+        edp=axis(expert, "edp"),
+        world=ParallelAxis("world", whole.get_group(), whole.get_local_rank(), world_size),
+        joined_axes=joined_axes,
+        mesh=dense,
+        expert_mesh=expert,
+    )
+
+
+def is_simulated() -> bool:
+    """Whether all ranks run in this process under `LocalTensorMode`."""
+    return enabled_local_tensor_mode() is not None
+
+
+def on_each_rank(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: under simulation run `function` once per simulated rank, otherwise just call it.
+
+    Tensors become that rank's local tensor and symbolic integers that rank's value, so the body may slice by
+    a rank and seed a generator. It must not communicate, and no gradient flows through it.
+    """
+    simulated = maybe_run_for_local_tensor(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_simulated():
+            return simulated(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,102 @@
+"""Dropout whose masks agree where an activation is replicated or partial, and differ where it is divided.
+
+A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
+alike ([`set_seed`][meshpeft.parallel.set_seed]) and which activation checkpointing saves and restores, mixed with
+this rank's index on each axis over which the activation varies. So the mask can also be thrown away and made
+again in the backward pass (`recompute=True`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from spmd_types import rules
+from torch import Tensor
+from torch.autograd import Function
+
+from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
+
+__all__ = ["draw_seed", "dropout", "dropout_mask", "set_seed"]
+
+_MIX = 0x9E3779B1  # an odd constant near 2^32 / golden ratio: spreads neighbouring ranks far apart
+_SEED_RANGE = 2**31
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch alike on every rank; dropout tells the ranks apart by itself."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
+    """The next mask's seed: equal on ranks that differ only on axes not in `varying`.
+
+    Args:
+        varying: the axes over which the activation holds different values, data parallel included.
+    """
+    seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
+    for axis in varying:
+        if axis.world_size > 1:
+            # The position of the axis is mixed in by multiplying before the next one is added.
+            seed = (seed * 31 + (axis.rank + 1) * _MIX) % _SEED_RANGE
+    return seed
+
+
+@on_each_rank
+def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
+    """Which elements are kept: a bool tensor shaped like `like`, a function of (seed, shape, device)."""
+    generator = torch.Generator(device=like.device).manual_seed(int(seed))
+    return torch.rand(like.shape, generator=generator, device=like.device) >= p
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, recompute: bool) -> Tensor:
+        mask = dropout_mask(x, p, seed)
+        ctx.p, ctx.seed = p, seed
+        ctx.mask = None if recompute else mask
+        return x * mask * (1 / (1 - p))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        mask = dropout_mask(grads[0], ctx.p, ctx.seed) if ctx.mask is None else ctx.mask
+        return grads[0] * mask * (1 / (1 - ctx.p)), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor) -> Any:
+        # Linear in x for a given mask, so a summand stays one as long as the masks agree.
+        names = "abcdefgh"[: x.dim()]
+        return rules.einsum(f"{names}->{names}", x, linear_in=(0,))
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    *,
+    training: bool = True,
+    varying: Sequence[ParallelAxis] = (),
+    recompute: bool = False,
+) -> Tensor:
+    """Inverted dropout: x * mask / (1 - p). The state of x is kept.
+
+    Args:
+        x: [*]; R, I or P on the axes not in `varying`, V on those in it.
+        p: the probability that an element is dropped, in [0, 1).
+        varying: the axes over which x holds different values (data parallel; the axis that divides x).
+        recompute: make the mask again in the backward pass instead of keeping it.
+
+    Raises:
+        ParallelError: p outside [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise ParallelError(f"dropout={p}: expected a probability of at least 0 and below 1")
+    if not training or p == 0:
+        return x
+    out: Tensor = _Dropout.apply(x, p, draw_seed(varying), recompute)
+    return out
