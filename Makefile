@@ -1,7 +1,7 @@
 # `make finetune` and `make test` need Python 3.11 or newer and nothing else: the first use sets up .venv.
 #
 #   PYTHON=python3.12                                     the interpreter that .venv is made from
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      another index for torch (here: builds without CUDA)
+#   TORCH_INDEX=URL    another package index for torch, for instance the one with builds without CUDA
 #   ARGS="--steps 50"                                     more arguments for the command (finetune, test)
 #   JOBS=2                                                processes for the tests
 PYTHON ?= python3

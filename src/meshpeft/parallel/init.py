@@ -94,7 +94,7 @@ def _bias_init(init_type: str, fan_in: int) -> Callable[[Tensor], Tensor]:
 def draw_full(shape: tuple[int, ...], init_fn: Callable[[Tensor], object], seed: int) -> Tensor:
     """A float64 CPU tensor of `shape` filled in place by `init_fn` from `seed`; the global generator is untouched."""
     with maybe_disable_local_tensor_mode(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(seed)
+        torch.manual_seed(seed)
         full = torch.empty(shape, dtype=torch.float64, device="cpu")
         init_fn(full)
         return full

@@ -124,12 +124,15 @@ class ParallelGroupInfo:
         return found
 
 
-def _single(name: str) -> ParallelAxis:
-    return ParallelAxis(name)
-
-
 _SERIAL = ParallelGroupInfo(
-    *(_single(name) for name in ("tp", "pp", "dp", "ep", "etp", "edp", "world")), joined_axes={}
+    tp=ParallelAxis("tp"),
+    pp=ParallelAxis("pp"),
+    dp=ParallelAxis("dp"),
+    ep=ParallelAxis("ep"),
+    etp=ParallelAxis("etp"),
+    edp=ParallelAxis("edp"),
+    world=ParallelAxis("world"),
+    joined_axes={},
 )
 _current: ParallelGroupInfo = _SERIAL
 
