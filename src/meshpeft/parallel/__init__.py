@@ -10,9 +10,12 @@ from meshpeft.parallel.collectives import (
     sp_reduce_scatter,
 )
 from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.dispatch import DispatchPlan, combine_tokens, dispatch_tokens
 from meshpeft.parallel.embedding import ParallelEmbedding, VocabParallelEmbedding
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
+from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_axes, gradient_norm
+from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear, grouped_mm, grouped_outer
 from meshpeft.parallel.init import (
     InitializationType,
     initialize_,
@@ -42,6 +45,9 @@ from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout
 
 __all__ = [
     "ColumnParallelLinear",
+    "DispatchPlan",
+    "GroupedColumnParallelLinear",
+    "GroupedRowParallelLinear",
     "InitializationType",
     "LayerType",
     "LinearLayout",
@@ -58,13 +64,19 @@ __all__ = [
     "VocabParallelEmbedding",
     "all2all_hp2sp",
     "clip_gradients_",
+    "combine_tokens",
     "destroy_parallelism",
+    "dispatch_tokens",
     "draw_seed",
     "dropout",
     "dropout_mask",
     "finalize_gradients",
     "gradient_axes",
     "gradient_norm",
+    "group_offsets",
+    "grouped_linear",
+    "grouped_mm",
+    "grouped_outer",
     "init_parallelism",
     "initialize_",
     "initialize_model_parallel_affine_weight_",

@@ -1,0 +1,136 @@
+"""Sending tokens to the experts that were chosen for them, and their results back.
+
+Each rank starts with its own tokens x [T, H]. Over expert-tensor parallel they are gathered first, so that the
+ranks that share an expert see the same tokens (even sizes, an ordinary all-gather); then an all-to-all over expert
+parallel, uneven, carries each to its expert. The way back is the mirror image: all-to-all, weighted sum over the
+experts of a token, reduce-scatter over expert-tensor parallel, which also sums what row-parallel experts left.
+
+Every rank takes part even if no token is routed to it, or it has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from spmd_types import rules
+from spmd_types.types import V
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import _functional_collectives as functional
+
+from meshpeft.parallel.collectives import sp_gather, sp_reduce_scatter
+from meshpeft.parallel.mesh import ParallelAxis
+
+__all__ = ["DispatchPlan", "combine_tokens", "dispatch_tokens"]
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """How one layer's tokens travelled; made by `dispatch_tokens`, used by `combine_tokens`.
+
+    Attributes:
+        tokens_per_expert: [local experts], rows of the dispatched tokens that belong to each.
+        num_tokens: tokens before dispatch, gathered over expert-tensor parallel.
+        top_k: experts per token.
+        probabilities: [num_tokens, top_k], gathered; multiplies what the experts return.
+        order: [num_tokens * top_k], which (token, choice) was sent in each row, sorted by expert.
+        local_order: the permutation of received rows that sorts them by local expert; `None` with ep=1.
+        send_splits, receive_splits: rows to and from each rank of `ep`.
+    """
+
+    tokens_per_expert: Tensor
+    num_tokens: int
+    top_k: int
+    probabilities: Tensor
+    order: Tensor
+    local_order: Tensor | None
+    send_splits: list[int]
+    receive_splits: list[int]
+    ep: ParallelAxis
+    etp: ParallelAxis
+
+
+class _AllToAllRows(Function):
+    """Rows to and from each rank of an axis, in unequal numbers. V -> V; the backward pass swaps the numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, receive: list[int], send: list[int], axis: ParallelAxis) -> Tensor:
+        ctx.receive, ctx.send, ctx.axis = receive, send, axis
+        return _all_to_all_rows(x, receive, send, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        return _all_to_all_rows(grads[0], ctx.send, ctx.receive, ctx.axis), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, axis: ParallelAxis) -> Any:
+        return rules.all_to_all(x, axis.process_group, src=V, dst=V)
+
+
+def _all_to_all_rows(x: Tensor, receive: list[int], send: list[int], axis: ParallelAxis) -> Tensor:
+    # The functional form takes symbolic splits under simulation; torch.distributed's own does not.
+    out = functional.all_to_all_single(x.contiguous(), receive, send, axis.process_group)
+    return out.wait() if isinstance(out, functional.AsyncCollectiveTensor) else out
+
+
+def dispatch_tokens(
+    x: Tensor,
+    experts: Tensor,
+    probabilities: Tensor,
+    num_experts: int,
+    ep: ParallelAxis,
+    etp: ParallelAxis,
+) -> tuple[Tensor, DispatchPlan]:
+    """Bring each token to the ranks that hold its experts, sorted by local expert.
+
+    Args:
+        x: [T, H], this rank's own tokens (V over every axis); T may be 0 and equal on the ranks of `etp`.
+        experts: [T, k] of expert numbers in [0, num_experts), distinct per token.
+        probabilities: [T, k], the weight of each chosen expert; gradients flow to it.
+        num_experts: over all ranks.
+        ep, etp: the axes over which experts, and each expert, are divided.
+
+    Returns:
+        The dispatched tokens [N, H] (R over `etp`) and the plan for the way back. N differs per rank of `ep`.
+    """
+    top_k = experts.shape[-1]
+    x, probabilities = sp_gather(x, 0, etp), sp_gather(probabilities, 0, etp)
+    experts = sp_gather(experts, 0, etp)
+    order = experts.reshape(-1).argsort(stable=True)
+    rows = x.index_select(0, order // top_k)
+    counts = torch.bincount(experts.reshape(-1), minlength=num_experts)
+    if ep.world_size == 1:
+        plan = DispatchPlan(counts, x.shape[0], top_k, probabilities, order, None, [], [], ep, etp)
+        return rows, plan
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=ep.group)
+    received = received.view(ep.world_size, num_experts // ep.world_size)
+    # The one host synchronisation of the layer: the sizes of the all-to-all.
+    send = counts.view(ep.world_size, -1).sum(1).tolist()
+    receive = received.sum(1).tolist()
+    rows = _AllToAllRows.apply(rows, receive, send, ep)
+    local_experts = torch.arange(received.shape[1], device=x.device).repeat(ep.world_size)
+    local_order = local_experts.repeat_interleave(received.reshape(-1)).argsort(stable=True)
+    plan = DispatchPlan(received.sum(0), x.shape[0], top_k, probabilities, order, local_order, send, receive, ep, etp)
+    return rows.index_select(0, local_order), plan
+
+
+def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
+    """Bring the experts' results back to their tokens and add them up, weighted.
+
+    Args:
+        y: [N, H], one row per dispatched token, a summand over `etp` (where it is larger than 1).
+        plan: of the dispatch.
+
+    Returns:
+        [T, H], this rank's own tokens.
+    """
+    if plan.local_order is not None:
+        y = torch.zeros_like(y).index_copy(0, plan.local_order, y)
+        y = _AllToAllRows.apply(y, plan.send_splits, plan.receive_splits, plan.ep)
+    weighted = y * plan.probabilities.reshape(-1).index_select(0, plan.order).to(y.dtype).unsqueeze(-1)
+    total = y.new_zeros((plan.num_tokens, y.shape[-1])).index_add(0, plan.order // plan.top_k, weighted)
+    return sp_reduce_scatter(total, 0, plan.etp)

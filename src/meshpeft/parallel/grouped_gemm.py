@@ -1,0 +1,107 @@
+"""Grouped GEMMs: rows of x in consecutive groups, one weight matrix per group.
+
+`torch.nn.functional.grouped_mm` behind one door. It refuses float64 and rows that are not a multiple of 16 bytes;
+here the first is multiplied per group and the second padded. Groups may be empty, and so may the whole input.
+
+Shapes: x [T, K] sorted by group, weight [E, N, K], `offsets` [E] int32: the end of each group's rows; offsets[-1] = T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from spmd_types import rules
+from torch import Tensor
+from torch.autograd import Function
+
+from meshpeft.parallel.mesh import on_each_rank
+
+__all__ = ["group_offsets", "grouped_linear", "grouped_mm", "grouped_outer"]
+
+_GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNMENT = 16  # bytes, of every row
+
+
+def group_offsets(tokens_per_expert: Tensor) -> Tensor:
+    """tokens_per_expert [E] of counts -> [E] int32, the end of each group."""
+    return tokens_per_expert.cumsum(0).to(torch.int32)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -> Tensor:
+    """One product per group, no gradient.
+
+    `transpose=True`: x [T, K] times weight [E, N, K] transposed -> [T, N], a forward pass. `transpose=False`:
+    x [T, N] times weight [E, N, K] -> [T, K], its input gradient.
+    """
+    if x.dtype not in _GROUPED_TYPES:
+        return _per_group(x, weight, offsets, transpose)
+    width = weight.shape[-2] if transpose else weight.shape[-1]
+    x, weight = _aligned(x, -1), _aligned(_aligned(weight, -1), -2)
+    out = F.grouped_mm(x, weight.transpose(-2, -1) if transpose else weight, offs=offsets)
+    return out[:, :width]
+
+
+def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """a [T, N], b [T, K] -> [E, N, K], the sum over each group's rows of a^T b; zero for an empty group."""
+    if a.dtype not in _GROUPED_TYPES:
+        return _outer_per_group(a, b, offsets)
+    rows, columns = a.shape[-1], b.shape[-1]
+    # An expanded gradient (of a sum) has stride 0, which the kernel refuses.
+    a, b = _aligned(a.contiguous(), -1), _aligned(b.contiguous(), -1)
+    return F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
+
+
+def _aligned(t: Tensor, dim: int) -> Tensor:
+    step = _ALIGNMENT // t.element_size()
+    missing = -t.shape[dim] % step
+    if missing == 0:
+        return t.contiguous()
+    return F.pad(t, (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
+@on_each_rank
+def _per_group(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.shape[-2] if transpose else weight.shape[-1]))
+    start = 0
+    for matrix, end in zip(weight, offsets.tolist(), strict=True):
+        torch.mm(x[start:end], matrix.t() if transpose else matrix, out=out[start:end])
+        start = end
+    return out
+
+
+@on_each_rank
+def _outer_per_group(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    out = a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
+    start = 0
+    for index, end in enumerate(offsets.tolist()):
+        torch.mm(a[start:end].t(), b[start:end], out=out[index])
+        start = end
+    return out
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)
+        return grouped_mm(x, weight, offsets, transpose=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, offsets = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx = grouped_mm(dy, weight, offsets, transpose=False) if ctx.needs_input_grad[0] else None
+        dw = grouped_outer(dy, x, offsets) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, weight: Tensor, offsets: Tensor) -> Any:
+        rules.ignore(offsets)
+        # The rows of each group meet one matrix: a product over k for every row.
+        return rules.einsum("tk,_nk->tn", x, weight, linear_in=(0, 1))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """y = x W_e^T for the rows of each group e. x [T, K], weight [E, N, K], offsets [E] int32 -> y [T, N]."""
+    return _GroupedLinear.apply(x, weight, offsets)
