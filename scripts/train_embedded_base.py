@@ -168,9 +168,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], directory: Path
-) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], directory: Path) -> None:
     """Write weights (bfloat16), tokenizer and record; each file appears in ``directory`` only when whole."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".embedded_base_") as temporary:
@@ -195,9 +193,7 @@ def _name_common_tokenizer_class(file: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     package_directory = Path(embedded.__file__).resolve().parent / "embedded_base"
     parser.add_argument("--output-dir", type=Path, default=package_directory, help="where the model goes")
     parser.add_argument("--seed", type=int, default=1234, help="fixes the weights' start and the data order")

@@ -255,9 +255,7 @@ def test_the_chat_template_ends_and_marks_what_the_assistant_says(tokenizer) -> 
 
 
 @pytest.mark.slow
-def test_most_records_fit_in_256_tokens(
-    tokenizer, records: tuple[list[dict[str, str]], list[dict[str, str]]]
-) -> None:
+def test_most_records_fit_in_256_tokens(tokenizer, records: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
     texts = [record["prompt"] + record["completion"] for record in records[0]]
     lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]
     assert sum(length <= 256 for length in lengths) > 0.95 * len(lengths)
