@@ -1,0 +1,25 @@
+"""The decoder, built from parallel layers, and its Hugging Face checkpoints."""
+
+from meshpeft.models.cache import KVCache
+from meshpeft.models.config import DecoderConfig, RopeConfig, check_divisible
+from meshpeft.models.decoder import Decoder
+from meshpeft.models.errors import ModelError
+from meshpeft.models.generate import generate
+from meshpeft.models.hf_names import hf_module_name, hf_tensor_names, our_module_name
+from meshpeft.models.load import load_pretrained
+from meshpeft.models.save import save_pretrained
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "KVCache",
+    "ModelError",
+    "RopeConfig",
+    "check_divisible",
+    "generate",
+    "hf_module_name",
+    "hf_tensor_names",
+    "load_pretrained",
+    "our_module_name",
+    "save_pretrained",
+]

@@ -1,0 +1,181 @@
+"""What a decoder is: its sizes, and which of the variations between families it has.
+
+A [`DecoderConfig`][meshpeft.models.DecoderConfig] holds everything that changes a number in the forward pass
+under a name that says what it does, so that the modules never ask which family they belong to. How the families'
+`config.json` files are read and written is in `hf_config`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from meshpeft.models.errors import ModelError
+from meshpeft.parallel.config import ModelParallelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["DecoderConfig", "RopeConfig", "check_divisible"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The frequencies of the rotary position embedding.
+
+    Attributes:
+        theta: base of the geometric series of frequencies.
+        kind: `default`; `linear` divides every frequency by `factor`; `llama3` divides the low ones only, and
+            interpolates in between (Llama 3.1).
+        factor: of `linear` and `llama3`.
+        low_freq_factor, high_freq_factor: of `llama3`: wavelengths above `original_max_position_embeddings /
+            low_freq_factor` are stretched, those below `original_max_position_embeddings / high_freq_factor` kept.
+        original_max_position_embeddings: of `llama3`, in tokens: the context of the first training.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ModelError(f"rope type {self.kind!r} is not implemented; implemented: default, linear, llama3")
+        if self.theta <= 0 or self.factor <= 0:
+            raise ModelError(f"rope: theta={self.theta} and factor={self.factor} must be above 0")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ModelError(
+                f"rope: high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and a gated MLP.
+
+    Attributes:
+        model_type: the Hugging Face family it is written back as: `llama mistral qwen2 qwen3`.
+        vocab_size, hidden_size, intermediate_size, num_layers: sizes, global.
+        num_attention_heads: query heads.
+        num_query_groups: key and value heads; each serves `num_attention_heads / num_query_groups` query heads.
+        head_dim: channels of one head.
+        rope: rotary frequencies.
+        rms_norm_eps: added to the mean square.
+        tie_word_embeddings: the output layer multiplies by the embedding's own weight.
+        qkv_bias, projection_bias: biases of `linear_qkv` and of `linear_proj`.
+        mlp_bias: biases of `linear_fc1` and `linear_fc2`.
+        qk_norm: RMSNorm over the channels of each query and key head, before the rotation (Qwen3).
+        sliding_windows: for each layer how many tokens back it attends, itself included, or `None` for all;
+            `None` instead of the tuple means all, everywhere.
+        initializer_range: standard deviation of the weights of a decoder that is not loaded.
+        other: fields of `config.json` that change no number here (token ids, position limits), written back as
+            they were read.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    model_type: str = "llama"
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    projection_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] | None = None
+    initializer_range: float = 0.02
+    other: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_attention_heads",
+            "num_query_groups",
+            "head_dim",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(f"{name}={value!r}: expected an integer of at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ModelError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} key/value heads; "
+                f"use a divisor of {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim}: the rotary embedding needs an even number")
+        if self.sliding_windows is not None:
+            if len(self.sliding_windows) != self.num_layers:
+                raise ModelError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
+            if any(window is not None and window < 1 for window in self.sliding_windows):
+                raise ModelError(f"sliding windows {self.sliding_windows}: expected at least 1 token, or None")
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Tokens that layer number `layer` attends back, itself included; `None` for all."""
+        return None if self.sliding_windows is None else self.sliding_windows[layer]
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
+        """The decoder of a parsed `config.json`, or of a transformers configuration.
+
+        Raises:
+            ModelError: the family is unknown, a value is invalid, or a field would change numbers in a way that
+                is not implemented.
+        """
+        from meshpeft.models.hf_config import from_hf
+
+        return from_hf(source)
+
+    def to_hf(self) -> PretrainedConfig:
+        """The transformers configuration of `model_type` that describes this decoder.
+
+        Raises:
+            ModelError: the family cannot express it.
+        """
+        from meshpeft.models.hf_config import to_hf
+
+        return to_hf(self)
+
+
+def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> None:
+    """Whether the decoder can be divided as asked; needs no process group, and gives every rank one answer.
+
+    Raises:
+        ModelError: a size does not divide, or the layout is not available; the message names the sizes that
+            would work for the whole model.
+    """
+    tp = parallel.tensor_model_parallel_size
+    if parallel.pipeline_model_parallel_size != 1:
+        raise ModelError(
+            f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder is not divided into stages; use 1"
+        )
+    if tp < 1:
+        raise ModelError(f"tensor_parallel={tp}: expected at least 1")
+    sizes = {
+        "linear_qkv": (config.num_query_groups, "query groups"),
+        "linear_fc1": (config.intermediate_size, "channels (intermediate_size)"),
+        "embedding": (config.vocab_size, "rows (vocab_size)"),
+    }
+    common = math.gcd(*(size for size, _ in sizes.values()))
+    for name, (size, what) in sizes.items():
+        if size % tp:
+            raise ModelError(
+                f"{name}: {size} {what} cannot be split over tensor_parallel={tp}; use {_divisors(common)}"
+            )
+
+
+def _divisors(number: int) -> str:
+    """`1, 2 or 4`: the divisors of a number, as a choice."""
+    found = [str(value) for value in range(1, number + 1) if number % value == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

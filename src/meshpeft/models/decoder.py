@@ -1,0 +1,291 @@
+"""The decoder: embedding, layers, final norm and output layer, divided over tensor parallel.
+
+Hidden states are [seq, batch, hidden] (Megatron's order, so that sequence parallel divides dim 0); between layers
+they are replicated over tensor parallel, or token shards [seq / tp, batch, hidden] under sequence parallel.
+Module names are Megatron's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from meshpeft.models.attention import AttentionContext, SelfAttention
+from meshpeft.models.attention_mask import attention_masks, positions_in_documents
+from meshpeft.models.cache import KVCache
+from meshpeft.models.config import DecoderConfig, check_divisible
+from meshpeft.models.errors import ModelError
+from meshpeft.models.mlp import MLP
+from meshpeft.models.norm import RMSNorm
+from meshpeft.models.rotary import rotary_tables
+from meshpeft.parallel.collectives import mp_gather, mp_scatter
+from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.embedding import VocabParallelEmbedding
+from meshpeft.parallel.init import named_init_
+from meshpeft.parallel.linear import ColumnParallelLinear
+from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.tensor_layout import layout_of_tensor, set_layout
+
+__all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
+
+
+class DecoderLayer(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        tp: ParallelAxis,
+        sequence_parallel: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        varies_over = (tp,) if sequence_parallel else ()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
+        self.self_attention = SelfAttention(config, layer, tp, sequence_parallel, device, dtype)
+        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
+        self.mlp = MLP(config, tp, sequence_parallel, device, dtype)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """hidden [seq, batch, hidden] -> the same; [seq / tp, ..] under sequence parallel."""
+        hidden = hidden + self.self_attention(self.input_layernorm(hidden), context)
+        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+
+
+class DecoderBlock(nn.Module):
+    """The layers and the norm behind them."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tp: ParallelAxis,
+        sequence_parallel: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = False
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, tp, sequence_parallel, device, dtype) for layer in range(config.num_layers)
+        )
+        varies_over = (tp,) if sequence_parallel else ()
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """hidden [seq, batch, hidden] -> the same; [seq / tp, ..] under sequence parallel."""
+        recompute = self.activation_checkpointing and context.cache is None and torch.is_grad_enabled()
+        for layer in self.layers:
+            hidden = checkpoint(layer, hidden, context, use_reentrant=False) if recompute else layer(hidden, context)
+        return self.final_layernorm(hidden)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model, divided over the tensor-parallel axis of the mesh.
+
+    Its weights are a function of a seed and the layout-free shapes, see
+    [`reset_parameters`][meshpeft.models.Decoder.reset_parameters]; on the meta device they are left empty.
+
+    Args:
+        config: sizes and variations.
+        parallel: its `tensor_model_parallel_size` must be the mesh's; `sequence_parallel`, `dtype` and
+            `perform_initialization` are read. By default the mesh as it is, without sequence parallel.
+        device: of the parameters; torch's default device by default.
+        dtype: of the parameters and activations; `parallel.dtype` by default.
+
+    Raises:
+        ModelError: the sizes do not divide over the mesh. Raised on every rank, before any communication.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        parallel: ModelParallelConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        tp = parallel_group_info().tp
+        if parallel is None:
+            parallel = ModelParallelConfig(tensor_model_parallel_size=tp.world_size)
+        check_divisible(config, parallel)
+        if parallel.tensor_model_parallel_size != tp.world_size:
+            raise ModelError(
+                f"tensor_model_parallel_size={parallel.tensor_model_parallel_size}, but the mesh has "
+                f"tp={tp.world_size}; call init_parallelism with the same size first"
+            )
+        self.config = config
+        self.parallel = parallel
+        self.tp = tp
+        self.sequence_parallel = parallel.sequence_parallel and tp.world_size > 1
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dtype = parallel.dtype if dtype is None else dtype
+        self.embedding = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            sequence_parallel=self.sequence_parallel,
+            axis=tp,
+            device="meta",
+            dtype=dtype,
+        )
+        self.decoder = DecoderBlock(config, tp, self.sequence_parallel, "meta", dtype)
+        self.output_layer = ColumnParallelLinear(
+            config.hidden_size,
+            config.vocab_size,
+            bias=False,
+            gather_output=False,
+            sequence_parallel=self.sequence_parallel,
+            axis=tp,
+            device="meta",
+            dtype=dtype,
+        )
+        self.tie_weights()
+        if device.type != "meta":
+            for name, parameter in list(self.named_parameters()):
+                self.assign_parameter(name, torch.empty(parameter.shape, dtype=dtype, device=device))
+            self.tie_weights()
+            if parallel.perform_initialization:
+                self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Let the output layer share the embedding's parameter, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.output_layer.weight = self.embedding.weight
+
+    def assign_parameter(self, name: str, value: Tensor) -> None:
+        """Replace a parameter, on whatever device it is, by this rank's slice `value`; its layout is kept."""
+        module_name, _, attribute = name.rpartition(".")
+        module = self.get_submodule(module_name)
+        old = getattr(module, attribute)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        layout = layout_of_tensor(old)
+        if layout is not None:
+            set_layout(new, layout)
+        setattr(module, attribute, new)
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Draw the weights from N(0, initializer_range), zero the biases, set norms to one.
+
+        Every value is a function of (seed, parameter name, global shape), the same at every layout.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("layernorm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            else:
+                named_init_(parameter, self._draw, seed, name)
+
+    def _draw(self, full: Tensor) -> None:
+        nn.init.normal_(full, std=self.config.initializer_range)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
+        self.decoder.activation_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        gather_logits: bool = False,
+        last_token_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: [batch, seq], the same on every rank of the tensor-parallel axis, like all arguments.
+            position_ids: [batch, seq]; by default the index in the row, or in the document where there are any.
+            document_ids: [batch, seq] of integers that differ between the documents of a row; attention stays
+                inside a document. -1 is padding.
+            cache: holds the tokens before these; they are added to it.
+            gather_logits: return the whole vocabulary on every rank.
+            last_token_only: return the logits of the last position only: [batch, 1, ..].
+
+        Returns:
+            [batch, seq, vocab_size / tp], `S(-1)` over tensor parallel, in the type of the parameters; or
+            [batch, seq, vocab_size].
+
+        Raises:
+            ModelError: arguments of different shapes, or documents with a cache but without positions.
+        """
+        self._check_inputs(input_ids, position_ids, document_ids, cache)
+        length = input_ids.shape[1]
+        padding = -length % self.tp.world_size if self.sequence_parallel else 0
+        hidden = self.embedding(_pad(input_ids, padding, 0).t())
+        context = self._context(length + padding, padding, position_ids, document_ids, cache, input_ids.device)
+        hidden = self.decoder(hidden, context)
+        if cache is not None:
+            cache.advance(length, _join(cache.document_ids, document_ids))
+        if last_token_only:
+            hidden, length = self._keep_last(hidden, length), 1
+        logits = self.output_layer(hidden)[:length].transpose(0, 1)
+        return mp_gather(logits, -1, self.tp) if gather_logits else logits
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        shape = tuple(input_ids.shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ModelError(f"input_ids has shape {shape}; expected [batch, seq] with at least one token")
+        for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
+            if given is not None and tuple(given.shape) != shape:
+                raise ModelError(f"{name} has shape {tuple(given.shape)}; expected that of input_ids, {shape}")
+        if cache is not None and cache.length > 0:
+            if (document_ids is None) != (cache.document_ids is None):
+                raise ModelError("the cache was filled with documents, or without; go on in the same way")
+            if document_ids is not None and position_ids is None:
+                raise ModelError("documents that go on from a cache need position_ids")
+
+    def _context(
+        self,
+        length: int,
+        padding: int,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+        device: torch.device,
+    ) -> AttentionContext:
+        """Positions and masks for `length` tokens, the last `padding` of which no other token sees."""
+        past = 0 if cache is None else cache.length
+        if document_ids is not None:
+            document_ids = _pad(document_ids, padding, -1)
+        if position_ids is not None:
+            position_ids = _pad(position_ids, padding, 0)
+        elif document_ids is not None:
+            position_ids = positions_in_documents(document_ids)
+        else:
+            position_ids = torch.arange(past, past + length, device=device)[None]
+        dtype = self.embedding.weight.dtype
+        cosines, sines = rotary_tables(self.config.rope, self.config.head_dim, position_ids, dtype)
+        windows = {self.config.sliding_window(layer) for layer in range(self.config.num_layers)}
+        key_documents = _join(None if cache is None else cache.document_ids, document_ids)
+        masks = attention_masks(windows, length, past, device, document_ids, key_documents)
+        return AttentionContext(cosines, sines, masks, cache)
+
+    def _keep_last(self, hidden: Tensor, length: int) -> Tensor:
+        """The last real token's hidden state [1, batch, hidden], in the state that the output layer takes."""
+        if not self.sequence_parallel:
+            return hidden[length - 1 : length]
+        # One copy for each rank's token shard.
+        last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
+        return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
+
+
+def _pad(ids: Tensor, padding: int, value: int) -> Tensor:
+    """[batch, seq] -> [batch, seq + padding]."""
+    return functional.pad(ids, (0, padding), value=value) if padding else ids
+
+
+def _join(past: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Document ids of the tokens held and of those that come: [batch, past + new]."""
+    return new if past is None or new is None else torch.cat((past, new), dim=1)

@@ -1,0 +1,11 @@
+"""The error of a model directory, a configuration or a request that this package cannot serve."""
+
+from __future__ import annotations
+
+from meshpeft.parallel.errors import MeshPEFTError
+
+__all__ = ["ModelError"]
+
+
+class ModelError(MeshPEFTError):
+    """A model that cannot be built, read or written as asked; the text says what was given and what to do."""

@@ -1,0 +1,248 @@
+"""Reading and writing the `config.json` of Hugging Face model families.
+
+Defaults, old spellings (`rope_theta`, `rope_scaling`) and types are left to transformers' own configuration
+classes. What they do not do is object: they accept any field and ignore what the model does not use. Here every
+field of the file is implemented, known to change no number, at a neutral value, or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from meshpeft.models.config import DecoderConfig, RopeConfig
+from meshpeft.models.errors import ModelError
+
+__all__ = ["from_hf", "to_hf"]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Fields that change no logit, kept so that a directory is written back as it was read.
+_KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_position_embeddings",
+    "max_window_layers",
+    "use_cache",
+    "pretraining_tp",
+    "dtype",
+)
+# Fields that change no logit and say nothing about the model.
+_IRRELEVANT = _names(
+    """
+    architectures attn_implementation bad_words_ids begin_suppress_tokens decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder label2id length_penalty
+    max_length min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 _name_or_path _attn_implementation
+    _attn_implementation_autoset _commit_hash
+    """
+)
+_COMMON = _names(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim hidden_act initializer_range rms_norm_eps tie_word_embeddings rope_parameters rope_theta
+    rope_scaling original_max_position_embeddings attention_dropout
+    """
+)
+_ROPE_FIELDS = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one family's configuration class says what the families differ in.
+
+    Attributes:
+        architecture: the class name that checkpoints of a language model carry.
+        fields: implemented beyond `_COMMON`.
+        read: the family's own arguments of `DecoderConfig`, from a transformers configuration.
+        write: the inverse: its own fields.
+    """
+
+    architecture: str
+    fields: frozenset[str]
+    read: Callable[[Any], dict[str, Any]]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+
+
+def _read_llama(hf: Any) -> dict[str, Any]:
+    biased = bool(hf.attention_bias)
+    return {"qkv_bias": biased, "projection_bias": biased, "mlp_bias": bool(hf.mlp_bias)}
+
+
+def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+def _read_mistral(hf: Any) -> dict[str, Any]:
+    return {"sliding_windows": _windows([hf.sliding_window] * hf.num_hidden_layers)}
+
+
+def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window(0)}
+
+
+def _read_qwen2(hf: Any) -> dict[str, Any]:
+    kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
+    for kind in hf.layer_types:
+        if kind not in kinds:
+            raise ModelError(f"layer_types: {kind!r} is not implemented; implemented: {', '.join(kinds)}")
+    if hf.sliding_window is None and "sliding_attention" in hf.layer_types:
+        raise ModelError("layer_types names sliding_attention, but sliding_window or use_sliding_window is not set")
+    return {"qkv_bias": True, "sliding_windows": _windows([kinds[kind] for kind in hf.layer_types])}
+
+
+def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    windows = config.sliding_windows or (None,) * config.num_layers
+    window = next((window for window in windows if window is not None), None)
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def _read_qwen3(hf: Any) -> dict[str, Any]:
+    biased = bool(hf.attention_bias)
+    return {**_read_qwen2(hf), "qkv_bias": biased, "projection_bias": biased, "qk_norm": True}
+
+
+def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return {**_write_qwen2(config), "attention_bias": config.qkv_bias}
+
+
+_SLIDING = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", frozenset({"attention_bias", "mlp_bias"}), _read_llama, _write_llama),
+    "mistral": _Family("MistralForCausalLM", frozenset({"sliding_window"}), _read_mistral, _write_mistral),
+    "qwen2": _Family("Qwen2ForCausalLM", _SLIDING, _read_qwen2, _write_qwen2),
+    "qwen3": _Family("Qwen3ForCausalLM", _SLIDING | {"attention_bias"}, _read_qwen3, _write_qwen3),
+}
+
+
+def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
+    """See [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
+    fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
+    model_type = fields.get("model_type")
+    family = _FAMILIES.get(str(model_type))
+    if family is None:
+        raise ModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(_FAMILIES)}")
+    for architecture in fields.get("architectures") or ():
+        if architecture != family.architecture:
+            raise ModelError(f"architecture {architecture!r} is not implemented; expected {family.architecture!r}")
+    for name, value in fields.items():
+        _refuse_unknown(name, value, family, str(model_type))
+    hf = _transformers_config(str(model_type), fields)
+    if hf.hidden_act != "silu":
+        raise ModelError(f"hidden_act {hf.hidden_act!r} is not implemented; implemented: 'silu'")
+    if hf.attention_dropout:
+        raise ModelError(f"attention_dropout={hf.attention_dropout} is not implemented; set it to 0")
+    return DecoderConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        model_type=str(model_type),
+        rope=_rope(hf.rope_parameters),
+        rms_norm_eps=hf.rms_norm_eps,
+        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        initializer_range=hf.initializer_range,
+        other={name: getattr(hf, name) for name in _KEPT if hasattr(hf, name)},
+        **family.read(hf),
+    )
+
+
+def to_hf(config: DecoderConfig) -> PretrainedConfig:
+    """See [`DecoderConfig.to_hf`][meshpeft.models.DecoderConfig.to_hf]."""
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(f"model_type {config.model_type!r} is not implemented; implemented: {', '.join(_FAMILIES)}")
+    rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.kind}
+    rope |= {name: getattr(config.rope, name) for name in sorted(_ROPE_FIELDS[config.rope.kind])}
+    fields: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "hidden_act": "silu",
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": rope,
+        **family.write(config),
+        **config.other,
+    }
+    # Qwen2's class has no such field, though its model reads one.
+    if config.model_type != "qwen2" or config.head_dim * config.num_attention_heads != config.hidden_size:
+        fields["head_dim"] = config.head_dim
+    hf = _transformers_config(config.model_type, fields)
+    if from_hf(hf) != config:
+        raise ModelError(f"a {config.model_type} configuration cannot express {config}")
+    return hf
+
+
+def _refuse_unknown(name: str, value: Any, family: _Family, model_type: str) -> None:
+    known = name in _COMMON or name in family.fields or name in _KEPT or name in _IRRELEVANT
+    if known or name.startswith("unsloth_"):
+        return
+    # None, False, 0 and empty lists switch a feature off.
+    if not value:
+        return
+    raise ModelError(
+        f"config field {name}={value!r} is not implemented for model_type {model_type!r} and may change numbers; "
+        f"remove it if it does not"
+    )
+
+
+def _transformers_config(model_type: str, fields: Mapping[str, Any]) -> Any:
+    # A copy: the class completes the rope dictionary in place.
+    fields = deepcopy({name: value for name, value in fields.items() if name != "model_type"})
+    try:
+        return CONFIG_MAPPING[model_type](**fields)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"invalid configuration of a {model_type} model: {reason}") from error
+
+
+def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
+    kind = parameters.get("rope_type", "default")
+    if kind not in _ROPE_FIELDS:
+        raise ModelError(f"rope type {kind!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}")
+    partial = parameters.get("partial_rotary_factor")
+    if partial not in (None, 1, 1.0):
+        raise ModelError(f"partial_rotary_factor={partial} is not implemented; use 1.0")
+    for name, value in parameters.items():
+        known = name in ("rope_type", "type", "rope_theta", "partial_rotary_factor") or name in _ROPE_FIELDS[kind]
+        if not known and value is not None:
+            raise ModelError(f"rope field {name}={value!r} is not implemented for rope type {kind!r}")
+    values: dict[str, Any] = {name: parameters.get(name) for name in ("rope_theta", *_ROPE_FIELDS[kind])}
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            raise ModelError(f"rope field {name}={value!r} of rope type {kind!r}: expected a number")
+    return RopeConfig(theta=values.pop("rope_theta"), kind=kind, **values)
+
+
+def _windows(windows: list[int | None]) -> tuple[int | None, ...] | None:
+    return tuple(windows) if any(window is not None for window in windows) else None

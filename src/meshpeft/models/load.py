@@ -1,0 +1,123 @@
+"""Building a decoder from a Hugging Face directory; each rank reads its own slices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meshpeft.models.config import DecoderConfig
+from meshpeft.models.decoder import Decoder
+from meshpeft.models.errors import ModelError
+from meshpeft.models.hf_names import hf_tensor_names
+from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.mesh import on_each_rank
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+
+__all__ = ["load_pretrained"]
+
+# Old checkpoints hold the rotary frequencies, which follow from the configuration.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def load_pretrained(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    parallel: ModelParallelConfig | None = None,
+    activation_checkpointing: bool = False,
+    *,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """Load a Llama, Mistral, Qwen2 or Qwen3 model that transformers saved. Not a collective.
+
+    The parameters start empty and each is replaced by this rank's slice of the file, so a rank holds its share of
+    the model and one tensor more at most.
+
+    Args:
+        directory: holds `config.json` and safetensors weights in one or several files.
+        dtype: of the parameters and activations; by default that of the weights in the files.
+        parallel: see [`Decoder`][meshpeft.models.Decoder].
+        activation_checkpointing: compute each layer again in the backward pass.
+        device: of the parameters; torch's default device by default.
+
+    Raises:
+        ModelError: a file is missing, truncated, or holds tensors other than the configuration says; the model
+            is not one of these families, or has a variation that is not implemented; sizes do not divide.
+    """
+    directory = Path(directory)
+    config = DecoderConfig.from_hf(read_json(directory / "config.json"))
+    target = torch.get_default_device() if device is None else torch.device(device)
+    with WeightFiles(directory) as files:
+        decoder = Decoder(config, parallel, device="meta", dtype=dtype)
+        names = _tensor_names(decoder)
+        _check_tensors(files, names, config, directory)
+        dtype = _common_dtype(files, (name for stored in names.values() for name in stored)) if dtype is None else dtype
+        for parameter, stored in names.items():
+            layout = _layout(decoder, parameter)
+            decoder.assign_parameter(parameter, _read(files, stored, layout, dtype, target))
+    decoder.tie_weights()
+    decoder.set_activation_checkpointing(activation_checkpointing)
+    return decoder
+
+
+def _layout(decoder: Decoder, parameter: str) -> TensorLayout:
+    layout = layout_of_tensor(decoder.get_parameter(parameter))
+    if layout is None:
+        raise ModelError(f"{parameter} has no layout")
+    return layout
+
+
+def _tensor_names(decoder: Decoder) -> dict[str, list[str]]:
+    return {name: hf_tensor_names(name, _layout(decoder, name)) for name, _ in decoder.named_parameters()}
+
+
+def _check_tensors(files: WeightFiles, names: dict[str, list[str]], config: DecoderConfig, directory: Path) -> None:
+    expected = {name for stored in names.values() for name in stored}
+    missing = sorted(expected - files.names())
+    if missing:
+        raise ModelError(f"{directory} lacks {_some(missing)}, which a {config.model_type} model of its config has")
+    extra = {name for name in files.names() - expected if not _IGNORED.fullmatch(name)}
+    if config.tie_word_embeddings:
+        extra.discard("lm_head.weight")
+    if extra:
+        raise ModelError(
+            f"{directory} holds {_some(sorted(extra))}, which a {config.model_type} model of its config does not have"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
+
+
+def _common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
+    dtypes = {files.dtype(name) for name in names}
+    if len(dtypes) > 1:
+        stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ModelError(f"{files.directory} holds weights in {stored}; choose one with dtype=")
+    return dtypes.pop()
+
+
+@on_each_rank
+def _read_box(
+    files: WeightFiles, name: str, offset: list[int], shape: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return files.read(name, tuple(offset), tuple(shape), dtype, device)
+
+
+def _read(
+    files: WeightFiles, stored: list[str], layout: TensorLayout, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """This rank's slice of a parameter, in packed order."""
+    parts = []
+    for name, piece in zip(stored, layout.pieces(), strict=True):
+        if files.shape(name) != piece.global_shape:
+            raise ModelError(
+                f"{name} in {files.directory} has shape {files.shape(name)}; its config says {piece.global_shape}"
+            )
+        parts.append(_read_box(files, name, list(piece.offset), list(piece.shape), dtype, device))
+    return layout.join_parts(parts)

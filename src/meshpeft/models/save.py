@@ -1,0 +1,183 @@
+"""Writing a decoder as a Hugging Face directory, in the same form at every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor
+
+from meshpeft.models.decoder import Decoder
+from meshpeft.models.errors import ModelError
+from meshpeft.models.hf_names import hf_tensor_names
+from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
+from meshpeft.parallel.mesh import is_simulated, parallel_group_info
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+
+__all__ = ["save_pretrained"]
+
+_CONFIG_NAME = "config.json"
+
+
+def save_pretrained(
+    decoder: Decoder,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `config.json` and safetensors files that transformers reads. A collective: every rank calls it.
+
+    The parameters are gathered one by one, and one process writes them; it holds up to `max_shard_bytes` more
+    than its share. The files are written aside and renamed: a directory with a `config.json` is whole.
+
+    Args:
+        decoder: without adapters; merge them first.
+        directory: made if it does not exist; other files in it are left alone.
+        overwrite: replace a model that is there.
+        max_shard_bytes: size of a weights file at which the next one begins.
+
+    Raises:
+        ModelError: the decoder holds parameters that the format has no name for, the directory holds a model, or
+            (on the other ranks) the writing process failed.
+    """
+    directory = Path(directory)
+    parameters = [(parameter, *_storage(name, parameter)) for name, parameter in decoder.named_parameters()]
+    config = decoder.config.to_hf()
+    config.dtype = decoder.embedding.weight.dtype
+    # Under simulation there is one process, and torch.distributed calls it rank 0.
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    failures: list[Exception] = []
+    writer: _Writer | None = None
+    with _kept(failures):
+        writer = _Writer(directory, overwrite, max_shard_bytes) if writes else None
+    _raise_everywhere(failures, directory)
+    for parameter, layout, stored in parameters:
+        full = layout.gather(parameter)
+        with _kept(failures):
+            if writer is not None and not failures:
+                for name, part in zip(stored, _canonical_parts(full, layout), strict=True):
+                    writer.add(name, part)
+    with _kept(failures):
+        if writer is not None and not failures:
+            config.to_json_file(writer.folder / _CONFIG_NAME)
+            writer.publish()
+    if writer is not None:
+        writer.clean_up()
+    _raise_everywhere(failures, directory)
+
+
+def _storage(name: str, parameter: Tensor) -> tuple[TensorLayout, list[str]]:
+    layout = layout_of_tensor(parameter)
+    if layout is None:
+        raise ModelError(f"{name} has no layout, so it cannot be saved")
+    try:
+        return layout, hf_tensor_names(name, layout)
+    except ModelError as error:
+        raise ModelError(f"{error}; merge adapters before saving the model") from error
+
+
+def _canonical_parts(full: Tensor, layout: TensorLayout) -> list[Tensor]:
+    plain = full.reconcile() if isinstance(full, LocalTensor) else full
+    if layout.packing is None:
+        return [plain]
+    return list(plain.split(list(layout.packing.sizes), layout.packed_dim))
+
+
+@contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    """Keep an error until the other ranks, which are in collectives that need this one, can be told."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+
+
+def _raise_everywhere(failures: list[Exception], directory: Path) -> None:
+    """Raise on every rank what happened on the writing one. A collective."""
+    failure = failures[0] if failures else None
+    world = parallel_group_info().world
+    if world.world_size > 1 and not is_simulated():
+        outcome = [None if failure is None else str(failure)]
+        dist.broadcast_object_list(outcome, group=world.group, group_src=0)
+        if failure is None and outcome[0] is not None:
+            raise ModelError(f"saving to {directory} failed: {outcome[0]}")
+    if isinstance(failure, OSError):
+        raise ModelError(f"saving to {directory} failed: {failure}") from failure
+    if failure is not None:
+        raise failure
+
+
+class _Writer:
+    """Collects tensors into files in a folder beside the target, then moves them there."""
+
+    def __init__(self, directory: Path, overwrite: bool, max_shard_bytes: int) -> None:
+        self.directory = directory
+        old = [path for path in (directory / _CONFIG_NAME, *directory.glob("*.safetensors")) if path.exists()]
+        if old and not overwrite:
+            raise ModelError(f"{directory} holds a model ({old[0].name}); choose another directory or overwrite it")
+        self.max_shard_bytes = max_shard_bytes
+        self.folder = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+        self.folder.mkdir(parents=True)
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.total_bytes = 0
+        self.shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a full tensor; written when enough have come."""
+        if self.pending and self.pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        # A part is a view of the gathered tensor, a parameter at one rank is the parameter itself.
+        self.pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def publish(self) -> None:
+        """Write what is left and move all files to the target, `config.json` last."""
+        self._flush()
+        files = self._name_shards()
+        if not self.directory.exists():
+            self.folder.rename(self.directory)
+            return
+        # Without its config.json the old model is gone, and the new one is not there before its own arrives.
+        (self.directory / _CONFIG_NAME).unlink(missing_ok=True)
+        for stale in (*self.directory.glob("*.safetensors"), self.directory / INDEX_NAME):
+            stale.unlink(missing_ok=True)
+        for name in (*files, _CONFIG_NAME):
+            os.replace(self.folder / name, self.directory / name)
+
+    def clean_up(self) -> None:
+        """Remove the folder beside the target, if it is still there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / _partial(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def _name_shards(self) -> list[str]:
+        if len(self.shards) == 1:
+            (self.folder / _partial(0)).rename(self.folder / WEIGHTS_NAME)
+            return [WEIGHTS_NAME]
+        weight_map: dict[str, str] = {}
+        files = []
+        for index, tensors in enumerate(self.shards):
+            file = f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            (self.folder / _partial(index)).rename(self.folder / file)
+            weight_map.update(dict.fromkeys(tensors, file))
+            files.append(file)
+        content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return [*files, INDEX_NAME]
+
+
+def _partial(index: int) -> str:
+    return f"{index}.safetensors"
