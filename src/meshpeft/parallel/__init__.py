@@ -41,6 +41,7 @@ from meshpeft.parallel.mesh import (
     parallel_group_info,
 )
 from meshpeft.parallel.random import draw_seed, dropout, dropout_mask, set_seed
+from meshpeft.parallel.sharded_tensor import ShardedStateDict, ShardedTensor, ShardedTensors, sharded_state_dict
 from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout_of_tensor, set_layout
 
 __all__ = [
@@ -60,6 +61,9 @@ __all__ = [
     "ParallelGroupInfo",
     "Piece",
     "RowParallelLinear",
+    "ShardedStateDict",
+    "ShardedTensor",
+    "ShardedTensors",
     "TensorLayout",
     "VocabParallelEmbedding",
     "all2all_hp2sp",
@@ -94,6 +98,7 @@ __all__ = [
     "register_layer_type",
     "set_layout",
     "set_seed",
+    "sharded_state_dict",
     "sp_gather",
     "sp_reduce_scatter",
     "vocab_parallel_cross_entropy",

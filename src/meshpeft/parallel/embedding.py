@@ -12,12 +12,13 @@ from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
+from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
 
 __all__ = ["ParallelEmbedding", "VocabParallelEmbedding"]
 
 
-class _Embedding(nn.Module):
+class _Embedding(ShardedTensors, nn.Module):
     def __init__(
         self,
         layout: TensorLayout,

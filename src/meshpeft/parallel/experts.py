@@ -22,12 +22,13 @@ from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear
 from meshpeft.parallel.init import InitializationType, initialize_
 from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, set_layout
 
 __all__ = ["GroupedColumnParallelLinear", "GroupedRowParallelLinear"]
 
 
-class _GroupedLinear(nn.Module):
+class _GroupedLinear(ShardedTensors, nn.Module):
     """Stacked experts; which dim of each is divided is the subclass's `shard`."""
 
     shard: Literal["out", "in"]

@@ -23,12 +23,13 @@ from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_, stride_packing
 from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, TensorLayout, layout_of_tensor, set_layout
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear"]
 
 
-class _ParallelLinear(nn.Module):
+class _ParallelLinear(ShardedTensors, nn.Module):
     """What the two layers share: parameters made from a layout, and the full matrices gathered back."""
 
     weight: nn.Parameter

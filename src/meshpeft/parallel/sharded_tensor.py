@@ -1,0 +1,201 @@
+"""Which slice of which global tensor this rank holds, under names that no layout changes.
+
+A checkpoint, whatever writes it, needs nothing else. The entries derive from each parameter's
+[`TensorLayout`][meshpeft.parallel.TensorLayout] alone: no layer describes itself a second time here.
+
+Fused parameters are stored as their canonical parts: `linear_qkv.weight` as `linear_qkv.q.weight`,
+`linear_qkv.k.weight` and `linear_qkv.v.weight`. Stacked experts keep their expert dim, which is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.mesh import parallel_group_info
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+
+__all__ = [
+    "ShardedOffset",
+    "ShardedStateDict",
+    "ShardedTensor",
+    "ShardedTensors",
+    "sharded_state_dict",
+    "sharded_tensors",
+]
+
+ShardedOffset: TypeAlias = tuple[int, int, int]
+"""`(axis, index, count)`: the tensor is slice `index` of `count` along an axis that is put in front of its own."""
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """One contiguous box of one global tensor.
+
+    Attributes:
+        key: the global tensor's name, the same at every layout.
+        data: the local values, detached; of the global tensor's shape without its `prepended_axes`, along every
+            divided dim as long as the slice. A view of the parameter, or a copy where parts are interleaved.
+        global_shape: of the global tensor, prepended axes first.
+        global_offset: where the box starts in it; symbolic under simulation.
+        replica_id: 0 on exactly one of the ranks that hold the same box, which is the one that would write it;
+            symbolic under simulation.
+        prepended_axes: how many dims in front of `global_shape` the local tensor does not have.
+        part: which canonical part of a fused parameter this is; `None` for one that is not fused.
+        source: the parameter or buffer that the values are of; the entries of its parts share it.
+    """
+
+    key: str
+    data: Tensor
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    replica_id: int = 0
+    prepended_axes: int = 0
+    part: str | None = None
+    source: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.data.dtype
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the box, with a 1 for each prepended axis."""
+        return (1,) * self.prepended_axes + tuple(self.data.shape)
+
+
+ShardedStateDict: TypeAlias = dict[str, ShardedTensor]
+"""Local name -> what this rank holds. The name is the entry's `key`, until a caller renames one of them."""
+
+
+class ShardedTensors:
+    """Mixin of a module that describes its parameters and buffers for a checkpoint, by their layouts."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[ShardedOffset] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
+        assert isinstance(self, nn.Module)
+        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+def sharded_state_dict(
+    module: nn.Module,
+    prefix: str = "",
+    sharded_offsets: Sequence[ShardedOffset] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> ShardedStateDict:
+    """What this rank holds of a module's parameters and persistent buffers, and of its children's.
+
+    A child with a `sharded_state_dict` of its own is asked for it. A tensor without a layout is the same on every
+    rank. Not a collective.
+
+    Args:
+        module: described itself by its parameters, whatever methods it has.
+        prefix: of the names, with its dot.
+        sharded_offsets: `(axis, index, count)` of each axis that is put in front of the tensors' own: of layer 3 of
+            8, stored stacked, `((0, 3, 8),)`. The caller then leaves the layer's number out of `prefix`.
+        metadata: for the children's own methods; not read here.
+
+    Returns:
+        An entry for each parameter, or for each part of a fused one.
+
+    Raises:
+        ParallelError: `sharded_offsets` do not number their axes 0, 1, .., or an index is out of range.
+    """
+    _check_offsets(sharded_offsets)
+    entries: ShardedStateDict = {}
+    for name, tensor in _own_tensors(module):
+        for entry in sharded_tensors(prefix + name, tensor, layout_of_tensor(tensor), sharded_offsets):
+            entries[entry.key] = entry
+    for name, child in module.named_children():
+        described = getattr(child, "sharded_state_dict", None)
+        if callable(described):
+            entries.update(described(f"{prefix}{name}.", sharded_offsets, metadata))
+        else:
+            entries.update(sharded_state_dict(child, f"{prefix}{name}.", sharded_offsets, metadata))
+    return entries
+
+
+def sharded_tensors(
+    name: str,
+    tensor: Tensor,
+    layout: TensorLayout | None,
+    sharded_offsets: Sequence[ShardedOffset] = (),
+) -> list[ShardedTensor]:
+    """The entries of one tensor: one, or one for each part of a fused one in canonical order.
+
+    Args:
+        name: full name of the tensor. A part is put before the last component: `linear_qkv.q.weight`.
+        tensor: local values, of the layout's local shape.
+        layout: `None` for a tensor that is the same on every rank.
+        sharded_offsets: see [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
+
+    Raises:
+        ParallelError: the tensor does not have the layout's local shape.
+    """
+    layout = TensorLayout(tuple(tensor.shape)) if layout is None else layout
+    if tuple(tensor.shape) != layout.local_shape:
+        raise ParallelError(f"{name} has shape {tuple(tensor.shape)}, but its layout says {layout.local_shape}")
+    before_offset = tuple(index for _, index, _ in sharded_offsets)
+    before_shape = tuple(count for _, _, count in sharded_offsets)
+    replica_id = _replica_id(layout)
+    return [
+        ShardedTensor(
+            key=part_name(name, piece.part),
+            data=values,
+            global_shape=before_shape + piece.global_shape,
+            global_offset=before_offset + piece.offset,
+            replica_id=replica_id,
+            prepended_axes=len(sharded_offsets),
+            part=piece.part,
+            source=tensor,
+        )
+        for piece, values in zip(layout.pieces(), layout.split_parts(tensor.detach()), strict=True)
+    ]
+
+
+def part_name(name: str, part: str | None) -> str:
+    """`linear_qkv.weight`, `q` -> `linear_qkv.q.weight`."""
+    if part is None:
+        return name
+    module, dot, attribute = name.rpartition(".")
+    return f"{module}{dot}{part}.{attribute}"
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+    buffers = [
+        (name, buffer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*own, *buffers]
+
+
+def _check_offsets(sharded_offsets: Sequence[ShardedOffset]) -> None:
+    if [axis for axis, _, _ in sharded_offsets] != list(range(len(sharded_offsets))):
+        raise ParallelError(f"sharded_offsets={tuple(sharded_offsets)}: expected the axes 0, 1, .. in order")
+    for axis, index, count in sharded_offsets:
+        if not 0 <= index < count:
+            raise ParallelError(f"sharded_offsets: index {index} of axis {axis} is not in [0, {count})")
+
+
+def _replica_id(layout: TensorLayout) -> int:
+    """This rank's place among those of its pipeline stage that hold the same slice."""
+    info = parallel_group_info()
+    divided = {axis.name for _, axis in layout.shards}
+    replica = 0
+    for axis in (info.edp, info.ep, info.etp) if layout.expert else (info.dp, info.tp):
+        if axis.name not in divided:
+            replica = replica * axis.world_size + axis.rank
+    return replica
