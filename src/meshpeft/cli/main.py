@@ -1,7 +1,65 @@
-"""Entry point."""
+"""`meshpeft COMMAND ...`: finds the command, runs it, and turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
 
-def main() -> None:
-    """Run."""
+__all__ = ["main"]
+
+COMMANDS = {
+    "finetune": "fine-tune a model with an adapter, on one process or over a mesh",
+    "evaluate": "measure the loss of a model with or without an adapter",
+    "generate": "continue a prompt with or without an adapter",
+}
+
+USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(
+    "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0; 2 for bad input, after one sentence on stderr; 1 for a worker that died, after its
+        traceback; 130 for an interrupt. What else goes wrong is raised.
+    """
+    command, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from meshpeft import __version__
+
+        print(f"meshpeft {__version__}")
+        return 0
+    if command not in COMMANDS:
+        found = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {found[0]}?" if found else ""
+        reason = f"there is no command {command!r}{hint}" if command else "no command was given"
+        print(f"meshpeft: {reason}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    # Only now: what a command needs takes seconds to import, and --help should not.
+    from meshpeft.parallel.errors import MeshPEFTError
+    from meshpeft.training.launch import WorkerDied, speaks_for_all
+
+    try:
+        importlib.import_module(f"meshpeft.cli.{command}").run(arguments)
+    except MeshPEFTError as error:
+        if speaks_for_all():
+            print(f"meshpeft {command}: {error}", file=sys.stderr)
+        return 2
+    except WorkerDied as error:
+        print(f"meshpeft {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"meshpeft {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

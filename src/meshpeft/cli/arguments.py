@@ -1,0 +1,77 @@
+"""From `argv`, and a YAML file that it may name, to an options object."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from meshpeft.training.config import ConfigError
+
+__all__ = ["parse"]
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], argv: Sequence[str], prog: str) -> T:
+    """Read `options`, a dataclass, from the command line.
+
+    A field called `config` names a YAML file whose values stand before those of the command line, which therefore
+    override them.
+
+    Raises:
+        ConfigError: the YAML file cannot be read, or has a key that is no option.
+        SystemExit: the command line is wrong (code 2, explained on stderr), or asks for help (code 0).
+    """
+    return tyro.cli(options, args=[*_yaml_arguments(options, argv), *argv], prog=prog, config=(tyro.conf.DisallowNone,))
+
+
+def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:
+    names = [field.name for field in fields(options)]
+    if "config" not in names:
+        return []
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", nargs="?", type=Path)
+    path: Path | None = finder.parse_known_args(list(argv))[0].config
+    if path is None:  # not given, or without a value, which the real parser explains
+        return []
+    arguments: list[str] = []
+    for key, value in _read(path).items():
+        name = str(key).replace("-", "_")
+        if name not in names or name == "config":
+            raise ConfigError(f"{path}: no option is called {key!r}{_nearest(name, names)}")
+        option = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            arguments += [option, *map(str, value)]
+        else:
+            arguments.append(f"{option}={value}")
+    return arguments
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected options and their values, `name: value` a line")
+    return values
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {found[0]}?" if found else f"; the options are {', '.join(names)}"

@@ -1,0 +1,253 @@
+"""What a run is told: the options of `finetune`, `evaluate` and `generate`, with their checks.
+
+The command line is made from these classes, and the text under each field is its help. No default depends on
+the layout. Where `None` is the default, the text says what it stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import tyro
+
+from meshpeft.parallel.errors import MeshPEFTError
+
+__all__ = ["ConfigError", "EvaluateConfig", "FinetuneConfig", "GenerateConfig", "TensorType", "TrainingError", "tensor_type"]
+
+TensorType = Literal["float64", "float32", "bfloat16", "float16"]
+
+# The help of such an option says itself what leaving it out means.
+_Optional = tyro.conf.arg(help_behavior_hint="")
+
+
+class ConfigError(MeshPEFTError):
+    """An option, or options together, that make no run."""
+
+
+class TrainingError(MeshPEFTError):
+    """A run that cannot go on with these options: its loss is not a number any more."""
+
+
+def tensor_type(name: TensorType) -> torch.dtype:
+    """The torch type of this name."""
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Options that say where the model runs, and change no number."""
+
+    tp: int = 1
+    """Tensor parallel: processes that share each layer of the model."""
+    dp: Annotated[int | None, _Optional] = None
+    """Data parallel: copies of the model that share each batch. Default: the fewest that fit, or what is left
+    of the processes that a launcher such as torchrun has started."""
+    sequence_parallel: bool = False
+    """Divide the activations between the layers over the tensor-parallel processes, too: less memory."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that no model and no machine could take."""
+        _at_least(self, 1, "tp", "dp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(_Layout):
+    """Fine-tune a language model with a small adapter; with no options, the embedded model on embedded data."""
+
+    model: Annotated[Path | None, _Optional] = None
+    """Base model: a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3). Default: the small embedded model."""
+    data: Annotated[Path | None, _Optional] = None
+    """Training data: JSONL, JSON, CSV or Parquet with a `text` column, `prompt` and `completion`, or chat
+    `messages`. Default: functions and docstrings of the running Python's standard library."""
+    held_out: float = 0.05
+    """Part of the records of --data that is set aside to measure the held-out loss."""
+    output_dir: Path = Path("runs/finetune")
+    """Where the adapter, the metrics and the loss curve go."""
+    overwrite: bool = False
+    """Replace the run that the output directory holds."""
+
+    method: Literal["lora"] = "lora"
+    """Kind of adapter."""
+    rank: int = 16
+    """Rank of the adapter's two factors."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, from 0 up to 1."""
+    target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv."""
+
+    steps: Annotated[int | None, _Optional] = None
+    """Optimizer steps. Default: see --epochs."""
+    epochs: Annotated[float | None, _Optional] = None
+    """Times that the data is read, instead of --steps. Default: 1."""
+    batch_size: int = 16
+    """Rows in a global batch, over all processes and micro-batches. A row is --seq-length tokens long."""
+    micro_batch_size: int = 4
+    """Rows that one process computes at a time. Changes memory and speed, no number."""
+    seq_length: int = 512
+    """Tokens in a row. Longer texts are split; longer prompts with completions lose their beginning."""
+    packing: bool = True
+    """Put several short documents in one row, each attending to itself only; else one document a row."""
+    lr: Annotated[float | None, _Optional] = None
+    """Learning rate at its peak. Default: 2e-4, or 2e-3 for the small embedded model."""
+    warmup: float = 0.05
+    """Steps over which the learning rate rises to its peak: a number of steps, or below 1 a part of all steps."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it. 0: no limit."""
+    dtype: TensorType = "float32"
+    """Type of the base model and its activations. The adapter is float32, or float64 with a float64 base."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    eval_every: int = 50
+    """Steps between measurements of the held-out loss; 0: before and after only."""
+    seed: int = 0
+    """Seed of the adapter's first values, the order of the data and dropout."""
+    config: Annotated[Path | None, _Optional] = None
+    """YAML file with values for these options, by name. What the command line gives overrides it."""
+
+    GENERAL_LEARNING_RATE: ClassVar[float] = 2e-4
+    EMBEDDED_LEARNING_RATE: ClassVar[float] = 2e-3
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that no model and no data could take."""
+        super().check()
+        _at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size")
+        _at_least(self, 2, "seq_length")
+        _at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "seed")
+        _above(self, 0, "alpha", "epochs", "lr")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out}: expected a part of the data, between 0 and 1")
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one layer")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"steps={self.steps} and epochs={self.epochs} were both given; leave one out")
+
+    def resolved(self) -> Self:
+        """The same run with every default filled in that depends on other options."""
+        usual = self.EMBEDDED_LEARNING_RATE if self.model is None else self.GENERAL_LEARNING_RATE
+        epochs = 1.0 if self.steps is None and self.epochs is None else self.epochs
+        return replace(self, lr=usual if self.lr is None else self.lr, epochs=epochs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as plain values; [`from_json`][meshpeft.training.config.FinetuneConfig.from_json] reads them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """The options that `run.json` of a finished run holds.
+
+        Raises:
+            ConfigError: the file cannot be read, or is not one of ours.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))["options"]
+            known = {field.name for field in fields(cls)}
+            values = {name: value for name, value in values.items() if name in known}
+            for name in ("model", "data", "output_dir", "config"):
+                values[name] = None if values[name] is None else Path(values[name])
+            values["target_modules"] = tuple(values["target_modules"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: not the record of a meshpeft run ({error})") from error
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdapterUse(_Layout):
+    """Options to run a base model with or without an adapter. `None` means what the adapter's run had."""
+
+    adapter: Annotated[Path | None, _Optional] = None
+    """Output directory of `meshpeft finetune`. Default: no adapter, the base model alone."""
+    model: Annotated[Path | None, _Optional] = None
+    """Base model: a Hugging Face directory. Default: that of the adapter's run, else the embedded model."""
+    dtype: Annotated[TensorType | None, _Optional] = None
+    """Type of the base model and its activations. Default: that of the adapter's run, else float32."""
+
+    def run(self) -> FinetuneConfig:
+        """The options of the run that made the adapter, with `model` and `dtype` replaced where given here.
+
+        Raises:
+            ConfigError: the adapter's directory is not one of `meshpeft finetune`.
+        """
+        run = FinetuneConfig()
+        if self.adapter is not None:
+            if not (self.adapter / "adapter_config.json").is_file():
+                raise ConfigError(f"{self.adapter}: holds no adapter (there is no adapter_config.json)")
+            record = self.adapter / "run.json"
+            if record.is_file():
+                run = FinetuneConfig.from_json(record)
+            elif self.model is None:
+                raise ConfigError(f"{self.adapter}: there is no run.json that names its base model; give --model")
+        return replace(
+            run,
+            model=run.model if self.model is None else self.model,
+            dtype=run.dtype if self.dtype is None else self.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_AdapterUse):
+    """Measure the loss of a model, with or without an adapter."""
+
+    data: Annotated[Path | None, _Optional] = None
+    """Measure on all of this file. Default: what the adapter's run held out of its data."""
+    micro_batch_size: int = 4
+    """Rows that one process computes at a time."""
+    seq_length: Annotated[int | None, _Optional] = None
+    """Tokens in a row. Default: that of the adapter's run, else 512."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that no model and no data could take."""
+        super().check()
+        _at_least(self, 1, "micro_batch_size")
+        _at_least(self, 2, "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(_AdapterUse):
+    """Continue a prompt with a model, with or without an adapter."""
+
+    prompt: str
+    """Text to continue; - reads it from standard input."""
+    max_new_tokens: int = 128
+    """Most tokens to add."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it, the higher the more varied."""
+    top_k: Annotated[int | None, _Optional] = None
+    """Choose among this many of the likeliest tokens."""
+    top_p: Annotated[float | None, _Optional] = None
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the choice."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that no model could take."""
+        super().check()
+        _at_least(self, 1, "max_new_tokens", "top_k")
+        _at_least(self, 0, "temperature", "seed")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: expected a probability above 0, up to 1")
+
+
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise ConfigError(f"{name}={value}: expected at least {least:g}")
+
+
+def _above(config: object, bound: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value > bound and math.isfinite(value)):
+            raise ConfigError(f"{name}={value}: expected a number above {bound:g}")

@@ -1,0 +1,264 @@
+"""Starting the workers of a run, or joining those that a launcher has started.
+
+`meshpeft finetune --tp 2` is one process that starts two workers through PyTorch's elastic launcher and
+waits. Under a launcher that sets `RANK` and `WORLD_SIZE` (torchrun, Slurm with the two exported) it is one
+of the workers already, and starts none. With one worker nothing is started and torch.distributed is unused.
+
+A failing worker writes a report beside the others'; the parent ends the rest and raises the report of the
+worker that failed *first*, since the others then fail too, for want of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.mesh import destroy_parallelism
+
+__all__ = ["LaunchError", "WorkerDied", "is_joined", "launch", "number_of_workers", "speaks_for_all"]
+
+# A worker that lost its connection waits before it dies: the launcher is to see the one that broke it first.
+LOST_CONNECTION_GRACE_SECONDS = 2.0
+# How long workers may take to end after SIGTERM before SIGKILL.
+SHUTDOWN_SECONDS = 5
+
+
+class LaunchError(MeshPEFTError):
+    """The processes asked for cannot be started here, or do not fit those that are running."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker ended with an error of its own. The text is its traceback, or how it was killed."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Why a worker failed: `sentence` for bad input, else `traceback`."""
+
+    rank: int
+    time_ns: int
+    lost_connection: bool
+    sentence: str | None = None
+    traceback: str = ""
+
+
+def is_joined() -> bool:
+    """Whether a launcher started this process as one of its workers."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def number_of_workers(
+    tensor_parallel: int = 1,
+    data_parallel: int | None = None,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
+) -> int:
+    """How many processes the sizes need; `data_parallel=None` takes the smallest that fits.
+
+    Returns:
+        The world size given by a launcher, else `pp * dp * tp`, else the smallest number that both
+        `pp * tp` and `pp * ep * etp` divide.
+
+    Raises:
+        LaunchError: the sizes do not fit together, or not the launcher's world; it names what would.
+    """
+    etp = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
+    sizes = {"tp": tensor_parallel, "pp": pipeline_parallel, "ep": expert_parallel, "etp": etp}
+    if data_parallel is not None:
+        sizes["dp"] = data_parallel
+    for name, size in sizes.items():
+        if size < 1:
+            raise LaunchError(f"{name}={size}: expected a size of at least 1")
+    dense, expert = pipeline_parallel * tensor_parallel, pipeline_parallel * expert_parallel * etp
+    smallest = math.lcm(dense, expert)
+    wanted = smallest if data_parallel is None else dense * data_parallel
+    if wanted % smallest:
+        raise LaunchError(
+            f"dp={data_parallel} makes {wanted} processes, which pp*ep*etp={expert} does not divide; "
+            f"use a dp that is a multiple of {smallest // dense}"
+        )
+    if not is_joined():
+        return wanted
+    world = int(os.environ["WORLD_SIZE"])
+    if world % smallest:
+        raise LaunchError(
+            f"WORLD_SIZE={world} processes were started, but these sizes need a multiple of {smallest}"
+        )
+    if data_parallel is not None and world != wanted:
+        raise LaunchError(
+            f"WORLD_SIZE={world} processes were started, but pp*dp*tp={wanted}; "
+            f"leave dp out or use dp={world // dense}"
+        )
+    return world
+
+
+def launch(function: Callable[..., object], *arguments: Any, workers: int) -> None:
+    """Run `function(*arguments)` once on each worker, and return when all are done.
+
+    Args:
+        function: importable by name (workers are fresh processes), as are the types of `arguments`.
+        workers: see [`number_of_workers`][meshpeft.training.launch.number_of_workers].
+
+    Raises:
+        MeshPEFTError: a worker found the input at fault; the sentence is the worker's.
+        WorkerDied: a worker failed otherwise; the others have been ended.
+    """
+    if is_joined():
+        _work(function, *arguments)
+        return
+    if workers == 1:
+        function(*arguments)
+        return
+    if torch.cuda.is_available() and torch.cuda.device_count() < workers:
+        raise LaunchError(
+            f"{workers} workers need a GPU each, and this machine has {torch.cuda.device_count()}; "
+            f"use smaller sizes, or start the workers on several machines with torchrun"
+        )
+    with tempfile.TemporaryDirectory(prefix="meshpeft-") as reports, _quiet_launcher():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=workers,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        try:
+            with _signal_handlers_restored():
+                elastic_launch(config, _reporting_work)(Path(reports), function, *arguments)
+        except ChildFailedError as error:
+            raise _root_cause(Path(reports), error) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the one to print an error: true on exactly one of those that fail and ask.
+
+    Before the workers are connected they all fail alike, and rank 0 speaks; afterwards the first to ask does.
+    """
+    if not is_joined():
+        return True
+    if not dist.is_initialized():
+        return int(os.environ["RANK"]) == 0
+    try:
+        asked: int = dist.distributed_c10d._get_default_store().add("meshpeft/failures", 1)
+    except RuntimeError:  # the store went down with the worker that held it
+        return True
+    return asked == 1
+
+
+def _work(function: Callable[..., object], *arguments: Any) -> None:
+    """The body of a worker: its share of the cores, the function, and a clean end."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, _available_cores() // local_workers))
+    function(*arguments)
+    # Only after success: a failing worker must end at once, not wait for the others here.
+    destroy_parallelism()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _reporting_work(reports: Path, function: Callable[..., object], *arguments: Any) -> None:
+    try:
+        _work(function, *arguments)
+    except Exception as error:
+        report = _Report(
+            rank=int(os.environ["RANK"]),
+            time_ns=time.time_ns(),
+            lost_connection=_is_lost_connection(error),
+            sentence=str(error) if isinstance(error, MeshPEFTError) else None,
+            traceback=traceback.format_exc(),
+        )
+        part = reports / f"{report.rank}.part"
+        part.write_text(json.dumps(asdict(report)))
+        part.rename(reports / f"{report.rank}.json")
+        if report.lost_connection:
+            time.sleep(LOST_CONNECTION_GRACE_SECONDS)
+        raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "connection" in text or "peer" in text)
+    )
+
+
+def _root_cause(directory: Path, error: ChildFailedError) -> MeshPEFTError | WorkerDied:
+    """The first failure: reports in order of time, those who merely lost their connection last."""
+    reports = [_Report(**json.loads(path.read_text())) for path in directory.glob("*.json")]
+    rank, failure = error.get_first_failure()
+    first = min(reports, key=lambda report: (report.lost_connection, report.time_ns), default=None)
+    if first is None or (first.lost_connection and all(report.rank != rank for report in reports)):
+        return WorkerDied(f"worker {rank} {_how_it_ended(failure)}")
+    if first.sentence is not None:
+        return MeshPEFTError(first.sentence)
+    return WorkerDied(f"worker {first.rank} failed:\n{first.traceback.rstrip()}")
+
+
+def _how_it_ended(failure: ProcessFailure) -> str:
+    if failure.exitcode == -signal.SIGKILL:
+        return "was killed (SIGKILL), as happens when memory runs out; try a smaller --micro-batch-size"
+    if failure.exitcode < 0:
+        return f"was ended by a signal ({failure.signal_name()})"
+    return f"ended with exit code {failure.exitcode} and left no traceback"
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """The launcher logs every failure several times over; ours is reported once, by us."""
+    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(noisy)]
+    states = {name: logging.getLogger(name).disabled for name in names}
+    for name in names:
+        logging.getLogger(name).disabled = True
+    try:
+        yield
+    finally:
+        for name, state in states.items():
+            logging.getLogger(name).disabled = state
+
+
+@contextmanager
+def _signal_handlers_restored() -> Iterator[None]:
+    """The launcher installs handlers and leaves them: put the caller's back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

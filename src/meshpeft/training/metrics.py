@@ -1,0 +1,61 @@
+"""The numbers of a run: one JSON object a line while it goes, and a picture of them when it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MetricsLog", "plot_losses"]
+
+
+class MetricsLog:
+    """Keeps the rows of `metrics.jsonl` and writes each as it comes, so that a run can be watched.
+
+    A row of a step has `step` (from 1), `loss` (nats per target token), `learning_rate`, `grad_norm` (null where
+    float16 overflowed and the step was skipped), `tokens`, `target_tokens` (of the global batch) and `seconds`
+    (of the step); a row of a measurement has `step` (steps done so far) and `held_out_loss`.
+
+    Args:
+        path: the file; `None` keeps the rows only (on ranks other than 0).
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file = None if path is None else path.open("w", encoding="utf-8")
+
+    def add(self, **row: Any) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the rows that have `name`."""
+        rows = [row for row in self.rows if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def plot_losses(log: MetricsLog, path: Path, title: str) -> None:
+    """Draw the loss of every step and the held-out loss, in nats per token, as a PNG."""
+    # Here, because it is slow to import and only rank 0 draws; without pyplot, which would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*log.series("loss"), color="tab:blue", linewidth=1, alpha=0.8, label="training, each step")
+    axes.plot(*log.series("held_out_loss"), color="tab:orange", marker="o", label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

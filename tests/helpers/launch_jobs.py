@@ -1,0 +1,62 @@
+"""What workers do in the tests of launching; in a module of its own, so that fresh processes can import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from meshpeft.parallel import MeshPEFTError, init_parallelism
+from meshpeft.training.launch import is_joined, launch, number_of_workers, speaks_for_all
+
+
+def write_sum(directory: Path) -> None:
+    """Each worker leaves the sum over the workers of rank + 1, and its number of threads."""
+    info = init_parallelism(tensor_parallel=2)
+    total = torch.tensor([float(info.tp.rank + 1)])
+    dist.all_reduce(total, group=info.tp.group)
+    (directory / f"{info.tp.rank}").write_text(f"{total.item():g} {torch.get_num_threads()}")
+
+
+def fail_on_rank_1(how: str) -> None:
+    """Rank 1 fails while rank 0 waits for it in a collective."""
+    info = init_parallelism(tensor_parallel=2)
+    if info.tp.rank == 1:
+        if how == "error":
+            raise ZeroDivisionError("this one was first")
+        if how == "bad input":
+            raise MeshPEFTError("the file is truncated")
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1), group=info.tp.group)
+
+
+def joined(how: str) -> int:
+    """What the command line does under a launcher: the exit code, and at most one worker that prints."""
+    assert is_joined()
+    try:
+        launch(fail_joined, how, workers=number_of_workers(tensor_parallel=2))
+    except MeshPEFTError as error:
+        if speaks_for_all():
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def fail_joined(how: str) -> None:
+    """Fails on every rank before they are connected, or on rank 1 afterwards, or not at all."""
+    if how == "before":
+        raise MeshPEFTError("no such file")
+    info = init_parallelism(tensor_parallel=2)
+    if how == "after" and info.tp.rank == 1:
+        raise MeshPEFTError("the file is truncated")
+    if how == "all":
+        dist.all_reduce(torch.ones(1), group=info.tp.group)
+        raise MeshPEFTError("not divisible")
+
+
+if __name__ == "__main__":
+    sys.exit(joined(sys.argv[1]))
