@@ -14,9 +14,7 @@ from meshpeft.parallel import ParallelGroupInfo, destroy_parallelism, init_paral
 
 
 @contextmanager
-def simulate(
-    tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: int = 1
-) -> Iterator[ParallelGroupInfo]:
+def simulate(tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: int = 1) -> Iterator[ParallelGroupInfo]:
     """Run the body on `pp * dp * tp` simulated ranks; with one rank, without torch.distributed."""
     world = pp * dp * tp
     if world == 1:

@@ -1,0 +1,73 @@
+"""Small random models of every family, saved by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.transformers_float64 import in_float64
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB_SIZE = 96
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+# Between them: both rotary scalings, tied and untied heads, every bias, windows shorter than a test's sequence in
+# all and in some layers, heads whose channels do not add up to the hidden size.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"sliding_window": 5},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    },
+    "qwen3": {"head_dim": 6, "attention_bias": True},
+}
+
+
+def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
+    """Write a small float32 model of `family` whose every parameter is random, biases and norms too."""
+    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    model.save_pretrained(directory)
+    return directory
+
+
+def reference(directory: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """transformers' model of a directory, in evaluation mode; exact in float64."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    return in_float64(model) if dtype == torch.float64 else model
+
+
+def random_ids(batch: int = 2, length: int = 13, seed: int = 0) -> torch.Tensor:
+    """Token ids [batch, length]; the default length is odd, and beyond every window."""
+    return torch.randint(1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))

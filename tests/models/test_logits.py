@@ -1,0 +1,117 @@
+"""The decoder computes what transformers computes, at every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.simulate import on_rank, simulate, the_same
+from helpers.tiny_models import FAMILIES, random_ids, reference
+from torch import Tensor
+from torch.nn import functional
+
+from meshpeft.models import hf_tensor_names, load_pretrained
+from meshpeft.parallel import (
+    ModelParallelConfig,
+    finalize_gradients,
+    layout_of_tensor,
+    vocab_parallel_cross_entropy,
+)
+
+# float64 leaves nothing but rounding; float32 is transformers' own error against float64, a few units of 1e-6.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+
+
+def parallel(tp: int, sequence_parallel: bool = False) -> ModelParallelConfig:
+    return ModelParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("tp", (1, 2, 4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tiny: Callable[[str], Path], family: str, tp: int, dtype: torch.dtype) -> None:
+    ids = random_ids()
+    expected = reference(tiny(family), dtype)(ids).logits
+    with simulate(tp=tp):
+        decoder = load_pretrained(tiny(family), dtype=dtype, parallel=parallel(tp))
+        logits = the_same(decoder(ids, gather_logits=True))
+    assert logits.dtype == dtype
+    assert relative_error(logits, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tp", (2, 4))
+def test_logits_are_divided_along_the_vocabulary(tiny: Callable[[str], Path], tp: int) -> None:
+    ids = random_ids()
+    expected = reference(tiny("llama"))(ids).logits.chunk(tp, -1)
+    with simulate(tp=tp):
+        logits = load_pretrained(tiny("llama"), dtype=torch.float64, parallel=parallel(tp))(ids)
+        for rank in range(tp):
+            assert relative_error(on_rank(logits, rank), expected[rank]) < 1e-10
+
+
+@pytest.mark.parametrize("length", (1, 12, 13))
+@pytest.mark.parametrize("tp", (2, 4))
+def test_sequence_parallel_pads_any_length(tiny: Callable[[str], Path], tp: int, length: int) -> None:
+    ids = random_ids(length=length)
+    expected = reference(tiny("qwen3"))(ids).logits
+    with simulate(tp=tp):
+        decoder = load_pretrained(tiny("qwen3"), dtype=torch.float64, parallel=parallel(tp, True))
+        every = the_same(decoder(ids, gather_logits=True))
+        last = the_same(decoder(ids, gather_logits=True, last_token_only=True))
+    assert relative_error(every, expected) < 1e-10
+    assert relative_error(last, expected[:, -1:]) < 1e-10
+
+
+def test_bfloat16_is_transformers_bfloat16(tiny: Callable[[str], Path]) -> None:
+    ids = random_ids()
+    theirs = reference(tiny("mistral"), torch.bfloat16)(ids).logits.float()
+    exact = reference(tiny("mistral"))(ids).logits.float()
+    decoder = load_pretrained(tiny("mistral"), dtype=torch.bfloat16)
+    ours = decoder(ids)
+    assert ours.dtype == torch.bfloat16
+    # No further from the exact logits than theirs: half as much again allows for another order of rounding.
+    assert relative_error(ours.float(), exact) < 1.5 * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("activation_checkpointing", (False, True))
+@pytest.mark.parametrize(("tp", "sequence_parallel"), ((1, False), (2, False), (2, True)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_equals_transformers(
+    tiny: Callable[[str], Path], family: str, tp: int, sequence_parallel: bool, activation_checkpointing: bool
+) -> None:
+    ids = random_ids()
+    model = reference(tiny(family))
+    logits = model(ids).logits
+    functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with simulate(tp=tp):
+        decoder = load_pretrained(
+            tiny(family),
+            dtype=torch.float64,
+            parallel=parallel(tp, sequence_parallel),
+            activation_checkpointing=activation_checkpointing,
+        )
+        vocab_parallel_cross_entropy(decoder(ids)[:, :-1], ids[:, 1:]).mean().backward()
+        finalize_gradients(decoder)
+        found = {name: gradients_by_hf_name(name, parameter) for name, parameter in decoder.named_parameters()}
+    compared = set()
+    for gradients in found.values():
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) < 1e-10, name
+            compared.add(name)
+    assert compared == set(expected)
+
+
+def gradients_by_hf_name(name: str, parameter: Tensor) -> dict[str, Tensor]:
+    layout = layout_of_tensor(parameter)
+    assert layout is not None
+    assert parameter.grad is not None
+    full = the_same(layout.gather(parameter.grad))
+    sizes = [full.shape[0]] if layout.packing is None else list(layout.packing.sizes)
+    return dict(zip(hf_tensor_names(name, layout), full.split(sizes), strict=True))
