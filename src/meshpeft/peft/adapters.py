@@ -1,0 +1,219 @@
+"""The two factors of a low-rank adapter, laid out like the layer that they adapt."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshpeft.parallel import (
+    LinearLayout,
+    ParallelAxis,
+    TensorLayout,
+    dropout,
+    layout_of,
+    named_init_,
+    parallel_group_info,
+    set_layout,
+)
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.initialization import init_method_of
+
+__all__ = ["DropoutPosition", "LinearAdapter", "LowRankAdapter", "LowRankFactor", "check_options"]
+
+DropoutPosition = Literal["pre", "post"]
+
+
+def check_options(dim: int, alpha: float, dropout: float, dropout_position: str) -> None:
+    """Refuse what no low-rank adapter can be made with.
+
+    Raises:
+        AdapterError: a rank below 1, a non-finite alpha, a dropout outside [0, 1), an unknown position.
+    """
+    if dim < 1:
+        raise AdapterError(f"dim={dim}: the rank of an adapter is at least 1")
+    if not math.isfinite(alpha):
+        raise AdapterError(f"alpha={alpha}: expected a finite number; the adapter is scaled by alpha / dim")
+    if not 0 <= dropout < 1:
+        raise AdapterError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
+    if dropout_position not in ("pre", "post"):
+        raise AdapterError(f"dropout_position={dropout_position!r}: expected 'pre' or 'post'")
+
+
+class LowRankFactor(nn.Module):
+    """One factor: a weight [out, in] and nothing else.
+
+    Args:
+        layout: of the weight; its local slice is made here.
+        init_method: `xavier normal kaiming zero`.
+        name: the weight's full name; with `seed` and the global shape it decides the values.
+        seed: of the run.
+        dtype, device: of the weight.
+        initialize: leave the weight empty if false.
+    """
+
+    def __init__(
+        self,
+        layout: TensorLayout,
+        init_method: str,
+        name: str,
+        seed: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        initialize: bool = True,
+    ) -> None:
+        super().__init__()
+        init_fn = init_method_of(init_method)
+        self.weight = nn.Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
+        set_layout(self.weight, layout)
+        if initialize:
+            named_init_(self.weight, init_fn, seed, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X W^T, in x's type."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """The local shape."""
+        return "x".join(str(size) for size in self.weight.shape)
+
+
+class LowRankAdapter(nn.Module):
+    """A [r, in] as `linear_in.weight` and B [out, r] as `linear_out.weight`, with what is needed to apply them.
+
+    Args:
+        layout: of the base layer.
+        dim: r, the rank.
+        alpha: the output is scaled by alpha / dim; `None` means dim.
+        dropout: probability; on the input (`pre`) or the output (`post`) of the adapter.
+        dropout_recompute: make the mask again in the backward pass instead of keeping it.
+        lora_A_init_method, lora_B_init_method: `xavier normal kaiming zero`.
+        name: full name of the base layer; parameters are initialised as `{name}.adapter.linear_in.weight`, ..
+        fused: the adapter joins its base between `enter` and `exit`; otherwise it runs beside it.
+        use_rslora: scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
+        seed, dtype, device: of the parameters.
+        initialize: leave the parameters empty if false.
+
+    Raises:
+        AdapterError: see `check_options`.
+        NotImplementedError: an unknown init method.
+    """
+
+    def __init__(
+        self,
+        layout: LinearLayout,
+        dim: int,
+        alpha: float | None = None,
+        *,
+        dropout: float = 0.0,
+        dropout_position: DropoutPosition = "pre",
+        dropout_recompute: bool = False,
+        lora_A_init_method: str = "xavier",
+        lora_B_init_method: str = "zero",
+        name: str = "",
+        fused: bool = True,
+        use_rslora: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        initialize: bool = True,
+    ) -> None:
+        super().__init__()
+        alpha = dim if alpha is None else alpha
+        check_options(dim, alpha, dropout, dropout_position)
+        smaller = min(layout.in_features, layout.out_features)
+        if dim > smaller:
+            warnings.warn(
+                f"{name or 'adapter'}: dim={dim} is above the layer's smaller side {smaller}: a rank of {smaller} "
+                "already expresses every change of its weight",
+                stacklevel=2,
+            )
+        self.layout, self.fused = layout, fused
+        self.dim, self.alpha, self.use_rslora = dim, alpha, use_rslora
+        self.dropout, self.dropout_position, self.dropout_recompute = dropout, dropout_position, dropout_recompute
+        self.base_name, self.seed = name, seed
+        options: tuple[Any, ...] = (seed, dtype, device, initialize)
+        self.linear_in = LowRankFactor(
+            self.layout_of_a(), lora_A_init_method, f"{name}.adapter.linear_in.weight", *options
+        )
+        self.linear_out = LowRankFactor(
+            self.layout_of_b(), lora_B_init_method, f"{name}.adapter.linear_out.weight", *options
+        )
+
+    def layout_of_a(self) -> TensorLayout:
+        """Where A [r, in] lies."""
+        return self.layout.factor_a(self.dim, fused=self.fused)
+
+    def layout_of_b(self) -> TensorLayout:
+        """Where B [out, r] lies."""
+        return self.layout.factor_b(self.dim, fused=self.fused)
+
+    @property
+    def scale(self) -> float:
+        """s in y += s (x A^T) B^T."""
+        return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+
+    def drop_input(self, x: Tensor) -> Tensor | None:
+        """X after dropout, or `None` where the adapter sees x itself."""
+        if self.dropout_position != "pre" or not self._drops():
+            return None
+        return self._drop(x, self._input_is_divided())
+
+    def drop_output(self, delta: Tensor) -> Tensor:
+        """The adapter's output after dropout, if it comes there."""
+        if self.dropout_position != "post" or not self._drops():
+            return delta
+        return self._drop(delta, self._output_is_divided())
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _drop(self, x: Tensor, divided: bool) -> Tensor:
+        # Masks differ wherever the values do: over data parallel always, over the layer's axis where it divides x.
+        layout, info = self.layout, parallel_group_info()
+        varying: list[ParallelAxis] = [layout.data_axis or (info.edp if layout.is_expert else info.dp)]
+        if layout.expert_axis is not None:
+            varying.append(layout.expert_axis)
+        if divided:
+            varying.append(layout.axis)
+        return dropout(x, self.dropout, varying=varying, recompute=self.dropout_recompute)
+
+    def _input_is_divided(self) -> bool:
+        if self.layout.shard == "in":
+            return True
+        tokens_are_divided = self.layout.sequence_parallel and not self.layout.input_grad_is_reduced_outside
+        return tokens_are_divided and not (self.fused and self.layout.shard == "out")
+
+    def _output_is_divided(self) -> bool:
+        if self.layout.shard == "out":
+            return True
+        return self.layout.sequence_parallel and not (self.fused and self.layout.shard == "in")
+
+    def extra_repr(self) -> str:
+        """Rank, scale and dropout."""
+        return f"dim={self.dim}, scale={self.scale:g}, dropout={self.dropout}, fused={self.fused}"
+
+
+class LinearAdapter(LowRankAdapter):
+    """The adapter of a layer that it joins between `enter` and `exit`: `nn.Linear` and this package's layers.
+
+    Args:
+        base: the layer; its registered layout gives the shapes.
+        dim, alpha, options: as in `LowRankAdapter`; type and device default to the base weight's.
+
+    Raises:
+        NotImplementedError: no layout is registered for the type of `base`.
+    """
+
+    def __init__(self, base: nn.Module, dim: int = 32, alpha: float | None = None, **options: Any) -> None:
+        super().__init__(layout_of(base), dim, alpha, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Delta = s (x A^T) B^T in plain operations. x [*, in], after the base's `enter` -> [*, out], before `exit`."""
+        dropped = self.drop_input(x)
+        h = self.linear_in(x if dropped is None else dropped)
+        return self.drop_output(self.linear_out(h * self.scale))

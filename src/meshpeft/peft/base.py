@@ -1,0 +1,201 @@
+"""`PEFT`: apply an adapter method to a model, and steer the adapters on it."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from meshpeft.peft.counting import trainable_parameters
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.matching import ModuleMatcher
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["PEFT", "adapter_wrappers"]
+
+Model = TypeVar("Model", bound="nn.Module | list[nn.Module]")
+
+
+def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
+    """Every adapted layer of a model or of its chunks, with its full name."""
+    for chunk in _chunks(model):
+        for name, module in chunk.named_modules():
+            if isinstance(module, AdapterWrapper):
+                yield name, module
+
+
+@dataclass
+class PEFT(ABC):
+    """Base of the adapter methods. A subclass says in `transform` what becomes of one module.
+
+    Called on a model, it freezes every parameter, replaces the modules that `transform` changes, and leaves only the
+    adapters' parameters trainable. Calling it again changes nothing.
+
+    Attributes:
+        params_to_save: names (state-dict keys) of the trainable parameters, and of running statistics, of the
+            model it was last applied to.
+    """
+
+    params_to_save: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """The module that takes the place of `m`; `m` itself where nothing is to be done.
+
+        Args:
+            m: a module of the model.
+            name: its own name.
+            prefix: the full name of its parent.
+        """
+
+    def __call__(self, model: Model, training: bool = True) -> Model:
+        """Apply the method.
+
+        Args:
+            model: a module, or a list of model chunks; changed in place.
+            training: leave the adapters trainable and put the model in training mode. Otherwise everything is
+                frozen and the model is in evaluation mode.
+
+        Returns:
+            The model (the chunks), with adapters.
+
+        Raises:
+            AdapterError: a target matched nothing; a layer carries an adapter made with other options.
+        """
+        chunks = _chunks(model)
+        self._survey(chunks)
+        transformed: dict[int, nn.Module] = {}
+        chunks = [self._visit(chunk, "", "", transformed) for chunk in chunks]
+        for chunk in chunks:
+            self.freeze_model(chunk, training=training)
+            chunk.train(training)
+        self.set_params_to_save(chunks)
+        if isinstance(model, list):
+            model[:] = chunks
+            return model
+        return chunks[0]  # type: ignore[return-value]  # a module that was adapted itself is of another class
+
+    def _survey(self, chunks: list[nn.Module]) -> None:
+        """Raise what there is to raise before the first module is changed."""
+        if not isinstance(self, ModuleMatcher):
+            return
+        self._init_target_match_state()
+        for chunk in chunks:
+            for prefix, name, module in _walk(chunk):
+                base = module.to_wrap if isinstance(module, AdapterWrapper) else module
+                found = self.match(base, name, prefix)
+                made_by = module.applied_by if isinstance(module, AdapterWrapper) else None
+                if found is not None and made_by is not None and made_by != self:
+                    raise AdapterError(
+                        f"{found[1]} already carries an adapter, made by {made_by}; now {self} was asked for. Use the "
+                        "same options, or other targets, or start from the base model"
+                    )
+        self._check_matches()
+
+    def _visit(self, m: nn.Module, name: str, prefix: str, transformed: dict[int, nn.Module]) -> nn.Module:
+        """What takes the place of `m`; its children are visited if it stays."""
+        if id(m) in transformed:  # shared between two parents
+            return transformed[id(m)]
+        result = m if isinstance(m, AdapterWrapper) else self.transform(m, name, prefix)
+        transformed[id(m)] = transformed[id(result)] = result
+        if isinstance(result, AdapterWrapper):
+            if result is not m:
+                # A copy: the options at this time, whatever becomes of `self`.
+                result.applied_by = copy.copy(self)
+        elif result is m:
+            for child_name, child in list(m._modules.items()):
+                if child is not None:
+                    new = self._visit(child, child_name, _full_name(prefix, name), transformed)
+                    if new is not child:
+                        setattr(m, child_name, new)
+        return result
+
+    def freeze_model(self, model: nn.Module, training: bool = True) -> None:
+        """Freeze every parameter but the adapters'; those too, if not training."""
+        model.requires_grad_(False)
+        if training:
+            for _, wrapper in adapter_wrappers(model):
+                wrapper.adapter.requires_grad_(True)
+
+    def set_params_to_save(self, model: nn.Module | list[nn.Module]) -> None:
+        """Note what belongs into an adapter checkpoint: trainable parameters, and running statistics."""
+        self.params_to_save = set()
+        for chunk in _chunks(model):
+            adapters = {f"{name}.".lstrip(".") + "adapter." for name, _ in adapter_wrappers(chunk)}
+            for name, parameter in chunk.named_parameters():
+                if parameter.requires_grad or name.startswith(tuple(adapters)):
+                    self.params_to_save.add(name)
+            for name, module in chunk.named_modules():
+                if getattr(module, "track_running_stats", False):
+                    self.params_to_save.update(f"{name}.{buffer}".lstrip(".") for buffer, _ in module.named_buffers())
+
+    def adapter_key_filter(self, key: str | tuple[str, Tensor]) -> bool:
+        """Whether a state-dict key belongs into an adapter checkpoint.
+
+        Args:
+            key: the key; or the key with its tensor, which then belongs if it requires a gradient.
+        """
+        if isinstance(key, tuple):
+            return key[1].requires_grad
+        return key in self.params_to_save or ".adapter." in key or key.endswith(".adapters")
+
+    def enable_adapter_layers(self, model: nn.Module | list[nn.Module]) -> None:
+        """Let every adapter of the model take part."""
+        for _, wrapper in adapter_wrappers(model):
+            wrapper.enable_adapter_layers()
+
+    def disable_adapter_layers(self, model: nn.Module | list[nn.Module]) -> None:
+        """Make the model the base model, until the adapters are enabled again."""
+        for _, wrapper in adapter_wrappers(model):
+            wrapper.disable_adapter_layers()
+
+    @contextmanager
+    def disable_adapter(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
+        """Inside the context the model is the base model; after it each adapter is as it was."""
+        states = [(wrapper, wrapper.adapter_enabled) for _, wrapper in adapter_wrappers(model)]
+        self.disable_adapter_layers(model)
+        try:
+            yield
+        finally:
+            for wrapper, enabled in states:
+                if enabled:
+                    wrapper.enable_adapter_layers()
+
+    def merge(self, model: nn.Module | list[nn.Module], *, keep_base: bool = True) -> None:
+        """Write every adapter into its layer's weight, in place; see `AdapterWrapper.merge`."""
+        for _, wrapper in adapter_wrappers(model):
+            wrapper.merge(keep_base=keep_base)
+
+    def unmerge(self, model: nn.Module | list[nn.Module]) -> None:
+        """Undo `merge`, bit for bit."""
+        for _, wrapper in adapter_wrappers(model):
+            wrapper.unmerge()
+
+    def print_trainable_parameters(self, model: nn.Module | list[nn.Module]) -> None:
+        """Print how many parameters train, in all ranks together (on rank 0; chunks of other stages not counted)."""
+        trainable_parameters(model).print()
+
+
+def _chunks(model: Any) -> list[nn.Module]:
+    return list(model) if isinstance(model, (list, tuple)) else [model]
+
+
+def _full_name(prefix: str, name: str) -> str:
+    # `module` at the root is how wrappers (data parallel, mixed precision) call what they hold: not part of a name.
+    if not prefix:
+        return "" if name == "module" else name
+    return f"{prefix}.{name}"
+
+
+def _walk(m: nn.Module, name: str = "", prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """(Parent's full name, own name, module) of a module and all below it, but for what is inside adapted layers."""
+    yield prefix, name, m
+    if not isinstance(m, AdapterWrapper):
+        for child_name, child in m._modules.items():
+            if child is not None:
+                yield from _walk(child, child_name, _full_name(prefix, name))

@@ -1,0 +1,78 @@
+"""LoRA (Hu et al. 2021): y = x W^T + s (x A^T) B^T, one adapter per layer, also on fused ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter
+from meshpeft.peft.functional import fused_lora
+from meshpeft.peft.low_rank import LowRankPEFT
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["LoRA", "LoRALinear"]
+
+
+class LoRALinear(AdapterWrapper):
+    """A linear layer and its LoRA adapter.
+
+    A `LinearAdapter` joins the layer between `enter` and `exit`; a `ParallelLinearAdapter` runs beside it and its
+    output, in the state of the layer's own, is added.
+
+    Args:
+        to_wrap: the base layer.
+        adapter: its adapter.
+    """
+
+    adapter: LowRankAdapter
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        return self.adapter.linear_in.weight, self.adapter.linear_out.weight
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+        a, b = self.factors()
+        adapter, source = self.adapter, self.weight_source()
+        if adapter.dropout_position == "post" and adapter.training and adapter.dropout > 0:
+            weight = source if isinstance(source, Tensor) else source()
+            return F.linear(x, weight) + adapter(x)
+        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output plus the adapter's."""
+        base = self.base_linear_forward(x, *args, **kwargs)
+        delta = self.adapter(x if base.layernorm is None else base.layernorm)
+        return base.rebuild(base.linear + delta)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B A, local, in float32 or wider."""
+        a, b = self.factors()
+        weight = self.layer_type.weight(self.to_wrap)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.adapter.scale)
+
+
+@dataclass
+class LoRA(LowRankPEFT):
+    """Low-rank adaptation: one adapter on each target layer, fused layers included.
+
+    On `linear_qkv` and `linear_fc1` the parts (q, k, v; gate, up) share A and have their own rows of B. Options as in
+    `LowRankPEFT`.
+
+    Example:
+        >>> model = LoRA(target_modules=["*.layers.0.*.linear_qkv"], dim=8)(model)
+    """
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Put a LoRA adapter on a target layer; other modules are returned as they are."""
+        found = self.match(m, name, prefix)
+        if found is None:
+            return m
+        _, full_name = found
+        return LoRALinear(m, LinearAdapter(m, **self.adapter_options(m, full_name)))

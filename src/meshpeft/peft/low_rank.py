@@ -1,0 +1,114 @@
+"""What the low-rank methods share: their options, and the adapter that a layer's layout asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshpeft.parallel import layer_type_of, layout_of
+from meshpeft.peft.adapters import DropoutPosition, check_options
+from meshpeft.peft.base import PEFT
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.initialization import init_method_of
+from meshpeft.peft.matching import ModuleMatcher, is_expert_linear
+
+__all__ = ["LowRankPEFT"]
+
+
+@dataclass
+class LowRankPEFT(PEFT, ModuleMatcher):
+    """Options of LoRA, Canonical LoRA and DoRA.
+
+    Attributes:
+        dim: rank of the adapters.
+        alpha: the adapters are scaled by alpha / dim.
+        dropout: probability.
+        dropout_position: `pre`, on the adapter's input, or `post`, on its output.
+        lora_A_init_method, lora_B_init_method: `xavier normal kaiming zero`.
+        normalize_moe_lora: expert layers get the rank `dim // moe_router_topk`, which their config names.
+        share_expert_adapters: grouped experts share one adapter, over all ranks; otherwise one per expert.
+        a2a_experimental: standalone adapters on row-parallel layers under sequence parallel exchange their output
+            by an all-to-all instead of reducing h.
+        lora_dtype: type of the adapters' parameters; `None` means that of the base's computation.
+        use_rslora: scale by alpha / sqrt(rank) instead.
+        dropout_recompute: make dropout masks again in the backward pass instead of keeping them.
+        fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
+        seed: with a parameter's name and global shape it decides the initial values.
+    """
+
+    dim: int = 32
+    alpha: float = 32
+    dropout: float = 0.0
+    dropout_position: DropoutPosition = "pre"
+    lora_A_init_method: str = "xavier"
+    lora_B_init_method: str = "zero"
+    normalize_moe_lora: bool = False
+    share_expert_adapters: bool = True
+    a2a_experimental: bool = False
+    lora_dtype: torch.dtype | None = None
+    use_rslora: bool = False
+    dropout_recompute: bool = False
+    fused: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.dim, self.alpha, self.dropout, self.dropout_position)
+        init_method_of(self.lora_A_init_method)
+        init_method_of(self.lora_B_init_method)
+
+    def rank_of(self, base: nn.Module, full_name: str) -> int:
+        """Rank of the adapter on one layer: `dim`, or its share for experts.
+
+        Raises:
+            AdapterError: `normalize_moe_lora` where the layer's config names no `moe_router_topk`, or one that
+                does not divide `dim`.
+        """
+        if not self.normalize_moe_lora or not (is_expert_linear(full_name) or layout_of(base).is_expert):
+            return self.dim
+        topk = getattr(getattr(base, "config", None), "moe_router_topk", None)
+        if topk is None:
+            raise AdapterError(f"{full_name}: normalize_moe_lora needs a layer whose config names moe_router_topk")
+        if self.dim % topk:
+            raise AdapterError(
+                f"{full_name}: dim={self.dim} is not divisible by moe_router_topk={topk}; use a multiple of {topk}"
+            )
+        return self.dim // int(topk)
+
+    def joins(self, base: nn.Module) -> bool:
+        """Whether the adapter on this layer runs between its `enter` and `exit`."""
+        layer_type = layer_type_of(base)
+        return self.fused and layer_type is not None and layer_type.fused
+
+    def adapter_options(self, base: nn.Module, full_name: str) -> dict[str, Any]:
+        """Keyword arguments of an adapter module on one layer."""
+        dtype, device = _compute_type(base)
+        return {
+            "dim": self.rank_of(base, full_name),
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "dropout_position": self.dropout_position,
+            "dropout_recompute": self.dropout_recompute,
+            "lora_A_init_method": self.lora_A_init_method,
+            "lora_B_init_method": self.lora_B_init_method,
+            "use_rslora": self.use_rslora,
+            "seed": self.seed,
+            "dtype": dtype if self.lora_dtype is None else self.lora_dtype,
+            "device": device,
+            "name": full_name,
+        }
+
+
+def _compute_type(base: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Type and device that a layer computes in, whatever its weight is stored as."""
+    layer_type = layer_type_of(base)
+    if layer_type is None:
+        layout_of(base)  # raises, naming the type
+        raise AssertionError
+    weight = layer_type.weight(base)
+    # One byte per value is a storage type (float8): products are made in a wider one.
+    wide = weight.is_floating_point() and weight.element_size() > 1
+    return weight.dtype if wide else torch.get_default_dtype(), weight.device

@@ -1,0 +1,210 @@
+"""Which layers get an adapter: patterns on module names, and an error for every request that was not met."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from meshpeft.parallel import layer_type_of
+from meshpeft.peft.errors import AdapterError
+
+__all__ = ["ModuleMatcher", "is_expert_linear", "nearest_names", "wildcard_match"]
+
+
+def wildcard_match(pattern: str, key: str | None) -> bool | None:
+    """Whether the pattern (target module to add LoRA) matches the key (a module's full name).
+
+    `*` stands for any substring, also an empty one; every other character is literal, and the whole key must
+    match. A pattern with an empty component, such as `.layers.0..linear_qkv`, has lost its `*`: it matches
+    nothing, and a warning says so.
+
+    Returns:
+        `None` if key is `None`.
+
+    Example:
+        >>> wildcard_match("*.layers.0.*.linear_qkv", "decoder.layers.0.self_attention.linear_qkv")
+        True
+        >>> wildcard_match("*.layers.0.*.linear_qkv", "decoder.layers.1.self_attention.linear_qkv")
+        False
+    """
+    if key is None:
+        return None
+    if "" in pattern.split("."):
+        repaired = ".".join(part or "*" for part in pattern.split("."))
+        warnings.warn(
+            f"pattern {pattern!r} has an empty name between its dots and matches nothing; "
+            f"did it lose its '*'? Perhaps {repaired!r} was meant",
+            stacklevel=2,
+        )
+        return False
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), key, re.DOTALL) is not None
+
+
+def is_expert_linear(fqn: str) -> bool:
+    """Return whether the current base module is an expert linear module.
+
+    Shared experts are not experts: every token passes through them, on the dense axes.
+
+    Example:
+        >>> is_expert_linear("model.layers.0.mlp.experts.0.linear_fc1")
+        True
+        >>> is_expert_linear("model.layers.0.mlp.linear_fc1")
+        False
+        >>> is_expert_linear("model.layers.0.mlp.shared_experts.linear_fc1")
+        False
+    """
+    *containers, _ = fqn.split(".")
+    return "experts" in containers
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module routes tokens to experts in two steps, logits and choice, as Megatron's `TopKRouter`."""
+    return callable(getattr(module, "gating", None)) and callable(getattr(module, "routing", None))
+
+
+def nearest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
+    """Up to `count` of the names that look most like the pattern; the first ones if none does."""
+    wanted = pattern.replace("*", "").strip(".")
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    candidates = list(names) if "." in wanted else leaves
+    return difflib.get_close_matches(wanted, candidates, count, cutoff=0.5) or candidates[:count]
+
+
+class _DefaultTargets(list[str]):
+    """The targets of a caller who named none: some of them may be absent from a model."""
+
+
+def default_targets(*names: str) -> Callable[[], list[str]]:
+    """A default factory of targets that may match only partly, because no caller named them."""
+    return partial(_DefaultTargets, names)
+
+
+@dataclass
+class ModuleMatcher:
+    """Matches modules by name. A pattern is a module's own name, or its full name with `*` for any substring.
+
+    Attributes:
+        target_modules: patterns of the layers to adapt.
+        exclude_modules: patterns of the layers to leave alone; every other layer that can carry an adapter gets
+            one. Not together with `target_modules`.
+        canonical_mapping: for methods that adapt the parts of fused layers: pattern of the fused layer -> names
+            of the parts. Made from `target_modules`.
+    """
+
+    target_modules: list[str] = field(
+        default_factory=default_targets("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    )
+    exclude_modules: list[str] = field(default_factory=list, kw_only=True)
+    canonical_mapping: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _adaptable: dict[str, None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _met: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    _refused: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for option in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, option), str):
+                raise AdapterError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        if self.exclude_modules and self.target_modules and not self._targets_are_default:
+            raise AdapterError(
+                f"target_modules={list(self.target_modules)} and exclude_modules={list(self.exclude_modules)} were "
+                "both given; name the layers to adapt, or those to leave alone, and leave the other empty"
+            )
+        if not self.target_modules and not self.exclude_modules:
+            raise AdapterError(
+                "target_modules is empty: name the layers to adapt, for instance ['linear_qkv'], or name those to "
+                "leave alone in exclude_modules"
+            )
+
+    @property
+    def _targets_are_default(self) -> bool:
+        return isinstance(self.target_modules, _DefaultTargets)
+
+    def _patterns(self) -> dict[str, list[str]]:
+        """Pattern that is compared with module names -> the requests it stands for."""
+        return {pattern: [pattern] for pattern in self.target_modules}
+
+    def _init_target_match_state(self) -> None:
+        """Forget what was matched, and read the options anew: they may have changed since construction."""
+        self._check_targets()
+        self._adaptable, self._met, self._refused = {}, set(), {}
+
+    def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
+        """Whether a module is to be adapted.
+
+        Args:
+            m: the module.
+            name: its own name.
+            prefix: the full name of its parent.
+
+        Returns:
+            The pattern that it met (its own name, where only exclusions are given) and its full name; or `None`.
+        """
+        name = name or ""
+        full_name = f"{prefix}.{name}" if prefix else name
+        adaptable = layer_type_of(m) is not None or is_router(m)
+        if adaptable:
+            self._adaptable[full_name] = None
+        if self.exclude_modules:
+            excluded = [pattern for pattern in self.exclude_modules if _matches(pattern, name, full_name)]
+            self._met.update(excluded)
+            return (name, full_name) if adaptable and not excluded and layer_type_of(m) is not None else None
+        for pattern in self._patterns():
+            if _matches(pattern, name, full_name):
+                if adaptable:
+                    self._met.add(pattern)
+                    return pattern, full_name
+                self._refused.setdefault(pattern, f"{full_name} ({type(m).__name__})")
+        return None
+
+    def _check_matches(self) -> None:
+        """Every request was met, after the whole model was seen.
+
+        Raises:
+            AdapterError: a requested target matched no layer that can carry an adapter.
+        """
+        if self.exclude_modules:
+            unmet = [pattern for pattern in self.exclude_modules if pattern not in self._met]
+            if unmet:
+                warnings.warn(f"exclude_modules: {self._explain(unmet)}", stacklevel=4)
+            return
+        unmet = [
+            request
+            for pattern, requests in self._patterns().items()
+            if pattern not in self._met
+            for request in requests
+        ]
+        if not unmet:
+            return
+        message = f"target_modules: {self._explain(unmet)}"
+        if not self._targets_are_default or not self._met:
+            raise AdapterError(message)
+        warnings.warn(f"default {message}", stacklevel=4)
+
+    def _explain(self, unmet: Sequence[str]) -> str:
+        names = list(self._adaptable)
+        if not names:
+            return f"{', '.join(map(repr, unmet))} match nothing: the model has no layer that can carry an adapter"
+        reasons = []
+        for pattern in unmet:
+            refused = self._refused.get(pattern)
+            if refused is None:
+                reasons.append(f"{pattern!r} matches no layer; nearest: {', '.join(nearest_names(pattern, names))}")
+            else:
+                reasons.append(
+                    f"{pattern!r} matches only {refused}, which cannot carry an adapter; layers that can: "
+                    f"{', '.join(nearest_names(pattern, names))}"
+                )
+        return "; ".join(reasons)
+
+
+def _matches(pattern: str, name: str, full_name: str) -> bool:
+    return name == pattern or bool(wildcard_match(pattern, full_name))

@@ -1,0 +1,215 @@
+"""A layer and the adapter on it, in the layer's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.parallel import LayerType, layer_type_of
+from meshpeft.peft.errors import AdapterError
+
+__all__ = ["AdapterWrapper", "BaseOutput"]
+
+
+class BaseOutput(NamedTuple):
+    """What a layer returned, taken apart, and how to put it together again with another output.
+
+    `linear` is the layer's output, `bias` the bias it leaves to its caller (or `None`), `layernorm` the input after
+    a layer norm that the layer contains (or `None`).
+    """
+
+    linear: Tensor
+    bias: Tensor | None
+    layernorm: Tensor | None
+    rebuild: Callable[[Tensor], Any]
+
+
+class AdapterWrapper(nn.Module):
+    """A base layer with an adapter. Called like the base; returns what the base returns (a tensor, or a tuple).
+
+    Its state dict has the base's keys as if it were not wrapped, and the adapter's under `adapter.`.
+
+    Args:
+        to_wrap: the base layer.
+        adapter: its adapter.
+    """
+
+    def __init__(self, to_wrap: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.adapter = adapter
+        self.applied_by: Any = None
+        self._adapter_enabled = True
+        self._unmerged_weight: Tensor | None = None
+        self._is_merged = False
+        self._weight_is_stored = False
+        self._stored_weight_of: type[nn.Module] | None = None
+        self.register_state_dict_post_hook(_hide_wrapping)
+        self.register_load_state_dict_pre_hook(_restore_wrapping)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ("weight", "bias"):
+                raise
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}: code that multiplies by a layer's {name} itself "
+                f"would silently leave out its adapter. Call the layer, or read .to_wrap.{name} on purpose"
+            ) from None
+
+    @property
+    def layer_type(self) -> LayerType:
+        """The registry's entry for the base layer."""
+        found = layer_type_of(self.to_wrap)
+        if found is None:
+            raise NotImplementedError(f"no layout is registered for layers of type {type(self.to_wrap).__name__}")
+        return found
+
+    @property
+    def adapter_enabled(self) -> bool:
+        """Whether the adapter takes part in `forward`."""
+        return self._adapter_enabled
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapter take part in `forward`."""
+        self._adapter_enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Be the base layer alone.
+
+        Raises:
+            AdapterError: the adapter is merged into the base's weight.
+        """
+        if self._is_merged:
+            raise AdapterError("the adapter is merged into its layer's weight; unmerge before disabling it")
+        self._adapter_enabled = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output for x, adapted.
+
+        Args:
+            x: the base's input, in the state that the base takes it.
+            args, kwargs: handed to the base.
+        """
+        if not self._adapter_enabled or self._is_merged:
+            return self.to_wrap(x, *args, **kwargs)
+        layer_type = self.layer_type
+        if getattr(self.adapter, "fused", False) and layer_type.enter is not None and layer_type.exit is not None:
+            return layer_type.exit(self.to_wrap, self.inside(layer_type.enter(self.to_wrap, x), *args, **kwargs))
+        return self.beside(x, *args, **kwargs)
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted GEMM, between the base's `enter` and `exit`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot join its adapter to the base's GEMM")
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The adapted output where the base's forward hides its collectives."""
+        raise NotImplementedError(f"{type(self).__name__} cannot run its adapter beside the base")
+
+    def base_linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BaseOutput:
+        """Call the base and take apart what it returns.
+
+        A base returns a tensor; `(output, bias)`; or, where it contains a layer norm whose output was asked for,
+        `((output, layernorm_output), bias)`.
+        """
+        returned = self.to_wrap(x, *args, **kwargs)
+        if isinstance(returned, Tensor):
+            return BaseOutput(returned, None, None, lambda y: y)
+        if isinstance(returned, tuple) and len(returned) == 2:
+            output, bias = returned
+            if isinstance(output, Tensor):
+                return BaseOutput(output, bias, None, lambda y: (y, bias))
+            linear, layernorm = output
+            return BaseOutput(linear, bias, layernorm, lambda y: (y, bias))
+        raise AdapterError(
+            f"{type(self.to_wrap).__name__} returned {type(returned).__name__}; expected a tensor, (output, bias), "
+            "or ((output, layernorm_output), bias)"
+        )
+
+    def stored_weight(self) -> nn.Parameter | None:
+        """The base's local weight if it is stored as it is used; `None` if it is made anew (dequantised) each time."""
+        weight = getattr(self.to_wrap, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point() and self._reads(weight):
+            return weight
+        return None
+
+    def _reads(self, weight: nn.Parameter) -> bool:
+        # Asked once per base: reading a quantised weight means dequantising it.
+        base = type(self.to_wrap)
+        if self._stored_weight_of != base:
+            self._weight_is_stored = self.layer_type.weight(self.to_wrap) is weight
+            self._stored_weight_of = base
+        return self._weight_is_stored
+
+    def weight_source(self) -> Tensor | Callable[[], Tensor]:
+        """The base's local weight, or where it is stored otherwise a function that makes it (nothing keeps it)."""
+        weight = self.stored_weight()
+        return weight if weight is not None else partial(self.layer_type.weight, self.to_wrap)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter is part of the base's weight now."""
+        return self._is_merged
+
+    def merged_weight(self) -> Tensor:
+        """The local weight of one linear layer that equals base and adapter, in float32 or the weight's wider type."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
+
+    @torch.no_grad()
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Write the adapter into the base's weight, in place: computed in float32 or wider, rounded once.
+
+        Args:
+            keep_base: keep the base's weight for an exact `unmerge` (a second copy of it in memory).
+
+        Raises:
+            AdapterError: the weight is not stored in the type it is used in (quantised).
+        """
+        if self._is_merged:
+            return
+        weight = self.stored_weight()
+        if weight is None:
+            raise AdapterError(
+                f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
+                "dequantised copy of the base instead"
+            )
+        merged = self.merged_weight()
+        self._unmerged_weight = weight.detach().clone() if keep_base else None
+        weight.copy_(merged)
+        self._is_merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base's weight back, bit for bit.
+
+        Raises:
+            AdapterError: it was merged with `keep_base=False`.
+        """
+        if not self._is_merged:
+            return
+        weight = self.stored_weight()
+        if self._unmerged_weight is None or weight is None:
+            raise AdapterError("the base's weight was not kept when the adapter was merged (keep_base=False)")
+        weight.copy_(self._unmerged_weight)
+        self._unmerged_weight, self._is_merged = None, False
+
+
+# A wrapped layer's checkpoint keys are those of the layer: wrapping must not rename the base model.
+
+
+def _hide_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    inner = f"{prefix}to_wrap."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        # Every key is taken out and put back, so that the order is kept.
+        state_dict[prefix + key.removeprefix(inner) if key.startswith(inner) else key] = state_dict.pop(key)
+
+
+def _restore_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_args: Any) -> None:
+    kept = (f"{prefix}to_wrap.", f"{prefix}adapter.")
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(kept)]:
+        state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
