@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -47,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from meshpeft.training.launch import WorkerDied, speaks_for_all
 
     try:
-        importlib.import_module(f"meshpeft.cli.{command}").run(arguments)
+        with _plain_warnings(command):
+            importlib.import_module(f"meshpeft.cli.{command}").run(arguments)
     except MeshPEFTError as error:
         if speaks_for_all():
             print(f"meshpeft {command}: {error}", file=sys.stderr)
@@ -59,6 +64,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meshpeft {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Our warnings as one sentence each, without the place in the source, and from one process."""
+    show = warnings.showwarning
+
+    def show_plainly(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is not UserWarning:
+            show(message, category, filename, lineno, file, line)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            print(f"meshpeft {command}: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_plainly
+        yield
 
 
 if __name__ == "__main__":

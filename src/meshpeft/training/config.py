@@ -17,7 +17,15 @@ import tyro
 
 from meshpeft.parallel.errors import MeshPEFTError
 
-__all__ = ["ConfigError", "EvaluateConfig", "FinetuneConfig", "GenerateConfig", "TensorType", "TrainingError", "tensor_type"]
+__all__ = [
+    "ConfigError",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "TensorType",
+    "TrainingError",
+    "tensor_type",
+]
 
 TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 

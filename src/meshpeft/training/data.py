@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from meshpeft.parallel.errors import MeshPEFTError
+
 __all__ = [
     "ACCEPTED_COLUMNS",
     "DataError",
@@ -44,7 +46,7 @@ ACCEPTED_COLUMNS = '"text", or "prompt" and "completion", or "messages"'
 _SUFFIXES = ".jsonl, .json, .csv, .parquet"
 
 
-class DataError(ValueError):
+class DataError(MeshPEFTError):
     """The data cannot be used as given; the message is one sentence for the user."""
 
 

@@ -101,13 +101,10 @@ def number_of_workers(
         return wanted
     world = int(os.environ["WORLD_SIZE"])
     if world % smallest:
-        raise LaunchError(
-            f"WORLD_SIZE={world} processes were started, but these sizes need a multiple of {smallest}"
-        )
+        raise LaunchError(f"WORLD_SIZE={world} processes were started, but these sizes need a multiple of {smallest}")
     if data_parallel is not None and world != wanted:
         raise LaunchError(
-            f"WORLD_SIZE={world} processes were started, but pp*dp*tp={wanted}; "
-            f"leave dp out or use dp={world // dense}"
+            f"WORLD_SIZE={world} processes were started, but pp*dp*tp={wanted}; leave dp out or use dp={world // dense}"
         )
     return world
 
