@@ -16,6 +16,7 @@ from meshpeft.models.rotary import apply_rotary
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["AttentionContext", "SelfAttention"]
 
@@ -100,6 +101,7 @@ class SelfAttention(nn.Module):
         return self.linear_proj(attend(queries, keys, values, context.masks[self.window]))
 
 
+@typed_as(lambda qkv, packing, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))
 def split_heads(qkv: Tensor, packing: Packing, shards: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The heads of a packed projection.
 
@@ -113,6 +115,7 @@ def split_heads(qkv: Tensor, packing: Packing, shards: int, head_dim: int) -> tu
     return queries, keys, values
 
 
+@typed_as(lambda queries, keys, values, mask: dims_follow(queries, (0, 1, 2)))
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
     """Scaled dot product attention, head by head.
 

@@ -10,6 +10,7 @@ from meshpeft.models.config import DecoderConfig
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["MLP"]
 
@@ -56,6 +57,7 @@ class MLP(nn.Module):
         return self.linear_fc2(gated_silu(self.linear_fc1(x), self.packing, self.shards))
 
 
+@typed_as(lambda packed, packing, shards: dims_follow(packed))
 def gated_silu(packed: Tensor, packing: Packing, shards: int) -> Tensor:
     """[.., 2 * width / tp] -> silu(gate) * up [.., width / tp], both `S(-1)` over tensor parallel."""
     gate, up = packing.unpack(packed, -1, shards)

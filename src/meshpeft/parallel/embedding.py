@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from spmd_types.types import P
 from torch import Tensor, nn
 
 from meshpeft.parallel.collectives import mp_gather, mp_reduce, sp_reduce_scatter
@@ -14,6 +15,7 @@ from meshpeft.parallel.init import InitializationType, initialize_
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
+from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["ParallelEmbedding", "VocabParallelEmbedding"]
 
@@ -136,6 +138,13 @@ def _local_rows(x: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
     return local * held, held
 
 
+@typed_as(lambda x, weight, axis: dims_follow(x, (*range(x.dim()), None), axis=axis, state=P))
+def _look_up(x: Tensor, weight: Tensor, axis: ParallelAxis) -> Tensor:
+    """The rows of x [*] that this rank holds, zero elsewhere: [*, embedding_dim], a summand over the axis."""
+    local, held = _local_rows(x, axis.rank, weight.shape[0])
+    return F.embedding(local, weight) * held.unsqueeze(-1)
+
+
 class VocabParallelEmbedding(_Embedding):
     """Embeddings divided along the vocabulary.
 
@@ -174,8 +183,7 @@ class VocabParallelEmbedding(_Embedding):
         """x [*] of indices in [0, num_embeddings) -> [*, embedding_dim]."""
         if self.axis.world_size == 1:
             return F.embedding(x, self.weight)
-        local, held = _local_rows(x, self.axis.rank, self.weight.shape[0])
-        partial = F.embedding(local, self.weight) * held.unsqueeze(-1)
+        partial = _look_up(x, self.weight, self.axis)
         if self.sequence_parallel:
             return sp_reduce_scatter(partial, 0, self.axis)
         return mp_reduce(partial, axis=self.axis)
