@@ -142,7 +142,7 @@ def fused_lora(
     """
     stored, source = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, stored = x.to(dtype), None if stored is None else stored.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)

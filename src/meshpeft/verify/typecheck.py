@@ -1,0 +1,88 @@
+"""The type check: the model's forward, once, at the full world size, on a fake process group without memory.
+
+Every tensor gets its state on every mesh axis from its layout, and `spmd_types` follows the states through the
+forward: a missing reduction, a summand that meets a whole value or a nonlinearity, a factor that is added up twice
+is an error before a GPU hour is spent. Backward code is not checked; that is what the oracle's numbers are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import spmd_types as spmd
+import torch
+from spmd_types import checker
+from spmd_types.types import PartitionSpec, R, V
+from torch import Tensor, nn
+
+from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.parallel import (
+    ModelParallelConfig,
+    ParallelError,
+    ParallelGroupInfo,
+    init_parallelism,
+    layout_of_tensor,
+    vocab_parallel_cross_entropy,
+)
+from meshpeft.parallel.typing import parameter_type
+from meshpeft.verify.simulation import fake_world
+
+__all__ = ["loss_states", "typecheck_layout"]
+
+
+def typecheck_layout(
+    config: DecoderConfig,
+    adapt: Callable[[Decoder], nn.Module] | None = None,
+    *,
+    tp: int = 1,
+    dp: int = 1,
+    sequence_parallel: bool = False,
+    seq_length: int = 128,
+) -> dict[str, str]:
+    """Check the states of a decoder and its adapters at `tp * dp` ranks, in this process.
+
+    Args:
+        config: of the model, at its real size: nothing is allocated.
+        adapt: adds the adapters, for instance a `LoRA`.
+        tp, dp: sizes of the axes.
+        sequence_parallel: token shards between layers.
+        seq_length: of the row that is sent through.
+
+    Returns:
+        The loss's state on each axis of more than one rank: `I` on tp, `P` on dp, where its sum is still pending.
+
+    Raises:
+        ParallelError: a state is wrong; the checker's message names the operation and its operands' states.
+    """
+    with fake_world(tp * dp):
+        mesh = init_parallelism(tp)
+        parallel = ModelParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+        model = Decoder(config, parallel, device="meta", dtype=torch.float32)
+        if adapt is not None:
+            adapt(model)
+        tokens = torch.zeros((1, seq_length), dtype=torch.long, device="meta")
+        labels = torch.zeros_like(tokens)
+        try:
+            return loss_states(model, tokens, labels, mesh)
+        except spmd.SpmdTypeError as error:
+            raise ParallelError(f"tp={tp}, dp={dp}, sequence_parallel={sequence_parallel}: {error}") from error
+
+
+def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGroupInfo) -> dict[str, str]:
+    """Run the checker over one forward and the loss; see `typecheck_layout`."""
+    axes = {axis.name: axis.process_group for axis in (mesh.dp, mesh.tp) if axis.world_size > 1}
+    if mesh.mesh is None or not axes:
+        return {}
+    rows = PartitionSpec(axes["dp"] if "dp" in axes else None, None)
+    local = {group: V if name == "dp" else R for name, group in axes.items()}
+    with spmd.set_current_mesh(mesh.mesh), checker.typecheck(local=False):
+        for tensor in (tokens, labels):
+            spmd.assert_type(tensor, local, partition_spec=rows)
+        for name, parameter in model.named_parameters():
+            layout = layout_of_tensor(parameter)
+            if layout is None:
+                raise ParallelError(f"{name} has no layout")
+            declared = parameter_type(layout)
+            spmd.assert_type(parameter, declared.local, partition_spec=declared.spec)
+        loss = vocab_parallel_cross_entropy(model(tokens), labels).sum()
+        return {name: spmd.get_axis_local_type(loss, group).value for name, group in axes.items()}
