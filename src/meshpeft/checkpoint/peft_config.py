@@ -1,0 +1,233 @@
+"""`adapter_config.json` of Hugging Face PEFT: which modules of a model an adapter changes, and how strongly.
+
+Written with the fields that decide numbers, everything else being left to PEFT's defaults; read so that a field
+which changes numbers in a way that is not implemented is an error. Checked against peft 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshpeft.checkpoint.errors import CheckpointError
+
+__all__ = ["CONFIG_NAME", "PREFIX", "WEIGHTS_NAME", "AdapterShape", "PeftConfig", "describe"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What every name in the weights file begins with."""
+
+_READ = frozenset(
+    {
+        "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+        "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias",
+    }
+)  # fmt: skip
+# Fields that change no number of an adapter that is trained already.
+_IRRELEVANT = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+        "layers_pattern", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config",
+        "eva_config", "corda_config", "lora_ga_config",
+    }
+)  # fmt: skip
+# These start from a changed base model: an adapter that was not converted when it was saved needs that one.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and strength of the adapter on one module. `alpha / rank` scales it, or `alpha / sqrt(rank)`."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an `adapter_config.json` says.
+
+    Attributes:
+        default: of modules that no pattern names.
+        use_rslora: the scale is `alpha / sqrt(rank)`.
+        use_dora: the modules have magnitudes.
+        dropout: on the adapters' input, in training.
+        target_modules: names (the ends of full names), or one regular expression of full names.
+        exclude_modules: likewise.
+        rank_pattern, alpha_pattern: regular expression of the end of a full name -> rank, alpha.
+        some_layers_only: `target_modules` speak only of the layers that `layers_to_transform` numbers.
+    """
+
+    default: AdapterShape
+    use_rslora: bool
+    use_dora: bool
+    dropout: float
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    some_layers_only: bool
+
+    @classmethod
+    def read(cls, path: Path) -> PeftConfig:
+        """Read and check the file.
+
+        Raises:
+            CheckpointError: it cannot be read, is of another method than LoRA (or DoRA), or has a field that changes
+                numbers in a way that is not implemented.
+        """
+        fields = _read_object(path)
+        if fields.get("peft_type") != "LORA":
+            raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; expected 'LORA'")
+        for name, value in fields.items():
+            # None, False, 0 and empty collections switch a feature off.
+            if name not in _READ and name not in _IRRELEVANT and value:
+                raise CheckpointError(
+                    f"{path}: {name}={value!r} is not implemented and may change numbers; remove it if it does not"
+                )
+        if fields.get("bias", "none") != "none":
+            raise CheckpointError(f"{path}: bias={fields['bias']!r} is not implemented; adapters here have no biases")
+        start = str(fields.get("init_lora_weights", True)).lower()
+        if start.startswith(_CHANGES_BASE):
+            raise CheckpointError(
+                f"{path}: init_lora_weights={start!r} changed the base model; save the adapter again with peft's "
+                "path_initial_model_for_weight_conversion, which makes it one for the unchanged base"
+            )
+        return cls(
+            default=AdapterShape(
+                _number(path, "r", fields.get("r", 8), int), _number(path, "lora_alpha", fields.get("lora_alpha", 8))
+            ),
+            use_rslora=bool(fields.get("use_rslora")),
+            use_dora=bool(fields.get("use_dora")),
+            dropout=_number(path, "lora_dropout", fields.get("lora_dropout", 0.0)),
+            target_modules=_names(path, "target_modules", fields.get("target_modules")) or [],
+            exclude_modules=_names(path, "exclude_modules", fields.get("exclude_modules")),
+            rank_pattern=_pattern(path, "rank_pattern", fields.get("rank_pattern"), int),
+            alpha_pattern=_pattern(path, "alpha_pattern", fields.get("alpha_pattern"), float),
+            some_layers_only=fields.get("layers_to_transform") not in (None, []),
+        )
+
+    def shape_of(self, module: str) -> AdapterShape:
+        """Rank and alpha on the module of this full name."""
+        return AdapterShape(
+            int(_looked_up(self.rank_pattern, module, self.default.rank)),
+            _looked_up(self.alpha_pattern, module, self.default.alpha),
+        )
+
+    def targets(self, modules: Collection[str]) -> set[str]:
+        """Those of the full names that the adapter is said to be on."""
+        every = self.target_modules == "all-linear"
+        chosen = {name for name in modules if (name != "lm_head" if every else _matches(self.target_modules, name))}
+        return {name for name in chosen if not _matches(self.exclude_modules or [], name)}
+
+
+def describe(
+    adapted: Mapping[str, AdapterShape],
+    modules: Collection[str],
+    *,
+    use_rslora: bool,
+    use_dora: bool,
+    dropout: float,
+    base_model_name_or_path: str | None,
+) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Args:
+        adapted: full name of each adapted module -> its adapter.
+        modules: full names of all modules that could have an adapter.
+        use_rslora, use_dora, dropout: of all of them.
+        base_model_name_or_path: where the base model is to be found.
+    """
+    usual = Counter(adapted.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+        "r": usual.rank,
+        "lora_alpha": _plain(usual.alpha),
+        "lora_dropout": dropout,
+        "target_modules": _short_names(adapted, modules),
+        "rank_pattern": {name: shape.rank for name, shape in adapted.items() if shape.rank != usual.rank},
+        "alpha_pattern": {name: _plain(shape.alpha) for name, shape in adapted.items() if shape.alpha != usual.alpha},
+        "bias": "none",
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+    }
+
+
+def _short_names(adapted: Collection[str], modules: Collection[str]) -> list[str]:
+    """Last components where they select exactly the adapted modules; full names otherwise."""
+    others = {_leaf(name) for name in modules if name not in adapted}
+    return sorted({name if _leaf(name) in others else _leaf(name) for name in adapted})
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def _matches(wanted: list[str] | str, name: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def _looked_up(patterns: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; expected the directory of an adapter") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def _number(path: Path, name: str, value: Any, kind: type = float) -> Any:
+    right = isinstance(value, int) if kind is int else isinstance(value, int | float)
+    if not right or isinstance(value, bool) or not math.isfinite(value) or (kind is int and value < 1):
+        raise CheckpointError(
+            f"{path}: {name}={value!r}; expected {'an integer of at least 1' if kind is int else 'a number'}"
+        )
+    return value
+
+
+def _names(path: Path, name: str, value: Any) -> list[str] | str | None:
+    if isinstance(value, str):
+        _check_expression(path, name, value)
+        return value
+    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return value
+    raise CheckpointError(f"{path}: {name}={value!r}; expected a list of names, or one regular expression")
+
+
+def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise CheckpointError(f"{path}: {name}={value!r}; expected an object of names and numbers")
+    for key, number in (value or {}).items():
+        _check_expression(path, name, key)
+        _number(path, f"{name}[{key!r}]", number, kind)
+    return dict(value or {})
+
+
+def _check_expression(path: Path, name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {name}: {expression!r} is not a regular expression: {error}") from error

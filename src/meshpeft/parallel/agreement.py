@@ -1,0 +1,63 @@
+"""Failing together: what goes wrong on one rank is an error on every rank, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.mesh import is_simulated, parallel_group_info
+
+__all__ = ["all_or_none", "kept", "raise_everywhere"]
+
+
+@contextmanager
+def all_or_none(what: str, error_type: type[MeshPEFTError] = MeshPEFTError) -> Iterator[None]:
+    """A block without collectives, run by every rank: if it raises on one, it raises on all. A collective at its end.
+
+    Args:
+        what: what the block does, for the ranks that hear of another's failure, such as `reading runs/a`.
+        error_type: what those ranks, and ranks whose failure is an `OSError`, raise.
+    """
+    failures: list[Exception] = []
+    with kept(failures):
+        yield
+    raise_everywhere(failures, what, error_type)
+
+
+@contextmanager
+def kept(failures: list[Exception]) -> Iterator[None]:
+    """Keep an error until the other ranks, which are in collectives that need this one, can be told."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+
+
+def raise_everywhere(failures: list[Exception], what: str, error_type: type[MeshPEFTError] = MeshPEFTError) -> None:
+    """Raise this rank's first failure, or else that another rank reports. A collective.
+
+    Args:
+        failures: of this rank.
+        what, error_type: see [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
+    """
+    failure = failures[0] if failures else None
+    reports = _gathered(None if failure is None else f"{what}: {failure}")
+    if isinstance(failure, OSError):
+        raise error_type(f"{what}: {failure.strerror or failure}") from failure
+    if failure is not None:
+        raise failure
+    for rank, report in enumerate(reports):
+        if report is not None:
+            raise error_type(f"on rank {rank}, {report}")
+
+
+def _gathered(report: str | None) -> list[str | None]:
+    world = parallel_group_info().world
+    if world.world_size == 1 or is_simulated():
+        return [report]
+    reports: list[str | None] = [None] * world.world_size
+    dist.all_gather_object(reports, report, group=world.group)
+    return reports
