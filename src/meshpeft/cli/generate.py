@@ -1,0 +1,16 @@
+"""`meshpeft generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshpeft.cli.arguments import parse
+from meshpeft.training.config import GenerateConfig
+from meshpeft.training.generate import start
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the options and run the command, on as many processes as they ask for."""
+    start(parse(GenerateConfig, argv, prog="meshpeft generate"))

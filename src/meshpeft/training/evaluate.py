@@ -1,0 +1,58 @@
+"""The loss of a model on data, with or without an adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from meshpeft.parallel.mesh import init_parallelism
+from meshpeft.training.batches import eval_batches
+from meshpeft.training.config import EvaluateConfig
+from meshpeft.training.inputs import load_rows, load_tokenizer
+from meshpeft.training.launch import launch, number_of_workers
+from meshpeft.training.report import Report, describe_layout
+from meshpeft.training.setup import base_directory, check_base, device, load_base_and_adapter
+from meshpeft.training.step import mean_loss
+
+__all__ = ["evaluate", "start"]
+
+
+def start(config: EvaluateConfig) -> None:
+    """Check the options, then run [`evaluate`][meshpeft.training.evaluate.evaluate] on the workers they need.
+
+    Raises:
+        MeshPEFTError: the options, the model, the adapter or the data are at fault.
+        WorkerDied: a worker failed otherwise.
+    """
+    config.check()
+    workers = number_of_workers(config.tp, config.dp)
+    check_base(config.run().model, config.tp)
+    launch(evaluate, config, workers=workers)
+
+
+def evaluate(config: EvaluateConfig) -> float:
+    """Measure on the mesh that this process is part of, and print. Every rank calls it, with equal options.
+
+    Returns:
+        The mean loss in nats per target token, the same on every rank.
+    """
+    info = init_parallelism(tensor_parallel=config.tp)
+    report = Report(info)
+    run = config.run()
+    if config.seq_length is not None:
+        run = replace(run, seq_length=config.seq_length)
+    tokenizer = load_tokenizer(base_directory(run.model))
+    rows = load_rows(run, tokenizer, config.data)
+    model = load_base_and_adapter(run.model, config.adapter, run.dtype, sequence_parallel=config.sequence_parallel)
+    batches = eval_batches(
+        rows,
+        micro_batch_size=config.micro_batch_size,
+        dp_rank=info.dp.rank,
+        dp_size=info.dp.world_size,
+    )
+    loss = float(mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens))
+    report.say(f"model: {base_directory(run.model)}, {run.dtype}; adapter: {config.adapter or 'none'}")
+    report.say(f"data: {config.data or 'held out of the adapter run'}, {batches.global_target_tokens:,} target tokens")
+    report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
+    report.say(f"loss: {loss:.4f} nats per target token (perplexity {math.exp(loss):.2f})")
+    return loss

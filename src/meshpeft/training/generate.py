@@ -1,0 +1,68 @@
+"""A prompt's continuation by a model, with or without an adapter."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from meshpeft.models import generate as generate_tokens
+from meshpeft.parallel.mesh import init_parallelism
+from meshpeft.training.config import ConfigError, GenerateConfig
+from meshpeft.training.inputs import load_tokenizer
+from meshpeft.training.launch import is_joined, launch, number_of_workers
+from meshpeft.training.report import Report, decoded
+from meshpeft.training.setup import base_directory, check_base, device, load_base_and_adapter
+
+__all__ = ["generate", "start"]
+
+
+def start(config: GenerateConfig) -> None:
+    """Check the options, then run [`generate`][meshpeft.training.generate.generate] on the workers they need.
+
+    Raises:
+        MeshPEFTError: the options, the model or the adapter are at fault.
+        WorkerDied: a worker failed otherwise.
+    """
+    config.check()
+    workers = number_of_workers(config.tp, config.dp)
+    check_base(config.run().model, config.tp)
+    if config.prompt == "-":
+        if is_joined():
+            raise ConfigError(
+                "--prompt - reads standard input, which workers of a launcher do not share; give the text"
+            )
+        config = replace(config, prompt=sys.stdin.read())
+    launch(generate, config, workers=workers)
+
+
+def generate(config: GenerateConfig) -> str:
+    """Continue the prompt on the mesh that this process is part of, and print. Every rank calls it.
+
+    Returns:
+        The text added, the same on every rank.
+    """
+    report = Report(init_parallelism(tensor_parallel=config.tp))
+    run = config.run()
+    tokenizer = load_tokenizer(base_directory(run.model))
+    # Special tokens as in training: those that the tokenizer puts before a text.
+    prompt = tokenizer(config.prompt)["input_ids"]
+    while len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        prompt = prompt[:-1]
+    if not prompt:
+        raise ConfigError("the prompt is empty, and the tokenizer puts nothing before a text; give at least a word")
+    model = load_base_and_adapter(run.model, config.adapter, run.dtype, sequence_parallel=config.sequence_parallel)
+    tokens = generate_tokens(
+        model,
+        torch.tensor([prompt], device=device()),
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_token_id=tokenizer.eos_token_id,
+        seed=config.seed,
+    )
+    text = decoded(tokenizer, tokens[0, len(prompt) :].tolist())
+    report.say(text)
+    return text

@@ -1,0 +1,110 @@
+"""What a run says and writes about itself, on the first rank only."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from meshpeft.models import Decoder, generate
+from meshpeft.parallel.mesh import ParallelGroupInfo
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.documents import Document
+from meshpeft.training.inputs import prompt_of
+from meshpeft.training.output import RECORD
+from meshpeft.training.setup import device
+
+__all__ = ["CURVE", "METRICS", "Report", "continuation", "decoded", "describe_layout", "write_record"]
+
+METRICS, CURVE = "metrics.jsonl", "loss.png"
+SAMPLE_TOKENS = 48
+PROMPT_LINES = 12
+
+
+def continuation(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """What the model says after these tokens: its likeliest tokens, up to the end of the sequence. A collective."""
+    ids = torch.tensor([prompt], device=device())
+    tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=tokenizer.eos_token_id)
+    return decoded(tokenizer, tokens[0, len(prompt) :].tolist())
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of these tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
+    """`2 processes (tp=2, sequence parallel) on CPU`."""
+    sizes = [f"{axis}={info.axis(axis).world_size}" for axis in ("tp", "dp") if info.axis(axis).world_size > 1]
+    if sequence_parallel and info.tp.world_size > 1:
+        sizes.append("sequence parallel")
+    count = info.world.world_size
+    processes = "1 process" if count == 1 else f"{count} processes ({', '.join(sizes)})"
+    return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
+
+
+def write_record(directory: Path, config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str, Any]) -> None:
+    """Write `run.json`: options, layout, versions and results."""
+    packages = ("meshpeft", "torch", "transformers", "tokenizers", "safetensors")
+    record = {
+        "options": config.as_json(),
+        "layout": {axis: info.axis(axis).world_size for axis in ("tp", "pp", "dp", "ep", "etp", "edp")},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "results": results,
+    }
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+class Report:
+    """Prints on the first rank, and nothing elsewhere.
+
+    Attributes:
+        console: standard output, or `None`.
+        speaks: whether this is the first rank.
+    """
+
+    def __init__(self, info: ParallelGroupInfo) -> None:
+        self.speaks = bool(info.world.rank == 0)
+        self.console = Console() if self.speaks else None
+
+    def say(self, text: str = "") -> None:
+        """Print a line as it is."""
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase, document: Document, before: str, after: str) -> None:
+        """Show a held-out prompt, what follows it in the data, and what the model said before and after."""
+        prompt = prompt_of(document)
+        rest = document.tokens[len(prompt) :].tolist()
+        lines = decoded(tokenizer, prompt).strip("\n").splitlines()
+        cut = ["..."] if len(lines) > PROMPT_LINES else []
+        self.say("\nheld-out prompt:")
+        self._quote("\n".join([*cut, *lines[-PROMPT_LINES:]]))
+        for title, text in (
+            ("in the data:", decoded(tokenizer, rest)),
+            ("before training:", before),
+            ("after training:", after),
+        ):
+            self.say(title)
+            self._quote(text)
+
+    def outcome(self, config: FinetuneConfig, before: float, after: float, tokens: int, seconds: float) -> None:
+        """Say what came out, and the commands that use it."""
+        self.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
+        self.say(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+        self.say(f"wrote {config.output_dir}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
+        directory = shlex.quote(str(config.output_dir))
+        self.say("\nuse it:")
+        self.say(f"  meshpeft generate --adapter {directory} --prompt 'def add(a, b):'")
+        self.say(f"  meshpeft evaluate --adapter {directory}")
+
+    def _quote(self, text: str) -> None:
+        for line in text.splitlines() or [""]:
+            self.say(f"  | {line}")

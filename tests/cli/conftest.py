@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 264
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer of one token per byte."""
+    directory = save_tiny("llama", tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY)
+    symbols = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and completions of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    numbers = random.Random(0)
+    records = [
+        {"prompt": f"{a} + {b} =", "completion": f" {a + b}" * numbers.randint(1, 3)}
+        for a, b in (numbers.choices(range(1000), k=2) for _ in range(40))
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

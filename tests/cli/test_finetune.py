@@ -1,0 +1,138 @@
+"""The commands from end to end, on a random model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meshpeft.cli.main import main
+
+OPTIONS = ["--seq-length=48", "--batch-size=4", "--micro-batch-size=2", "--rank=4", "--lr=0.01", "--seed=3"]
+
+
+def finetune(base: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
+    """The results in the run's record."""
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(output), *OPTIONS, *options]
+    assert main(["finetune", *arguments]) == 0
+    results: dict[str, Any] = json.loads((output / "run.json").read_text())["results"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process in float64."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    finetune(base, data, output, "--dtype", "float64", "--steps", "6", "--eval-every", "4")
+    return output
+
+
+def test_a_run_leaves_the_adapter_its_numbers_and_a_picture(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "run.json",
+    }
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 4, 6]
+    results = json.loads((run / "run.json").read_text())["results"]
+    assert results["held_out_loss_after"] < results["held_out_loss_before"]
+    assert list(run.parent.iterdir()) == [run]
+
+
+def test_evaluate_finds_the_loss_that_the_run_reported(
+    run: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((run / "run.json").read_text())["results"]
+    assert main(["evaluate", "--adapter", str(run)]) == 0
+    assert f"loss: {results['held_out_loss_after']:.4f} nats" in capsys.readouterr().out
+
+
+def test_evaluate_measures_the_whole_of_a_file_that_it_is_given(
+    base: Path, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = data.read_text().splitlines(keepends=True)
+    targets = sum(len(json.loads(line)["completion"]) + 1 for line in lines)
+    assert main(["evaluate", "--model", str(base), "--data", str(data), "--seq-length", "48"]) == 0
+    assert f"{targets:,} target tokens" in capsys.readouterr().out
+
+
+def test_generate_continues_with_and_without_the_adapter(
+    run: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for options in (["--model", str(base)], ["--adapter", str(run)]):
+        command = ["generate", *options, "--dtype", "float64", "--prompt", "1 + 1 =", "--max-new-tokens", "8"]
+        assert main(command) == 0
+        first = capsys.readouterr().out
+        assert main(command) == 0
+        assert capsys.readouterr().out == first
+        texts.append(first)
+    assert texts[0] != texts[1]
+
+
+def test_two_workers_train_the_same_adapter(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+    """The launch, the loop and the export of real processes; the oracle has the layouts."""
+    options = ["--dtype", "float64", "--steps", "6", "--eval-every", "4"]
+    results = finetune(base, data, tmp_path / "two", *options, "--tp", "2", "--sequence-parallel")
+    expected = json.loads((run / "run.json").read_text())["results"]
+    # float64, sums in another order over six steps.
+    assert results["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], rel=1e-10)
+    assert results["trainable_parameters"] == expected["trainable_parameters"]
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "two", run))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-7, atol=1e-9)
+
+
+def test_the_command_line_overrides_the_config_file(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "steps: 3\nlr: 1e-3\neval-every: 0\npacking: false\ntarget_modules: [linear_proj, linear_fc2]\n"
+    )
+    finetune(base, data, tmp_path / "run", "--config", str(tmp_path / "run.yaml"), "--steps", "1")
+    options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
+    # --lr is in OPTIONS, on the command line.
+    assert (options["steps"], options["lr"], options["packing"]) == (1, 0.01, False)
+    assert options["target_modules"] == ["linear_proj", "linear_fc2"]
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_the_adapter_of_a_half_precision_base_is_exported_in_float32(
+    dtype: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(base, data, tmp_path / "run", "--dtype", dtype, "--steps", "1", "--eval-every", "0")
+    exported = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+
+
+def test_a_rank_above_the_smaller_side_is_one_warning(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(base, data, tmp_path / "run", "--rank", "33", "--steps", "1", "--eval-every", "0")
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1
+    assert re.match(r"meshpeft finetune: warning: .*above the layer's smaller side 32", printed[0])
+
+
+def test_overwrite_replaces_a_run_and_a_failed_run_leaves_the_old_one(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    finetune(base, data, output, "--steps", "1", "--eval-every", "0")
+    finetune(base, data, output, "--steps", "2", "--eval-every", "0", "--overwrite")
+    capsys.readouterr()
+    wild = ["--lr", "1e30", "--steps", "9", "--overwrite", "--weight-decay", "0", "--clip", "0"]
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(output), *OPTIONS, *wild]
+    assert main(["finetune", *arguments]) == 2
+    assert "the loss is nan; use a lower --lr" in capsys.readouterr().err
+    assert json.loads((output / "run.json").read_text())["results"]["steps"] == 2
+    assert list(tmp_path.iterdir()) == [output]
