@@ -1,0 +1,360 @@
+"""Adapters as files: what we write is peft's own at every layout, and what peft writes is ours."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers.adapters import EVERYTHING, adapted, peft_adapted, share_a
+from helpers.checkpoint_jobs import export_and_fail
+from helpers.simulate import simulate, the_same
+from helpers.tiny_models import random_ids, reference
+from helpers.workers import run_on_ranks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
+from meshpeft.checkpoint.tensor_file import TensorFileWriter
+from meshpeft.models import Decoder, load_pretrained
+from meshpeft.peft import LoRA
+
+Tiny = Callable[[str], Path]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Both models compute in float64; sums are taken in another order.
+CLOSE = {"rtol": 0.0, "atol": 1e-11}
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = model(ids, gather_logits=True) if isinstance(model, Decoder) else model(ids).logits
+    return the_same(found)
+
+
+def with_peft(base: Path, adapter: Path) -> peft.PeftModel:
+    """The adapter on transformers' model; every key of the file has its place and every place its key."""
+    model = peft.PeftModel.from_pretrained(reference(base), adapter)
+    result = model.load_adapter(adapter, "again")
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if ".lora_" in key and ".again." in key]
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_peft_loads_the_export_and_gives_our_logits(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    model, ids = adapted(tiny(family)).eval(), random_ids()
+    export_peft_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(tiny(family)))
+    theirs = with_peft(tiny(family), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
+    assert (logits(model, ids) - logits(reference(tiny(family)), ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"tp": 4}], ids=str)
+def test_every_layout_writes_the_same_bytes_and_reads_its_slices(
+    layout: dict[str, int], tiny: Tiny, tmp_path: Path
+) -> None:
+    ids = random_ids()
+    alone = adapted(tiny("qwen3")).eval()
+    export_peft_adapter(alone, tmp_path / "alone")
+    with simulate(**layout):
+        export_peft_adapter(adapted(tiny("qwen3")), tmp_path / "mesh")
+        loaded = load_peft_adapter(load_pretrained(tiny("qwen3"), torch.float64), tmp_path / "alone")
+        torch.testing.assert_close(logits(loaded, ids), logits(alone, ids), **CLOSE)
+        export_peft_adapter(loaded, tmp_path / "again")
+    for name in (WEIGHTS, CONFIG):
+        expected = (tmp_path / "alone" / name).read_bytes()
+        assert (tmp_path / "mesh" / name).read_bytes() == expected
+        assert (tmp_path / "again" / name).read_bytes() == expected
+
+
+def test_an_adapter_that_peft_made_gives_the_same_logits_here(tiny: Tiny, tmp_path: Path) -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft_adapted(reference(tiny("llama")), r=4, lora_alpha=3, use_rslora=True, target_modules=targets).eval()
+    share_a(theirs)
+    theirs.save_pretrained(tmp_path)
+    ids = random_ids()
+    with simulate(tp=2):
+        ours = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path)
+        torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **CLOSE)
+
+
+def test_ranks_and_targets_that_differ_by_layer_survive(tiny: Tiny, tmp_path: Path) -> None:
+    model = adapted(tiny("llama"), ["*.layers.0.*.linear_proj", "*.layers.2.*"], dim=4, seed=1)
+    model = LoRA(["*.layers.1.*.linear_qkv"], dim=2, alpha=5, lora_B_init_method="normal")(model).eval()
+    export_peft_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["rank_pattern"] == {f"model.layers.1.self_attn.{part}_proj": 2 for part in "qkv"}
+    assert config["alpha_pattern"] == {f"model.layers.1.self_attn.{part}_proj": 5 for part in "qkv"}
+    ids = random_ids()
+    theirs = with_peft(tiny("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
+    ours = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours, ids), logits(model, ids), rtol=0.0, atol=0.0)
+
+
+def test_the_head_of_a_tied_model_keeps_its_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    model = adapted(tiny("qwen2"), ["output_layer", "linear_proj"]).eval()
+    assert model.output_layer.to_wrap.weight is model.embedding.weight
+    export_peft_adapter(model, tmp_path / "adapter")
+    ids = random_ids()
+    theirs = with_peft(tiny("qwen2"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
+
+
+def test_transformers_models_exchange_adapters_under_their_own_names(tiny: Tiny, tmp_path: Path) -> None:
+    ids = random_ids()
+    theirs = peft_adapted(reference(tiny("llama")), r=4, target_modules=["q_proj", "up_proj"]).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_peft_adapter(reference(tiny("llama")), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **CLOSE)
+    export_peft_adapter(ours, tmp_path / "ours")
+    written, expected = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_files_keep_the_adapters_type(dtype: torch.dtype, tiny: Tiny, tmp_path: Path) -> None:
+    export_peft_adapter(adapted(tiny("llama"), lora_dtype=dtype), tmp_path / "adapter")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values()} == {dtype}
+    loaded = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter")
+    assert loaded.decoder.layers[0].mlp.linear_fc1.adapter.linear_in.weight.dtype == dtype
+
+
+def test_a_loaded_adapter_trains_only_if_asked(tiny: Tiny, tmp_path: Path) -> None:
+    export_peft_adapter(adapted(tiny("llama")), tmp_path / "adapter")
+    frozen = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter")
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    trained = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter", trainable=True)
+    names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    assert names and all(".adapter." in name for name in names)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+O_B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json does not exist"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "adapter_model.safetensors does not exist"),
+    "a pickle": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+        "adapter_model.bin, a pickle",
+    ),
+    "cut weights": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5]),
+        "is cut or not a safetensors file",
+    ),
+    "a flipped byte": (
+        lambda folder: (folder / WEIGHTS).write_bytes(
+            (folder / WEIGHTS).read_bytes()[:-5] + b"\x55" + (folder / WEIGHTS).read_bytes()[-4:]
+        ),
+        "is damaged",
+    ),
+    "cut config": (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as JSON"),
+    "another method": (lambda folder: edit_config(folder, peft_type="IA3"), "peft_type is 'IA3'"),
+    "an unknown field": (lambda folder: edit_config(folder, use_bdlora=True), "use_bdlora=True is not implemented"),
+    "biases": (lambda folder: edit_config(folder, bias="all"), "bias='all'"),
+    "a changed base": (lambda folder: edit_config(folder, init_lora_weights="pissa"), "changed the base model"),
+    "another rank": (
+        lambda folder: edit_config(folder, r=8),
+        r"q_proj.lora_A.weight has shape \(4, 32\); .* say \(8, 32\)",
+    ),
+    "a rank that is none": (lambda folder: edit_config(folder, r=0), "r=0; expected an integer of at least 1"),
+    "an alpha that is none": (lambda folder: edit_config(folder, lora_alpha="x"), "lora_alpha='x'; expected a number"),
+    "a bad expression": (lambda folder: edit_config(folder, target_modules="("), "is not a regular expression"),
+    "targets without tensors": (
+        lambda folder: (
+            edit_config(folder, target_modules="all-linear")
+            or edit_weights(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".2.mlp.up" in key])
+        ),
+        r"lacks .*layers.2.mlp.up_proj.lora_A.weight, though its config targets",
+    ),
+    "tensors without target": (
+        lambda folder: edit_config(folder, target_modules=["q_proj", "k_proj", "v_proj"]),
+        "layers.0.mlp.down_proj, which its config does not target",
+    ),
+    "unknown key": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.update(extra=torch.zeros(1))),
+        "holds 'extra', which is not a tensor of a LoRA adapter",
+    ),
+    "unknown module": (
+        lambda folder: edit_weights(
+            folder, lambda tensors: tensors.update({Q_A.replace("layers.0", "layers.7"): tensors[Q_A].clone()})
+        ),
+        "the model has no linear layer model.layers.7.self_attn.q_proj",
+    ),
+    "half an adapter": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.pop(O_B)),
+        "lacks .*layers.1.self_attn.o_proj.lora_B.weight",
+    ),
+    "different A in one layer": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors[Q_A].add_(1)),
+        "differ, but decoder.layers.0.self_attention.linear_qkv is one layer here",
+    ),
+    "a wrong shape": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.update({O_B: torch.zeros(32, 5)})),
+        r"o_proj.lora_B.weight has shape \(32, 5\)",
+    ),
+    "integers": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.update({O_B: tensors[O_B].to(torch.int64)})),
+        "stored as torch.int64",
+    ),
+    "two types": (
+        lambda folder: edit_weights(
+            folder,
+            lambda tensors: tensors.update({key: value.float() for key, value in tensors.items() if ".2." in key}),
+        ),
+        "several types",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "adapter"
+    export_peft_adapter(adapted(tiny("llama")), folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_adapter_is_named_and_changes_nothing(case: str, exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    spoil, message = BAD[case]
+    folder = shutil.copytree(exported, tmp_path / "adapter")
+    spoil(folder)
+    model = load_pretrained(tiny("llama"), torch.float64)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        load_peft_adapter(model, folder)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(
+        torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in before.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 2}, "the file's adapter has rank 4 and alpha 8, the model's rank 2 and alpha 4"),
+        (
+            {"targets": ["linear_proj"]},
+            "the file has an adapter on decoder.layers.0.self_attention.linear_qkv, the model has none",
+        ),
+        ({"targets": [*EVERYTHING, "output_layer"]}, "the model has an adapter on output_layer, the file has none"),
+        ({"use_rslora": True}, "use_rslora is False in the file"),
+    ],
+    ids=["rank", "fewer targets", "more targets", "scale"],
+)
+def test_another_adapter_than_the_models_is_refused(
+    options: dict[str, Any], message: str, exported: Path, tiny: Tiny
+) -> None:
+    model = adapted(tiny("llama"), **options)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        load_peft_adapter(model, exported)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_an_adapter_of_another_base_is_refused(exported: Path, tiny: Tiny) -> None:
+    with pytest.raises(CheckpointError, match=r"q_proj.lora_B.weight has shape \(32, 4\); .* say \(48, 4\)"):
+        load_peft_adapter(load_pretrained(tiny("qwen3")), exported)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_an_error_and_never_another_adapter(
+    data: st.DataObject, exported: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(exported, folder)
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    # Half of the damage goes to the header, a small part of the file.
+    header = 8 + int.from_bytes(content[:8], "little")
+    position = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
+    if data.draw(st.booleans()):
+        content[position] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[position:]
+    (folder / WEIGHTS).write_bytes(content)
+    model = adapted(tiny("llama"), seed=1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    expected = load_file(exported / WEIGHTS)
+    try:
+        load_peft_adapter(model, folder)
+    except CheckpointError:
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    else:
+        # Some bytes mean nothing: a space, or the key of the metadata.
+        export_peft_adapter(model, tmp_path / "again", overwrite=True)
+        assert all(torch.equal(value, expected[key]) for key, value in load_file(tmp_path / "again" / WEIGHTS).items())
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_replaces_another_only_if_asked(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "metrics.jsonl").write_text("kept")
+    export_peft_adapter(adapted(tiny("llama")), tmp_path / "adapter")
+    before = (tmp_path / "adapter" / WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match="holds an adapter; choose another directory or overwrite it"):
+        export_peft_adapter(adapted(tiny("llama"), seed=1), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == before
+    export_peft_adapter(adapted(tiny("llama"), seed=1), tmp_path / "adapter", overwrite=True)
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() != before
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"metrics.jsonl", WEIGHTS, CONFIG}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_model_without_adapters_has_nothing_to_export(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the model carries no adapter"):
+        export_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_previous_adapter(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_peft_adapter(adapted(tiny("llama")), tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    written = TensorFileWriter.write
+    budget = [20]
+
+    def fails_later(self: TensorFileWriter, tensor: Tensor) -> None:
+        budget[0] -= 1
+        if not budget[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(self, tensor)
+
+    monkeypatch.setattr(TensorFileWriter, "write", fails_later)
+    with pytest.raises(CheckpointError, match=r"writing .*adapter: No space left on device"):
+        export_peft_adapter(adapted(tiny("llama"), seed=1), tmp_path / "adapter", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_two_processes_write_one_file_and_fail_together(tiny: Tiny, tmp_path: Path, exported: Path) -> None:
+    errors = run_on_ranks(2, export_and_fail, str(tiny("llama")), str(tmp_path / "adapter"))
+    assert all("holds an adapter" in error for error in errors)
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "adapter" / name).read_bytes() == (exported / name).read_bytes()
