@@ -11,7 +11,7 @@ from helpers.simulate import simulate, the_same
 from helpers.tiny_models import FAMILIES, random_ids, reference
 
 from meshpeft.models import KVCache, ModelError, load_pretrained
-from meshpeft.models.attention_mask import attention_masks
+from meshpeft.models.attention_mask import attention_masks, positions_in_documents
 from meshpeft.parallel import ModelParallelConfig
 
 
@@ -36,6 +36,11 @@ def test_packed_documents_equal_separate_runs(
             error = (packed[row, start : start + length] - alone).abs().max() / alone.abs().max()
             assert error < 1e-10
             start += length
+
+
+def test_positions_restart_in_each_document() -> None:
+    documents = torch.tensor([[4, 4, 7, 7, 7, -1], [-1, -1, 0, 1, 1, 1]])
+    assert positions_in_documents(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 0, 0, 1, 2]]
 
 
 def test_positions_can_be_given(tiny: Callable[[str], Path]) -> None:

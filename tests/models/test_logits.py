@@ -108,6 +108,18 @@ def test_every_gradient_equals_transformers(
     assert compared == set(expected)
 
 
+def test_activation_checkpointing_computes_each_layer_again(tiny: Callable[[str], Path]) -> None:
+    decoder = load_pretrained(tiny("mistral"), activation_checkpointing=True)
+    runs: list[object] = []
+    for layer in decoder.decoder.layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    decoder(random_ids()).sum().backward()
+    assert len(runs) == 2 * len(decoder.decoder.layers)
+    with torch.no_grad():
+        decoder(random_ids())
+    assert len(runs) == 3 * len(decoder.decoder.layers)
+
+
 def gradients_by_hf_name(name: str, parameter: Tensor) -> dict[str, Tensor]:
     layout = layout_of_tensor(parameter)
     assert layout is not None
