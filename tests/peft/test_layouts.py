@@ -7,12 +7,14 @@ import functools
 import pytest
 from helpers.adapted_block import Outcome, largest_difference, outcome
 
-from meshpeft.peft import PEFT, LoRA
+from meshpeft.peft import PEFT, CanonicalLoRA, LoRA
 
 # Factors that are not zero, so that every gradient is.
 OPTIONS = {"dim": 4, "alpha": 6, "lora_B_init_method": "normal"}
 METHODS: dict[str, PEFT] = {
     "lora": LoRA(**OPTIONS),
+    "canonical": CanonicalLoRA(**OPTIONS),
+    "canonical, some parts": CanonicalLoRA(target_modules=["linear_k", "linear_q", "linear_fc1_up"], **OPTIONS),
 }
 # (tp, dp, sequence parallel)
 LAYOUTS = ((2, 1, False), (2, 2, True), (4, 1, False), (4, 1, True), (8, 1, False), (8, 1, True), (1, 2, False))

@@ -3,6 +3,7 @@
 from meshpeft.parallel import all2all_hp2sp
 from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
 from meshpeft.peft.base import PEFT, adapter_wrappers
+from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import fused_lora, fused_lora_reference
@@ -16,12 +17,16 @@ __all__ = [
     "AdapterError",
     "AdapterWrapper",
     "BaseOutput",
+    "CanonicalLoRA",
     "LinearAdapter",
     "LoRA",
     "LoRALinear",
+    "LoRALinearSplitFC1UpGate",
+    "LoRALinearSplitQKV",
     "LowRankAdapter",
     "LowRankFactor",
     "LowRankPEFT",
+    "ModuleDict",
     "ModuleMatcher",
     "PEFT",
     "ParameterCount",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import (
     LinearLayout,
     ParallelAxis,
+    ShardedTensors,
     TensorLayout,
     dropout,
     layout_of,
@@ -44,7 +45,7 @@ def check_options(dim: int, alpha: float, dropout: float, dropout_position: str)
         raise AdapterError(f"dropout_position={dropout_position!r}: expected 'pre' or 'post'")
 
 
-class LowRankFactor(nn.Module):
+class LowRankFactor(ShardedTensors, nn.Module):
     """One factor: a weight [out, in] and nothing else.
 
     Args:
@@ -82,7 +83,7 @@ class LowRankFactor(nn.Module):
         return "x".join(str(size) for size in self.weight.shape)
 
 
-class LowRankAdapter(nn.Module):
+class LowRankAdapter(ShardedTensors, nn.Module):
     """A [r, in] as `linear_in.weight` and B [out, r] as `linear_out.weight`, with what is needed to apply them.
 
     Args:
@@ -92,7 +93,9 @@ class LowRankAdapter(nn.Module):
         dropout: probability; on the input (`pre`) or the output (`post`) of the adapter.
         dropout_recompute: make the mask again in the backward pass instead of keeping it.
         lora_A_init_method, lora_B_init_method: `xavier normal kaiming zero`.
-        name: full name of the base layer; parameters are initialised as `{name}.adapter.linear_in.weight`, ..
+        name: full name of the base layer.
+        path: of this adapter below the base's place; parameters are initialised as
+            `{name}.{path}.linear_in.weight`, ..
         fused: the adapter joins its base between `enter` and `exit`; otherwise it runs beside it.
         use_rslora: scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
         seed, dtype, device: of the parameters.
@@ -115,6 +118,7 @@ class LowRankAdapter(nn.Module):
         lora_A_init_method: str = "xavier",
         lora_B_init_method: str = "zero",
         name: str = "",
+        path: str = "adapter",
         fused: bool = True,
         use_rslora: bool = False,
         seed: int = 0,
@@ -138,10 +142,10 @@ class LowRankAdapter(nn.Module):
         self.base_name, self.seed = name, seed
         options: tuple[Any, ...] = (seed, dtype, device, initialize)
         self.linear_in = LowRankFactor(
-            self.layout_of_a(), lora_A_init_method, f"{name}.adapter.linear_in.weight", *options
+            self.layout_of_a(), lora_A_init_method, f"{name}.{path}.linear_in.weight", *options
         )
         self.linear_out = LowRankFactor(
-            self.layout_of_b(), lora_B_init_method, f"{name}.adapter.linear_out.weight", *options
+            self.layout_of_b(), lora_B_init_method, f"{name}.{path}.linear_out.weight", *options
         )
 
     def layout_of_a(self) -> TensorLayout:
@@ -157,6 +161,15 @@ class LowRankAdapter(nn.Module):
         """s in y += s (x A^T) B^T."""
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
 
+    def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The adapter's output for x and its factors (or those of several adapters together)."""
+        raise NotImplementedError
+
+    @property
+    def drops_output(self) -> bool:
+        """Whether dropout comes after the adapter, now."""
+        return self.dropout_position == "post" and self._drops()
+
     def drop_input(self, x: Tensor) -> Tensor | None:
         """X after dropout, or `None` where the adapter sees x itself."""
         if self.dropout_position != "pre" or not self._drops():
@@ -165,9 +178,7 @@ class LowRankAdapter(nn.Module):
 
     def drop_output(self, delta: Tensor) -> Tensor:
         """The adapter's output after dropout, if it comes there."""
-        if self.dropout_position != "post" or not self._drops():
-            return delta
-        return self._drop(delta, self._output_is_divided())
+        return self._drop(delta, self._output_is_divided()) if self.drops_output else delta
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
@@ -203,17 +214,38 @@ class LinearAdapter(LowRankAdapter):
 
     Args:
         base: the layer; its registered layout gives the shapes.
-        dim, alpha, options: as in `LowRankAdapter`; type and device default to the base weight's.
+        dim, alpha, options: as in `LowRankAdapter`.
+        layout: of the part of the layer that is adapted, if it is not all of it.
 
     Raises:
         NotImplementedError: no layout is registered for the type of `base`.
     """
 
-    def __init__(self, base: nn.Module, dim: int = 32, alpha: float | None = None, **options: Any) -> None:
-        super().__init__(layout_of(base), dim, alpha, **options)
+    def __init__(
+        self,
+        base: nn.Module,
+        dim: int = 32,
+        alpha: float | None = None,
+        *,
+        layout: LinearLayout | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(layout_of(base) if layout is None else layout, dim, alpha, **options)
+
+    def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """s (x' A^T) B^T in plain operations, for factors that may be those of several adapters together.
+
+        Args:
+            x: [*, in], after the base's `enter`.
+            a: [r, in]; b: [out, r].
+
+        Returns:
+            [*, out], before the base's `exit`.
+        """
+        dropped = self.drop_input(x)
+        h = F.linear(x if dropped is None else dropped, a.to(x.dtype))
+        return self.drop_output(F.linear(h * self.scale, b.to(x.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Delta = s (x A^T) B^T in plain operations. x [*, in], after the base's `enter` -> [*, out], before `exit`."""
-        dropped = self.drop_input(x)
-        h = self.linear_in(x if dropped is None else dropped)
-        return self.drop_output(self.linear_out(h * self.scale))
+        """X [*, in] -> the adapter's output [*, out]; see `delta`."""
+        return self.delta(x, self.linear_in.weight, self.linear_out.weight)

@@ -9,15 +9,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter
+from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.functional import fused_lora
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.wrapper import AdapterWrapper
 
-__all__ = ["LoRA", "LoRALinear"]
+__all__ = ["LoRA", "LoRALinear", "LowRankWrapper"]
 
 
-class LoRALinear(AdapterWrapper):
+class LowRankWrapper(AdapterWrapper):
+    """A linear layer to whose output s (x A^T) B^T is added; a subclass says where A and B come from."""
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter whose scale, dropout and place count."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        raise NotImplementedError
+
+    @property
+    def joins(self) -> bool:
+        """Whether the adapter runs between the base's `enter` and `exit`."""
+        return self.one_adapter.fused
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+        a, b = self.factors()
+        adapter, source = self.one_adapter, self.weight_source()
+        if adapter.drops_output:
+            weight = source if isinstance(source, Tensor) else source()
+            return F.linear(x, weight) + adapter.delta(x, a, b)
+        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output plus the adapter's."""
+        base = self.base_linear_forward(x, *args, **kwargs)
+        delta = self.one_adapter.delta(x if base.layernorm is None else base.layernorm, *self.factors())
+        return base.rebuild(base.linear + delta)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B A, local, in float32 or wider."""
+        a, b = self.factors()
+        weight = self.layer_type.weight(self.to_wrap)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.one_adapter.scale)
+
+
+class LoRALinear(LowRankWrapper):
     """A linear layer and its LoRA adapter.
 
     A `LinearAdapter` joins the layer between `enter` and `exit`; a `ParallelLinearAdapter` runs beside it and its
@@ -30,32 +71,14 @@ class LoRALinear(AdapterWrapper):
 
     adapter: LowRankAdapter
 
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter itself."""
+        return self.adapter
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r], local."""
         return self.adapter.linear_in.weight, self.adapter.linear_out.weight
-
-    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
-        a, b = self.factors()
-        adapter, source = self.adapter, self.weight_source()
-        if adapter.dropout_position == "post" and adapter.training and adapter.dropout > 0:
-            weight = source if isinstance(source, Tensor) else source()
-            return F.linear(x, weight) + adapter(x)
-        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
-
-    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base's output plus the adapter's."""
-        base = self.base_linear_forward(x, *args, **kwargs)
-        delta = self.adapter(x if base.layernorm is None else base.layernorm)
-        return base.rebuild(base.linear + delta)
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + s B A, local, in float32 or wider."""
-        a, b = self.factors()
-        weight = self.layer_type.weight(self.to_wrap)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-        return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.adapter.scale)
 
 
 @dataclass
@@ -74,5 +97,4 @@ class LoRA(LowRankPEFT):
         found = self.match(m, name, prefix)
         if found is None:
             return m
-        _, full_name = found
-        return LoRALinear(m, LinearAdapter(m, **self.adapter_options(m, full_name)))
+        return LoRALinear(m, self.make_adapter(m, found[1]))

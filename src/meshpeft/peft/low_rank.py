@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshpeft.parallel import layer_type_of, layout_of
-from meshpeft.peft.adapters import DropoutPosition, check_options
+from meshpeft.parallel import LinearLayout, layer_type_of, layout_of
+from meshpeft.peft.adapters import DropoutPosition, LinearAdapter, LowRankAdapter, check_options
 from meshpeft.peft.base import PEFT
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.initialization import init_method_of
@@ -82,6 +82,19 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         """Whether the adapter on this layer runs between its `enter` and `exit`."""
         layer_type = layer_type_of(base)
         return self.fused and layer_type is not None and layer_type.fused
+
+    def make_adapter(
+        self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
+    ) -> LowRankAdapter:
+        """The adapter module for one layer.
+
+        Args:
+            base: the layer.
+            full_name: its full name.
+            layout: of the part of the layer that is adapted, if it is not all of it.
+            path: of the adapter below the layer's place.
+        """
+        return LinearAdapter(base, layout=layout, path=path, **self.adapter_options(base, full_name))
 
     def adapter_options(self, base: nn.Module, full_name: str) -> dict[str, Any]:
         """Keyword arguments of an adapter module on one layer."""

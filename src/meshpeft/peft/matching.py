@@ -146,7 +146,8 @@ class ModuleMatcher:
             prefix: the full name of its parent.
 
         Returns:
-            The pattern that it met (its own name, where only exclusions are given) and its full name; or `None`.
+            The first pattern that it met (its own name, where only exclusions are given) and its full name; or
+            `None`.
         """
         name = name or ""
         full_name = f"{prefix}.{name}" if prefix else name
@@ -157,12 +158,12 @@ class ModuleMatcher:
             excluded = [pattern for pattern in self.exclude_modules if _matches(pattern, name, full_name)]
             self._met.update(excluded)
             return (name, full_name) if adaptable and not excluded and layer_type_of(m) is not None else None
-        for pattern in self._patterns():
-            if _matches(pattern, name, full_name):
-                if adaptable:
-                    self._met.add(pattern)
-                    return pattern, full_name
-                self._refused.setdefault(pattern, f"{full_name} ({type(m).__name__})")
+        matching = [pattern for pattern in self._patterns() if _matches(pattern, name, full_name)]
+        if adaptable:
+            self._met.update(matching)
+            return (matching[0], full_name) if matching else None
+        for pattern in matching:
+            self._refused.setdefault(pattern, f"{full_name} ({type(m).__name__})")
         return None
 
     def _check_matches(self) -> None:

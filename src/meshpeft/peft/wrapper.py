@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LayerType, layer_type_of
+from meshpeft.parallel import LayerType, ShardedStateDict, layer_type_of, sharded_state_dict
+from meshpeft.parallel.sharded_tensor import ShardedOffset
 from meshpeft.peft.errors import AdapterError
 
 __all__ = ["AdapterWrapper", "BaseOutput"]
@@ -99,9 +100,14 @@ class AdapterWrapper(nn.Module):
         if not self._adapter_enabled or self._is_merged:
             return self.to_wrap(x, *args, **kwargs)
         layer_type = self.layer_type
-        if getattr(self.adapter, "fused", False) and layer_type.enter is not None and layer_type.exit is not None:
+        if self.joins and layer_type.enter is not None and layer_type.exit is not None:
             return layer_type.exit(self.to_wrap, self.inside(layer_type.enter(self.to_wrap, x), *args, **kwargs))
         return self.beside(x, *args, **kwargs)
+
+    @property
+    def joins(self) -> bool:
+        """Whether the adapter runs between the base's `enter` and `exit`."""
+        return bool(getattr(self.adapter, "fused", False))
 
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted GEMM, between the base's `enter` and `exit`."""
@@ -197,6 +203,19 @@ class AdapterWrapper(nn.Module):
             raise AdapterError("the base's weight was not kept when the adapter was merged (keep_base=False)")
         weight.copy_(self._unmerged_weight)
         self._unmerged_weight, self._is_merged = None, False
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[ShardedOffset] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """The base's entries as if it were not wrapped, and the adapter's under `adapter.`."""
+        entries: ShardedStateDict = {}
+        for module, path in ((self.to_wrap, prefix), (self.adapter, f"{prefix}adapter.")):
+            described = getattr(module, "sharded_state_dict", None) or partial(sharded_state_dict, module)
+            entries.update(described(path, sharded_offsets, metadata))
+        return entries
 
 
 # A wrapped layer's checkpoint keys are those of the layer: wrapping must not rename the base model.

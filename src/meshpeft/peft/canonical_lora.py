@@ -1,0 +1,194 @@
+"""Canonical LoRA: separate adapters for q, k, v and for gate, up of fused layers, as Hugging Face models have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from meshpeft.parallel import LinearLayout, Packing, ShardedTensors, layout_of
+from meshpeft.peft.adapters import LowRankAdapter
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.lora import LoRALinear, LowRankWrapper
+from meshpeft.peft.low_rank import LowRankPEFT
+from meshpeft.peft.matching import _matches, default_targets
+from meshpeft.peft.packed_factors import pack_factors
+
+__all__ = ["CanonicalLoRA", "LoRALinearSplitFC1UpGate", "LoRALinearSplitQKV", "ModuleDict"]
+
+# Name of a part's target -> (name of the fused layer, name of the part in its packing).
+_COMPONENTS = {
+    "linear_q": ("linear_qkv", "q"),
+    "linear_k": ("linear_qkv", "k"),
+    "linear_v": ("linear_qkv", "v"),
+    "linear_fc1_up": ("linear_fc1", "up"),
+    "linear_fc1_gate": ("linear_fc1", "gate"),
+}
+
+
+class ModuleDict(ShardedTensors, nn.ModuleDict):
+    """nn.ModuleDict with a sharded_state_dict implementation for checkpointing."""
+
+
+class _SplitLoRALinear(LowRankWrapper):
+    """A fused layer with a separate adapter for each of some of its parts."""
+
+    adapter: ModuleDict
+    parts: ClassVar[tuple[str, ...]]
+
+    def __init__(self, to_wrap: nn.Module, adapter: ModuleDict) -> None:
+        super().__init__(to_wrap, adapter)
+        known = [f"adapter_{part}" for part in self.parts]
+        if not len(adapter) or any(name not in known for name in adapter):
+            raise AdapterError(f"{type(self).__name__}: adapters are called {', '.join(known)}; got {list(adapter)}")
+        layout = layout_of(to_wrap)
+        if layout.packing is None or set(layout.packing.names) != set(self.parts):
+            raise AdapterError(f"{type(self).__name__} needs a layer that packs {', '.join(self.parts)}")
+        self._packing: Packing = layout.packing
+        self._shards = layout.axis.world_size if layout.shard == "out" else 1
+
+    def adapters(self) -> dict[str, LowRankAdapter]:
+        """Part -> its adapter, in the packing's order."""
+        return {
+            part: cast(LowRankAdapter, self.adapter[f"adapter_{part}"])
+            for part in self._packing.names
+            if f"adapter_{part}" in self.adapter
+        }
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter whose scale and dropout count; dropout on the input draws one mask for all parts."""
+        return next(iter(self.adapters().values()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [sum r, in] and B [out, sum r] of the one adapter that equals the separate ones."""
+        adapters = self.adapters()
+        scale = self.one_adapter.scale
+        b = [
+            adapter.linear_out.weight if adapter.scale == scale else adapter.linear_out.weight * (adapter.scale / scale)
+            for adapter in adapters.values()
+        ]
+        a = [adapter.linear_in.weight for adapter in adapters.values()]
+        return pack_factors(self._packing, self._shards, [self._packing.names.index(part) for part in adapters], a, b)
+
+
+class LoRALinearSplitQKV(_SplitLoRALinear):
+    """An adapter wrapper for linear_qkv where q, k, v are three separate adapters.
+
+    Args:
+        to_wrap: a layer whose output packs q, k and v.
+        adapter: `ModuleDict` of `adapter_q`, `adapter_k`, `adapter_v`, or some of them; an absent one adds zero.
+    """
+
+    parts = ("q", "k", "v")
+
+    def _interleave_qkv(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Separate local outputs [*, q], [*, k], [*, v] -> the layer's packed order [*, per group q .. q k v]."""
+        return self._packing.pack([query, key, value], -1, self._shards)
+
+
+class LoRALinearSplitFC1UpGate(_SplitLoRALinear):
+    """An adapter wrapper for linear_fc1 where up_proj and gate_proj are two separate adapters.
+
+    Args:
+        to_wrap: a layer whose output packs gate and up.
+        adapter: `ModuleDict` of `adapter_up`, `adapter_gate`, or one of them; an absent one adds zero.
+    """
+
+    parts = ("gate", "up")
+
+
+_WRAPPERS: dict[frozenset[str], type[_SplitLoRALinear]] = {
+    frozenset(wrapper.parts): wrapper for wrapper in (LoRALinearSplitQKV, LoRALinearSplitFC1UpGate)
+}
+
+
+def _should_treat_linear_fc1_as_unfused(full_name: str) -> bool:
+    """Return True when CanonicalLoRA should keep linear_fc1 as a single adapter: inside a vision model."""
+    return "vision_model" in full_name.split(".")
+
+
+@dataclass
+class CanonicalLoRA(LowRankPEFT):
+    """LoRA on q, k, v, and on gate and up, separately. Options as in `LowRankPEFT`.
+
+    Attributes:
+        target_modules: `linear_q linear_k linear_v linear_proj linear_fc1_up linear_fc1_gate linear_fc2`, or some of
+            them, also with wildcards: `*.layers.0.*.linear_q`.
+        exclude_modules: every other layer is adapted, with all its components.
+        canonical_mapping: pattern of the layer as it is in the model -> the targets that it stands for; made from
+            `target_modules` at construction, and again when the method is applied.
+    """
+
+    target_modules: list[str] = field(
+        default_factory=default_targets(
+            "linear_q", "linear_k", "linear_v", "linear_proj", "linear_fc1_up", "linear_fc1_gate", "linear_fc2"
+        )
+    )
+    _requests: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._build_canonical_mapping()
+
+    def _init_target_match_state(self) -> None:
+        super()._init_target_match_state()
+        self._build_canonical_mapping()
+
+    def _build_canonical_mapping(self) -> None:
+        self.canonical_mapping, self._requests = {}, {}
+        for target in [] if self.exclude_modules else self.target_modules:
+            leaf = target.rpartition(".")[2].lstrip("*")
+            start = target.removesuffix(leaf)
+            if leaf in ("linear_qkv", "linear_fc1"):
+                parts = ", ".join(repr(start + name) for name, (fused, _) in _COMPONENTS.items() if fused == leaf)
+                raise AdapterError(
+                    f"target_modules: {target!r} is one fused layer, and CanonicalLoRA adapts its parts: name {parts}, "
+                    "or some of them; or use LoRA"
+                )
+            pattern = start + _COMPONENTS[leaf][0] if leaf in _COMPONENTS else target
+            self.canonical_mapping.setdefault(pattern, set()).add(leaf or target)
+            self._requests.setdefault(pattern, []).append(target)
+
+    def _patterns(self) -> dict[str, list[str]]:
+        return self._requests
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Put adapters on a target layer, one per requested part if it is fused; return other modules as they are."""
+        found = self.match(m, name, prefix)
+        if found is None:
+            return m
+        full_name = found[1]
+        layout = layout_of(m)
+        wanted = self._wanted_parts(name or "", full_name)
+        wrapper = _WRAPPERS.get(frozenset(layout.packing.names)) if layout.packing is not None else None
+        if wrapper is None or layout.experts is not None or _should_treat_linear_fc1_as_unfused(full_name):
+            if full_name.endswith("linear_qkv"):
+                raise AdapterError(f"{full_name}: the layout of {type(m).__name__} does not say how q, k, v are packed")
+            return LoRALinear(m, self.make_adapter(m, full_name))
+        adapters = {
+            f"adapter_{part}": self.make_adapter(m, full_name, part_layout(layout, part), f"adapter.adapter_{part}")
+            for part in wrapper.parts
+            if part in wanted
+        }
+        return wrapper(m, ModuleDict(adapters))
+
+    def _wanted_parts(self, name: str, full_name: str) -> set[str]:
+        """The parts that the patterns together ask for, of a fused layer; all, if one names the layer itself."""
+        every = {part for _, part in _COMPONENTS.values()}
+        if self.exclude_modules:
+            return every
+        wanted: set[str] = set()
+        for pattern, components in self.canonical_mapping.items():
+            if _matches(pattern, name, full_name):
+                for component in components:
+                    wanted |= {_COMPONENTS[component][1]} if component in _COMPONENTS else every
+        return wanted
+
+
+def part_layout(layout: LinearLayout, part: str) -> LinearLayout:
+    """The layout that a part of a fused layer would have on its own."""
+    assert layout.packing is not None
+    size = layout.packing.sizes[layout.packing.names.index(part)]
+    return replace(layout, out_features=size, packing=None)
