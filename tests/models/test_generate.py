@@ -26,7 +26,7 @@ def generated(directory: Path, tp: int, sequence_parallel: bool, ids: torch.Tens
         return the_same(generate(decoder, ids, **options))
 
 
-@pytest.mark.parametrize(("tp", "sequence_parallel"), LAYOUTS)
+@pytest.mark.parametrize(("tp", "sequence_parallel"), ((1, False), (4, True)))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_is_that_of_transformers(
     tiny: Callable[[str], Path], family: str, tp: int, sequence_parallel: bool
@@ -34,18 +34,18 @@ def test_greedy_generation_is_that_of_transformers(
     ids = random_ids(2, 7)
     model = reference(tiny(family))
     model.generation_config.eos_token_id = None
-    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
-    assert torch.equal(generated(tiny(family), tp, sequence_parallel, ids, max_new_tokens=12), expected)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated(tiny(family), tp, sequence_parallel, ids, max_new_tokens=8), expected)
 
 
 def test_sampling_draws_the_same_tokens_at_every_layout(tiny: Callable[[str], Path]) -> None:
-    options = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 40, "top_p": 0.95}
+    options = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 40, "top_p": 0.95}
     ids = random_ids(3, 5)
     drawn = [generated(tiny("llama"), *layout, ids, seed=3, **options) for layout in LAYOUTS]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], generated(tiny("llama"), 1, False, ids, seed=4, **options))
-    greedy = generated(tiny("llama"), 1, False, ids, max_new_tokens=12)
+    greedy = generated(tiny("llama"), 1, False, ids, max_new_tokens=8)
     for certain in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
         assert torch.equal(generated(tiny("llama"), 1, False, ids, **{**options, "top_k": None, **certain}), greedy)
 
