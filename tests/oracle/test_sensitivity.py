@@ -1,0 +1,105 @@
+"""The oracle can fail: each invariant is broken on purpose, and it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.oracle_runs import TOLERANCE, one_rank, run
+
+import meshpeft.parallel.init as parallel_init
+import meshpeft.training.step as training_step
+from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.verify.oracle import Layout, compare
+
+Patch = pytest.MonkeyPatch
+
+
+def dropped_sum_of_a(patch: Patch) -> None:
+    patch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+
+
+def dropped_sum_of_b(patch: Patch) -> None:
+    patch.setattr(LinearLayout, "_b_is_partial", lambda self: False)
+
+
+def summed_twice(patch: Patch) -> None:
+    right = gradients.finalize_gradients
+    patch.setattr(training_step, "finalize_gradients", lambda parameters: (right(parameters), right(parameters)))
+
+
+def fans_of_the_shard(patch: Patch) -> None:
+    """Each rank draws its own shard, as if it were a matrix of its own."""
+
+    def init_(parameter: torch.Tensor, init_fn: Callable[[torch.Tensor], Any], seed: int, name: str) -> None:
+        local = TensorLayout(tuple(parameter.shape))
+        parallel_init._fill_(parameter, local, init_fn, seed)
+
+    import meshpeft.peft.adapters as adapters
+
+    patch.setattr(adapters, "named_init_", init_)
+
+
+def swapped_q_and_k(patch: Patch) -> None:
+    """Packed in the wrong order when sharded, as frameworks do whose conversion knows one layout only."""
+    right = Packing.unpack
+
+    def unpack(self: Packing, tensor: torch.Tensor, dim: int, shards: int) -> list[torch.Tensor]:
+        parts = right(self, tensor, dim, shards)
+        return [*parts[:-2], parts[-1], parts[-2]] if shards > 1 and len(parts) == 3 else parts
+
+    patch.setattr(Packing, "unpack", unpack)
+
+
+def norm_counts_every_copy(patch: Patch) -> None:
+    everywhere = property(lambda self: tuple(a for a in (parallel_group_info().tp,) if a.world_size > 1))
+    patch.setattr(TensorLayout, "shard_axes", everywhere)
+
+
+def means_of_ranks_averaged(patch: Patch) -> None:
+    """The data-parallel sum becomes an average, as where every rank divides by its own number of tokens."""
+    right = gradients.gradient_axes
+    patch.setattr(gradients, "gradient_axes", lambda layout: right(layout)[:-1])
+
+
+def reduction_forgotten(patch: Patch) -> None:
+    def all_reduce(x: torch.Tensor, axis: ParallelAxis, *args: Any) -> torch.Tensor:
+        return x
+
+    import meshpeft.parallel.collectives as collectives
+
+    assert collectives.all_reduce is communication.all_reduce
+    patch.setattr(collectives, "all_reduce", all_reduce)
+
+
+TP, SP, DP = Layout(tp=2, micro_batch_size=4), Layout(tp=2, sequence_parallel=True, micro_batch_size=4), Layout(dp=2)
+FAULTS = (
+    (dropped_sum_of_a, TP, "gradient"),
+    (dropped_sum_of_b, TP, "gradient"),
+    (dropped_sum_of_a, SP, "gradient"),
+    (summed_twice, TP, "gradient"),
+    (fans_of_the_shard, TP, "loss"),
+    (swapped_q_and_k, TP, "loss"),
+    (norm_counts_every_copy, TP, "grad_norm"),
+    (means_of_ranks_averaged, DP, "gradient"),
+    (reduction_forgotten, TP, "loss"),
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "seen_in"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_a_fault_is_seen(fault: Callable[[Patch], None], layout: Layout, seen_in: str, monkeypatch: Patch) -> None:
+    expected = one_rank(steps=1)
+    fault(monkeypatch)
+    found = run(layout, steps=1)
+    assert compare(expected, found)[seen_in] > 1e4 * TOLERANCE
+
+
+def test_without_a_fault_nothing_is_seen() -> None:
+    errors = compare(one_rank(steps=1), run(TP, steps=1))
+    assert max(errors.values()) < TOLERANCE
