@@ -164,6 +164,7 @@ def test_a_directory_without_adapter_is_refused(command: str, base: Path, capsys
     ("options", "sentence"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--chat"], "chat template cannot be used"),
         (["--prompt", "x", "--top-p", "0"], "top_p=0.0: expected a probability"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0: expected at least 1"),
     ],
@@ -179,7 +180,7 @@ def test_workers_say_it_once_and_the_code_is_2(base: Path, tmp_path: Path) -> No
     (tmp_path / "empty.jsonl").touch()
     run = ["--model", str(base), "--data", "empty.jsonl", "--tp", "2", "--output-dir", "run"]
     command = [sys.executable, "-m", "meshpeft.cli.main", "finetune", *run]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "meshpeft finetune: empty.jsonl: holds no records; at least one is needed.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]

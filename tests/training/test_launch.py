@@ -69,6 +69,7 @@ def test_a_failing_worker_ends_the_run_with_its_own_report(how: str, kind: type[
         ("never", [0, 0], ""),
         ("before", [2, 2], "no such file\n"),
         ("all", [2, 2], "not divisible\n"),
+        ("after", [0, 2], "the file is truncated\n"),
     ],
 )
 def test_under_a_launcher_the_process_joins_and_one_worker_speaks(how: str, codes: list[int], printed: str) -> None:
@@ -86,6 +87,6 @@ def test_under_a_launcher_the_process_joins_and_one_worker_speaks(how: str, code
         )
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=60)[1] for worker in workers]
+    errors = [worker.communicate(timeout=180)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == codes
     assert "".join(errors) == printed

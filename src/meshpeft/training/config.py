@@ -54,8 +54,7 @@ class _Layout:
     tp: int = 1
     """Tensor parallel: processes that share each layer of the model."""
     dp: Annotated[int | None, _Optional] = None
-    """Data parallel: copies of the model that share each batch. Default: the fewest that fit, or what is left
-    of the processes that a launcher such as torchrun has started."""
+    """Data parallel: copies of the model that share a batch. Default: the fewest, or what a launcher's world leaves."""
     sequence_parallel: bool = False
     """Divide the activations between the layers over the tensor-parallel processes, too: less memory."""
 
@@ -148,8 +147,10 @@ class FinetuneConfig(_Layout):
         return replace(self, lr=usual if self.lr is None else self.lr, epochs=epochs)
 
     def as_json(self) -> dict[str, Any]:
-        """The options as plain values; [`from_json`][meshpeft.training.config.FinetuneConfig.from_json] reads them."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """The options as plain values, with absolute paths; `from_json` reads them."""
+        return {
+            name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
@@ -227,6 +228,8 @@ class GenerateConfig(_AdapterUse):
 
     prompt: str
     """Text to continue; - reads it from standard input."""
+    chat: bool = False
+    """The prompt is a user's message: put it into the tokenizer's chat template."""
     max_new_tokens: int = 128
     """Most tokens to add."""
     temperature: float = 0.0

@@ -52,7 +52,8 @@ def evaluate(config: EvaluateConfig) -> float:
     )
     loss = float(mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens))
     report.say(f"model: {base_directory(run.model)}, {run.dtype}; adapter: {config.adapter or 'none'}")
-    report.say(f"data: {config.data or 'held out of the adapter run'}, {batches.global_target_tokens:,} target tokens")
+    source = config.data or f"held out of {run.data or 'the embedded data'}"
+    report.say(f"data: {source}, {batches.global_target_tokens:,} target tokens")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"loss: {loss:.4f} nats per target token (perplexity {math.exp(loss):.2f})")
     return loss

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from meshpeft.checkpoint import export_peft_adapter
-
 from meshpeft.models import Decoder
 from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism
 from meshpeft.parallel.random import set_seed
@@ -16,13 +15,14 @@ from meshpeft.peft import trainable_parameters
 from meshpeft.training.adapters import add_adapter, check_adapter
 from meshpeft.training.batches import RowSampler, eval_batches
 from meshpeft.training.config import FinetuneConfig, TrainingError
-from meshpeft.training.inputs import Inputs, load_inputs, load_tokenizer, prompt_of
+from meshpeft.training.inputs import Inputs, load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch, number_of_workers
 from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.output import OutputDirectory
 from meshpeft.training.progress import TrainingProgress
-from meshpeft.training.report import CURVE, METRICS, Report, continuation, describe_layout, write_record
+from meshpeft.training.prompts import continuation, prompt_of
+from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, write_record
 from meshpeft.training.schedule import learning_rate, warmup_steps
 from meshpeft.training.setup import base_directory, check_base, device, load_base
 from meshpeft.training.step import TrainStep, mean_loss

@@ -12,7 +12,8 @@ from meshpeft.parallel.mesh import init_parallelism
 from meshpeft.training.config import ConfigError, GenerateConfig
 from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.launch import is_joined, launch, number_of_workers
-from meshpeft.training.report import Report, decoded
+from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
+from meshpeft.training.report import Report
 from meshpeft.training.setup import base_directory, check_base, device, load_base_and_adapter
 
 __all__ = ["generate", "start"]
@@ -45,13 +46,9 @@ def generate(config: GenerateConfig) -> str:
     """
     report = Report(init_parallelism(tensor_parallel=config.tp))
     run = config.run()
-    tokenizer = load_tokenizer(base_directory(run.model))
-    # Special tokens as in training: those that the tokenizer puts before a text.
-    prompt = tokenizer(config.prompt)["input_ids"]
-    while len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        prompt = prompt[:-1]
-    if not prompt:
-        raise ConfigError("the prompt is empty, and the tokenizer puts nothing before a text; give at least a word")
+    directory = base_directory(run.model)
+    tokenizer = load_tokenizer(directory)
+    prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
     model = load_base_and_adapter(run.model, config.adapter, run.dtype, sequence_parallel=config.sequence_parallel)
     tokens = generate_tokens(
         model,
@@ -60,7 +57,7 @@ def generate(config: GenerateConfig) -> str:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(directory, tokenizer),
         seed=config.seed,
     )
     text = decoded(tokenizer, tokens[0, len(prompt) :].tolist())

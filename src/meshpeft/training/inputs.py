@@ -14,11 +14,11 @@ from meshpeft.training.data import Record, load_records, split_held_out
 from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
 from meshpeft.training.embedded import embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
+from meshpeft.training.prompts import prompt_of
 
-__all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer", "prompt_of"]
+__all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
 
 SAMPLE_PROMPT_TOKENS = 192
-TEXT_PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,6 @@ def load_rows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, data: 
     """
     records = _records(config)[1] if data is None else load_records(data)
     return _pack(tokenize_records(records, tokenizer, config.seq_length), config, tokenizer)
-
-
-def prompt_of(document: Document) -> list[int]:
-    """The tokens before a document's first target; of a text, which is a target from its start, the first few."""
-    first = int(document.targets.argmax())
-    length = first if first > 1 else min(TEXT_PROMPT_TOKENS, max(1, len(document) // 2))
-    tokens: list[int] = document.tokens[:length].tolist()
-    return tokens
 
 
 def _records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:

@@ -172,9 +172,8 @@ def speaks_for_all() -> bool:
 
 def _work(function: Callable[..., object], *arguments: Any) -> None:
     """The body of a worker: its share of the cores, the function, and a clean end."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, _available_cores() // local_workers))
+    if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(max(1, _available_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     function(*arguments)
     # Only after success: a failing worker must end at once, not wait for the others here.
     destroy_parallelism()

@@ -13,31 +13,16 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.models import Decoder, generate
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.documents import Document
-from meshpeft.training.inputs import prompt_of
 from meshpeft.training.output import RECORD
-from meshpeft.training.setup import device
+from meshpeft.training.prompts import decoded, prompt_of
 
-__all__ = ["CURVE", "METRICS", "Report", "continuation", "decoded", "describe_layout", "write_record"]
+__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "write_record"]
 
 METRICS, CURVE = "metrics.jsonl", "loss.png"
-SAMPLE_TOKENS = 48
 PROMPT_LINES = 12
-
-
-def continuation(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """What the model says after these tokens: its likeliest tokens, up to the end of the sequence. A collective."""
-    ids = torch.tensor([prompt], device=device())
-    tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=tokenizer.eos_token_id)
-    return decoded(tokenizer, tokens[0, len(prompt) :].tolist())
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of these tokens, without special ones."""
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
