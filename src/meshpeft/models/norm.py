@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
 
 __all__ = ["RMSNorm"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ShardedTensors, nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dim.
 
     The mean is taken in float32, or in float64 for float64 input; the normalised value is cast back to x's type

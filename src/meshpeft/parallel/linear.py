@@ -89,10 +89,12 @@ class _ParallelLinear(ShardedTensors, nn.Module):
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:
-    # Read from the layer's own layout: a parameter that was replaced (loading, `.to_empty`) may have lost its mark.
     layout = layout_of_tensor(parameter)
     if layout is None:
-        raise ParallelError(f"a parameter of shape {tuple(parameter.shape)} lost its layout; use load_state_dict")
+        raise ParallelError(
+            f"a parameter of shape {tuple(parameter.shape)} has lost its layout: it was replaced by a new one; "
+            "copy into it instead, or call set_layout on the new one"
+        )
     return layout.gather(parameter)
 
 

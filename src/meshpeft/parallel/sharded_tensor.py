@@ -9,7 +9,8 @@ Fused parameters are stored as their canonical parts: `linear_qkv.weight` as `li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import parallel_group_info
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
 __all__ = [
     "ShardedOffset",
@@ -33,41 +34,53 @@ ShardedOffset: TypeAlias = tuple[int, int, int]
 """`(axis, index, count)`: the tensor is slice `index` of `count` along an axis that is put in front of its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardedTensor:
     """One contiguous box of one global tensor.
 
     Attributes:
         key: the global tensor's name, the same at every layout.
-        data: the local values, detached; of the global tensor's shape without its `prepended_axes`, along every
-            divided dim as long as the slice. A view of the parameter, or a copy where parts are interleaved.
+        source: the local tensor that the values are of: a parameter or a buffer, all parts of it.
         global_shape: of the global tensor, prepended axes first.
         global_offset: where the box starts in it; symbolic under simulation.
         replica_id: 0 on exactly one of the ranks that hold the same box, which is the one that would write it;
             symbolic under simulation.
         prepended_axes: how many dims in front of `global_shape` the local tensor does not have.
-        part: which canonical part of a fused parameter this is; `None` for one that is not fused.
-        source: the parameter or buffer that the values are of; the entries of its parts share it.
+        name: of `source`; differs from `key` where this is one part of a fused tensor.
+        part: number of this part; `None` where `source` is not fused.
+        layout: of `source`; `None` where it is the same on every rank.
     """
 
     key: str
-    data: Tensor
+    source: Tensor = field(repr=False)
     global_shape: tuple[int, ...]
     global_offset: tuple[int, ...]
     replica_id: int = 0
     prepended_axes: int = 0
-    part: str | None = None
-    source: Tensor | None = field(default=None, repr=False, compare=False)
+    name: str = ""
+    part: int | None = None
+    layout: TensorLayout | None = field(default=None, repr=False)
+
+    @property
+    def data(self) -> Tensor:
+        """The local values, detached; of the global tensor's shape without its `prepended_axes`.
+
+        A view of `source`, or a copy (made anew each time) where its parts are interleaved.
+        """
+        if self.part is None or self.layout is None:
+            return self.source.detach()
+        return self.layout.split_parts(self.source.detach())[self.part]
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the values."""
-        return self.data.dtype
+        return self.source.dtype
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the box, with a 1 for each prepended axis."""
-        return (1,) * self.prepended_axes + tuple(self.data.shape)
+        own = self.source.shape if self.part is None or self.layout is None else self.layout.pieces()[self.part].shape
+        return (1,) * self.prepended_axes + tuple(own)
 
 
 ShardedStateDict: TypeAlias = dict[str, ShardedTensor]
@@ -75,7 +88,11 @@ ShardedStateDict: TypeAlias = dict[str, ShardedTensor]
 
 
 class ShardedTensors:
-    """Mixin of a module that describes its parameters and buffers for a checkpoint, by their layouts."""
+    """Mixin of a module whose parameters have layouts: describes them for a checkpoint, and keeps them in copies.
+
+    PyTorch puts new parameters in the place of the old ones when a module is copied, moved off the meta device
+    (`to_empty`), or cast under simulation; without their layouts they would pass for replicated ones.
+    """
 
     def sharded_state_dict(
         self,
@@ -86,6 +103,30 @@ class ShardedTensors:
         """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
         assert isinstance(self, nn.Module)
         return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layouts = _layouts(self)
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module's: the mixin stands before it
+        _mark(self, layouts)
+        return applied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__dict__, memo))
+        _mark(copied, _layouts(self))
+        return copied
+
+
+def _layouts(module: Any) -> dict[str, TensorLayout]:
+    """The layouts of a module's own parameters."""
+    found = {name: None if tensor is None else layout_of_tensor(tensor) for name, tensor in module._parameters.items()}
+    return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _mark(module: Any, layouts: Mapping[str, TensorLayout]) -> None:
+    for name, layout in layouts.items():
+        set_layout(module._parameters[name], layout)
 
 
 def sharded_state_dict(
@@ -152,15 +193,16 @@ def sharded_tensors(
     return [
         ShardedTensor(
             key=part_name(name, piece.part),
-            data=values,
+            source=tensor,
             global_shape=before_shape + piece.global_shape,
             global_offset=before_offset + piece.offset,
             replica_id=replica_id,
             prepended_axes=len(sharded_offsets),
-            part=piece.part,
-            source=tensor,
+            name=name,
+            part=None if piece.part is None else number,
+            layout=layout,
         )
-        for piece, values in zip(layout.pieces(), layout.split_parts(tensor.detach()), strict=True)
+        for number, piece in enumerate(layout.pieces())
     ]
 
 
