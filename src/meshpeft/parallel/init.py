@@ -92,17 +92,29 @@ def _bias_init(init_type: str, fan_in: int) -> Callable[[Tensor], Tensor]:
 
 
 def draw_full(shape: tuple[int, ...], init_fn: Callable[[Tensor], object], seed: int) -> Tensor:
-    """A float64 CPU tensor of `shape` filled in place by `init_fn` from `seed`; the global generator is untouched."""
+    """A float64 CPU tensor of `shape` filled in place by `init_fn` from `seed`; no global generator is disturbed."""
     with maybe_disable_local_tensor_mode(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: that seeds the generators of all GPUs too, which fork_rng does not restore here.
+        torch.default_generator.manual_seed(seed)
         full = torch.empty(shape, dtype=torch.float64, device="cpu")
         init_fn(full)
         return full
 
 
 def _fill_(local: Tensor, layout: TensorLayout, init_fn: Callable[[Tensor], object], seed: int) -> None:
+    matrices = _is_stacked(layout)
+
+    def fill(full: Tensor) -> None:
+        for matrix in full if matrices else (full,):
+            init_fn(matrix)
+
     with torch.no_grad():
-        local.copy_(layout.slice(draw_full(layout.global_shape, init_fn, seed)))
+        local.copy_(layout.slice(draw_full(layout.global_shape, fill, seed)))
+
+
+def _is_stacked(layout: TensorLayout) -> bool:
+    """Whether dim 0 counts experts. Each is then drawn on its own, so that fans are those of one expert."""
+    return layout.expert and len(layout.global_shape) == 3
 
 
 def _agreed_seed() -> int:
@@ -126,7 +138,7 @@ def initialize_(weight: Tensor, bias: Tensor | None, init_type: InitializationTy
         weight: a parameter with a layout ([`set_layout`][meshpeft.parallel.set_layout]).
         bias: likewise, or `None`. Zero, but for `biased_normal` (drawn like the weight) and the kaiming and
             xavier types (uniform within 1/sqrt(fan_in)).
-        init_type: fan-in and fan-out are those of the full matrix.
+        init_type: fan-in and fan-out are those of the full matrix; of stacked experts, those of one expert.
 
     Raises:
         ParallelError: an unknown `init_type`, or `dirac` on a tensor without 3 to 5 dims.
@@ -134,7 +146,7 @@ def initialize_(weight: Tensor, bias: Tensor | None, init_type: InitializationTy
     layout = layout_of_tensor(weight)
     if layout is None:
         raise ParallelError(f"a weight of shape {tuple(weight.shape)} has no layout; call set_layout on it first")
-    init_fn = _weight_init(init_type, layout.global_shape)
+    init_fn = _weight_init(init_type, layout.global_shape[1:] if _is_stacked(layout) else layout.global_shape)
     if weight.is_meta:
         return
     _fill_(weight, layout, init_fn, _agreed_seed())
@@ -173,17 +185,17 @@ def initialize_model_parallel_affine_weight_(
     shape = (out_features, in_features)
     if partition_dim not in (0, 1):
         raise ParallelError(f"partition_dim={partition_dim}: expected 0 (out) or 1 (in)")
-    if per_partition_size * axis.world_size != shape[partition_dim]:
-        raise ParallelError(
-            f"per_partition_size={per_partition_size} times {axis.name}={axis.world_size} is not the size "
-            f"{shape[partition_dim]} of dim {partition_dim}; use {shape[partition_dim] / axis.world_size:g}"
-        )
     layout = TensorLayout(
         shape,
         ((partition_dim, axis),),
         packing=stride_packing(shape[partition_dim], stride, axis),
         packed_dim=partition_dim,
     )
+    if per_partition_size != layout.local_shape[partition_dim]:
+        raise ParallelError(
+            f"per_partition_size={per_partition_size}: dim {partition_dim} of size {shape[partition_dim]} over "
+            f"{axis.name}={axis.world_size} has partitions of {layout.local_shape[partition_dim]}"
+        )
     if tuple(weight.shape) != layout.local_shape:
         raise ParallelError(f"weight has shape {tuple(weight.shape)}, expected {layout.local_shape}")
     init_fn = _weight_init(init_type, shape)
@@ -222,10 +234,5 @@ def named_init_(parameter: Tensor, init_fn: Callable[[Tensor], object], seed: in
     if parameter.is_meta:
         return
     digest = hashlib.sha256(repr((int(seed), name, layout.global_shape)).encode()).digest()
-
-    def per_matrix(full: Tensor) -> None:
-        for matrix in full if full.dim() == 3 else (full,):
-            init_fn(matrix)
-
-    # torch's generators take 64 bits; the sign bit is left out.
-    _fill_(parameter, layout, per_matrix, int.from_bytes(digest[:8], "little") >> 1)
+    # A seed is a signed 64-bit integer, of which torch's CPU generator reads the low 32 bits.
+    _fill_(parameter, layout, init_fn, int.from_bytes(digest[:8], "little") >> 1)
