@@ -69,11 +69,17 @@ def finalize_gradients(source: nn.Module | Iterable[Tensor]) -> None:
             buckets.setdefault((axes, dtype, parameter.device), []).append(parameter)
     for (axes, dtype, _), parameters in buckets.items():
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([grad.reshape(-1).to(dtype) for grad in grads])
+        flat = torch.cat([_dense(grad).reshape(-1).to(dtype) for grad in grads])
         for axis in _reduction_groups(axes):
             dist.all_reduce(flat, group=axis.group)
         for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+            total = summed.view(grad.shape)
+            # The gradient of a sparse embedding stays sparse: its optimizer takes no other.
+            grad.copy_(total.to_sparse(grad.sparse_dim()) if grad.is_sparse else total)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 def gradient_norm(source: nn.Module | Iterable[Tensor]) -> Tensor:
@@ -114,5 +120,6 @@ def clip_gradients_(source: nn.Module | Iterable[Tensor], max_norm: float) -> Te
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            # A scalar tensor of a wider type changes no gradient's type, and is not rounded to it first.
+            parameter.grad.mul_(factor.to(parameter.grad.device))
     return norm
