@@ -116,8 +116,13 @@ class ParallelEmbedding(_Embedding):
 
     @torch.no_grad()
     def _renormalise(self, x: Tensor, max_norm: float) -> None:
-        """Scale the rows named by x so that the norm of the *full* row is at most `max_norm`."""
-        rows = x.reshape(-1).unique()
+        """Scale the rows named by x so that the norm of the *full* row is at most `max_norm`.
+
+        The rows are those named on any data-parallel rank, so that the tables stay the same on all of them.
+        """
+        named = torch.zeros(self.num_embeddings, dtype=torch.uint8, device=x.device)
+        named[x.reshape(-1)] = 1
+        rows = all_reduce(named, parallel_group_info().dp, dist.ReduceOp.MAX).nonzero().squeeze(-1)
         values = self.weight[rows]
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.norm_type == float("inf"):
@@ -131,8 +136,10 @@ class ParallelEmbedding(_Embedding):
 
 
 @on_each_rank
-def _local_rows(x: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
+def _local_rows(x: Tensor, rank: int, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Indices into this rank's rows (0 where another rank holds the row), and whether it is held here."""
+    # Without it an index that no rank holds would give a row of zeros. Asynchronous on a GPU.
+    torch._assert_async(((x >= 0) & (x < vocabulary)).all(), f"an index is outside the vocabulary [0, {vocabulary})")
     local = x - rank * rows
     held = (local >= 0) & (local < rows)
     return local * held, held
@@ -141,7 +148,8 @@ def _local_rows(x: Tensor, rank: int, rows: int) -> tuple[Tensor, Tensor]:
 @typed_as(lambda x, weight, axis: dims_follow(x, (*range(x.dim()), None), axis=axis, state=P))
 def _look_up(x: Tensor, weight: Tensor, axis: ParallelAxis) -> Tensor:
     """The rows of x [*] that this rank holds, zero elsewhere: [*, embedding_dim], a summand over the axis."""
-    local, held = _local_rows(x, axis.rank, weight.shape[0])
+    rows = weight.shape[0]
+    local, held = _local_rows(x, axis.rank, rows, rows * axis.world_size)
     return F.embedding(local, weight) * held.unsqueeze(-1)
 
 

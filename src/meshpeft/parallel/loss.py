@@ -19,10 +19,17 @@ __all__ = ["vocab_parallel_cross_entropy"]
 
 
 @on_each_rank
-def _local_targets(labels: Tensor, rank: int, rows: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _local_targets(
+    labels: Tensor, rank: int, rows: int, vocabulary: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each label's place in this rank's slice (0 where another rank holds it), whether it is held here, and counts."""
+    counted = labels != ignore_index
+    # Without it a label that no rank holds would give a plausible loss. Asynchronous on a GPU.
+    inside = ((labels >= 0) & (labels < vocabulary)) | ~counted
+    torch._assert_async(inside.all(), f"a label is neither in [0, {vocabulary}) nor ignore_index={ignore_index}")
     local = labels - rank * rows
-    held = (local >= 0) & (local < rows) & (labels != ignore_index)
-    return local * held, held
+    held = (local >= 0) & (local < rows) & counted
+    return local * held, held, counted
 
 
 class _CrossEntropy(Function):
@@ -31,13 +38,14 @@ class _CrossEntropy(Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         maximum = all_reduce(logits.amax(-1), axis, dist.ReduceOp.MAX).to(dtype)
         shifted = logits.to(dtype) - maximum.unsqueeze(-1)
-        index, held = _local_targets(labels, axis.rank, logits.shape[-1], ignore_index)
-        target = shifted.gather(-1, index.unsqueeze(-1)).squeeze(-1) * held
+        rows = logits.shape[-1]
+        index, held, counted = _local_targets(labels, axis.rank, rows, rows * axis.world_size, ignore_index)
+        # Filled, not multiplied: a logit may be -inf (a token that is ruled out), and padding may hold anything.
+        target = shifted.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(~held, 0)
         exponentials = shifted.exp_()
         # One collective carries both sums: [2, *].
         sums = all_reduce(torch.stack((exponentials.sum(-1), target)), axis)
-        counted = labels != ignore_index
-        loss = (sums[0].log() - sums[1]) * counted
+        loss = (sums[0].log() - sums[1]).masked_fill(~counted, 0)
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), index, held, counted)
         ctx.dtype = logits.dtype
         return loss
@@ -82,6 +90,7 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         ParallelError: the shapes do not fit.
+        RuntimeError: a label is neither an index of the vocabulary nor `ignore_index` (on a GPU, when it gets there).
     """
     axis = parallel_group_info().tp if axis is None else axis
     if logits.shape[:-1] != labels.shape:
