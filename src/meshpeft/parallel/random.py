@@ -23,8 +23,10 @@ from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
 __all__ = ["draw_seed", "dropout", "dropout_mask", "set_seed"]
 
-_MIX = 0x9E3779B1  # an odd constant near 2^32 / golden ratio: spreads neighbouring ranks far apart
-_SEED_RANGE = 2**31
+# Seeds are numbers modulo a prime below 2^31 (torch's CPU generator reads 32 bits). An axis is a digit to a base
+# larger than any axis: ranks that differ on one or two axes can't meet, whatever those axes' sizes.
+_SEED_RANGE = 2**31 - 1
+_BASE = 46_337
 
 
 def set_seed(seed: int) -> None:
@@ -43,8 +45,7 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
     seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
     for axis in varying:
         if axis.world_size > 1:
-            # The position of the axis is mixed in by multiplying before the next one is added.
-            seed = (seed * 31 + (axis.rank + 1) * _MIX) % _SEED_RANGE
+            seed = (seed * _BASE + axis.rank + 1) % _SEED_RANGE
     return seed
 
 
@@ -52,7 +53,7 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """Which elements are kept: a bool tensor shaped like `like`, a function of (seed, shape, device)."""
     generator = torch.Generator(device=like.device).manual_seed(int(seed))
-    return torch.rand(like.shape, generator=generator, device=like.device) >= p
+    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device=like.device) >= p
 
 
 class _Dropout(Function):
