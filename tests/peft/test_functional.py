@@ -62,9 +62,7 @@ def test_only_the_gradients_asked_for_are_made(requires_grad):
 
 def test_gradients_are_those_of_finite_differences():
     tensors = operands((2,))
-    assert torch.autograd.gradcheck(
-        lambda x, w, a, b, d: fused_lora(x, w, a, b, 0.7, d), tuple(tensors.values())
-    )
+    assert torch.autograd.gradcheck(lambda x, w, a, b, d: fused_lora(x, w, a, b, 0.7, d), tuple(tensors.values()))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ METHODS: dict[str, PEFT] = {
     "lora": LoRA(**OPTIONS),
     "canonical": CanonicalLoRA(**OPTIONS),
     "canonical, some parts": CanonicalLoRA(target_modules=["linear_k", "linear_q", "linear_fc1_up"], **OPTIONS),
+    "lora, standalone": LoRA(fused=False, **OPTIONS),
+    "canonical, standalone": CanonicalLoRA(fused=False, **OPTIONS),
+    "lora, standalone, all-to-all": LoRA(fused=False, a2a_experimental=True, **OPTIONS),
 }
 # (tp, dp, sequence parallel)
 LAYOUTS = ((2, 1, False), (2, 2, True), (4, 1, False), (4, 1, True), (8, 1, False), (8, 1, True), (1, 2, False))

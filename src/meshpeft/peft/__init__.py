@@ -2,6 +2,7 @@
 
 from meshpeft.parallel import all2all_hp2sp
 from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
+from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
 from meshpeft.peft.base import PEFT, adapter_wrappers
 from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
@@ -11,9 +12,12 @@ from meshpeft.peft.initialization import init_method_const, init_method_kaiming_
 from meshpeft.peft.lora import LoRA, LoRALinear
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, wildcard_match
+from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
+from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.wrapper import AdapterWrapper, BaseOutput
 
 __all__ = [
+    "AdapterAttributes",
     "AdapterError",
     "AdapterWrapper",
     "BaseOutput",
@@ -29,16 +33,20 @@ __all__ = [
     "ModuleDict",
     "ModuleMatcher",
     "PEFT",
+    "ParallelLinearAdapter",
     "ParameterCount",
     "adapter_wrappers",
     "all2all_hp2sp",
     "fused_lora",
     "fused_lora_reference",
+    "get_adapter_attributes_from_linear",
     "init_method_const",
     "init_method_kaiming_uniform",
     "init_method_normal",
     "is_expert_linear",
+    "pad_seq_to_mult",
     "print_trainable_parameters",
     "trainable_parameters",
+    "unpad_seq_to_mult",
     "wildcard_match",
 ]

@@ -100,6 +100,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         use_rslora: scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
         seed, dtype, device: of the parameters.
         initialize: leave the parameters empty if false.
+        factor_layouts: of A and B, where they are not those that `layout` gives.
 
     Raises:
         AdapterError: see `check_options`.
@@ -125,6 +126,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         initialize: bool = True,
+        factor_layouts: tuple[TensorLayout, TensorLayout] | None = None,
     ) -> None:
         super().__init__()
         alpha = dim if alpha is None else alpha
@@ -141,20 +143,9 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         self.dropout, self.dropout_position, self.dropout_recompute = dropout, dropout_position, dropout_recompute
         self.base_name, self.seed = name, seed
         options: tuple[Any, ...] = (seed, dtype, device, initialize)
-        self.linear_in = LowRankFactor(
-            self.layout_of_a(), lora_A_init_method, f"{name}.{path}.linear_in.weight", *options
-        )
-        self.linear_out = LowRankFactor(
-            self.layout_of_b(), lora_B_init_method, f"{name}.{path}.linear_out.weight", *options
-        )
-
-    def layout_of_a(self) -> TensorLayout:
-        """Where A [r, in] lies."""
-        return self.layout.factor_a(self.dim, fused=self.fused)
-
-    def layout_of_b(self) -> TensorLayout:
-        """Where B [out, r] lies."""
-        return self.layout.factor_b(self.dim, fused=self.fused)
+        layout_a, layout_b = factor_layouts or (layout.factor_a(dim, fused=fused), layout.factor_b(dim, fused=fused))
+        self.linear_in = LowRankFactor(layout_a, lora_A_init_method, f"{name}.{path}.linear_in.weight", *options)
+        self.linear_out = LowRankFactor(layout_b, lora_B_init_method, f"{name}.{path}.linear_out.weight", *options)
 
     @property
     def scale(self) -> float:
@@ -243,8 +234,9 @@ class LinearAdapter(LowRankAdapter):
             [*, out], before the base's `exit`.
         """
         dropped = self.drop_input(x)
-        h = F.linear(x if dropped is None else dropped, a.to(x.dtype))
-        return self.drop_output(F.linear(h * self.scale, b.to(x.dtype)))
+        # Products rather than F.linear, whose optional bias makes the type checker refuse a summand.
+        h = (x if dropped is None else dropped) @ a.to(x.dtype).t()
+        return self.drop_output((h * self.scale) @ b.to(x.dtype).t())
 
     def forward(self, x: Tensor) -> Tensor:
         """X [*, in] -> the adapter's output [*, out]; see `delta`."""

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from spmd_types import rules
 from torch import Tensor
 from torch.autograd import Function

@@ -14,6 +14,7 @@ from meshpeft.peft.base import PEFT
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.initialization import init_method_of
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear
+from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 
 __all__ = ["LowRankPEFT"]
 
@@ -94,7 +95,28 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             layout: of the part of the layer that is adapted, if it is not all of it.
             path: of the adapter below the layer's place.
         """
-        return LinearAdapter(base, layout=layout, path=path, **self.adapter_options(base, full_name))
+        options = self.adapter_options(base, full_name)
+        if self.joins(base):
+            return LinearAdapter(base, layout=layout, path=path, **options)
+        return ParallelLinearAdapter(**self.parallel_options(base, options, layout), path=path)
+
+    def parallel_options(self, base: nn.Module, options: dict[str, Any], layout: LinearLayout | None) -> dict[str, Any]:
+        """The options of an adapter module in the words of `ParallelLinearAdapter`."""
+        layout = layout_of(base) if layout is None else layout
+        renamed = {
+            "name": "base_linear_name",
+            "lora_A_init_method": "column_init_method",
+            "lora_B_init_method": "row_init_method",
+        }
+        return {
+            **{renamed.get(key, key): value for key, value in options.items()},
+            "in_features": layout.in_features,
+            "out_features": layout.out_features,
+            "activation": "identity",
+            "layout": layout,
+            "model_parallel_config": getattr(base, "config", None),
+            "a2a_experimental": self.a2a_experimental,
+        }
 
     def adapter_options(self, base: nn.Module, full_name: str) -> dict[str, Any]:
         """Keyword arguments of an adapter module on one layer."""
