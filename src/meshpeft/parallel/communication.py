@@ -52,6 +52,8 @@ def reduce_scatter(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
     if dim != 0:
         x = torch.cat(x.split(length, dim), 0)
     out = x.new_empty((x.shape[0] // axis.world_size, *x.shape[1:]))
+    if length == 0:  # on every rank; simulation cannot divide nothing
+        return out
     _reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 

@@ -36,7 +36,7 @@ class DispatchPlan:
         num_tokens: tokens before dispatch, gathered over expert-tensor parallel.
         top_k: experts per token.
         probabilities: [num_tokens, top_k], gathered; multiplies what the experts return.
-        order: [num_tokens * top_k], which (token, choice) was sent in each row, sorted by expert.
+        rows: [num_tokens * top_k], the row in which each (token, choice) was sent; rows are sorted by expert.
         local_order: the permutation of received rows that sorts them by local expert; `None` with ep=1.
         send_splits, receive_splits: rows to and from each rank of `ep`.
     """
@@ -45,7 +45,7 @@ class DispatchPlan:
     num_tokens: int
     top_k: int
     probabilities: Tensor
-    order: Tensor
+    rows: Tensor
     local_order: Tensor | None
     send_splits: list[int]
     receive_splits: list[int]
@@ -99,23 +99,25 @@ def dispatch_tokens(
     top_k = experts.shape[-1]
     x, probabilities = sp_gather(x, 0, etp), sp_gather(probabilities, 0, etp)
     experts = sp_gather(experts, 0, etp)
-    order = experts.reshape(-1).argsort(stable=True)
-    rows = x.index_select(0, order // top_k)
-    counts = torch.bincount(experts.reshape(-1), minlength=num_experts)
+    chosen = experts.reshape(-1)
+    order = chosen.argsort(stable=True)
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    # Not bincount, which waits for the device.
+    counts = order.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+    sent = x.index_select(0, order // top_k)
     if ep.world_size == 1:
-        plan = DispatchPlan(counts, x.shape[0], top_k, probabilities, order, None, [], [], ep, etp)
-        return rows, plan
+        return sent, DispatchPlan(counts, x.shape[0], top_k, probabilities, rows, None, [], [], ep, etp)
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts, group=ep.group)
     received = received.view(ep.world_size, num_experts // ep.world_size)
     # The one host synchronisation of the layer: the sizes of the all-to-all.
-    send = counts.view(ep.world_size, -1).sum(1).tolist()
-    receive = received.sum(1).tolist()
-    rows = _AllToAllRows.apply(rows, receive, send, ep)
+    splits = torch.cat((counts.view(ep.world_size, -1).sum(1), received.sum(1))).tolist()
+    send, receive = splits[: ep.world_size], splits[ep.world_size :]
+    arrived = _AllToAllRows.apply(sent, receive, send, ep)
     local_experts = torch.arange(received.shape[1], device=x.device).repeat(ep.world_size)
     local_order = local_experts.repeat_interleave(received.reshape(-1)).argsort(stable=True)
-    plan = DispatchPlan(received.sum(0), x.shape[0], top_k, probabilities, order, local_order, send, receive, ep, etp)
-    return rows.index_select(0, local_order), plan
+    plan = DispatchPlan(received.sum(0), x.shape[0], top_k, probabilities, rows, local_order, send, receive, ep, etp)
+    return arrived.index_select(0, local_order), plan
 
 
 def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
@@ -131,6 +133,7 @@ def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
     if plan.local_order is not None:
         y = torch.zeros_like(y).index_copy(0, plan.local_order, y)
         y = _AllToAllRows.apply(y, plan.send_splits, plan.receive_splits, plan.ep)
-    weighted = y * plan.probabilities.reshape(-1).index_select(0, plan.order).to(y.dtype).unsqueeze(-1)
-    total = y.new_zeros((plan.num_tokens, y.shape[-1])).index_add(0, plan.order // plan.top_k, weighted)
+    # One small product per token: quicker than adding weighted rows up by index, and in one order on every device.
+    by_token = y.index_select(0, plan.rows).view(plan.num_tokens, plan.top_k, y.shape[-1])
+    total = torch.bmm(plan.probabilities.to(y.dtype).unsqueeze(1), by_token).squeeze(1)
     return sp_reduce_scatter(total, 0, plan.etp)

@@ -100,6 +100,9 @@ class ParallelGroupInfo:
     joined_axes: dict[frozenset[str], ParallelAxis]
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
+    # Simulation remembers each mesh's ranks by the id of the object: one that was collected could lend its ranks
+    # to the next.
+    submeshes: tuple[DeviceMesh, ...] = ()
 
     def axis(self, name: str) -> ParallelAxis:
         """The axis called `name` (`tp pp dp ep etp edp world`)."""
@@ -228,12 +231,17 @@ def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGrou
     dense = init_device_mesh(device_type, (pp, world_size // (pp * tp), tp), mesh_dim_names=DENSE_AXES)
     expert = init_device_mesh(device_type, (pp, world_size // (pp * ep * etp), ep, etp), mesh_dim_names=EXPERT_AXES)
 
+    submeshes: list[DeviceMesh] = []
+
     def axis(mesh: DeviceMesh, name: str) -> ParallelAxis:
         sub = mesh[name]
+        submeshes.append(sub)
         return ParallelAxis(name, sub.get_group(), sub.get_local_rank(), sub.size())
 
     def joined(mesh: DeviceMesh, names: tuple[str, ...]) -> ParallelAxis:
-        flat = mesh[names]._flatten("_".join(names))
+        sub = mesh[names]
+        flat = sub._flatten("_".join(names))
+        submeshes.extend((sub, flat))
         return ParallelAxis("+".join(names), flat.get_group(), flat.get_local_rank(), flat.size())
 
     joined_axes = {
@@ -242,17 +250,16 @@ def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGrou
         if all((dense if "tp" in names else expert)[name].size() > 1 for name in names)
     }
     whole = dense._flatten("world")
+    axes = {
+        name: axis(dense if name in DENSE_AXES else expert, name) for name in ("tp", "pp", "dp", "ep", "etp", "edp")
+    }
     return ParallelGroupInfo(
-        tp=axis(dense, "tp"),
-        pp=axis(dense, "pp"),
-        dp=axis(dense, "dp"),
-        ep=axis(expert, "ep"),
-        etp=axis(expert, "etp"),
-        edp=axis(expert, "edp"),
+        **axes,
         world=ParallelAxis("world", whole.get_group(), whole.get_local_rank(), world_size),
         joined_axes=joined_axes,
         mesh=dense,
         expert_mesh=expert,
+        submeshes=(*submeshes, whole),
     )
 
 

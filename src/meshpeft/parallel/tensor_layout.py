@@ -11,9 +11,11 @@ canonical, a local one always packed, and [`Packing`][meshpeft.parallel.Packing]
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -245,6 +247,17 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     if tuple(tensor.shape) != layout.local_shape:
         raise ParallelError(f"a tensor of shape {tuple(tensor.shape)} cannot have local shape {layout.local_shape}")
     setattr(tensor, _ATTRIBUTE, layout)
+    # `copy.deepcopy` drops a parameter's attributes, and a copy without its layout would train as if it were
+    # replicated. It asks the instance for its copier first; a weak reference, so that no cycle keeps memory alive.
+    tensor.__dict__["__deepcopy__"] = partial(_copy_with_layout, weakref.ref(tensor))
+
+
+def _copy_with_layout(reference: weakref.ref[Tensor], memo: dict[int, Any]) -> Tensor:
+    tensor = reference()
+    assert tensor is not None
+    copied = type(tensor).__deepcopy__(tensor, memo)
+    set_layout(copied, getattr(tensor, _ATTRIBUTE))
+    return copied
 
 
 def layout_of_tensor(tensor: Tensor) -> TensorLayout | None:

@@ -89,7 +89,8 @@ def typed_as(rule: Callable[..., SpmdTypeOf]) -> Callable[[Callable[P, T]], Call
             declared = rule(*args, **kwargs)
             with spmd.local():
                 result = function(*args, **kwargs)
-            for tensor in result if isinstance(result, tuple) else (result,):
+            for value in result if isinstance(result, tuple) else (result,):
+                tensor: Any = value
                 spmd.assert_type(tensor, declared.local, partition_spec=declared.spec)
             return result
 

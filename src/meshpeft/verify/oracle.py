@@ -121,9 +121,11 @@ def trace_layout(
             if number == 0:
                 trace.gradients.update(_whole(model, lambda parameter: parameter.grad))
         trace.weights.update(_whole(model, lambda parameter: parameter))
-        with tempfile.TemporaryDirectory() as directory:
-            export_peft_adapter(model, directory)
-            trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
+        # Ranks that hold different copies have no adapter to export; `compare` then finds none.
+        if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
+            with tempfile.TemporaryDirectory() as directory:
+                export_peft_adapter(model, directory)
+                trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
     return trace
 
 

@@ -73,7 +73,7 @@ def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGr
     axes = {axis.name: axis.process_group for axis in (mesh.dp, mesh.tp) if axis.world_size > 1}
     if mesh.mesh is None or not axes:
         return {}
-    rows = PartitionSpec(axes["dp"] if "dp" in axes else None, None)
+    rows = PartitionSpec(axes.get("dp"), None)
     local = {group: V if name == "dp" else R for name, group in axes.items()}
     with spmd.set_current_mesh(mesh.mesh), checker.typecheck(local=False):
         for tensor in (tokens, labels):
