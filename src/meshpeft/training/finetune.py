@@ -112,7 +112,8 @@ def finetune(config: FinetuneConfig) -> None:
             }
             write_record(output.stage, config, info, results)
     report.samples(tokenizer, inputs.sample, before, after)
-    report.outcome(config, held_out[0], held_out[-1], tokens, seconds)
+    report.outcome(held_out[0], held_out[-1], tokens, seconds)
+    report.next_commands(config.output_dir, inputs.example)
 
 
 def _train(

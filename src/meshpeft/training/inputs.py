@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.data import Record, load_records, split_held_out
+from meshpeft.training.data import Record, load_records, record_format, split_held_out
 from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
-from meshpeft.training.embedded import embedded_records
+from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.training.prompts import prompt_of
 
@@ -30,12 +30,14 @@ class Inputs:
         held_out: rows to measure on.
         sample: the held-out document whose beginning is continued as a sample.
         summary: a line that says how much there is, and what had to be cut.
+        example: options of `meshpeft generate`, in the shell's words, for a prompt like those of the data.
     """
 
     train: PackedRows
     held_out: PackedRows
     sample: Document
     summary: str
+    example: str
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -74,6 +76,7 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
         held_out=_pack(held_out_documents, config, tokenizer),
         sample=_sample(held_out_documents),
         summary=_summary(documents, held_out_documents, rows),
+        example=_example(config, train[0]),
     )
 
 
@@ -111,6 +114,15 @@ def _sample(documents: TokenizedRecords) -> Document:
         if len(prompt_of(document)) <= SAMPLE_PROMPT_TOKENS:
             return document
     return min(documents, key=lambda document: len(prompt_of(document)))
+
+
+def _example(config: FinetuneConfig, record: Record) -> str:
+    if config.data is None:
+        prompt = f"def add(a, b):\n    return a + b{PROMPT_SUFFIX}"
+        return "--prompt $'{}'".format(prompt.replace("\n", "\\n"))
+    if record_format(list(record)) == "messages":
+        return "--chat --prompt 'Your question'"
+    return "--prompt 'Your prompt'"
 
 
 def _summary(train: TokenizedRecords, held_out: TokenizedRecords, rows: PackedRows) -> str:

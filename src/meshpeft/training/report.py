@@ -80,15 +80,23 @@ class Report:
             self.say(title)
             self._quote(text)
 
-    def outcome(self, config: FinetuneConfig, before: float, after: float, tokens: int, seconds: float) -> None:
-        """Say what came out, and the commands that use it."""
+    def outcome(self, before: float, after: float, tokens: int, seconds: float) -> None:
+        """Say what came out."""
         self.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
         self.say(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
-        self.say(f"wrote {config.output_dir}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
-        directory = shlex.quote(str(config.output_dir))
+
+    def next_commands(self, directory: Path, example: str) -> None:
+        """Say what was written, and the commands that use it.
+
+        Args:
+            directory: the run's output.
+            example: options of `meshpeft generate` that give a prompt.
+        """
+        self.say(f"wrote {directory}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
+        adapter = shlex.quote(str(directory))
         self.say("\nuse it:")
-        self.say(f"  meshpeft generate --adapter {directory} --prompt 'def add(a, b):'")
-        self.say(f"  meshpeft evaluate --adapter {directory}")
+        self.say(f"  meshpeft generate --adapter {adapter} {example}")
+        self.say(f"  meshpeft evaluate --adapter {adapter}")
 
     def _quote(self, text: str) -> None:
         for line in text.splitlines() or [""]:
