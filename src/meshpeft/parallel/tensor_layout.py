@@ -11,11 +11,9 @@ canonical, a local one always packed, and [`Packing`][meshpeft.parallel.Packing]
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -241,23 +239,16 @@ _ATTRIBUTE = "meshpeft_layout"
 def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     """State the layout of a parameter.
 
+    It is an attribute, which PyTorch drops when it copies or replaces a parameter, and a parameter without one passes
+    for replicated: modules that state layouts derive from [`ShardedTensors`][meshpeft.parallel.ShardedTensors], which
+    keeps them.
+
     Raises:
         ParallelError: the parameter does not have the layout's local shape.
     """
     if tuple(tensor.shape) != layout.local_shape:
         raise ParallelError(f"a tensor of shape {tuple(tensor.shape)} cannot have local shape {layout.local_shape}")
     setattr(tensor, _ATTRIBUTE, layout)
-    # `copy.deepcopy` drops a parameter's attributes, and a copy without its layout would train as if it were
-    # replicated. It asks the instance for its copier first; a weak reference, so that no cycle keeps memory alive.
-    tensor.__dict__["__deepcopy__"] = partial(_copy_with_layout, weakref.ref(tensor))
-
-
-def _copy_with_layout(reference: weakref.ref[Tensor], memo: dict[int, Any]) -> Tensor:
-    tensor = reference()
-    assert tensor is not None
-    copied = type(tensor).__deepcopy__(tensor, memo)
-    set_layout(copied, getattr(tensor, _ATTRIBUTE))
-    return copied
 
 
 def layout_of_tensor(tensor: Tensor) -> TensorLayout | None:
