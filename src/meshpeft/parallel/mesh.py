@@ -25,7 +25,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed._local_tensor import enabled_local_tensor_mode, maybe_run_for_local_tensor
+from torch.distributed._local_tensor import (
+    enabled_local_tensor_mode,
+    maybe_disable_local_tensor_mode,
+    maybe_run_for_local_tensor,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshpeft.parallel.errors import ParallelError
@@ -228,38 +232,29 @@ def _start_process_group(world_size: int) -> bool:
 
 def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGroupInfo:
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    dense = init_device_mesh(device_type, (pp, world_size // (pp * tp), tp), mesh_dim_names=DENSE_AXES)
-    expert = init_device_mesh(device_type, (pp, world_size // (pp * ep * etp), ep, etp), mesh_dim_names=EXPERT_AXES)
+    # Simulated ranks share the meshes, and differ only in where they stand, which is asked for below.
+    with maybe_disable_local_tensor_mode():
+        dense = init_device_mesh(device_type, (pp, world_size // (pp * tp), tp), mesh_dim_names=DENSE_AXES)
+        expert = init_device_mesh(device_type, (pp, world_size // (pp * ep * etp), ep, etp), mesh_dim_names=EXPERT_AXES)
 
-    submeshes: list[DeviceMesh] = []
+        def part(*names: str) -> DeviceMesh:
+            mesh = dense if set(names) <= set(DENSE_AXES) else expert
+            return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("_".join(names))
 
-    def axis(mesh: DeviceMesh, name: str) -> ParallelAxis:
-        sub = mesh[name]
-        submeshes.append(sub)
-        return ParallelAxis(name, sub.get_group(), sub.get_local_rank(), sub.size())
+        meshes = {(name,): part(name) for name in ("tp", "pp", "dp", "ep", "etp", "edp")}
+        joined = {names: part(*names) for names in JOINED_AXES if all(meshes[(name,)].size() > 1 for name in names)}
+        whole = dense._flatten("world")
 
-    def joined(mesh: DeviceMesh, names: tuple[str, ...]) -> ParallelAxis:
-        sub = mesh[names]
-        flat = sub._flatten("_".join(names))
-        submeshes.extend((sub, flat))
-        return ParallelAxis("+".join(names), flat.get_group(), flat.get_local_rank(), flat.size())
+    def axis(names: tuple[str, ...], mesh: DeviceMesh) -> ParallelAxis:
+        return ParallelAxis("+".join(names), mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
-    joined_axes = {
-        frozenset(names): joined(dense if "tp" in names else expert, names)
-        for names in JOINED_AXES
-        if all((dense if "tp" in names else expert)[name].size() > 1 for name in names)
-    }
-    whole = dense._flatten("world")
-    axes = {
-        name: axis(dense if name in DENSE_AXES else expert, name) for name in ("tp", "pp", "dp", "ep", "etp", "edp")
-    }
     return ParallelGroupInfo(
-        **axes,
-        world=ParallelAxis("world", whole.get_group(), whole.get_local_rank(), world_size),
-        joined_axes=joined_axes,
+        **{names[0]: axis(names, mesh) for names, mesh in meshes.items()},
+        world=axis(("world",), whole),
+        joined_axes={frozenset(names): axis(names, mesh) for names, mesh in joined.items()},
         mesh=dense,
         expert_mesh=expert,
-        submeshes=(*submeshes, whole),
+        submeshes=(*meshes.values(), *joined.values(), whole),
     )
 
 
