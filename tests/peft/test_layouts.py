@@ -7,7 +7,7 @@ import functools
 import pytest
 from helpers.adapted_block import Outcome, largest_difference, outcome
 
-from meshpeft.peft import PEFT, CanonicalLoRA, LoRA
+from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
 # Factors that are not zero, so that every gradient is.
 OPTIONS = {"dim": 4, "alpha": 6, "lora_B_init_method": "normal"}
@@ -17,6 +17,8 @@ METHODS: dict[str, PEFT] = {
     "canonical, some parts": CanonicalLoRA(target_modules=["linear_k", "linear_q", "linear_fc1_up"], **OPTIONS),
     "lora, standalone": LoRA(fused=False, **OPTIONS),
     "canonical, standalone": CanonicalLoRA(fused=False, **OPTIONS),
+    "dora": DoRA(**OPTIONS),
+    "dora, standalone": DoRA(fused=False, **OPTIONS),
     "lora, standalone, all-to-all": LoRA(fused=False, a2a_experimental=True, **OPTIONS),
 }
 # (tp, dp, sequence parallel)

@@ -6,6 +6,8 @@ from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_f
 from meshpeft.peft.base import PEFT, adapter_wrappers
 from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
+from meshpeft.peft.dora import DoRA, DoRALinear, ParallelLinearDoRAAdapter
+from meshpeft.peft.dora_functional import fused_dora, fused_dora_reference
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import fused_lora, fused_lora_reference
 from meshpeft.peft.initialization import init_method_const, init_method_kaiming_uniform, init_method_normal
@@ -22,6 +24,8 @@ __all__ = [
     "AdapterWrapper",
     "BaseOutput",
     "CanonicalLoRA",
+    "DoRA",
+    "DoRALinear",
     "LinearAdapter",
     "LoRA",
     "LoRALinear",
@@ -34,9 +38,12 @@ __all__ = [
     "ModuleMatcher",
     "PEFT",
     "ParallelLinearAdapter",
+    "ParallelLinearDoRAAdapter",
     "ParameterCount",
     "adapter_wrappers",
     "all2all_hp2sp",
+    "fused_dora",
+    "fused_dora_reference",
     "fused_lora",
     "fused_lora_reference",
     "get_adapter_attributes_from_linear",

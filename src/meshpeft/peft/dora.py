@@ -1,0 +1,182 @@
+"""DoRA, weight-decomposed low-rank adaptation (Liu et al. 2024): y = m / |W + s B A| * (W + s B A) x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.parallel import LinearLayout, ParallelAxis, layout_of, mp_copy, set_layout
+from meshpeft.peft.dora_functional import fused_dora, magnitude_scale
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.functional import WeightSource
+from meshpeft.peft.low_rank import LowRankPEFT
+from meshpeft.peft.parallel_adapter import ParallelLinearAdapter, place
+from meshpeft.peft.row_norms import RowNorms
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter"]
+
+
+class ParallelLinearDoRAAdapter(ParallelLinearAdapter):
+    """Adapter class for DoRA to handle the additional weight_magnitude parameter.
+
+    `weight_magnitude` m [out] is divided like the output of a column-parallel base and replicated for a row-parallel
+    one; its checkpoint entries follow from that.
+    """
+
+    weight_magnitude: nn.Parameter
+    _copy_m: ParallelAxis | None = None
+
+    def init_weight_magnitude(self, value: Tensor) -> None:
+        """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
+
+        Args:
+            value: this rank's slice of the initial values, [out].
+        """
+        stated = self.layout.magnitude(fused=self.fused)
+        layout, self._copy_m = place(stated, self.fused or self._marks)
+        if tuple(value.shape) != layout.local_shape:
+            raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
+        self.weight_magnitude = nn.Parameter(value.detach().to(self.linear_out.weight.dtype, copy=True))
+        set_layout(self.weight_magnitude, layout)
+        self._mark(self.weight_magnitude)
+
+    def get_weight_magnitude(self) -> Tensor:
+        """Public function to get the weight magnitude parameter, as it enters the forward pass."""
+        if self._copy_m is None:
+            return self.weight_magnitude
+        return mp_copy(self.weight_magnitude, axis=self._copy_m)
+
+
+class DoRALinear(AdapterWrapper):
+    """An adapter wrapper that is designed to be used with DoRA.
+
+    Works on every layer type: inside the base's GEMM where the adapter is a fused one, else beside the base. A bias is
+    never scaled. Dropout follows the documented formula; beside a base it calls the base a second time.
+
+    Args:
+        to_wrap: the base linear module.
+        adapter: its adapter; the magnitude is set to the row norms of the weight (and the adapter's product).
+    """
+
+    adapter: ParallelLinearDoRAAdapter
+
+    def __init__(self, to_wrap: nn.Module, adapter: ParallelLinearDoRAAdapter) -> None:
+        super().__init__(to_wrap, adapter)
+        layout = adapter.layout
+        if not adapter.fused and layout.gather_output:
+            raise AdapterError("DoRA beside a layer that gathers its output is not possible; use gather_output=False")
+        if adapter.dropout_position != "pre":
+            raise AdapterError("DoRA needs dropout_position='pre': its formula drops the input")
+        self._norm_axis = layout.axis if layout.shard == "in" else None
+        self._norms = RowNorms()
+        adapter.init_weight_magnitude(self._get_weight_norm())
+
+    def train(self, mode: bool = True) -> DoRALinear:
+        """Switch between training and evaluation; weights may be swapped on that occasion, so norms are forgotten."""
+        if mode != self.training:
+            self._norms.clear()
+        super().train(mode)
+        return self
+
+    def _get_weight_norm(self) -> Tensor:
+        """Calculate the norm of the combined weight matrix (W_0 + B A): its full rows, [out] local.
+
+        Cached (see `RowNorms`); a collective of [out] where the input features are divided, and it is computed anew.
+        """
+        adapter, source = self.adapter, self.weight_source()
+        identity = source if isinstance(source, Tensor) else next(self.to_wrap.parameters(), adapter.linear_in.weight)
+        a, b = adapter.linear_in.weight, adapter.linear_out.weight
+        return self._norms.get(source, identity, a, b, adapter.scale, self._norm_axis, _read)
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+        adapter, norm = self.adapter, self._get_weight_norm()
+        return fused_dora(
+            x,
+            self.weight_source(),
+            adapter.linear_in.weight,
+            adapter.linear_out.weight,
+            adapter.get_weight_magnitude(),
+            norm,
+            adapter.scale,
+            adapter.drop_input(x),
+            self._norms,
+        )
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """W x + (g - 1) W x' + g s B A x', from the outputs of base and adapter."""
+        adapter = self.adapter
+        base = self.base_linear_forward(x, *args, **kwargs)
+        adapter_input = x if base.layernorm is None else base.layernorm
+        dropped = adapter.drop_input(adapter_input)
+        again = base.linear
+        if dropped is not None:
+            if base.layernorm is not None:
+                raise AdapterError(
+                    f"DoRA with dropout on {type(self.to_wrap).__name__}, which contains a layer norm: its product "
+                    "cannot be had for a dropped input; set dropout=0"
+                )
+            adapter_input = dropped
+            again = self.base_linear_forward(dropped, *args, **kwargs).linear
+        bias = getattr(self.to_wrap, "bias", None)
+        if base.bias is None and isinstance(bias, Tensor) and bias.numel():
+            again = again - bias  # the base added it itself
+        delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight)
+        g = magnitude_scale(adapter.get_weight_magnitude(), self._get_weight_norm())
+        if delta.requires_grad:
+            delta.register_hook(self._after_backward)
+        g = g.to(delta.dtype)
+        return base.rebuild(base.linear + (g - 1) * again + g * delta)
+
+    def _after_backward(self, grad: Tensor) -> None:
+        self._norms.after_backward()
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """m / |W + s B A| * (W + s B A), local, in float32 or wider."""
+        adapter = self.adapter
+        weight = self.layer_type.weight(self.to_wrap)
+        norm = self._get_weight_norm()
+        a, b = adapter.linear_in.weight.to(norm.dtype), adapter.linear_out.weight.to(norm.dtype)
+        combined = torch.addmm(weight.to(norm.dtype), b, a, alpha=adapter.scale)
+        return combined.mul_(magnitude_scale(adapter.weight_magnitude, norm).unsqueeze(1))
+
+
+def _read(source: WeightSource) -> Tensor:
+    return source if isinstance(source, Tensor) else source()
+
+
+@dataclass
+class DoRA(LowRankPEFT):
+    """Weight-decomposed low-rank adaptation, on the targets of `LoRA`. Options as in `LowRankPEFT`; alpha is 64.
+
+    Raises:
+        AdapterError: `dropout_position` is not `pre`.
+    """
+
+    alpha: float = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout_position != "pre":
+            raise AdapterError(f"dropout_position={self.dropout_position!r}: DoRA drops its input; use 'pre'")
+
+    def make_adapter(
+        self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
+    ) -> ParallelLinearDoRAAdapter:
+        """The adapter module for one layer; see `LowRankPEFT`."""
+        options = self.parallel_options(base, self.adapter_options(base, full_name), layout)
+        return ParallelLinearDoRAAdapter(**options, path=path, fused=self.joins(base))
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Put a DoRA adapter on a target layer; other modules are returned as they are."""
+        found = self.match(m, name, prefix)
+        if found is None:
+            return m
+        if layout_of(m).experts is not None:
+            raise AdapterError(f"{found[1]}: DoRA on grouped experts is not possible; exclude it, or use LoRA")
+        return DoRALinear(m, self.make_adapter(m, found[1]))
