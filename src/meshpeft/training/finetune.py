@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from meshpeft.checkpoint import export_peft_adapter
-from meshpeft.models import Decoder
 from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.training.adapters import add_adapter, check_adapter
-from meshpeft.training.batches import RowSampler, eval_batches
-from meshpeft.training.config import FinetuneConfig, TrainingError
-from meshpeft.training.inputs import Inputs, load_inputs, load_tokenizer
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch, number_of_workers
+from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.metrics import MetricsLog, plot_losses
-from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.output import OutputDirectory
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, write_record
-from meshpeft.training.schedule import learning_rate, warmup_steps
-from meshpeft.training.setup import base_directory, check_base, device, load_base
-from meshpeft.training.step import TrainStep, mean_loss
+from meshpeft.training.setup import base_directory, check_base, load_base
 
 __all__ = ["finetune", "start"]
 
@@ -73,28 +67,18 @@ def finetune(config: FinetuneConfig) -> None:
     )
     add_adapter(model, config)
     parameters = trainable_parameters(model)
-    sampler = RowSampler(
-        rows=inputs.train,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        dp_rank=info.dp.rank,
-        dp_size=info.dp.world_size,
-        seed=config.seed,
-        pad_to_longest=not config.packing,
-    )
-    steps = sampler.steps(config.epochs or 1.0) if config.steps is None else config.steps
+    loop = TrainingLoop(config, model, inputs, info)
     report.say(f"model: {base_directory(config.model)}, {config.dtype}")
     report.say(f"{config.method}: rank {config.rank} on {', '.join(config.target_modules)}")
     report.say(str(parameters))
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
-    report.say(f"training: {steps:,} steps of {config.batch_size} rows, {steps / sampler.steps_per_epoch:.2f} epochs")
-
+    report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
     prompt = prompt_of(inputs.sample)
     before = continuation(model, tokenizer, prompt)
     with _staged(config, info) as output:
         log = MetricsLog(output.stage / METRICS if report.speaks else None)
-        seconds = _train(model, config, sampler, inputs, steps, info, log, report)
+        seconds = loop.run(log, TrainingProgress(loop.steps, report.console))
         after = continuation(model, tokenizer, prompt)
         log.close()
         export_peft_adapter(model, output.stage, base_model_name_or_path=str(base_directory(config.model)))
@@ -105,7 +89,7 @@ def finetune(config: FinetuneConfig) -> None:
             results = {
                 "held_out_loss_before": held_out[0],
                 "held_out_loss_after": held_out[-1],
-                "steps": steps,
+                "steps": loop.steps,
                 "trainable_parameters": parameters.trainable,
                 "training_seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens / seconds, 1),
@@ -114,69 +98,6 @@ def finetune(config: FinetuneConfig) -> None:
     report.samples(tokenizer, inputs.sample, before, after)
     report.outcome(held_out[0], held_out[-1], tokens, seconds)
     report.next_commands(config.output_dir, inputs.example)
-
-
-def _train(
-    model: Decoder,
-    config: FinetuneConfig,
-    sampler: RowSampler,
-    inputs: Inputs,
-    steps: int,
-    info: ParallelGroupInfo,
-    log: MetricsLog,
-    report: Report,
-) -> float:
-    """The loop. Returns the seconds that the steps took, without the measurements in between."""
-    peak = config.lr or 0.0
-    warmup = warmup_steps(config.warmup, steps)
-    step = TrainStep(
-        model,
-        adamw(model, lr=peak, weight_decay=config.weight_decay),
-        clip=config.clip,
-        loss_scale=LossScale() if config.dtype == "float16" else None,
-    )
-    held_out = eval_batches(
-        inputs.held_out,
-        micro_batch_size=config.micro_batch_size,
-        dp_rank=info.dp.rank,
-        dp_size=info.dp.world_size,
-    )
-
-    def measure(done: int) -> None:
-        batches = (batch.to(device()) for batch in held_out)
-        loss = float(mean_loss(model, batches, held_out.global_target_tokens))
-        log.add(step=done, held_out_loss=loss)
-        progress.note(f"held-out loss after {done} steps: {loss:.4f}")
-
-    total = 0.0
-    with TrainingProgress(steps, report.console) as progress:
-        measure(0)
-        for number in range(steps):
-            begun = time.monotonic()
-            batch = sampler.micro_batches(number)
-            lr = learning_rate(number, peak=peak, steps=steps, warmup=warmup)
-            result = step((micro.to(device()) for micro in batch), batch.global_target_tokens, lr=lr)
-            loss, norm = float(result.loss), float(result.grad_norm)
-            seconds = time.monotonic() - begun
-            total += seconds
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"step {number + 1}: the loss is {loss}; use a lower --lr than {peak:g}, or a wider --dtype "
-                    f"than {config.dtype}"
-                )
-            log.add(
-                step=number + 1,
-                loss=loss,
-                learning_rate=lr,
-                grad_norm=norm if math.isfinite(norm) else None,
-                tokens=batch.global_tokens,
-                target_tokens=batch.global_target_tokens,
-                seconds=round(seconds, 4),
-            )
-            progress.advance(loss, batch.global_tokens, seconds)
-            if number + 1 == steps or (config.eval_every and (number + 1) % config.eval_every == 0):
-                measure(number + 1)
-    return total
 
 
 @contextmanager

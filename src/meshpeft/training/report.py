@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,20 @@ class Report:
             example: options of `meshpeft generate` that give a prompt.
         """
         self.say(f"wrote {directory}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
-        adapter = shlex.quote(str(directory))
+        program, adapter = _program(), shlex.quote(str(directory))
         self.say("\nuse it:")
-        self.say(f"  meshpeft generate --adapter {adapter} {example}")
-        self.say(f"  meshpeft evaluate --adapter {adapter}")
+        self.say(f"  {program} generate --adapter {adapter} {example}")
+        self.say(f"  {program} evaluate --adapter {adapter}")
 
     def _quote(self, text: str) -> None:
         for line in text.splitlines() or [""]:
             self.say(f"  | {line}")
+
+
+def _program() -> str:
+    """`meshpeft`, or where it is if it is not on the path, so that what is printed can be copied."""
+    called = Path(sys.argv[0])
+    found = shutil.which("meshpeft")
+    if called.name != "meshpeft" or (found is not None and called.exists() and called.samefile(found)):
+        return "meshpeft"
+    return shlex.quote(str(called))

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from meshpeft.training.metrics import MetricsLog
+from meshpeft.training.progress import TrainingProgress
+
+
+def shown(steps: int, console: Console) -> None:
+    with TrainingProgress(steps, console) as progress:
+        for step in range(steps):
+            progress.advance(loss=4.0 - step / steps, tokens=300, seconds=0.5)
+        progress.note("held-out loss [after]: 3.5")
+
+
+def test_without_a_terminal_there_are_few_lines_with_the_speed_and_the_time_left() -> None:
+    out = io.StringIO()
+    shown(100, Console(file=out))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 21
+    # 300 tokens in half a second; 95 steps of half a second are left.
+    assert lines[0] == "step 5/100  loss 3.9600  600 tokens/s  0:48 left"
+    assert lines[-2:] == ["step 100/100  loss 3.0100  600 tokens/s  0:00 left", "held-out loss [after]: 3.5"]
+
+
+def test_on_a_terminal_there_is_one_bar() -> None:
+    out = io.StringIO()
+    shown(100, Console(file=out, force_terminal=True, width=100, color_system=None))
+    bar = [line for line in out.getvalue().splitlines() if "training" in line][-1]
+    assert "100/100" in bar and "loss 3.0100" in bar and "600 tokens/s" in bar
+
+
+def test_metrics_are_written_line_by_line_and_kept(tmp_path: Path) -> None:
+    log, silent = MetricsLog(tmp_path / "metrics.jsonl"), MetricsLog(None)
+    for one in (log, silent):
+        one.add(step=0, held_out_loss=5.0)
+        one.add(step=1, loss=4.5)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == log.rows == silent.rows
+    assert log.series("loss") == ([1], [4.5])
+    log.close()
