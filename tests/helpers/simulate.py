@@ -1,39 +1,39 @@
-"""All ranks of a small mesh in one process, through PyTorch's `LocalTensorMode`."""
+"""All ranks of a small mesh in one process (the package's own simulation), and what tests do with their values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.distributed._local_tensor import enabled_local_tensor_mode, rank_map
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from meshpeft.parallel import ParallelGroupInfo, destroy_parallelism, init_parallelism
+from meshpeft.parallel import destroy_parallelism, parallel_group_info
+from meshpeft.verify.simulation import fake_world, on_rank, simulate, the_same
+
+__all__ = ["fake_world", "on_rank", "per_rank", "rank_values", "simulate", "standing_at", "the_same"]
+
+
+def per_rank(make: Callable[[int], Tensor]) -> Tensor:
+    """`make(rank)` on every rank of the world, simulated or real; `make(0)` without a world."""
+    if enabled_local_tensor_mode() is None and not dist.is_initialized():
+        return make(0)
+    return rank_map(make)
+
+
+def rank_values(tensor: Tensor) -> list[Tensor]:
+    """Every simulated rank's value, detached, in order."""
+    return [on_rank(tensor, rank).detach() for rank in range(parallel_group_info().world.world_size)]
 
 
 @contextmanager
-def simulate(tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: int = 1) -> Iterator[ParallelGroupInfo]:
-    """Run the body on `pp * dp * tp` simulated ranks; with one rank, without torch.distributed."""
-    world = pp * dp * tp
-    if world == 1:
-        yield init_parallelism()
-        return
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+def standing_at(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank, with a rank's plain numbers, of a world that is not there. No values are exchanged."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        with LocalTensorMode(world):
-            yield init_parallelism(tp, pp, ep, etp)
+        yield
     finally:
         destroy_parallelism()
         dist.destroy_process_group()
-
-
-def on_rank(tensor: Tensor, rank: int) -> Tensor:
-    """One simulated rank's value."""
-    return tensor._local_tensors[rank] if isinstance(tensor, LocalTensor) else tensor
-
-
-def the_same(tensor: Tensor) -> Tensor:
-    """The value that all ranks hold; an error if they differ."""
-    return tensor.reconcile() if isinstance(tensor, LocalTensor) else tensor
