@@ -180,7 +180,7 @@ class ColumnParallelLinear(_ParallelLinear):
         axis, packing = self.layout.axis, self.layout.packing
         if not self.layout.gather_output:
             return y
-        if packing is None:
+        if packing is None or packing.keeps_order(axis.world_size):
             return mp_gather(y, -1, axis)
         parts = packing.unpack(y, -1, axis.world_size)
         return torch.cat([mp_gather(part, -1, axis) for part in parts], -1)
@@ -243,7 +243,7 @@ class RowParallelLinear(_ParallelLinear):
         axis, packing = self.layout.axis, self.layout.in_packing
         if self.layout.input_is_parallel:
             return x
-        if packing is None:
+        if packing is None or packing.keeps_order(axis.world_size):
             return mp_scatter(x, -1, axis)
         parts = [mp_scatter(part, -1, axis) for part in x.split(list(packing.sizes), -1)]
         return packing.pack(parts, -1, axis.world_size)

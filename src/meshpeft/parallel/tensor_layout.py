@@ -61,6 +61,10 @@ class Packing:
             raise ParallelError(f"packing: {self.blocks} blocks do not divide over {shards} shards")
         return self.blocks // shards
 
+    def keeps_order(self, shards: int) -> bool:
+        """Whether a local packed tensor is in the canonical order already."""
+        return shards == 1 and self.local_blocks(1) == 1
+
     def chunks(self, shards: int) -> tuple[int, ...]:
         """Length of each part inside one block of one shard's local tensor."""
         blocks = self.local_blocks(shards)
