@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import spmd_types as spmd
 import torch
 from spmd_types import rules
 from torch import Tensor
@@ -42,7 +43,8 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
     Args:
         varying: the axes over which the activation holds different values, data parallel included.
     """
-    seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
+    with spmd.no_typecheck():  # the draw is not part of the model
+        seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
     for axis in varying:
         if axis.world_size > 1:
             seed = (seed * _BASE + axis.rank + 1) % _SEED_RANGE
@@ -52,6 +54,8 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
 @on_each_rank
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """Which elements are kept: a bool tensor shaped like `like`, a function of (seed, shape, device)."""
+    if like.is_meta:
+        return torch.empty_like(like, dtype=torch.bool)
     generator = torch.Generator(device=like.device).manual_seed(int(seed))
     return torch.rand(like.shape, generator=generator, dtype=torch.float32, device=like.device) >= p
 

@@ -7,7 +7,6 @@ import warnings
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshpeft.parallel import (
@@ -22,6 +21,7 @@ from meshpeft.parallel import (
     set_layout,
 )
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.functional import product
 from meshpeft.peft.initialization import init_method_of
 
 __all__ = ["DropoutPosition", "LinearAdapter", "LowRankAdapter", "LowRankFactor", "check_options"]
@@ -76,7 +76,7 @@ class LowRankFactor(ShardedTensors, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T, in x's type."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return product(x, self.weight)
 
     def extra_repr(self) -> str:
         """The local shape."""
@@ -234,9 +234,8 @@ class LinearAdapter(LowRankAdapter):
             [*, out], before the base's `exit`.
         """
         dropped = self.drop_input(x)
-        # Products rather than F.linear, whose optional bias makes the type checker refuse a summand.
-        h = (x if dropped is None else dropped) @ a.to(x.dtype).t()
-        return self.drop_output((h * self.scale) @ b.to(x.dtype).t())
+        h = product(x if dropped is None else dropped, a) * self.scale
+        return self.drop_output(product(h, b))
 
     def forward(self, x: Tensor) -> Tensor:
         """X [*, in] -> the adapter's output [*, out]; see `delta`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import LinearLayout, ParallelAxis, layout_of, mp_copy, set_layout
-from meshpeft.peft.dora_functional import fused_dora, magnitude_scale
+from meshpeft.peft.dora_functional import fused_dora, magnitude_scale, scale_of
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import WeightSource
 from meshpeft.peft.low_rank import LowRankPEFT
@@ -126,14 +126,8 @@ class DoRALinear(AdapterWrapper):
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
             again = again - bias  # the base added it itself
         delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight)
-        g = magnitude_scale(adapter.get_weight_magnitude(), self._get_weight_norm())
-        if delta.requires_grad:
-            delta.register_hook(self._after_backward)
-        g = g.to(delta.dtype)
+        g = scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms).to(delta.dtype)
         return base.rebuild(base.linear + (g - 1) * again + g * delta)
-
-    def _after_backward(self, grad: Tensor) -> None:
-        self._norms.after_backward()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

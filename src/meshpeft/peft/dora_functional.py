@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from meshpeft.peft.functional import WeightSource, dense_gradient, flat, read_weight
 from meshpeft.peft.row_norms import RowNorms
 
-__all__ = ["fused_dora", "fused_dora_reference", "magnitude_scale"]
+__all__ = ["fused_dora", "fused_dora_reference", "magnitude_scale", "scale_of"]
 
 
 def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -46,6 +46,34 @@ def _invertible(g: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         return g
     return torch.where(g == 0, torch.full_like(g, torch.finfo(dtype).tiny ** 0.5), g)
+
+
+class _MagnitudeScale(Function):
+    """`magnitude_scale` as the type checker takes it: the norm has no type, being made outside the model."""
+
+    @staticmethod
+    def forward(ctx: Any, magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
+        ctx.save_for_backward(norm)
+        ctx.dtype, ctx.norms = magnitude.dtype, norms
+        return magnitude_scale(magnitude, norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (norm,) = ctx.saved_tensors
+        ctx.norms.after_backward()
+        return magnitude_scale(grads[0], norm).to(ctx.dtype), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, magnitude: Tensor, norm: Tensor) -> Any:
+        rules.ignore(norm)
+        return rules.einsum("o->o", magnitude, linear_in=(0,))
+
+
+def scale_of(magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
+    """`magnitude_scale`, differentiable in the magnitude, of whose state it is; tells `norms` of the backward pass."""
+    g: Tensor = _MagnitudeScale.apply(magnitude, norm, norms)
+    return g
 
 
 class _FusedDoRA(Function):
@@ -99,11 +127,13 @@ class _FusedDoRA(Function):
         dy = dense_gradient(grads[0])
         g = magnitude_scale(magnitude, norm)
         dx = d_dropped = dw = da = db = dm = None
+        dz = torch.empty_like(dy) if not need_m else dy * flat(kept)
         if need_m:
-            per_row = (dy * flat(kept)).sum(0, dtype=g.dtype)
+            per_row = dz.sum(0, dtype=g.dtype)
             divisor = norm if ctx.has_dropout else _invertible(g, dy.dtype).to(g.dtype) * norm
             dm = (per_row / torch.where(divisor != 0, divisor, torch.ones_like(divisor))).to(magnitude.dtype)
-        dz = dy * g.to(dy.dtype)
+        # The same memory again: fresh pages would cost more than the product.
+        torch.mul(dy, g.to(dy.dtype), out=dz)
         if need_w:
             dw = torch.mm(dz.t(), flat(adapter_input))
             if ctx.has_dropout:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "read_weight"]
+__all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "product", "read_weight"]
 
 WeightSource = Tensor | Callable[[], Tensor]
 
@@ -117,6 +117,36 @@ class _FusedLoRA(Function):
         h = rules.einsum("...i,ri->...r", x if dropped is None else dropped, a, linear_in=(0, 1))
         delta = rules.einsum("...r,or->...o", h, b, linear_in=(0, 1))
         return rules.einsum("...o,...o->...o", base, delta, linear_in=((0, 1),))
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return torch.mm(flat(x), w.to(x.dtype).t()).view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        dy = dense_gradient(grads[0])
+        dx = torch.mm(dy, w.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = torch.mm(dy.t(), flat(x)).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, w: Tensor) -> Any:
+        return rules.einsum("...i,oi->...o", x, w, linear_in=(0, 1))
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T in x's type, for factors in any state: x [*, in], w [out, in] -> [*, out].
+
+    One of x and w may be a summand; a divided `in` gives a summand. (The type checker refuses summands in
+    `F.linear`, for its optional bias, and divided leading dims in `matmul`.)
+    """
+    out: Tensor = _Product.apply(x, w)
+    return out
 
 
 def fused_lora(

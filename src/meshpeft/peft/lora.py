@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshpeft.peft.adapters import LowRankAdapter
-from meshpeft.peft.functional import fused_lora
+from meshpeft.peft.functional import fused_lora, product
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.wrapper import AdapterWrapper
 
@@ -40,7 +39,7 @@ class LowRankWrapper(AdapterWrapper):
         adapter, source = self.one_adapter, self.weight_source()
         if adapter.drops_output:
             weight = source if isinstance(source, Tensor) else source()
-            return F.linear(x, weight) + adapter.delta(x, a, b)
+            return product(x, weight) + adapter.delta(x, a, b)
         return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ from meshpeft.parallel import (
 )
 from meshpeft.peft.adapters import DropoutPosition, LowRankAdapter
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.functional import product
 from meshpeft.peft.initialization import InitMethod, init_method_of
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
 
@@ -220,8 +221,8 @@ class ParallelLinearAdapter(LowRankAdapter):
             x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)
         a = a if self._copy_a is None else mp_copy(a, axis=self._copy_a)
         b = b if self._copy_b is None else mp_copy(b, axis=self._copy_b)
-        h = self._bottleneck(x, a.to(x.dtype)) * self.scale
-        delta = h @ b.to(x.dtype).t()
+        h = self._bottleneck(x, a) * self.scale
+        delta = product(h, b)
         if self._a2a:
             delta = all2all_hp2sp(delta, self.layout.axis)
         if self.layout.gather_output:
@@ -232,13 +233,13 @@ class ParallelLinearAdapter(LowRankAdapter):
         """act(x A^T) [*, r], in the state in which B takes it; the collectives are on [tokens, r]."""
         layout, axis = self.layout, self.layout.axis
         if layout.shard == "out":
-            h: Tensor = self.activation(x @ a.t())
+            h: Tensor = self.activation(product(x, a))
             if layout.input_grad_is_reduced_outside:
                 return h
             return sp_gather(h, 0, axis) if layout.sequence_parallel else mp_copy(h, axis=axis)
         if layout.shard is None:
-            return self.activation(x @ a.t())
-        h = (x if layout.input_is_parallel else mp_scatter(x, -1, axis)) @ a.t()
+            return self.activation(product(x, a))
+        h = product(x if layout.input_is_parallel else mp_scatter(x, -1, axis), a)
         if layout.output_is_partial:
             if isinstance(self.activation, nn.Identity):
                 return h
