@@ -57,21 +57,24 @@ class TensorFileWriter:
     Args:
         path: of the file, which is made, or replaced.
         declared: names, types and shapes of all tensors.
+        checksum: put the SHA-256 of the values into the header.
 
     Raises:
         CheckpointError: a type that the format does not have.
     """
 
-    def __init__(self, path: Path, declared: Sequence[Declared]) -> None:
+    def __init__(self, path: Path, declared: Sequence[Declared], *, checksum: bool = True) -> None:
         self._expected = list(declared)
         self._written = 0
-        self._digest = hashlib.sha256()
-        header = self._header("0" * self._digest.digest_size * 2)
+        self._digest = hashlib.sha256() if checksum else None
+        header = self._header()
         self._file = open(path, "wb")  # noqa: SIM115  # open over several calls
         self._file.write(header)
 
-    def _header(self, checksum: str) -> bytes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUM: checksum}}
+    def _header(self) -> bytes:
+        # Its length stays the same while the checksum grows into its final value.
+        checksum = {} if self._digest is None else {_CHECKSUM: self._digest.hexdigest()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **checksum}}
         offset = 0
         for name, dtype, shape in self._expected:
             if dtype not in _NAMES:
@@ -90,7 +93,8 @@ class TensorFileWriter:
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name}: declared as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._digest.update(values)
+        if self._digest is not None:
+            self._digest.update(values)
         self._file.write(values)
         self._written += 1
 
@@ -104,7 +108,7 @@ class TensorFileWriter:
             raise CheckpointError(f"{self._expected[self._written].name} was declared but not written")
         with self._file:
             self._file.seek(0)
-            self._file.write(self._header(self._digest.hexdigest()))
+            self._file.write(self._header())
             self._file.flush()
             os.fsync(self._file.fileno())
 

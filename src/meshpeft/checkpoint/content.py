@@ -1,0 +1,200 @@
+"""What a checkpoint is made of: slices of the model's and the optimizer's tensors, under layout-free keys."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.storage import Slice
+from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
+from meshpeft.peft import AdapterWrapper
+
+__all__ = ["ModelContent", "OptimizerContent", "check_random_state", "random_state", "restore_random_state"]
+
+MODEL = "model."
+OPTIMIZER = "optimizer."
+RANDOM = "random.torch"
+
+
+@dataclass(frozen=True)
+class ModelContent:
+    """A model's tensors, each once: those that a checkpoint holds, and the frozen base that it takes for granted.
+
+    Attributes:
+        stored, frozen: this rank's slices; the same keys in the same order on every rank.
+    """
+
+    stored: list[ShardedTensor]
+    frozen: list[ShardedTensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, full_model: bool) -> ModelContent:
+        """Divide a model's tensors.
+
+        Args:
+            model: its adapters, whatever else is trainable, and running statistics are always stored.
+            full_model: store everything.
+        """
+        described = getattr(model, "sharded_state_dict", None)
+        entries: Mapping[str, ShardedTensor] = described() if callable(described) else sharded_state_dict(model)
+        wanted = _trained(model)
+        seen: dict[int, str] = {}
+        stored: list[ShardedTensor] = []
+        frozen: list[ShardedTensor] = []
+        for entry in entries.values():
+            # A tied parameter is stored under the first of its names.
+            if seen.setdefault(id(entry.source), entry.name) == entry.name:
+                (stored if full_model or id(entry.source) in wanted else frozen).append(entry)
+        if not stored:
+            raise CheckpointError("the model has no adapter and nothing to train; save all of it with full_model=True")
+        return cls(stored, frozen)
+
+    def slices(self) -> dict[str, Slice]:
+        """For saving: the values as they are when they are read."""
+        return {MODEL + entry.key: _slice(entry) for entry in self.stored}
+
+
+def _trained(model: nn.Module) -> set[int]:
+    found = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        if isinstance(module, AdapterWrapper):
+            found.update(map(id, module.adapter.parameters()))
+            found.update(map(id, module.adapter.buffers()))
+        if getattr(module, "track_running_stats", False):
+            found.update(map(id, module.buffers(recurse=False)))
+    return found
+
+
+def _slice(entry: ShardedTensor) -> Slice:
+    return Slice(entry.dtype, entry.global_shape, entry.global_offset, entry.local_shape, lambda: entry.data)
+
+
+@dataclass(frozen=True)
+class OptimizerContent:
+    """The state of an optimizer, by parameter name, and the options of its groups.
+
+    Attributes:
+        optimizer: the optimizer.
+        names: id of each of its parameters -> its name.
+        entries: name of each of its parameters -> this rank's slices of it.
+    """
+
+    optimizer: torch.optim.Optimizer
+    names: Mapping[int, str]
+    entries: Mapping[str, list[ShardedTensor]]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, model: ModelContent) -> OptimizerContent:
+        """Name the parameters of an optimizer.
+
+        Raises:
+            CheckpointError: it has a parameter that is not the model's, or that a checkpoint does not hold.
+        """
+        by_source: dict[int, list[ShardedTensor]] = {}
+        for entry in model.stored:
+            by_source.setdefault(id(entry.source), []).append(entry)
+        names, entries = {}, {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found = by_source.get(id(parameter))
+                if found is None:
+                    raise CheckpointError(
+                        f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not one of the "
+                        "model's trained ones"
+                    )
+                names[id(parameter)] = found[0].name
+                entries[found[0].name] = found
+        return cls(optimizer, names, entries)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Options and parameter names of each group, as plain JSON."""
+        return [
+            {
+                "parameters": [self.names[id(parameter)] for parameter in group["params"]],
+                "options": {name: _plain_option(name, value) for name, value in group.items() if name != "params"},
+            }
+            for group in self.optimizer.param_groups
+        ]
+
+    def slices(self) -> dict[str, Slice]:
+        """For saving: every state tensor, divided like its parameter, or one number for all ranks."""
+        found: dict[str, Slice] = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for state, value in self.optimizer.state.get(parameter, {}).items():
+                    found.update(self._state_slices(parameter, state, value))
+        return found
+
+    def _state_slices(self, parameter: Tensor, state: str, value: Any) -> dict[str, Slice]:
+        name = self.names[id(parameter)]
+        number = value if isinstance(value, Tensor) else torch.tensor(value)
+        if number.dim() == 0:
+            return {state_key(state, name): _slice(sharded_tensors(name, number, None)[0])}
+        if number.shape != parameter.shape:
+            raise CheckpointError(
+                f"the optimizer's {state} of {name} has shape {tuple(number.shape)}, its parameter "
+                f"{tuple(parameter.shape)}: only states of the same shape can be divided like the parameter"
+            )
+        layout = self.entries[name][0].layout
+        return {state_key(state, entry.key): _slice(entry) for entry in sharded_tensors(name, number, layout)}
+
+
+def state_key(state: str, key: str) -> str:
+    """`exp_avg`, `linear_qkv.q.weight` -> the key of a state of the optimizer."""
+    return f"{OPTIMIZER}{state}.{key}"
+
+
+def _plain_option(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_plain_option(name, item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"the optimizer's option {name}={value!r} cannot be stored")
+
+
+def random_state() -> tuple[dict[str, Any], dict[str, Slice]]:
+    """The states of the generators of python, numpy and torch's CPU, which every rank seeds alike."""
+    state = torch.get_rng_state()
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
+    plain = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    return plain, {RANDOM: _slice(sharded_tensors(RANDOM, state, None)[0])}
+
+
+def check_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
+    """Whether `restore_random_state` would take these.
+
+    Raises:
+        CheckpointError: no generator has such a state.
+    """
+    try:
+        _set_random_state(plain, torch_state, random.Random(), np.random.RandomState(), torch.Generator())
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the states of the random generators are damaged: {error}") from error
+
+
+def restore_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
+    """The inverse of [`random_state`][meshpeft.checkpoint.content.random_state]."""
+    _set_random_state(plain, torch_state, random, np.random, torch.default_generator)
+
+
+def _set_random_state(
+    plain: Mapping[str, Any], torch_state: Tensor, python_generator: Any, numpy_generator: Any, generator: Any
+) -> None:
+    version, numbers, gauss = plain["python"]
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    python_generator.setstate((version, tuple(numbers), gauss))
+    numpy_generator.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    generator.set_state(torch_state)

@@ -1,0 +1,83 @@
+"""How the ranks save and load together: a group of their own, and failures as sentences."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.parallel.mesh import is_simulated
+
+__all__ = ["agreed", "checkpoint_group", "explained", "rank_and_world_size"]
+
+# The group of the process group that it was made in: a program may end one world and start another.
+_groups: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
+
+
+def checkpoint_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for checkpoints alone, on the CPU; `None` without torch.distributed.
+
+    A save in the background must not send through the groups that training uses. A collective at the first call.
+
+    Raises:
+        CheckpointError: the ranks are simulated in one process.
+    """
+    if is_simulated():
+        raise CheckpointError("simulated ranks have no checkpoints of their own; export the adapter instead")
+    if not dist.is_initialized():
+        # torch.distributed.checkpoint asks whether one process alone was meant. It was.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    if not _groups or _groups[0][0] is not world:
+        made = dist.new_group(backend="gloo")
+        assert made is not None
+        _groups[:] = [(world, made)]
+    return _groups[0][1]
+
+
+def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank's place in the group, and its size."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def agreed(value: Any, what: str, group: dist.ProcessGroup | None) -> Any:
+    """`value`, if it is the same on every rank. A collective.
+
+    Raises:
+        CheckpointError: on every rank, if it is not.
+    """
+    if group is None:
+        return value
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise CheckpointError(
+                f"{what}: rank 0 sees {values[0]}, rank {rank} sees {other}; the directory must be one that all "
+                "machines share"
+            )
+    return value
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Around calls of torch.distributed.checkpoint: its report of what failed on which rank becomes one sentence.
+
+    Raises:
+        CheckpointError: the first rank's failure.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if isinstance(cause, CheckpointError) or not isinstance(cause, Exception):
+            raise cause from error
+        reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
+        raise CheckpointError(f"{what}: {reason} (rank {rank})") from error

@@ -1,0 +1,89 @@
+"""A directory of checkpoints: `step-00000010`, `step-00000020`, ..
+
+A name that shows belongs to a checkpoint that was whole when it got it: a save is written under a hidden name, flushed
+to the disk and renamed. Removing renames first, too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.manifest import MANIFEST
+from meshpeft.checkpoint.staging import flush_directory
+
+__all__ = ["CheckpointDirectory"]
+
+_NAME = re.compile(r"step-(\d{8,})")
+_HIDDEN = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+
+
+class CheckpointDirectory:
+    """The checkpoints in a directory, which need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def of_step(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.path / f"step-{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return self.path / f".step-{step:08d}.partial"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that show, the newest first."""
+        if not self.path.is_dir():
+            return []
+        found = (_NAME.fullmatch(path.name) for path in self.path.iterdir() if path.is_dir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints that `path` may mean, the best first: itself, or those in it from the newest.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if (self.path / MANIFEST).exists() or _NAME.fullmatch(self.path.name):
+            return [self.path]
+        found = [self.of_step(step) for step in self.steps()]
+        if not found:
+            raise CheckpointError(f"{self.path} is not a checkpoint, and holds none: no {MANIFEST}, no step-*")
+        return found
+
+    def prepare(self, step: int) -> None:
+        """Make the empty folder for a save, throwing away what killed saves left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.iterdir():
+            if _HIDDEN.fullmatch(path.name):
+                shutil.rmtree(path)
+        self.partial(step).mkdir()
+
+    def publish(self, step: int) -> None:
+        """Give the folder of a save, whose files are flushed, its name; replaces a checkpoint of the same step."""
+        flush_directory(self.partial(step))
+        self._hide(step)
+        self.partial(step).rename(self.of_step(step))
+        flush_directory(self.path)
+        shutil.rmtree(self._hidden(step), ignore_errors=True)
+
+    def discard(self, step: int) -> None:
+        """Remove the folder of a save, if it is still there."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def keep(self, count: int) -> None:
+        """Remove all but the newest checkpoints."""
+        for step in self.steps()[count:]:
+            self._hide(step)
+            shutil.rmtree(self._hidden(step), ignore_errors=True)
+
+    def _hidden(self, step: int) -> Path:
+        return self.path / f".step-{step:08d}.removed"
+
+    def _hide(self, step: int) -> None:
+        if self.of_step(step).exists():
+            shutil.rmtree(self._hidden(step), ignore_errors=True)
+            self.of_step(step).rename(self._hidden(step))

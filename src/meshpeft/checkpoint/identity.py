@@ -1,0 +1,150 @@
+"""What a model is, apart from the values that a checkpoint holds: its adapters' shapes and its frozen base.
+
+An adapter means something on its own base model only. So a checkpoint of adapters names every frozen parameter with a
+checksum of its values, the same at every layout: a sum over the elements of (bits x a weight of the element's global
+place), modulo 2^64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.storage import dtype_name
+from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
+from meshpeft.parallel.sharded_tensor import ShardedTensor
+from meshpeft.peft import AdapterWrapper, LowRankAdapter
+
+__all__ = ["check_same_model", "describe_adapters", "describe_base"]
+
+# 2^64 / golden ratio, as a signed number: its multiples are spread over all 64 bits.
+_SPREAD = -7046029254386353131
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ELEMENTS_AT_ONCE = 1 << 22
+
+_Versions = tuple[tuple[int, int], ...]
+_known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = WeakKeyDictionary()
+
+
+def describe_adapters(model: nn.Module) -> dict[str, Any]:
+    """Full name of each adapted layer -> its method, and rank and alpha of its parts."""
+    found: dict[str, Any] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AdapterWrapper):
+            if wrapper.is_merged:
+                raise CheckpointError(f"{name}: its adapter is merged into the base; unmerge it first")
+            parts = {
+                part: {"rank": adapter.dim, "alpha": float(adapter.alpha), "use_rslora": adapter.use_rslora}
+                for part, adapter in wrapper.adapter.named_modules()
+                if isinstance(adapter, LowRankAdapter)
+            }
+            found[name] = {"method": type(wrapper).__name__, "parts": parts}
+    return found
+
+
+def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
+    """Key of each frozen tensor -> `[type, global shape, checksum]`. A collective.
+
+    Args:
+        model: whose tensors these are: what was computed is kept until one of them changes.
+        frozen: this rank's slices of them, the same keys in the same order on every rank.
+    """
+    versions = tuple((id(entry.source), entry.source._version) for entry in frozen)
+    known = _known.get(model)
+    if known is None or known[0] != versions:
+        known = _known[model] = (versions, _checksums(frozen))
+    return known[1]
+
+
+def _checksums(frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
+    by_axes: dict[tuple[ParallelAxis, ...], list[ShardedTensor]] = {}
+    for entry in frozen:
+        by_axes.setdefault(() if entry.layout is None else entry.layout.shard_axes, []).append(entry)
+    sums: dict[str, int] = {}
+    for axes, entries in by_axes.items():
+        totals = torch.stack([_weighted_sum(entry).to(entries[0].source.device) for entry in entries])
+        for axis in axes:
+            totals = all_reduce(totals, axis)
+        sums.update(zip((entry.key for entry in entries), totals.tolist(), strict=True))
+    return {
+        entry.key: [dtype_name(entry.dtype), list(entry.global_shape), f"{sums[entry.key] % 2**64:016x}"]
+        for entry in frozen
+    }
+
+
+@torch.no_grad()
+def _weighted_sum(entry: ShardedTensor) -> Tensor:
+    return _sum_of_slice(entry.data, list(entry.global_offset), list(entry.global_shape))
+
+
+@on_each_rank
+def _sum_of_slice(values: Tensor, offset: list[int], shape: list[int]) -> Tensor:
+    """int64 scalar of a slice that starts at `offset` in a tensor of `shape`."""
+    if values.dim() == 0:
+        values, offset, shape = values.view(1), [0], [1]
+    # Places in a row once, rows one after the other: an index for every element would take several times the memory.
+    inside = torch.zeros((), dtype=torch.int64, device=values.device)
+    for dim in range(1, values.dim()):
+        index = torch.arange(values.shape[dim], device=values.device) + offset[dim]
+        inside = inside.unsqueeze(-1) + index * math.prod(shape[dim + 1 :])
+    rows = (torch.arange(values.shape[0], device=values.device) + offset[0]) * math.prod(shape[1:])
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, inside.numel()))
+    for start in range(0, values.shape[0], step):
+        part = values[start : start + step]
+        place = rows[start : start + step].view([-1] + [1] * inside.dim()) + inside
+        bits = part.contiguous().view(_BITS[part.element_size()]).to(torch.int64)
+        total = total + ((bits + 1) * (2 * place + 1) * _SPREAD).sum()
+    return total
+
+
+def check_same_model(stored: Mapping[str, Any], found: Mapping[str, Any], directory: object) -> None:
+    """Whether a checkpoint's model is this one.
+
+    Args:
+        stored: `{"adapters": .., "base": ..}` of the checkpoint.
+        found: the same of the model.
+        directory: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: names the first difference.
+    """
+    adapters, own = stored["adapters"], found["adapters"]
+    for name in sorted({*adapters, *own}):
+        if name not in own:
+            raise CheckpointError(f"another target set: {directory} has an adapter on {name}, the model has none")
+        if name not in adapters:
+            raise CheckpointError(f"another target set: the model has an adapter on {name}, {directory} has none")
+        if adapters[name] != own[name]:
+            raise CheckpointError(f"{name}: {_difference(adapters[name], own[name], directory)}")
+    for name in sorted({*stored["base"], *found["base"]}):
+        theirs, ours = stored["base"].get(name), found["base"].get(name)
+        if theirs is None or ours is None:
+            with_it, without = ("the model", directory) if theirs is None else (directory, "the model")
+            raise CheckpointError(f"another base model: {with_it} has {name}, {without} has not")
+        for what, (a, b) in zip(("type", "shape"), zip(theirs, ours, strict=True), strict=False):
+            if a != b:
+                raise CheckpointError(f"another base model: {name} has {what} {a} in {directory}, {b} here")
+        if theirs != ours:
+            raise CheckpointError(f"another base model: {name} has other values here than where {directory} was made")
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], directory: object) -> str:
+    if theirs["method"] != ours["method"]:
+        return f"another method: {directory} was made with {theirs['method']}, the model has {ours['method']}"
+    for part in sorted({*theirs["parts"], *ours["parts"]}):
+        a, b = theirs["parts"].get(part), ours["parts"].get(part)
+        if a is None or b is None:
+            there, missing = ("the model", directory) if a is None else (directory, "the model")
+            return f"another target set: {there} adapts {part}, {missing} does not"
+        for option in sorted({*a, *b}):
+            if a.get(option) != b.get(option):
+                return f"{option} is {a.get(option)} in {directory}, {b.get(option)} in the model"
+    return f"{directory} says {theirs}, the model {ours}"

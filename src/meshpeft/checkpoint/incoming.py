@@ -1,0 +1,197 @@
+"""What a model and an optimizer take from a checkpoint: compared first, read into room of its own, then taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshpeft.checkpoint.content import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    ModelContent,
+    OptimizerContent,
+    check_random_state,
+    restore_random_state,
+    state_key,
+)
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.manifest import Manifest
+from meshpeft.checkpoint.storage import Slice, dtype_name
+from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_tensors
+
+__all__ = ["Incoming"]
+
+
+@dataclass
+class Incoming:
+    """Room for every slice that this rank takes from a checkpoint, after all of them were compared.
+
+    Attributes:
+        path, manifest: of the checkpoint.
+        content, state: what it is loaded into.
+        room: by checkpoint key.
+    """
+
+    path: Path
+    manifest: Manifest
+    content: ModelContent
+    state: OptimizerContent | None
+    room: dict[str, tuple[Slice, Tensor]] = field(default_factory=dict)
+    states: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for entry in self.content.stored:
+            self._expect(MODEL + entry.key, entry, entry.dtype)
+        self._nothing_else(MODEL)
+        if self.state is not None:
+            self._compare_groups(self.state)
+            for entries in self.state.entries.values():
+                self._expect_states(entries)
+            self._nothing_else(OPTIMIZER)
+            [generator] = sharded_tensors(RANDOM, torch.get_rng_state(), None)
+            self._expect(RANDOM, generator, generator.dtype)
+
+    def _expect(self, key: str, entry: ShardedTensor, dtype: torch.dtype | None) -> None:
+        stored = self.manifest.tensors.get(key)
+        if stored is None:
+            raise CheckpointError(f"{self.path} lacks {key}, which the model has")
+        if stored.shape != entry.global_shape:
+            raise CheckpointError(f"{key} has shape {stored.shape} in {self.path}, {entry.global_shape} in the model")
+        if dtype is not None and stored.dtype != dtype_name(dtype):
+            raise CheckpointError(f"{key} has type {stored.dtype} in {self.path}, {dtype_name(dtype)} in the model")
+        self._make_room(key, entry.global_shape, entry.global_offset, _dtype(stored.dtype), entry.local_shape)
+
+    def _make_room(
+        self,
+        key: str,
+        global_shape: tuple[int, ...],
+        offset: tuple[int, ...],
+        dtype: torch.dtype,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        shape = global_shape if shape is None else shape
+        values = torch.empty(shape, dtype=dtype)
+        self.room[key] = (Slice(dtype, global_shape, offset, shape, lambda: values), values)
+
+    def _nothing_else(self, prefix: str) -> None:
+        for key in self.manifest.tensors:
+            if key.startswith(prefix) and key not in self.room:
+                raise CheckpointError(f"{self.path} holds {key}, for which there is no place here")
+
+    def _compare_groups(self, state: OptimizerContent) -> None:
+        stored, own = self.manifest.optimizer, state.groups()
+        if stored is None:
+            raise CheckpointError(f"{self.path} holds no optimizer state; it was saved without its optimizer")
+        if len(stored) != len(own):
+            raise CheckpointError(f"the optimizer has {len(own)} groups, in {self.path} it had {len(stored)}")
+        for number, (theirs, ours) in enumerate(zip(stored, own, strict=True)):
+            if theirs["parameters"] != ours["parameters"]:
+                differing = sorted(set(theirs["parameters"]) ^ set(ours["parameters"]))
+                what = differing[0] if differing else "the order of its parameters"
+                raise CheckpointError(f"group {number} of the optimizer differs from that in {self.path}: {what}")
+            for name in sorted({*theirs["options"], *ours["options"]}):
+                value, own_value = theirs["options"].get(name), ours["options"].get(name)
+                if _kind(value) != _kind(own_value):
+                    raise CheckpointError(f"the optimizer's {name} is {value!r} in {self.path}, {own_value!r} here")
+
+    def _expect_states(self, entries: list[ShardedTensor]) -> None:
+        """Each state is either one number for the parameter, or divided like it."""
+        name = entries[0].name
+        for state in self._state_names():
+            number = self.manifest.tensors.get(state_key(state, name))
+            if number is not None and number.shape == ():
+                self._make_room(state_key(state, name), (), (), _dtype(number.dtype))
+            elif any(state_key(state, entry.key) in self.manifest.tensors for entry in entries):
+                for entry in entries:
+                    self._expect(state_key(state, entry.key), entry, None)
+            else:
+                continue
+            self.states.setdefault(name, []).append(state)
+
+    def _state_names(self) -> list[str]:
+        keys = (key.removeprefix(OPTIMIZER) for key in self.manifest.tensors if key.startswith(OPTIMIZER))
+        return sorted({key.partition(".")[0] for key in keys})
+
+    def slices(self) -> dict[str, Slice]:
+        """What torch.distributed.checkpoint is to read."""
+        return {key: room for key, (room, _) in self.room.items()}
+
+    def prepared(self) -> Callable[[], None]:
+        """Put the parts together; what remains to be done cannot fail."""
+        values = _joined(self.content.stored, {key.removeprefix(MODEL): value for key, (_, value) in self.room.items()})
+
+        def take_over() -> None:
+            with torch.no_grad():
+                for source, value in values:
+                    source.copy_(value)
+
+        if self.state is None:
+            return take_over
+        optimizer, state, torch_state = self.state.optimizer, self._optimizer_state(self.state), self.room[RANDOM][1]
+        check_random_state(self.manifest.random, torch_state)
+
+        def take_over_all() -> None:
+            take_over()
+            optimizer.load_state_dict(state)
+            restore_random_state(self.manifest.random, torch_state)
+
+        return take_over_all
+
+    def _optimizer_state(self, state: OptimizerContent) -> dict[str, Any]:
+        """In the form of torch's `Optimizer.state_dict`, in which parameters are numbered."""
+        assert self.manifest.optimizer is not None
+        numbers = {name: number for number, name in enumerate(state.entries)}
+        groups = [
+            {
+                **{name: tuple(v) if isinstance(v, list) else v for name, v in group["options"].items()},
+                "params": [numbers[name] for name in group["parameters"]],
+            }
+            for group in self.manifest.optimizer
+        ]
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, states in self.states.items():
+            entries = state.entries[name]
+            found[numbers[name]] = {}
+            for what in states:
+                number = self.room.get(state_key(what, name))
+                if number is not None and number[0].global_shape == ():
+                    value = number[1]
+                else:
+                    [(_, value)] = _joined(
+                        entries, {entry.key: self.room[state_key(what, entry.key)][1] for entry in entries}
+                    )
+                found[numbers[name]][what] = value
+        return {"state": found, "param_groups": groups}
+
+
+def _joined(entries: Iterable[ShardedTensor], values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter or buffer with its new local value, from those of its parts."""
+    by_source: dict[int, list[ShardedTensor]] = {}
+    for entry in entries:
+        by_source.setdefault(id(entry.source), []).append(entry)
+    found = []
+    for parts in by_source.values():
+        source, layout = parts[0].source, parts[0].layout
+        new = [values[part.key].view(part.local_shape[part.prepended_axes :]) for part in parts]
+        found.append((source, new[0] if layout is None else layout.join_parts(new)))
+    return found
+
+
+def _kind(option: Any) -> Any:
+    """What an optimizer's option must be like; a number may be another one."""
+    if isinstance(option, list | tuple):
+        return [_kind(item) for item in option]
+    return float if isinstance(option, float | int) and not isinstance(option, bool) else option
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{name!r} is not a type of tensors")
+    return found

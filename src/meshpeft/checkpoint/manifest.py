@@ -1,0 +1,219 @@
+"""`manifest.json`: what a checkpoint holds, where, and how to know that all of it is there.
+
+It takes the place of the pickle that torch.distributed.checkpoint's own file format has: a checkpoint may come from
+anywhere, and reading it must not run anything. The manifest carries its own SHA-256 and that of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meshpeft.checkpoint.errors import CheckpointError
+
+__all__ = ["MANIFEST", "Chunk", "FileRecord", "Manifest", "TensorRecord"]
+
+MANIFEST = "manifest.json"
+"""The file that makes a directory a checkpoint."""
+
+_FORMAT = "meshpeft checkpoint"
+_VERSION = 1
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a global tensor, and where its values are."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    name: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A global tensor: its type (`float32`), its shape, and the boxes that make it up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a checkpoint.
+
+    Attributes:
+        step: optimizer steps that were done.
+        full_model: the base model is part of it, not only the adapters.
+        tensors: by checkpoint key.
+        files: by name, in the checkpoint's directory.
+        model: what the model is that the tensors belong to, see `identity`.
+        optimizer: options of the parameter groups; `None` without optimizer.
+        random: states of the random generators.
+        extra: the caller's own.
+    """
+
+    step: int
+    full_model: bool
+    tensors: Mapping[str, TensorRecord]
+    files: Mapping[str, FileRecord]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Sequence[Mapping[str, Any]] | None = None
+    random: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            CheckpointError: the caller's own values are not JSON's.
+        """
+        try:
+            content = json.dumps(_plain(self), allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"a checkpoint's extra values must be plain JSON: {error}") from error
+        checksum = hashlib.sha256(content.encode()).hexdigest()
+        head = {"format": _FORMAT, "version": _VERSION, "sha256": checksum}
+        return f"{json.dumps(head)}\n{content}\n".encode()
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest of a checkpoint, whole and consistent; no other file is opened.
+
+        Raises:
+            CheckpointError: the directory is no checkpoint, or the manifest is damaged.
+        """
+        path = directory / MANIFEST
+        try:
+            head_line, _, content = path.read_text(encoding="utf-8").partition("\n")
+            head = json.loads(head_line)
+            found = hashlib.sha256(content.rstrip("\n").encode()).hexdigest()
+            if head["format"] != _FORMAT:
+                raise CheckpointError(f"{path} is of another format: {head['format']!r}")
+            if head["version"] != _VERSION:
+                raise CheckpointError(f"{path} has version {head['version']!r}; this program reads version {_VERSION}")
+            if head["sha256"] != found:
+                raise CheckpointError(f"{path} is damaged: its content is not what was written (SHA-256)")
+            return _parsed(json.loads(content))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is cut or damaged: {type(error).__name__}: {error}") from error
+
+    def check_file(self, directory: Path, name: str, *, values: bool) -> None:
+        """Whether a file has its size, and if asked its values; reading it once.
+
+        Raises:
+            CheckpointError: it is missing, cut or damaged.
+        """
+        path, record = directory / name, self.files[name]
+        try:
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise CheckpointError(f"{path} is cut: it has {size} bytes of {record.bytes}")
+            if values and file_sha256(path) != record.sha256:
+                raise CheckpointError(f"{path} is damaged: its content is not what was written (SHA-256)")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "step": manifest.step,
+        "full_model": manifest.full_model,
+        "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in manifest.files.items()},
+        "tensors": {
+            key: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "chunks": [[list(chunk.offset), list(chunk.shape), chunk.file, chunk.name] for chunk in tensor.chunks],
+            }
+            for key, tensor in manifest.tensors.items()
+        },
+        "model": manifest.model,
+        "optimizer": manifest.optimizer,
+        "random": manifest.random,
+        "extra": manifest.extra,
+    }
+
+
+def _parsed(content: Any) -> Manifest:
+    files = {name: FileRecord(_size(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
+    for name in files:
+        if name != Path(name).name or name == MANIFEST:
+            raise ValueError(f"{name!r} is not a file's name")
+    tensors = {}
+    for key, tensor in content["tensors"].items():
+        shape = _shape(tensor["shape"])
+        chunks = tuple(Chunk(_shape(o), _shape(s), str(file), str(name)) for o, s, file, name in tensor["chunks"])
+        _check_chunks(key, shape, chunks, files)
+        tensors[key] = TensorRecord(str(tensor["dtype"]), shape, chunks)
+    optimizer = content["optimizer"]
+    if not (optimizer is None or isinstance(optimizer, list)):
+        raise ValueError("the optimizer is not a list of groups")
+    sections = {name: content[name] for name in ("model", "random", "extra")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is not an object")
+    return Manifest(
+        _size(content["step"]), bool(content["full_model"]), tensors, files, optimizer=optimizer, **sections
+    )
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r} is not a shape")
+    return tuple(_size(value) for value in values)
+
+
+def _check_chunks(key: str, shape: tuple[int, ...], chunks: tuple[Chunk, ...], files: Mapping[str, FileRecord]) -> None:
+    """The chunks are the cells of a regular grid, each once, and together they are all of the tensor."""
+    for chunk in chunks:
+        if chunk.file not in files:
+            raise ValueError(f"{key} is in {chunk.file!r}, which is not a file of the checkpoint")
+        if chunk.shape != chunks[0].shape or len(chunk.shape) != len(shape) or len(chunk.offset) != len(shape):
+            raise ValueError(f"{key}: a part of shape {chunk.shape} in a tensor of shape {shape}")
+        places = list(zip(chunk.offset, chunk.shape, shape, strict=True))
+        if any(start + size > whole or (size and start % size) for start, size, whole in places):
+            raise ValueError(f"{key}: a part is out of its place, at {chunk.offset}")
+    if len({chunk.offset for chunk in chunks}) != len(chunks):
+        raise ValueError(f"{key}: a part is there twice")
+    held = sum(math.prod(chunk.shape) for chunk in chunks)
+    if held != math.prod(shape):
+        raise ValueError(f"{key}: {held} of {math.prod(shape)} values are there")

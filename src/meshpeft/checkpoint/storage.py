@@ -1,0 +1,272 @@
+"""Checkpoints as safetensors files and a manifest, for torch.distributed.checkpoint.
+
+torch.distributed.checkpoint decides who writes which slice, and who reads what of which; here is where the bytes go:
+one safetensors file per rank, with every slice under `key@offset`, and a `manifest.json`. Its own file format is not
+used because it keeps its metadata as a pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_sha256
+from meshpeft.checkpoint.tensor_file import Declared, TensorFileReader, TensorFileWriter
+
+__all__ = ["Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The slice of one global tensor that this rank holds, as torch.distributed.checkpoint asks for it.
+
+    Attributes:
+        dtype: of the tensor.
+        global_shape: of the global tensor.
+        offset: where the slice starts in it.
+        shape: of the slice.
+        values: gives the values, to be read or to be written into, with `shape`'s number of elements.
+    """
+
+    dtype: torch.dtype
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    values: Callable[[], Tensor]
+
+    def size(self) -> torch.Size:
+        """Shape of the global tensor."""
+        return torch.Size(self.global_shape)
+
+    def local(self) -> Tensor:
+        """The values, of the slice's shape."""
+        return self.values().view(self.shape)
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.shape))]
+
+    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        data = TensorWriteData(self.__create_chunk_list__()[0], properties, self.size())
+        return [WriteItem(MetadataIndex(fqn, torch.Size(self.offset)), WriteItemType.SHARD, tensor_data=data)]
+
+
+class SliceSavePlanner(DefaultSavePlanner):
+    """Plans a flat dictionary of slices."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The values of a slice of this rank."""
+        found: Slice = self.state_dict[index.fqn]
+        return found.local()
+
+
+class SliceLoadPlanner(DefaultLoadPlanner):
+    """Plans a flat dictionary of slices."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """As the base class does, but for values that are not tensors themselves."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Where the values of a slice of this rank go."""
+        found: Slice = self.state_dict[index.fqn]
+        return found.local()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Where the values of one slice are; the file's own record is the same for all slices in it."""
+
+    file: str
+    name: str
+    record: FileRecord
+
+
+class Writer(StorageWriter):
+    """Writes a checkpoint's files into a folder; the last call, on one rank, gets the manifest.
+
+    Args:
+        folder: made empty by the coordinating rank before any rank writes.
+        prepare: makes the folder.
+        publish: takes the tensors and files of the manifest; called when all files are on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prepare: Callable[[], None],
+        publish: Callable[[dict[str, TensorRecord], dict[str, FileRecord]], None],
+    ) -> None:
+        super().__init__()
+        self.folder, self.prepare, self.publish = folder, prepare, publish
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept from one checkpoint to the next."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder, and name each rank's file."""
+        self.prepare()
+        return [replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, slice by slice."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan.items, str(plan.storage_data), planner) if plan.items else [])
+        return done
+
+    def _write(self, items: Sequence[WriteItem], file: str, planner: SavePlanner) -> list[WriteResult]:
+        path = self.folder / file
+        declared = [_declared(item) for item in items]
+        writer = TensorFileWriter(path, declared, checksum=False)  # that of the whole file is in the manifest
+        try:
+            for item in items:
+                values = planner.resolve_data(item)
+                assert isinstance(values, Tensor)
+                writer.write(values)
+            writer.close()
+        finally:
+            writer.abandon()
+        record = FileRecord(path.stat().st_size, file_sha256(path))
+        return [
+            WriteResult(item.index, item.tensor_storage_size() or 0, _Written(file, slot.name, record))
+            for item, slot in zip(items, declared, strict=True)
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Hand what was written to `publish`."""
+        written: dict[MetadataIndex, _Written] = {item.index: item.storage_data for rank in results for item in rank}
+        tensors = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks = []
+            for chunk in stored.chunks:
+                place = written[MetadataIndex(key, chunk.offsets)]
+                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), place.file, place.name))
+            tensors[key] = TensorRecord(dtype_name(stored.properties.dtype), tuple(stored.size), tuple(chunks))
+        self.publish(tensors, {place.file: place.record for place in written.values()})
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether this could write there."""
+        return isinstance(checkpoint_id, str | Path)
+
+
+class Reader(StorageReader):
+    """Reads slices of a checkpoint's tensors.
+
+    Args:
+        directory: of the checkpoint.
+        tensors: those of its manifest.
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorRecord]) -> None:
+        super().__init__()
+        self.directory, self.tensors = directory, tensors
+        self._chunks = {
+            MetadataIndex(key, torch.Size(chunk.offset)): chunk
+            for key, tensor in tensors.items()
+            for chunk in tensor.chunks
+        }
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept from one checkpoint to the next."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The manifest in torch.distributed.checkpoint's terms."""
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(dtype=getattr(torch, tensor.dtype)),
+                    torch.Size(tensor.shape),
+                    [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in tensor.chunks],
+                )
+                for key, tensor in self.tensors.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's slices, file by file."""
+        by_file: dict[str, list[tuple[Any, Chunk]]] = {}
+        for item in plan.items:
+            chunk = self._chunks[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
+            by_file.setdefault(chunk.file, []).append((item, chunk))
+        for name, items in by_file.items():
+            with TensorFileReader(self.directory / name) as file:
+                for item, chunk in items:
+                    stored = file.tensors.get(chunk.name)
+                    if stored is None or stored.shape != chunk.shape:
+                        raise CheckpointError(f"{file.path} does not hold {chunk.name!r} as the manifest says")
+                    box = file.read_box(chunk.name, tuple(item.storage_offsets), tuple(item.lengths))
+                    planner.resolve_tensor(item).copy_(box)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether this could read there."""
+        return isinstance(checkpoint_id, str | Path)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _declared(item: WriteItem) -> Declared:
+    data = item.tensor_data
+    assert data is not None
+    return Declared(
+        f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}", data.properties.dtype, tuple(data.chunk.sizes)
+    )
