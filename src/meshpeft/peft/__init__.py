@@ -1,5 +1,8 @@
 """Adapters: matching modules, wrapping them, the adapter modules, the fused functions. Knows only `parallel`."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from meshpeft.parallel import all2all_hp2sp
 from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
 from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
@@ -11,11 +14,14 @@ from meshpeft.peft.dora_functional import fused_dora, fused_dora_reference
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import fused_lora, fused_lora_reference
 from meshpeft.peft.initialization import init_method_const, init_method_kaiming_uniform, init_method_normal
-from meshpeft.peft.lora import LoRA, LoRALinear
+from meshpeft.peft.lora import LoRA
+from meshpeft.peft.lora_linear import LoRALinear
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, wildcard_match
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
+from meshpeft.peft.parameter_groups import lora_plus_parameter_groups
+from meshpeft.peft.router import LoRATopKRouter
 from meshpeft.peft.wrapper import AdapterWrapper, BaseOutput
 
 __all__ = [
@@ -26,11 +32,13 @@ __all__ = [
     "CanonicalLoRA",
     "DoRA",
     "DoRALinear",
+    "HAVE_TE",
     "LinearAdapter",
     "LoRA",
     "LoRALinear",
     "LoRALinearSplitFC1UpGate",
     "LoRALinearSplitQKV",
+    "LoRATopKRouter",
     "LowRankAdapter",
     "LowRankFactor",
     "LowRankPEFT",
@@ -40,6 +48,8 @@ __all__ = [
     "ParallelLinearAdapter",
     "ParallelLinearDoRAAdapter",
     "ParameterCount",
+    "TECL",
+    "TERL",
     "adapter_wrappers",
     "all2all_hp2sp",
     "fused_dora",
@@ -51,9 +61,22 @@ __all__ = [
     "init_method_kaiming_uniform",
     "init_method_normal",
     "is_expert_linear",
+    "lora_plus_parameter_groups",
     "pad_seq_to_mult",
     "print_trainable_parameters",
     "trainable_parameters",
     "unpad_seq_to_mult",
     "wildcard_match",
 ]
+
+if TYPE_CHECKING:
+    from meshpeft.engines.transformer_engine import HAVE_TE, TECL, TERL
+
+# Names of packages above this one, which they import: looked up when they are asked for.
+_ELSEWHERE = dict.fromkeys(("HAVE_TE", "TECL", "TERL"), "meshpeft.engines.transformer_engine")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name]), name)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from meshpeft.parallel import LinearLayout, Packing, ShardedTensors, layout_of
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.lora import LoRALinear, LowRankWrapper
+from meshpeft.peft.lora_linear import LoRALinear, LowRankWrapper
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import _matches, default_targets
 from meshpeft.peft.packed_factors import pack_factors
+from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["CanonicalLoRA", "LoRALinearSplitFC1UpGate", "LoRALinearSplitQKV", "ModuleDict"]
 
@@ -154,34 +155,32 @@ class CanonicalLoRA(LowRankPEFT):
     def _patterns(self) -> dict[str, list[str]]:
         return self._requests
 
-    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
-        """Put adapters on a target layer, one per requested part if it is fused; return other modules as they are."""
-        found = self.match(m, name, prefix)
-        if found is None:
-            return m
-        full_name = found[1]
-        layout = layout_of(m)
-        wanted = self._wanted_parts(name or "", full_name)
+    def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
+        """One adapter per requested part of a fused layer, or one `LoRALinear` adapter on another."""
+        layout = layout_of(base)
+        wanted = self._wanted_parts(full_name)
         wrapper = _WRAPPERS.get(frozenset(layout.packing.names)) if layout.packing is not None else None
         if wrapper is None or layout.experts is not None or _should_treat_linear_fc1_as_unfused(full_name):
             if full_name.endswith("linear_qkv"):
-                raise AdapterError(f"{full_name}: the layout of {type(m).__name__} does not say how q, k, v are packed")
-            return LoRALinear(m, self.make_adapter(m, full_name))
+                raise AdapterError(
+                    f"{full_name}: the layout of {type(base).__name__} does not say how q, k, v are packed"
+                )
+            return LoRALinear(base, self.make_adapter(base, full_name))
         adapters = {
-            f"adapter_{part}": self.make_adapter(m, full_name, part_layout(layout, part), f"adapter.adapter_{part}")
+            f"adapter_{part}": self.make_adapter(base, full_name, part_layout(layout, part), f"adapter.adapter_{part}")
             for part in wrapper.parts
             if part in wanted
         }
-        return wrapper(m, ModuleDict(adapters))
+        return wrapper(base, ModuleDict(adapters))
 
-    def _wanted_parts(self, name: str, full_name: str) -> set[str]:
+    def _wanted_parts(self, full_name: str) -> set[str]:
         """The parts that the patterns together ask for, of a fused layer; all, if one names the layer itself."""
         every = {part for _, part in _COMPONENTS.values()}
         if self.exclude_modules:
             return every
         wanted: set[str] = set()
         for pattern, components in self.canonical_mapping.items():
-            if _matches(pattern, name, full_name):
+            if _matches(pattern, full_name.rpartition(".")[2], full_name):
                 for component in components:
                     wanted |= {_COMPONENTS[component][1]} if component in _COMPONENTS else every
         return wanted

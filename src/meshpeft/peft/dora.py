@@ -166,11 +166,8 @@ class DoRA(LowRankPEFT):
         options = self.parallel_options(base, self.adapter_options(base, full_name), layout)
         return ParallelLinearDoRAAdapter(**options, path=path, fused=self.joins(base))
 
-    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
-        """Put a DoRA adapter on a target layer; other modules are returned as they are."""
-        found = self.match(m, name, prefix)
-        if found is None:
-            return m
-        if layout_of(m).experts is not None:
-            raise AdapterError(f"{found[1]}: DoRA on grouped experts is not possible; exclude it, or use LoRA")
-        return DoRALinear(m, self.make_adapter(m, found[1]))
+    def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
+        """A `DoRALinear`."""
+        if layout_of(base).experts is not None:
+            raise AdapterError(f"{full_name}: DoRA on grouped experts is not possible; exclude it, or use LoRA")
+        return DoRALinear(base, self.make_adapter(base, full_name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from meshpeft.peft.adapters import DropoutPosition, LinearAdapter, LowRankAdapte
 from meshpeft.peft.base import PEFT
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.initialization import init_method_of
-from meshpeft.peft.matching import ModuleMatcher, is_expert_linear
+from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
+from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["LowRankPEFT"]
 
@@ -60,6 +62,25 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         check_options(self.dim, self.alpha, self.dropout, self.dropout_position)
         init_method_of(self.lora_A_init_method)
         init_method_of(self.lora_B_init_method)
+
+    @abstractmethod
+    def adapt(self, base: nn.Module, full_name: str) -> nn.Module:
+        """The wrapper with this method's adapter on one layer."""
+
+    def adapt_router(self, router: nn.Module, full_name: str) -> nn.Module:
+        """The wrapper on a router.
+
+        Raises:
+            AdapterError: the method has none.
+        """
+        raise AdapterError(f"{full_name}: {type(self).__name__} cannot adapt a router; exclude it, or use LoRA")
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Put an adapter on a target layer; other modules are returned as they are."""
+        found = None if isinstance(m, AdapterWrapper) else self.match(m, name, prefix)
+        if found is None:
+            return m
+        return self.adapt_router(m, found[1]) if is_router(m) else self.adapt(m, found[1])
 
     def rank_of(self, base: nn.Module, full_name: str) -> int:
         """Rank of the adapter on one layer: `dim`, or its share for experts.

@@ -1,0 +1,1 @@
+"""How foreign base layers are read. Each engine is one file; optional packages are imported only there."""

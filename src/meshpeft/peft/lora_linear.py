@@ -1,0 +1,78 @@
+"""Layers with a LoRA adapter (Hu et al. 2021): y = x W^T + s (x A^T) B^T."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshpeft.peft.adapters import LowRankAdapter
+from meshpeft.peft.functional import fused_lora, product
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["LoRALinear", "LowRankWrapper"]
+
+
+class LowRankWrapper(AdapterWrapper):
+    """A linear layer to whose output s (x A^T) B^T is added; a subclass says where A and B come from."""
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter whose scale, dropout and place count."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        raise NotImplementedError
+
+    @property
+    def joins(self) -> bool:
+        """Whether the adapter runs between the base's `enter` and `exit`."""
+        return self.one_adapter.fused
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+        a, b = self.factors()
+        adapter, source = self.one_adapter, self.weight_source()
+        if adapter.drops_output:
+            weight = source if isinstance(source, Tensor) else source()
+            return product(x, weight) + adapter.delta(x, a, b)
+        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output plus the adapter's."""
+        base = self.base_linear_forward(x, *args, **kwargs)
+        delta = self.one_adapter.delta(x if base.layernorm is None else base.layernorm, *self.factors())
+        return base.rebuild(base.linear + delta)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B A, local, in float32 or wider."""
+        a, b = self.factors()
+        weight = self.layer_type.weight(self.to_wrap)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.one_adapter.scale)
+
+
+class LoRALinear(LowRankWrapper):
+    """A linear layer and its LoRA adapter.
+
+    A `LinearAdapter` joins the layer between `enter` and `exit`; a `ParallelLinearAdapter` runs beside it and its
+    output, in the state of the layer's own, is added.
+
+    Args:
+        to_wrap: the base layer.
+        adapter: its adapter.
+    """
+
+    adapter: LowRankAdapter
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter itself."""
+        return self.adapter
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        return self.adapter.linear_in.weight, self.adapter.linear_out.weight
