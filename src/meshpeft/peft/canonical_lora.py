@@ -191,3 +191,15 @@ def part_layout(layout: LinearLayout, part: str) -> LinearLayout:
     assert layout.packing is not None
     size = layout.packing.sizes[layout.packing.names.index(part)]
     return replace(layout, out_features=size, packing=None)
+
+
+def component_name(module: str, part: str) -> str:
+    """The target that means one part of a fused layer: `..linear_qkv`, `q` -> `..linear_q`.
+
+    Raises:
+        AdapterError: the layer has no such part.
+    """
+    for name, (fused, its_part) in _COMPONENTS.items():
+        if part == its_part and module.rpartition(".")[2] == fused:
+            return module.removesuffix(fused) + name
+    raise AdapterError(f"{module} has no part {part!r} that CanonicalLoRA could adapt by itself")
