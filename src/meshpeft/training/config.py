@@ -91,10 +91,10 @@ class FinetuneConfig(_Layout):
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv."""
 
     steps: Annotated[int | None, _Optional] = None
-    """Optimizer steps. Default: see --epochs."""
+    """Optimizer steps. Default: 80 on the embedded data, else what --epochs makes."""
     epochs: Annotated[float | None, _Optional] = None
     """Times that the data is read, instead of --steps. Default: 1."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows in a global batch, over all processes and micro-batches. A row is --seq-length tokens long."""
     micro_batch_size: int = 4
     """Rows that one process computes at a time. Changes memory and speed, no number."""
@@ -123,6 +123,7 @@ class FinetuneConfig(_Layout):
 
     GENERAL_LEARNING_RATE: ClassVar[float] = 2e-4
     EMBEDDED_LEARNING_RATE: ClassVar[float] = 2e-3
+    EMBEDDED_STEPS: ClassVar[int] = 80
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
@@ -142,9 +143,12 @@ class FinetuneConfig(_Layout):
 
     def resolved(self) -> Self:
         """The same run with every default filled in that depends on other options."""
-        usual = self.EMBEDDED_LEARNING_RATE if self.model is None else self.GENERAL_LEARNING_RATE
-        epochs = 1.0 if self.steps is None and self.epochs is None else self.epochs
-        return replace(self, lr=usual if self.lr is None else self.lr, epochs=epochs)
+        steps, epochs, lr = self.steps, self.epochs, self.lr
+        if steps is None and epochs is None:
+            steps, epochs = (self.EMBEDDED_STEPS, None) if self.data is None else (None, 1.0)
+        if lr is None:
+            lr = self.EMBEDDED_LEARNING_RATE if self.model is None else self.GENERAL_LEARNING_RATE
+        return replace(self, steps=steps, epochs=epochs, lr=lr)
 
     def as_json(self) -> dict[str, Any]:
         """The options as plain values, with absolute paths; `from_json` reads them."""
