@@ -11,8 +11,8 @@ from meshpeft.training.config import ConfigError, EvaluateConfig, FinetuneConfig
 @pytest.mark.parametrize(
     ("given", "steps", "epochs", "lr"),
     [
-        ({}, 80, None, 2e-3),
-        ({"data": Path("d.jsonl")}, None, 1.0, 2e-3),
+        ({}, 80, None, 5e-3),
+        ({"data": Path("d.jsonl")}, None, 1.0, 5e-3),
         ({"data": Path("d.jsonl"), "model": Path("m"), "epochs": 2.0}, None, 2.0, 2e-4),
         ({"steps": 5, "lr": 0.1}, 5, None, 0.1),
     ],

@@ -103,7 +103,7 @@ class FinetuneConfig(_Layout):
     packing: bool = True
     """Put several short documents in one row, each attending to itself only; else one document a row."""
     lr: Annotated[float | None, _Optional] = None
-    """Learning rate at its peak. Default: 2e-4, or 2e-3 for the small embedded model."""
+    """Learning rate at its peak. Default: 2e-4, or 5e-3 for the small embedded model."""
     warmup: float = 0.05
     """Steps over which the learning rate rises to its peak: a number of steps, or below 1 a part of all steps."""
     weight_decay: float = 0.01
@@ -122,7 +122,7 @@ class FinetuneConfig(_Layout):
     """YAML file with values for these options, by name. What the command line gives overrides it."""
 
     GENERAL_LEARNING_RATE: ClassVar[float] = 2e-4
-    EMBEDDED_LEARNING_RATE: ClassVar[float] = 2e-3
+    EMBEDDED_LEARNING_RATE: ClassVar[float] = 5e-3
     EMBEDDED_STEPS: ClassVar[int] = 80
 
     def check(self) -> None:
