@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.ranks import coordinates, expected_group
 from helpers.simulate import rank_values, simulate, standing_at
 from torch import Tensor
 
@@ -35,22 +36,6 @@ LAYOUTS = [
     (16, 4, 2, 4, 2),
 ]
 JOINED = [("dp", "tp"), ("edp", "ep"), ("edp", "etp"), ("ep", "etp"), ("edp", "ep", "etp")]
-
-
-def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """A rank's place on each axis; the last axis is the fastest."""
-    found = {}
-    for name, size in reversed(sizes.items()):
-        rank, found[name] = divmod(rank, size)
-    return found
-
-
-def expected_group(rank: int, names: tuple[str, ...], sizes: dict[str, int]) -> list[int]:
-    """The ranks that differ from `rank` on the axes named only."""
-    mine = coordinates(rank, sizes)
-    others = [name for name in sizes if name not in names]
-    world = range(math.prod(sizes.values()))
-    return [r for r in world if all(coordinates(r, sizes)[name] == mine[name] for name in others)]
 
 
 def factorisations(world: int, tp: int, pp: int, ep: int, etp: int | None) -> tuple[dict[str, int], dict[str, int]]:
