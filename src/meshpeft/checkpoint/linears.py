@@ -1,7 +1,7 @@
 """The linear layers of a model and the adapters on them, under the names of Hugging Face modules.
 
-A fused layer is one module of ours and several there. What a method's adapter consists of is said here once, in
-`adapter_linears`; export, import and merging read it.
+A fused layer is one module of ours and several there. What each method's adapter consists of is said here once, in
+`adapted_linears`; export and import read it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from meshpeft.models import Decoder, ModelError
 from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel.layer_layout import LinearLayout, layer_type_of
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
-from meshpeft.peft import AdapterWrapper, LoRALinear
+from meshpeft.peft import (
+    AdapterWrapper,
+    DoRALinear,
+    LoRALinear,
+    LoRALinearSplitFC1UpGate,
+    LoRALinearSplitQKV,
+    LowRankAdapter,
+)
 
-__all__ = ["AdaptedLinear", "HubLinear", "adapted_linears", "hub_linears"]
+__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted"]
 
 
 @dataclass(frozen=True)
@@ -40,42 +47,61 @@ class HubLinear:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A parameter of an adapter, local, with its layout."""
+
+    values: Tensor
+    layout: TensorLayout
+
+    @classmethod
+    def of(cls, parameter: Tensor, name: str) -> Factor:
+        """Read the layout that the parameter states.
+
+        Raises:
+            CheckpointError: it lost it.
+        """
+        layout = layout_of_tensor(parameter)
+        if layout is None:
+            raise CheckpointError(f"an adapter parameter of {name} has no layout; set it with set_layout")
+        return cls(parameter, layout)
+
+
+@dataclass(frozen=True)
 class AdaptedLinear:
-    """One pair of factors, on one layer of ours, all its parts or one of them.
+    """One pair of factors on one layer of ours: on all its parts together, or on one of them.
 
     Attributes:
         module: full name of the layer.
-        names: the Hugging Face modules, in the canonical order of B's rows.
-        a, b: the factors; local, with their layouts.
+        names: the Hugging Face modules, in the canonical order of B's rows; they share A.
+        a, b: the factors.
+        magnitude: of DoRA, else `None`.
         shape, use_rslora, dropout: as in an `adapter_config.json`.
     """
 
     module: str
     names: tuple[str, ...]
-    a: Tensor
-    b: Tensor
+    a: Factor
+    b: Factor
+    magnitude: Factor | None
     shape: AdapterShape
     use_rslora: bool
     dropout: float
-
-    def parts_of(self, full: Tensor, layout: TensorLayout) -> list[Tensor]:
-        """A gathered B, or magnitude, as those of `names`."""
-        if layout.packing is None:
-            return [full]
-        return list(full.split(list(layout.packing.sizes), layout.packed_dim))
 
 
 def hub_linears(model: nn.Module) -> list[HubLinear]:
     """Every linear layer of a model that an adapter can be on, and that Hugging Face checkpoints have.
 
-    Names are those of `meshpeft.models.hf_names` for a decoder; another model's own otherwise.
+    Names are those of `meshpeft.models.hf_names` for a decoder; another model's own otherwise. Stacked experts are
+    parameters there, not layers, and are left out.
     """
     found = []
-    for name, module in _linears(model):
+    for name, module in _unwrapped(model):
         layer_type = layer_type_of(module)
         if layer_type is None:
             continue
         layout = layer_type.layout(module)
+        if layout.experts is not None:
+            continue
         parts: tuple[str | None, ...] = (None,) if layout.packing is None else layout.packing.names
         for part in parts:
             hub_name = _hub_name(model, name, part)
@@ -84,14 +110,14 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
     return found
 
 
-def _linears(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules by the names they have without adapters."""
+def _unwrapped(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules, by the names that they have without adapters."""
     for name, child in model.named_children():
         if isinstance(child, AdapterWrapper):
             yield prefix + name, child.to_wrap
         else:
             yield prefix + name, child
-            yield from _linears(child, f"{prefix}{name}.")
+            yield from _unwrapped(child, f"{prefix}{name}.")
 
 
 def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
@@ -103,38 +129,61 @@ def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
         return None
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model carries any adapter."""
+    return any(isinstance(module, AdapterWrapper) for module in model.modules())
+
+
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
     """The adapters on a model, in the order of its layers.
 
     Raises:
         CheckpointError: an adapter has no counterpart in Hugging Face PEFT, or the model has none at all.
     """
-    names: dict[str, list[str]] = {}
+    parts: dict[str, dict[str | None, str]] = {}
     for linear in hub_linears(model):
-        names.setdefault(linear.module, []).append(linear.name)
-    found = []
-    for name, wrapper in ((name, m) for name, m in model.named_modules() if isinstance(m, AdapterWrapper)):
-        if name not in names or not isinstance(wrapper, LoRALinear):
-            raise CheckpointError(
-                f"{name}: a {type(wrapper).__name__} on a {type(wrapper.to_wrap).__name__} has no counterpart in "
-                "Hugging Face PEFT's format; merge the adapter and save the model instead"
-            )
-        adapter = wrapper.adapter
-        a, b = wrapper.factors()
-        shape = AdapterShape(adapter.dim, adapter.alpha)
-        found.append(AdaptedLinear(name, tuple(names[name]), a, b, shape, adapter.use_rslora, adapter.dropout))
+        parts.setdefault(linear.module, {})[linear.part] = linear.name
+    found = [
+        adapted
+        for name, wrapper in model.named_modules()
+        if isinstance(wrapper, AdapterWrapper)
+        for adapted in _of_wrapper(name, wrapper, parts.get(name, {}))
+    ]
     if not found:
         raise CheckpointError("the model carries no adapter")
     return found
 
 
-def stated_layout(tensor: Tensor, name: str) -> TensorLayout:
-    """The layout of an adapter's parameter.
+def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, str]) -> Iterator[AdaptedLinear]:
+    whole = tuple(parts.values())
+    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and _is_linear(wrapper.adapter):
+        magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
+        yield _of_adapter(module, whole, wrapper.adapter, magnitude)
+    elif parts and isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate):
+        for part, adapter in wrapper.adapters().items():
+            yield _of_adapter(module, (parts[part],), adapter, None)
+    else:
+        raise CheckpointError(
+            f"{module}: a {type(wrapper).__name__} on a {type(wrapper.to_wrap).__name__} has no counterpart in "
+            "Hugging Face PEFT's format; merge the adapter and save the model instead"
+        )
 
-    Raises:
-        CheckpointError: it lost its layout.
-    """
-    layout = layout_of_tensor(tensor)
-    if layout is None:
-        raise CheckpointError(f"{name} has no layout, so its global values are unknown; set it with set_layout")
-    return layout
+
+def _of_adapter(
+    module: str, names: tuple[str, ...], adapter: LowRankAdapter, magnitude: Tensor | None
+) -> AdaptedLinear:
+    return AdaptedLinear(
+        module,
+        names,
+        Factor.of(adapter.linear_in.weight, module),
+        Factor.of(adapter.linear_out.weight, module),
+        None if magnitude is None else Factor.of(magnitude, module),
+        AdapterShape(adapter.dim, adapter.alpha),
+        adapter.use_rslora,
+        adapter.dropout,
+    )
+
+
+def _is_linear(adapter: LowRankAdapter) -> bool:
+    """Whether nothing happens between the factors."""
+    return isinstance(getattr(adapter, "activation", None), nn.Identity | None)

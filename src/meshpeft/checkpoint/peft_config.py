@@ -17,12 +17,23 @@ from typing import Any
 
 from meshpeft.checkpoint.errors import CheckpointError
 
-__all__ = ["CONFIG_NAME", "PREFIX", "WEIGHTS_NAME", "AdapterShape", "PeftConfig", "describe"]
+__all__ = [
+    "CONFIG_NAME",
+    "FACTOR_A",
+    "FACTOR_B",
+    "MAGNITUDE",
+    "PREFIX",
+    "WEIGHTS_NAME",
+    "AdapterShape",
+    "PeftConfig",
+    "describe",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What every name in the weights file begins with."""
+"""What every name in the weights file begins with; what follows a module's name is one of these:"""
+FACTOR_A, FACTOR_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 _READ = frozenset(
     {

@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face PEFT, which `peft` and serving systems load unchanged.
 
-A layer of ours that is fused is several modules there: an adapter on `linear_qkv` is written as those of `q_proj`,
-`k_proj` and `v_proj`, which share A and have their own rows of B.
+A layer of ours that is fused is several modules there: LoRA or DoRA on `linear_qkv` is written as adapters of
+`q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import AdaptedLinear, adapted_linears, hub_linears, stated_layout
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, describe
+from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, hub_linears
+from meshpeft.checkpoint.peft_config import CONFIG_NAME, FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, WEIGHTS_NAME, describe
 from meshpeft.checkpoint.staging import StagedFiles, write_flushed
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.parallel.agreement import kept, raise_everywhere
@@ -85,39 +85,48 @@ def export_peft_adapter(
 def _config(model: nn.Module, adapted: list[AdaptedLinear], base_model_name_or_path: str | None) -> dict[str, object]:
     first = adapted[0]
     for linear in adapted:
-        if linear.use_rslora != first.use_rslora:
-            raise CheckpointError(
-                f"{first.module} and {linear.module} scale by different rules (use_rslora), which "
-                f"{CONFIG_NAME} cannot express"
-            )
+        for option, (a, b) in {
+            "use_rslora": (first.use_rslora, linear.use_rslora),
+            "use_dora": (first.magnitude is not None, linear.magnitude is not None),
+        }.items():
+            if a != b:
+                raise CheckpointError(
+                    f"{option} is {a} on {first.module}, {b} on {linear.module}; a file has one value"
+                )
     return describe(
         {name: linear.shape for linear in adapted for name in linear.names},
         [linear.name for linear in hub_linears(model)],
         use_rslora=first.use_rslora,
-        use_dora=False,
+        use_dora=first.magnitude is not None,
         dropout=first.dropout,
         base_model_name_or_path=base_model_name_or_path,
     )
 
 
-# The two below say the same in the same order: every A, then the rows of B.
+# The two below say the same in the same order: every A, then the parts of B, then those of the magnitude.
 
 
 def _declared(linear: AdaptedLinear) -> Iterator[Declared]:
-    a, b = stated_layout(linear.a, linear.module), stated_layout(linear.b, linear.module)
-    rows = (b.global_shape[0],) if b.packing is None else b.packing.sizes
     for name in linear.names:
-        yield Declared(f"{PREFIX}{name}.lora_A.weight", linear.a.dtype, a.global_shape)
-    for name, size in zip(linear.names, rows, strict=True):
-        yield Declared(f"{PREFIX}{name}.lora_B.weight", linear.b.dtype, (size, *b.global_shape[1:]))
+        yield Declared(f"{PREFIX}{name}.{FACTOR_A}", linear.a.values.dtype, linear.a.layout.global_shape)
+    for factor, suffix in _divided(linear):
+        for name, piece in zip(linear.names, factor.layout.pieces(), strict=True):
+            yield Declared(f"{PREFIX}{name}.{suffix}", factor.values.dtype, piece.global_shape)
 
 
 def _gathered(linear: AdaptedLinear) -> Iterator[Tensor]:
-    a = _plain(stated_layout(linear.a, linear.module).gather(linear.a))
+    a = _plain(linear.a.layout.gather(linear.a.values))
     for _ in linear.names:
         yield a
-    layout = stated_layout(linear.b, linear.module)
-    yield from linear.parts_of(_plain(layout.gather(linear.b)), layout)
+    for factor, _ in _divided(linear):
+        full, packing = _plain(factor.layout.gather(factor.values)), factor.layout.packing
+        yield from [full] if packing is None else full.split(list(packing.sizes), factor.layout.packed_dim)
+
+
+def _divided(linear: AdaptedLinear) -> list[tuple[Factor, str]]:
+    """What has a part for each of the linear's names, and how it is called."""
+    magnitudes = [] if linear.magnitude is None else [(linear.magnitude, MAGNITUDE)]
+    return [(linear.b, FACTOR_B), *magnitudes]
 
 
 def _plain(full: Tensor) -> Tensor:
