@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.adapted_block import BATCH, SEQ, local_input, make_block
-from helpers.collectives import Collective, CollectiveLog
+from helpers.collectives import Collective, count_collectives
 from helpers.simulate import simulate
 
 from meshpeft.models import DecoderConfig
@@ -26,9 +26,9 @@ def collectives(method, sequence_parallel):
         x = local_input(info, sequence_parallel).requires_grad_()
         with torch.no_grad():
             block(x)
-        with CollectiveLog() as log:
+        with count_collectives() as seen:
             block(x).square().sum().backward()
-        return sorted(log.seen)
+        return sorted(seen)
 
 
 def added(method, sequence_parallel):
@@ -54,8 +54,8 @@ def test_a_standalone_adapter_all_reduces_its_bottleneck(method):
 def test_under_sequence_parallel_it_gathers_and_scatters_its_bottleneck(method):
     # Each layer once forward and once backward; a rank gives its shard to a gather, the whole to a scatter.
     assert added(method(dim=DIM, fused=False), True) == [
-        *[Collective("allgather_base", TOKENS // TP * DIM)] * 4,
-        *[Collective("reduce_scatter_base", TOKENS * DIM)] * 4,
+        *[Collective("allgather", TOKENS // TP * DIM)] * 4,
+        *[Collective("reduce_scatter", TOKENS * DIM)] * 4,
     ]
 
 
@@ -67,7 +67,7 @@ def test_separate_adapters_of_a_fused_layer_share_one_collective():
 def test_only_the_all_to_all_exchange_is_as_large_as_an_output():
     block_hidden = 24
     names = [c for c in added(LoRA(dim=DIM, fused=False, a2a_experimental=True), True) if "alltoall" in c.name]
-    assert names == [Collective("alltoall_base", TOKENS * block_hidden // TP)] * 4
+    assert names == [Collective("alltoall", TOKENS * block_hidden // TP)] * 4
 
 
 def test_dora_reduces_one_vector_per_row_layer_and_optimizer_step():
@@ -76,10 +76,10 @@ def test_dora_reduces_one_vector_per_row_layer_and_optimizer_step():
         optimizer = torch.optim.SGD([p for p in block.parameters() if p.requires_grad], lr=1e-3)
         counts = []
         for _ in range(2):
-            with CollectiveLog() as log:
+            with count_collectives() as seen:
                 for _ in range(3):  # micro-batches
                     block(local_input(info, False)).square().sum().backward()
-            counts.append(sum(collective.elements == 24 for collective in log.seen))
+            counts.append(sum(collective.elements == 24 for collective in seen))
             optimizer.step()
             optimizer.zero_grad()
     # The norms of the construction serve the first step.
