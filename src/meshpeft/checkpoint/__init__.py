@@ -2,6 +2,7 @@
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.load import LoadedCheckpoint, latest_checkpoint, load_checkpoint
+from meshpeft.checkpoint.merge import merge_adapter
 from meshpeft.checkpoint.peft_export import export_peft_adapter
 from meshpeft.checkpoint.peft_import import load_peft_adapter
 from meshpeft.checkpoint.save import Save, save_checkpoint
@@ -14,5 +15,6 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_peft_adapter",
+    "merge_adapter",
     "save_checkpoint",
 ]

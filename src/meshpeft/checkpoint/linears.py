@@ -26,7 +26,7 @@ from meshpeft.peft import (
     LowRankAdapter,
 )
 
-__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted"]
+__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted", "is_linear"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
 
 def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, str]) -> Iterator[AdaptedLinear]:
     whole = tuple(parts.values())
-    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and _is_linear(wrapper.adapter):
+    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and is_linear(wrapper.adapter):
         magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
     elif parts and isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate):
@@ -184,6 +184,6 @@ def _of_adapter(
     )
 
 
-def _is_linear(adapter: LowRankAdapter) -> bool:
+def is_linear(adapter: nn.Module) -> bool:
     """Whether nothing happens between the factors."""
     return isinstance(getattr(adapter, "activation", None), nn.Identity | None)

@@ -1,0 +1,92 @@
+"""A model with its adapters as a model without: merged in float32 or wider, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.linears import is_linear
+from meshpeft.models import Decoder, save_pretrained
+from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.tensor_layout import layout_of_tensor, set_layout
+from meshpeft.peft import AdapterWrapper
+
+__all__ = ["merge_adapter"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrite: bool = False) -> Model:
+    """Add the adapters to the weights of their layers and take them off the model; in place.
+
+    Each layer's weight is computed in float32, or wider where weight or adapter are, and rounded once to the weight's
+    type. One layer at a time: besides the model there is room for one merged weight. A tied output layer with an
+    adapter gets a weight of its own.
+
+    Args:
+        model: with adapters; changed in place.
+        directory: write the merged model there, for transformers; every rank then calls this. Only a
+            [`Decoder`][meshpeft.models.Decoder] can be written.
+        overwrite: replace a model that is there.
+
+    Returns:
+        The model, without adapters.
+
+    Raises:
+        CheckpointError: there is no adapter, or one that a weight cannot take (a quantised weight, an activation
+            between the factors), or the directory holds a model; nothing is changed.
+        ModelError: the directory cannot be written.
+    """
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
+    with all_or_none("merging", CheckpointError):
+        _check(model, wrappers)
+        if directory is not None:
+            _check_target(model, Path(directory), overwrite)
+    for name, wrapper in wrappers.items():
+        if isinstance(model, Decoder):
+            _untie(model, wrapper.to_wrap)
+        wrapper.merge(keep_base=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper.to_wrap)
+    if directory is not None:
+        assert isinstance(model, Decoder)
+        save_pretrained(model, directory, overwrite=overwrite)
+    return model
+
+
+def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
+    if not wrappers:
+        raise CheckpointError("the model carries no adapter")
+    for name, wrapper in wrappers.items():
+        if not wrapper.is_merged and wrapper.stored_weight() is None:
+            raise CheckpointError(
+                f"{name}: a {type(wrapper.to_wrap).__name__} stores its weight in another form than it uses, so an "
+                "adapter cannot be merged into it; load the base without quantisation first"
+            )
+        if not all(is_linear(adapter) for adapter in wrapper.adapter.modules()):
+            raise CheckpointError(f"{name}: an adapter with an activation between its factors is no change of a weight")
+
+
+def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
+    if not isinstance(model, Decoder):
+        raise CheckpointError(f"a {type(model).__name__} has its own way of being saved; merge it without a directory")
+    if (directory / "config.json").exists() and not overwrite:
+        raise CheckpointError(f"{directory} holds a model; choose another directory or overwrite it")
+
+
+def _untie(model: Decoder, layer: nn.Module) -> None:
+    """Give the layer a weight of its own, if it shares the embedding's."""
+    shared = model.embedding.weight
+    if getattr(layer, "weight", None) is not shared:
+        return
+    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    layout = layout_of_tensor(shared)
+    if layout is not None:
+        set_layout(own, layout)
+    layer.weight = own
+    model.config = replace(model.config, tie_word_embeddings=False)
