@@ -1,32 +1,53 @@
-"""Which collectives a piece of code makes, and how many elements each rank sends."""
+"""Which collectives a piece of code makes, simulated or real, and how many elements each rank puts in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+__all__ = ["Collective", "count_collectives"]
+
 
 class Collective(NamedTuple):
-    """Operator and number of elements that one rank puts in."""
+    """One call: `allreduce allgather reduce_scatter alltoall broadcast`, and the elements that one rank puts in."""
 
     name: str
     elements: int
 
 
-class CollectiveLog(TorchDispatchMode):
-    """Notes every collective inside its context, forward and backward."""
+# The operators, and which argument is a rank's own: collectives into a buffer name their result first.
+OPERATORS = {
+    "allreduce_": ("allreduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "_allgather_base_": ("allgather", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "alltoall_base_": ("alltoall", 1),
+    "all_to_all_single": ("alltoall", 0),
+}
 
-    def __init__(self) -> None:
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[Collective]) -> None:
         super().__init__()
-        self.seen: list[Collective] = []
+        self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func.__name__.split(".")[0].strip("_")
-            # In-place collectives name their operand first, the others their result.
-            sent = args[0] if name == "allreduce_" or name == "allreduce" else args[1]
-            self.seen.append(Collective(name, sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor))))
+        operator = func.overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and operator != "wait_tensor":
+            name, own = OPERATORS[operator]  # an operator that is not here is to be added
+            sizes = [leaf.numel() for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
+            self.calls.append(Collective(name, sum(sizes)))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_collectives() -> Iterator[list[Collective]]:
+    """The collectives made inside, backward passes included, in order."""
+    calls: list[Collective] = []
+    with _Recorder(calls):
+        yield calls

@@ -141,7 +141,7 @@ def test_groups_do_not_mix(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_sent(name: str) -> None:
-    """One collective or none each way, of the size of the whole tensor."""
+    """One collective or none each way; a rank gives its slice to a gather, the whole to the others."""
     with simulate(tp=2):
         case = CASES[name]
         x = local(case.source, 0, 0, (4, 3), torch.float32, 2).requires_grad_()
@@ -149,8 +149,9 @@ def test_what_is_sent(name: str) -> None:
             y = case.function(x, dim=0) if case.takes_dim else case.function(x)
             forward = list(calls)
             y.backward(y.detach())
-        assert forward == [Collective(kind, 12) for kind in case.forward]
-        assert calls[len(forward) :] == [Collective(kind, 12) for kind in case.backward]
+        size = {"allgather": 6, "allreduce": 12, "reduce_scatter": 12}
+        assert forward == [Collective(kind, size[kind]) for kind in case.forward]
+        assert calls[len(forward) :] == [Collective(kind, size[kind]) for kind in case.backward]
 
 
 @pytest.mark.parametrize("tp", (2, 4))

@@ -16,6 +16,7 @@ import numpy as np
 import spmd_types as spmd
 import torch
 from spmd_types import rules
+from spmd_types.types import V
 from torch import Tensor
 from torch.autograd import Function
 
@@ -103,5 +104,19 @@ def dropout(
         raise ParallelError(f"dropout={p}: expected a probability of at least 0 and below 1")
     if not training or p == 0:
         return x
+    if spmd.is_type_checking():
+        _check_masks(x, varying)
     out: Tensor = _Dropout.apply(x, p, draw_seed(varying), recompute)
     return out
+
+
+def _check_masks(x: Tensor, varying: Sequence[ParallelAxis]) -> None:
+    """Under the type checker: masks must differ exactly where x does."""
+    states = spmd.get_local_type(x)
+    differing = {spmd.normalize_axis(axis.process_group) for axis in varying if axis.world_size > 1}
+    if not differing <= states.keys():
+        return  # x is typed on the other factorisation of the ranks
+    for axis, state in states.items():
+        if (state is V) != (axis in differing):
+            masks = "differ" if axis in differing else "agree"
+            raise spmd.SpmdTypeError(f"dropout: masks {masks} over {axis}, where x is {state}")
