@@ -1,0 +1,18 @@
+"""Quantised bases: weights packed in few bits under the adapters, and adapters that start from what packing lost."""
+
+from meshpeft.quantization.quantize import BaseQuantizer, quantize_base
+from meshpeft.quantization.errors import QuantizationError
+from meshpeft.quantization.formats import FormatName
+from meshpeft.quantization.layers import PackedLayer, ResidualFactors
+from meshpeft.quantization.svd import LowRank, low_rank_part
+
+__all__ = [
+    "BaseQuantizer",
+    "FormatName",
+    "LowRank",
+    "PackedLayer",
+    "QuantizationError",
+    "ResidualFactors",
+    "low_rank_part",
+    "quantize_base",
+]

@@ -1,0 +1,165 @@
+"""`quantize_base`: pack the frozen weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from meshpeft.parallel import layout_of
+from meshpeft.peft import AdapterWrapper, wildcard_match
+from meshpeft.peft.matching import nearest_names
+from meshpeft.quantization.errors import QuantizationError
+from meshpeft.quantization.formats import FormatName, weight_format
+from meshpeft.quantization.full_matrices import full_matrices, local_factors
+from meshpeft.quantization.layers import PackedLayer, can_be_packed, check_packable, pack_
+from meshpeft.quantization.svd import low_rank_part
+
+__all__ = ["BaseQuantizer", "quantize_base"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# What every recipe keeps in full: the vocabulary head, and what decides where tokens go.
+DEFAULT_EXCLUDED = ("output_layer", "lm_head", "router", "gate", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class BaseQuantizer:
+    """Packs layers one at a time; a loader uses it on each layer as soon as its weight is there.
+
+    Attributes:
+        format: `nf4 int8 int4 fp8`, see [`formats`][meshpeft.quantization.formats].
+        block_size: consecutive values of a row that share a scale.
+        residual_rank: rank of the factors of W - dequantised W that each layer keeps for `svdquant_init`; `None`
+            keeps none.
+        exact_svd: of the residuals; randomised otherwise.
+        target_modules: names, or patterns with `*` of full names, of the layers to pack; `None`: every linear layer.
+        exclude_modules: of the layers to keep.
+
+    Raises:
+        QuantizationError: an unknown format, a block size or a rank that cannot be.
+    """
+
+    format: FormatName = "nf4"
+    block_size: int = 64
+    residual_rank: int | None = None
+    exact_svd: bool = False
+    target_modules: Sequence[str] | None = None
+    exclude_modules: Sequence[str] = DEFAULT_EXCLUDED
+
+    def __post_init__(self) -> None:
+        weight_format(self.format, self.block_size)
+        if self.residual_rank is not None and self.residual_rank < 1:
+            raise QuantizationError(f"residual_rank={self.residual_rank}: expected at least 1, or None to keep none")
+        for option in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, option), str):
+                raise QuantizationError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
+
+    def wants(self, layer: nn.Module, name: str) -> bool:
+        """Whether a layer of this full name is to be packed."""
+        if not can_be_packed(layer) or _matches_any(self.exclude_modules, name):
+            return False
+        return self.target_modules is None or _matches_any(self.target_modules, name)
+
+    def pack_(self, layer: nn.Module, name: str) -> None:
+        """Pack one layer, in place. A collective over the axis that divides it, if residuals are kept."""
+        residual = pack_(layer, self.format, self.block_size, name)
+        if self.residual_rank is not None:
+            self._keep(layer, residual, self.residual_rank)
+
+    def _keep(self, layer: nn.Module, residual: Tensor, rank: int) -> None:
+        layout = layout_of(layer)
+        part = low_rank_part(full_matrices(residual, layout), rank, exact=self.exact_svd)
+        a, b = local_factors(part, layout.factor_a(rank), layout.factor_b(rank), layout)
+        # Not part of the model's state: an adapter made from them is saved, and they are not needed again.
+        layer.register_buffer("residual_a", a, persistent=False)
+        layer.register_buffer("residual_b", b, persistent=False)
+
+
+def quantize_base(
+    model: Model,
+    format: FormatName = "nf4",
+    *,
+    residual_rank: int | None = None,
+    block_size: int = 64,
+    exact_svd: bool = False,
+    target_modules: Sequence[str] | None = None,
+    exclude_modules: Sequence[str] = DEFAULT_EXCLUDED,
+) -> Model:
+    """Pack the weights of a model's linear layers, in place, layer after layer.
+
+    The packed weights are frozen; forward and backward passes dequantise each when they need it and keep none. The
+    dequantised weight is the same at every layout. Column- and row-parallel layers, grouped experts and `nn.Linear`
+    are packed, also those that carry an adapter.
+
+    Args:
+        model: holds its values already. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
+        format: `nf4` and `int4` take 0.5625 bytes a value, `int8` and `fp8` 1.0625.
+        residual_rank, block_size, exact_svd, target_modules, exclude_modules: see
+            [`BaseQuantizer`][meshpeft.quantization.BaseQuantizer]. By default the vocabulary head, routers and gates
+            are kept in full.
+
+    Returns:
+        The model.
+
+    Raises:
+        QuantizationError: nothing to pack, or a pattern that matches nothing; blocks that would straddle ranks; a
+            weight that two layers share. Nothing is packed then.
+
+    Example:
+        >>> quantize_base(model, "nf4")
+        >>> LoRA(dim=16)(model)
+    """
+    quantizer = BaseQuantizer(format, block_size, residual_rank, exact_svd, target_modules, exclude_modules)
+    layers = dict(_linear_layers(model))
+    wanted = {name: layer for name, layer in layers.items() if quantizer.wants(layer, name)}
+    _check(model, quantizer, layers, wanted)
+    for name, layer in wanted.items():
+        quantizer.pack_(layer, name)
+    return model
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that can be packed and those that are, by the names they have without adapters."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        layer = module.to_wrap if isinstance(module, AdapterWrapper) else module
+        if id(layer) not in seen and (can_be_packed(layer) or isinstance(layer, PackedLayer)):
+            seen.add(id(layer))
+            yield name, layer
+
+
+def _check(
+    model: nn.Module, quantizer: BaseQuantizer, layers: dict[str, nn.Module], wanted: dict[str, nn.Module]
+) -> None:
+    names = list(layers)
+    for pattern in quantizer.target_modules or ():
+        if not any(_matches(pattern, name) for name in names):
+            raise QuantizationError(
+                f"target_modules: {pattern!r} matches no linear layer; nearest: "
+                f"{', '.join(nearest_names(pattern, names)) or 'none'}"
+            )
+    if not wanted:
+        packed = sum(isinstance(layer, PackedLayer) for layer in layers.values())
+        raise QuantizationError(
+            f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are excluded"
+        )
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in wanted.items():
+        shared = owners[id(check_packable(layer, quantizer.block_size, name))]
+        if len(shared) > 1:
+            raise QuantizationError(
+                f"{name}: its weight is shared by {' and '.join(shared)}; name the layer in exclude_modules"
+            )
+
+
+def _matches_any(patterns: Sequence[str], name: str) -> bool:
+    return any(_matches(pattern, name) for pattern in patterns)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.rpartition(".")[2] == pattern or bool(wildcard_match(pattern, name))
