@@ -1,1 +1,19 @@
-"""How foreign base layers are read. Each engine is one file; optional packages are imported only there."""
+"""How the layers of foreign packages lie on the mesh: one file for each package, imported when its classes are met.
+
+| classes of | described by |
+|---|---|
+| `megatron.core` | `meshpeft.engines.megatron_core` |
+
+Importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+from meshpeft.parallel import register_engine
+
+__all__ = ["register_engines"]
+
+
+def register_engines() -> None:
+    """Let the classes of every engine's package be described by the engine, once they are met."""
+    register_engine("megatron.core", "meshpeft.engines.megatron_core")

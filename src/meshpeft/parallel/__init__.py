@@ -1,5 +1,6 @@
 """What a rank holds and how ranks talk. Knows nothing of adapters."""
 
+from meshpeft.parallel.class_registry import register_engine
 from meshpeft.parallel.collectives import (
     all2all_hp2sp,
     mp_copy,
@@ -10,6 +11,14 @@ from meshpeft.parallel.collectives import (
     sp_reduce_scatter,
 )
 from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.containers import (
+    ContainerType,
+    container_type_of,
+    describe_layers,
+    global_names,
+    packing_of,
+    register_container_type,
+)
 from meshpeft.parallel.dispatch import DispatchPlan, combine_tokens, dispatch_tokens
 from meshpeft.parallel.embedding import ParallelEmbedding, VocabParallelEmbedding
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
@@ -46,6 +55,7 @@ from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout
 
 __all__ = [
     "ColumnParallelLinear",
+    "ContainerType",
     "DispatchPlan",
     "GroupedColumnParallelLinear",
     "GroupedRowParallelLinear",
@@ -69,12 +79,15 @@ __all__ = [
     "all2all_hp2sp",
     "clip_gradients_",
     "combine_tokens",
+    "container_type_of",
+    "describe_layers",
     "destroy_parallelism",
     "dispatch_tokens",
     "draw_seed",
     "dropout",
     "dropout_mask",
     "finalize_gradients",
+    "global_names",
     "gradient_axes",
     "gradient_norm",
     "group_offsets",
@@ -94,7 +107,10 @@ __all__ = [
     "mp_scatter",
     "named_init_",
     "on_each_rank",
+    "packing_of",
     "parallel_group_info",
+    "register_container_type",
+    "register_engine",
     "register_layer_type",
     "set_layout",
     "set_seed",

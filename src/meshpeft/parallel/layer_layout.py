@@ -11,14 +11,16 @@ hides its collectives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from meshpeft.parallel.class_registry import ClassRegistry
 from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.tensor_layout import Packing, TensorLayout
+from meshpeft.parallel.sharded_tensor import ShardedTensor
+from meshpeft.parallel.tensor_layout import Packing, ParameterMarks, TensorLayout
 
 __all__ = ["LayerType", "LinearLayout", "layer_type_of", "layout_of", "register_layer_type"]
 
@@ -43,6 +45,8 @@ class LinearLayout:
         input_grad_is_reduced_outside: the layer's input gradient stays a summand over `axis`, which the
             producer of the input adds up.
         data_axis: where gradients of different tokens are summed, if not the mesh's own `dp` (or `edp`).
+        marks: attributes that the layer's engine reads on its parameters, see
+            [`TensorLayout`][meshpeft.parallel.TensorLayout].
     """
 
     in_features: int
@@ -59,6 +63,7 @@ class LinearLayout:
     output_is_partial: bool = False
     input_grad_is_reduced_outside: bool = False
     data_axis: ParallelAxis | None = None
+    marks: ParameterMarks | None = None
 
     @property
     def is_expert(self) -> bool:
@@ -66,8 +71,11 @@ class LinearLayout:
         return self.experts is not None or self.axis.name == "etp"
 
     def weight(self) -> TensorLayout:
-        """W [out, in], or [experts, out, in]. Its gradient is complete unless the tokens are divided."""
-        return self._tensor((self.out_features, self.in_features), self.shard, out_packed=True, in_packed=True)
+        """W [out, in], or [experts, out, in]; a replicated one's gradient is a summand where the tokens are divided."""
+        partial = self.shard is None and self.sequence_parallel
+        return self._tensor(
+            (self.out_features, self.in_features), self.shard, out_packed=True, in_packed=True, partial=partial
+        )
 
     def bias(self) -> TensorLayout:
         """b [out]: divided like the output of a column; replicated for a row, which adds it to token shards."""
@@ -117,6 +125,11 @@ class LinearLayout:
             return self.sequence_parallel or self.output_is_partial
         return self.shard is None and self.sequence_parallel
 
+    def _mesh_axes(self) -> tuple[ParallelAxis, ...] | None:
+        if self.data_axis is None:
+            return None
+        return (self.data_axis, *((self.expert_axis,) if self.expert_axis is not None else ()), self.axis)
+
     def _tensor(
         self,
         shape: tuple[int, ...],
@@ -146,6 +159,8 @@ class LinearLayout:
             grad_partial=(self.axis,) if partial and self.axis.world_size > 1 else (),
             expert=self.is_expert,
             data_axis=self.data_axis,
+            mesh_axes=self._mesh_axes(),
+            marks=self.marks,
         )
 
 
@@ -159,12 +174,17 @@ class LayerType:
         enter: the collective before the GEMM; `None` where the forward hides its collectives, so that adapters
             run beside the layer instead of inside it.
         exit: adds the bias and makes the collective after the GEMM, given the GEMM's output.
+        gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
+            its layout alone does not decide that.
+        checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
     """
 
     layout: Callable[[Any], LinearLayout]
     weight: Callable[[Any], Tensor]
     enter: Callable[[Any, Tensor], Tensor] | None = None
     exit: Callable[[Any, Tensor], Any] | None = None
+    gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
+    checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
 
     @property
     def fused(self) -> bool:
@@ -172,20 +192,17 @@ class LayerType:
         return self.enter is not None
 
 
-_REGISTRY: dict[type[nn.Module], LayerType] = {}
+_LAYER_TYPES: ClassRegistry[LayerType] = ClassRegistry()
 
 
 def register_layer_type(cls: type[nn.Module], layer_type: LayerType) -> None:
     """State how layers of `cls`, and of its subclasses that do not say otherwise, lie on the mesh."""
-    _REGISTRY[cls] = layer_type
+    _LAYER_TYPES.add(cls, layer_type)
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """The entry of the nearest registered class of `module`, or `None`."""
-    for cls in type(module).__mro__:
-        if cls in _REGISTRY:
-            return _REGISTRY[cls]
-    return None
+    return _LAYER_TYPES.find(module)
 
 
 def layout_of(module: nn.Module) -> LinearLayout:
@@ -196,7 +213,7 @@ def layout_of(module: nn.Module) -> LinearLayout:
     """
     layer_type = layer_type_of(module)
     if layer_type is None:
-        known = ", ".join(sorted(cls.__name__ for cls in _REGISTRY))
+        known = ", ".join(sorted(cls.__name__ for cls in _LAYER_TYPES.classes()))
         raise NotImplementedError(
             f"no layout is registered for layers of type {type(module).__module__}.{type(module).__qualname__}; "
             f"known: {known}. Register it with meshpeft.parallel.register_layer_type"

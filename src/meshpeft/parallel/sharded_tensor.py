@@ -237,7 +237,8 @@ def _replica_id(layout: TensorLayout) -> int:
     info = parallel_group_info()
     divided = {axis.name for _, axis in layout.shards}
     replica = 0
-    for axis in (info.edp, info.ep, info.etp) if layout.expert else (info.dp, info.tp):
+    axes = layout.mesh_axes or ((info.edp, info.ep, info.etp) if layout.expert else (info.dp, info.tp))
+    for axis in axes:
         if axis.name not in divided:
             replica = replica * axis.world_size + axis.rank
     return replica

@@ -11,9 +11,9 @@ canonical, a local one always packed, and [`Packing`][meshpeft.parallel.Packing]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from meshpeft.parallel.communication import all_gather
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
-__all__ = ["Packing", "Piece", "TensorLayout", "layout_of_tensor", "set_layout"]
+__all__ = ["Packing", "ParameterMarks", "Piece", "TensorLayout", "layout_of_tensor", "set_layout"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
+ParameterMarks: TypeAlias = "Callable[[TensorLayout], Mapping[str, Any]]"
+"""Attributes of a parameter, by name, as a function of its layout."""
+
+
 @dataclass(frozen=True)
 class TensorLayout:
     """The global tensor that a local one is a slice of.
@@ -119,6 +123,10 @@ class TensorLayout:
         expert: the tensor belongs to experts: its data-parallel axis is `edp`, not `dp`.
         data_axis: the axis over which gradients of different tokens are summed, where the layer brings its own;
             `None` means the mesh's `edp` (experts) or `dp`.
+        mesh_axes: every axis of the mesh that the layer is on, where it brings its own, data parallel first; on
+            those that do not divide the tensor, it is replicated. `None` means the mesh's own.
+        marks: what the engine of the layer reads on parameters, as attributes: a function of this layout, called
+            by `set_layout`, so that they are wherever the layout is.
     """
 
     global_shape: tuple[int, ...]
@@ -128,6 +136,8 @@ class TensorLayout:
     grad_partial: tuple[ParallelAxis, ...] = ()
     expert: bool = False
     data_axis: ParallelAxis | None = None
+    mesh_axes: tuple[ParallelAxis, ...] | None = None
+    marks: ParameterMarks | None = None
 
     def __post_init__(self) -> None:
         for dim, axis in self.shards:
@@ -253,6 +263,9 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     if tuple(tensor.shape) != layout.local_shape:
         raise ParallelError(f"a tensor of shape {tuple(tensor.shape)} cannot have local shape {layout.local_shape}")
     setattr(tensor, _ATTRIBUTE, layout)
+    if layout.marks is not None:
+        for name, value in layout.marks(layout).items():
+            setattr(tensor, name, value)
 
 
 def layout_of_tensor(tensor: Tensor) -> TensorLayout | None:

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from meshpeft.engines import register_engines
 from meshpeft.parallel import all2all_hp2sp
 from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
 from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
@@ -68,6 +69,8 @@ __all__ = [
     "unpad_seq_to_mult",
     "wildcard_match",
 ]
+
+register_engines()
 
 if TYPE_CHECKING:
     from meshpeft.engines.transformer_engine import HAVE_TE, TECL, TERL

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from meshpeft.parallel import container_type_of, describe_layers, global_names
 from meshpeft.peft.counting import trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import ModuleMatcher
@@ -68,12 +69,15 @@ class PEFT(ABC):
             AdapterError: a target matched nothing; a layer carries an adapter made with other options.
         """
         chunks = _chunks(model)
+        for chunk in chunks:
+            describe_layers(chunk)
         self._survey(chunks)
         transformed: dict[int, nn.Module] = {}
-        chunks = [self._visit(chunk, "", "", transformed) for chunk in chunks]
+        chunks = [self._visit(chunk, "", "", transformed, global_names(chunk)) for chunk in chunks]
         for chunk in chunks:
             self.freeze_model(chunk, training=training)
             chunk.train(training)
+        _tell_containers(chunks)
         self.set_params_to_save(chunks)
         if isinstance(model, list):
             model[:] = chunks
@@ -86,7 +90,7 @@ class PEFT(ABC):
             return
         self._init_target_match_state()
         for chunk in chunks:
-            for prefix, name, module in _walk(chunk):
+            for prefix, name, module in _walk(chunk, global_names(chunk)):
                 base = module.to_wrap if isinstance(module, AdapterWrapper) else module
                 found = self.match(base, name, prefix)
                 made_by = module.applied_by if isinstance(module, AdapterWrapper) else None
@@ -97,7 +101,14 @@ class PEFT(ABC):
                     )
         self._check_matches()
 
-    def _visit(self, m: nn.Module, name: str, prefix: str, transformed: dict[int, nn.Module]) -> nn.Module:
+    def _visit(
+        self,
+        m: nn.Module,
+        name: str,
+        prefix: str,
+        transformed: dict[int, nn.Module],
+        names: Mapping[nn.Module, str],
+    ) -> nn.Module:
         """What takes the place of `m`; its children are visited if it stays."""
         if id(m) in transformed:  # shared between two parents
             return transformed[id(m)]
@@ -110,7 +121,8 @@ class PEFT(ABC):
         elif result is m:
             for child_name, child in list(m._modules.items()):
                 if child is not None:
-                    new = self._visit(child, child_name, _full_name(prefix, name), transformed)
+                    own_name = names.get(child, child_name)
+                    new = self._visit(child, own_name, _full_name(prefix, name), transformed, names)
                     if new is not child:
                         setattr(m, child_name, new)
         return result
@@ -192,10 +204,20 @@ def _full_name(prefix: str, name: str) -> str:
     return f"{prefix}.{name}"
 
 
-def _walk(m: nn.Module, name: str = "", prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+def _walk(
+    m: nn.Module, names: Mapping[nn.Module, str], name: str = "", prefix: str = ""
+) -> Iterator[tuple[str, str, nn.Module]]:
     """(Parent's full name, own name, module) of a module and all below it, but for what is inside adapted layers."""
     yield prefix, name, m
     if not isinstance(m, AdapterWrapper):
         for child_name, child in m._modules.items():
             if child is not None:
-                yield from _walk(child, child_name, _full_name(prefix, name))
+                yield from _walk(child, names, names.get(child, child_name), _full_name(prefix, name))
+
+
+def _tell_containers(chunks: list[nn.Module]) -> None:
+    """Let modules that were made before the adapters adjust to them."""
+    for module in [module for chunk in chunks for module in chunk.modules()]:
+        container = container_type_of(module)
+        if container is not None and container.adapted is not None:
+            container.adapted(module)

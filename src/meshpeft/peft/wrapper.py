@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LayerType, ShardedStateDict, layer_type_of, sharded_state_dict
+from meshpeft.parallel import LayerType, layer_type_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset
 from meshpeft.peft.errors import AdapterError
 
@@ -209,13 +209,24 @@ class AdapterWrapper(nn.Module):
         prefix: str = "",
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
-    ) -> ShardedStateDict:
-        """The base's entries as if it were not wrapped, and the adapter's under `adapter.`."""
-        entries: ShardedStateDict = {}
-        for module, path in ((self.to_wrap, prefix), (self.adapter, f"{prefix}adapter.")):
-            described = getattr(module, "sharded_state_dict", None) or partial(sharded_state_dict, module)
-            entries.update(described(path, sharded_offsets, metadata))
-        return entries
+    ) -> dict[str, Any]:
+        """The base's entries as if it were not wrapped, and the adapter's under `adapter.`.
+
+        On a layer of an engine with a checkpoint format of its own, both are in that format.
+        """
+        entries = _described(self.to_wrap, prefix, sharded_offsets, metadata)
+        adapter = _described(self.adapter, f"{prefix}adapter.", sharded_offsets, metadata)
+        layer_type = layer_type_of(self.to_wrap)
+        if layer_type is not None and layer_type.checkpoint is not None:
+            adapter = layer_type.checkpoint(adapter)
+        return {**entries, **adapter}
+
+
+def _described(
+    module: nn.Module, prefix: str, sharded_offsets: Sequence[ShardedOffset], metadata: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    described = getattr(module, "sharded_state_dict", None) or partial(sharded_state_dict, module)
+    return described(prefix, sharded_offsets, metadata)
 
 
 # A wrapped layer's checkpoint keys are those of the layer: wrapping must not rename the base model.

@@ -1,0 +1,100 @@
+"""This package's checkpoint entries as those of Megatron-Core's `dist_checkpointing`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from meshpeft.parallel import ParallelAxis, TensorLayout
+from meshpeft.parallel import ShardedTensor as Entry
+from meshpeft.parallel.sharded_tensor import part_name
+
+__all__ = ["megatron_entries"]
+
+ReplicaId = tuple[int, int, int]
+
+
+def megatron_entries(entries: Mapping[str, Entry]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Megatron's own entries for an adapter on one of its layers.
+
+    A fused parameter becomes one factory, which saves its canonical parts under their names and packs them again when
+    they are loaded; its optimizer state follows.
+
+    Args:
+        entries: of parameters whose layouts know the axes of their mesh.
+
+    Returns:
+        Name of each parameter -> its entry. The data is the parameter itself, by which Megatron's optimizer finds it.
+    """
+    parts: dict[str, list[Entry]] = {}
+    for entry in entries.values():
+        parts.setdefault(entry.name, []).append(entry)
+    return {name: _factory(name, group) if len(group) > 1 else _tensor(group[0]) for name, group in parts.items()}
+
+
+def _tensor(entry: Entry) -> ShardedTensor:
+    return _sharded_tensor(entry, entry.key, entry.source, _replica_id(entry.layout))
+
+
+def _sharded_tensor(entry: Entry, key: str, data: Tensor, replica_id: ReplicaId) -> ShardedTensor:
+    return ShardedTensor(
+        key,
+        data,
+        data.dtype,
+        tuple(data.shape),
+        entry.global_shape,
+        entry.global_offset,
+        tuple(size // local for size, local in zip(entry.global_shape, entry.local_shape, strict=True)),
+        replica_id,
+        entry.prepended_axes,
+    )
+
+
+def _factory(name: str, parts: Sequence[Entry]) -> ShardedTensorFactory:
+    layout = parts[0].layout
+    assert layout is not None
+    return ShardedTensorFactory(
+        name, parts[0].source, partial(_split, parts, layout), partial(_join, layout), _replica_id(layout)
+    )
+
+
+@torch.no_grad()
+def _split(
+    entries: Sequence[Entry],
+    layout: TensorLayout,
+    key: str,
+    tensor: Tensor,
+    replica_id: ReplicaId,
+    flattened_range: slice | None,
+) -> list[ShardedTensor]:
+    """What a factory saves: the parts of `tensor`, the parameter or a state of it, under `key` with their names."""
+    assert layout.packing is not None and flattened_range is None
+    return [
+        _sharded_tensor(entry, part_name(key, part), local, replica_id)
+        for entry, part, local in zip(entries, layout.packing.names, layout.split_parts(tensor), strict=True)
+    ]
+
+
+@torch.no_grad()
+def _join(layout: TensorLayout, parts: list[Tensor]) -> Tensor:
+    return layout.join_parts(parts)
+
+
+def _replica_id(layout: TensorLayout | None) -> ReplicaId:
+    """(0, place among the ranks of the layer's model axes, place among data parallel) of those with the same slice."""
+    if layout is None or layout.mesh_axes is None:
+        return (0, 0, 0)
+    data, *model = layout.mesh_axes
+    divided = {axis.name for _, axis in layout.shards}
+    return (0, _place([axis for axis in model if axis.name not in divided]), data.rank)
+
+
+def _place(axes: Sequence[ParallelAxis]) -> int:
+    place = 0
+    for axis in axes:
+        place = place * axis.world_size + axis.rank
+    return place

@@ -1,0 +1,190 @@
+"""Megatron-Core's layers: what they say about themselves, in this package's words.
+
+Their forwards hide their collectives, so adapters run beside them. Process groups are the layers' own; only the
+data-parallel group, which no layer holds, is asked of `parallel_state`.
+
+| layer | layout |
+|---|---|
+| `ColumnParallelLinear` | divided along out |
+| ... with `explicit_expert_comm`, or `disable_grad_reduce` without sequence parallel | its dx is reduced outside |
+| `RowParallelLinear` | divided along in |
+| ... with `explicit_expert_comm` | its output is a summand |
+| `TopKRouter` | undivided; tokens are divided under sequence parallel |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from meshpeft.engines.megatron_checkpoint import megatron_entries
+from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers
+from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.parallel import (
+    ContainerType,
+    LayerType,
+    LinearLayout,
+    Packing,
+    ParallelAxis,
+    ParallelError,
+    TensorLayout,
+    packing_of,
+    parallel_group_info,
+    register_container_type,
+    register_layer_type,
+)
+from meshpeft.parallel.init import stride_packing
+
+__all__: list[str] = []
+
+
+def _model_axis(layer: Any) -> ParallelAxis:
+    """The axis that divides the layer: expert-tensor parallel for experts, else tensor parallel."""
+    expert = getattr(layer, "is_expert", False)
+    group: ProcessGroup | None = layer.tp_group
+    if group is None and parallel_state.is_initialized():
+        group = (
+            parallel_state.get_expert_tensor_parallel_group()
+            if expert
+            else parallel_state.get_tensor_model_parallel_group()
+        )
+    return axis_of_group("etp" if expert else "tp", group)
+
+
+def _data_axis(expert: bool) -> ParallelAxis:
+    """The axis over which gradients of different tokens are summed; ranks of context parallel hold such, too."""
+    if not parallel_state.is_initialized():
+        info = parallel_group_info()
+        return info.edp if expert else info.dp
+    if expert:
+        return axis_of_group("edp", parallel_state.get_expert_data_parallel_group())
+    return axis_of_group("dp", parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def _marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
+    """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters."""
+    dims = [dim for dim, axis in layout.shards if axis.name in ("tp", "etp")]
+    packing = layout.packing
+    interleaved = packing is not None and packing.blocks is None and layout.packed_dim in dims
+    return {
+        "allreduce": allreduce,
+        "sequence_parallel": bool(layout.grad_partial),
+        "tensor_model_parallel": bool(dims),
+        "partition_dim": dims[0] if dims else -1,
+        "partition_stride": len(packing.names) if packing is not None and interleaved else 1,
+    }
+
+
+def _column(layer: ColumnParallelLinear) -> LinearLayout:
+    axis = _model_axis(layer)
+    sequence_parallel = layer.sequence_parallel and not layer.explicit_expert_comm
+    return LinearLayout(
+        layer.input_size,
+        layer.output_size,
+        shard="out",
+        axis=axis,
+        sequence_parallel=sequence_parallel,
+        gather_output=layer.gather_output,
+        packing=packing_of(layer) or _stride_packing(layer, layer.output_size, axis),
+        input_grad_is_reduced_outside=not sequence_parallel
+        and (layer.explicit_expert_comm or layer.disable_grad_reduce),
+        data_axis=_data_axis(layer.is_expert),
+        marks=partial(_marks, allreduce=not (layer.is_expert and layer.expert_parallel)),
+    )
+
+
+def _row(layer: RowParallelLinear) -> LinearLayout:
+    axis = _model_axis(layer)
+    return LinearLayout(
+        layer.input_size,
+        layer.output_size,
+        shard="in",
+        axis=axis,
+        sequence_parallel=layer.sequence_parallel and not layer.explicit_expert_comm,
+        input_is_parallel=layer.input_is_parallel,
+        in_packing=_stride_packing(layer, layer.input_size, axis),
+        output_is_partial=layer.explicit_expert_comm,
+        data_axis=_data_axis(layer.is_expert),
+        marks=partial(_marks, allreduce=not (layer.is_expert and layer.expert_parallel)),
+    )
+
+
+def _router(router: TopKRouter) -> LinearLayout:
+    return LinearLayout(
+        router.config.hidden_size,
+        router.config.num_moe_experts,
+        axis=_model_axis(router),
+        sequence_parallel=router.config.sequence_parallel,
+        data_axis=_data_axis(expert=False),
+        marks=partial(_marks, allreduce=True),
+    )
+
+
+def _stride_packing(layer: Any, size: int, axis: ParallelAxis) -> Packing | None:
+    """The parts that the layer's `stride` stands for, which only its weight still knows."""
+    return stride_packing(size, getattr(layer.weight, "partition_stride", 1), axis)
+
+
+def _weight(layer: Any) -> Tensor:
+    if layer.weight is None:
+        raise ParallelError(
+            f"a {type(layer).__name__} without a weight of its own (skip_weight_param_allocation, as the output layer "
+            "of a model with tied embeddings) cannot carry an adapter; leave it out of target_modules"
+        )
+    return layer.weight
+
+
+def _gathers(layer: ColumnParallelLinear, kwargs: Mapping[str, Any]) -> bool:
+    asked = kwargs.get("runtime_gather_output")
+    return layer.gather_output if asked is None else bool(asked)
+
+
+def _qkv_packing(attention: SelfAttention) -> dict[str, Packing]:
+    config = attention.config
+    q, kv = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
+    if not hasattr(attention, "linear_qkv"):
+        return {}
+    parts = {"q": q, "gate": q, "k": kv, "v": kv} if config.attention_output_gate else {"q": q, "k": kv, "v": kv}
+    return {"linear_qkv": Packing(tuple(parts), tuple(parts.values()), blocks=config.num_query_groups)}
+
+
+def _gate_up_packing(mlp: MLP) -> dict[str, Packing]:
+    if not mlp.config.gated_linear_unit:
+        return {}
+    width = mlp.config.ffn_hidden_size
+    return {"linear_fc1": Packing(("gate", "up"), (width, width))}
+
+
+def _layer_numbers(block: TransformerBlock) -> dict[nn.Module, str]:
+    # They count from one, over all pipeline stages.
+    return {layer: str(layer.layer_number - 1) for layer in block.layers}
+
+
+def _expert_numbers(experts: SequentialMLP) -> dict[nn.Module, str]:
+    first = experts.ep_group.rank() * experts.num_local_experts
+    return {expert: str(first + index) for index, expert in enumerate(experts.local_experts)}
+
+
+register_layer_type(
+    ColumnParallelLinear,
+    LayerType(layout=_column, weight=_weight, gathers=_gathers, checkpoint=megatron_entries),
+)
+register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, checkpoint=megatron_entries))
+register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries))
+register_container_type(SelfAttention, ContainerType(packings=_qkv_packing))
+register_container_type(MLP, ContainerType(packings=_gate_up_packing))
+register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))
+register_container_type(TransformerBlock, ContainerType(names=_layer_numbers, adapted=let_gradients_enter))
+register_container_type(DistributedDataParallel, ContainerType(adapted=remake_buffers))

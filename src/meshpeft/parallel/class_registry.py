@@ -1,0 +1,71 @@
+"""What is known about classes of modules, and where it is said about those of optional packages.
+
+A module that describes the classes of an optional package (an engine) is imported when the first instance of such a
+class is met, and never where the package is absent: nothing here imports an engine by itself, and the engines'
+package is only named, by [`register_engine`][meshpeft.parallel.register_engine].
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from torch import nn
+
+__all__ = ["ClassRegistry", "register_engine"]
+
+T = TypeVar("T")
+
+# Package whose classes are described elsewhere -> the module that describes them; taken out once it is imported.
+_engines: dict[str, str] = {}
+_asked: set[type] = set()
+
+
+def register_engine(package: str, module: str) -> None:
+    """Let classes that are defined in `package` be described by `module`, imported when the first one is met.
+
+    Args:
+        package: for instance `megatron.core`.
+        module: full name; its import registers layer types.
+    """
+    _engines[package] = module
+    _asked.clear()
+
+
+def _load_engines(cls: type) -> None:
+    """Import the engines that describe this class or one of its bases."""
+    if cls in _asked:
+        return
+    _asked.add(cls)
+    for base in cls.__mro__:
+        for package in [package for package in _engines if _is_inside(base.__module__, package)]:
+            # Taken out first: the engine's own import may ask for its classes.
+            importlib.import_module(_engines.pop(package))
+
+
+def _is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+class ClassRegistry(Generic[T]):
+    """One entry per class of modules; a subclass without one has that of its nearest base."""
+
+    def __init__(self) -> None:
+        self._entries: dict[type[nn.Module], T] = {}
+
+    def add(self, cls: type[nn.Module], entry: T) -> None:
+        """Set the entry of a class."""
+        self._entries[cls] = entry
+
+    def find(self, module: nn.Module) -> T | None:
+        """The entry of the nearest class of `module` that has one, or `None`."""
+        _load_engines(type(module))
+        for cls in type(module).__mro__:
+            if cls in self._entries:
+                return self._entries[cls]
+        return None
+
+    def classes(self) -> Iterable[type[nn.Module]]:
+        """Every class with an entry."""
+        return self._entries.keys()

@@ -1,0 +1,54 @@
+"""Megatron-Core on a machine without GPUs: its groups over gloo, and stand-ins for its calls of CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+from torch import Tensor, nn
+
+__all__ = ["SequenceParallelRMSNorm", "megatron_on_cpu"]
+
+
+@contextmanager
+def megatron_on_cpu(**sizes: int) -> Iterator[None]:
+    """Inside, Megatron-Core runs on this process's gloo world; afterwards everything is as it was.
+
+    Args:
+        sizes: of `parallel_state.initialize_model_parallel`, for instance `tensor_model_parallel_size=2`.
+    """
+    with ExitStack() as stack:
+        for target, name, stand_in in (
+            # The device that layers allocate their buffers on.
+            (torch.cuda, "current_device", lambda: torch.device("cpu")),
+            # Waiting for kernels: there are none.
+            (torch.cuda, "synchronize", lambda *args: None),
+            # The states of GPU generators, which no operation here draws from.
+            (megatron_random, "_get_cuda_rng_state", lambda **kwargs: torch.zeros(1, dtype=torch.uint8)),
+            (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+            (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        parallel_state.initialize_model_parallel(**sizes)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+class SequenceParallelRMSNorm(nn.Module):
+    """RMSNorm in Megatron's place for norms: torch's, which its local spec has there, refuses sequence parallel."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
