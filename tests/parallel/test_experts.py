@@ -17,6 +17,7 @@ from helpers.expert_jobs import (
     run_uneven,
 )
 from helpers.simulate import simulate, the_same
+from helpers.workers import run_on_ranks
 from torch import Tensor
 
 from meshpeft.parallel import (
@@ -32,7 +33,6 @@ from meshpeft.parallel import (
     grouped_linear,
     layout_of,
 )
-from meshpeft.training.launch import launch
 
 LAYOUTS = [
     (1, 1, 1, 1),
@@ -175,7 +175,7 @@ def test_real_processes_exchange_unequal_numbers_of_tokens(tmp_path: Path) -> No
         "shared experts": (1, 2, [[7, 3, 0, 9, 4], [8, 1, 5, 2, 6]]),
         "no token": (1, 2, [[], []]),
     }
-    launch(run_uneven, tmp_path, layouts, case, workers=2)
+    run_on_ranks(2, run_uneven, tmp_path, layouts, case)
     expected = dense_loop(case)
     nothing = dense_loop(make_case(0, [0, 1]))
     for name, (_, _, tokens) in layouts.items():
