@@ -33,7 +33,7 @@ METHODS: dict[str, PEFT] = {
     "lora, standalone, all-to-all": LoRA(fused=False, a2a_experimental=True, **OPTIONS),
 }
 # (tp, dp, sequence parallel)
-LAYOUTS = ((2, 1, False), (2, 2, True), (4, 1, False), (4, 1, True), (8, 1, False), (8, 1, True), (1, 2, False))
+LAYOUTS = ((2, 2, True), (4, 1, False), (8, 1, False), (8, 1, True))
 
 
 @functools.cache

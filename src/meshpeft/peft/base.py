@@ -31,6 +31,14 @@ def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, 
 
 
 @dataclass
+class _Walk:
+    """What a pass over a model found: modules by identity with what takes their place, and the places to change."""
+
+    seen: dict[int, nn.Module] = field(default_factory=dict)
+    replacements: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+
+
+@dataclass
 class PEFT(ABC):
     """Base of the adapter methods. A subclass says in `transform` what becomes of one module.
 
@@ -72,8 +80,11 @@ class PEFT(ABC):
         for chunk in chunks:
             describe_layers(chunk)
         self._survey(chunks)
-        transformed: dict[int, nn.Module] = {}
-        chunks = [self._visit(chunk, "", "", transformed, global_names(chunk)) for chunk in chunks]
+        walk = _Walk()
+        chunks = [self._visit(chunk, "", "", global_names(chunk), walk) for chunk in chunks]
+        # Only now: an error before this leaves the model as it was.
+        for parent, child_name, module in walk.replacements:
+            setattr(parent, child_name, module)
         for chunk in chunks:
             self.freeze_model(chunk, training=training)
             chunk.train(training)
@@ -101,30 +112,23 @@ class PEFT(ABC):
                     )
         self._check_matches()
 
-    def _visit(
-        self,
-        m: nn.Module,
-        name: str,
-        prefix: str,
-        transformed: dict[int, nn.Module],
-        names: Mapping[nn.Module, str],
-    ) -> nn.Module:
-        """What takes the place of `m`; its children are visited if it stays."""
-        if id(m) in transformed:  # shared between two parents
-            return transformed[id(m)]
+    def _visit(self, m: nn.Module, name: str, prefix: str, names: Mapping[nn.Module, str], walk: _Walk) -> nn.Module:
+        """What takes the place of `m`; if `m` stays, its children are visited and their replacements noted."""
+        if id(m) in walk.seen:  # shared between two parents
+            return walk.seen[id(m)]
         result = m if isinstance(m, AdapterWrapper) else self.transform(m, name, prefix)
-        transformed[id(m)] = transformed[id(result)] = result
+        walk.seen[id(m)] = walk.seen[id(result)] = result
         if isinstance(result, AdapterWrapper):
             if result is not m:
                 # A copy: the options at this time, whatever becomes of `self`.
                 result.applied_by = copy.copy(self)
         elif result is m:
-            for child_name, child in list(m._modules.items()):
+            for child_name, child in m._modules.items():
                 if child is not None:
                     own_name = names.get(child, child_name)
-                    new = self._visit(child, own_name, _full_name(prefix, name), transformed, names)
+                    new = self._visit(child, own_name, _full_name(prefix, name), names, walk)
                     if new is not child:
-                        setattr(m, child_name, new)
+                        walk.replacements.append((m, child_name, new))
         return result
 
     def freeze_model(self, model: nn.Module, training: bool = True) -> None:

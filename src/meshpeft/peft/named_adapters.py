@@ -1,0 +1,106 @@
+"""Several LoRA adapters on one layer, by name; those that are enabled are summed.
+
+Summed adapters are one adapter whose factors are theirs, side by side: A = [A_1; A_2; ..], B = [B_1 B_2 ..]. It runs
+as one, in the same fused function and the same parallel states as a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.peft.adapters import LowRankAdapter
+from meshpeft.peft.canonical_lora import ModuleDict
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.lora_linear import LowRankWrapper
+
+__all__ = ["NamedLoRALinear"]
+
+
+class NamedLoRALinear(LowRankWrapper):
+    """A layer with LoRA adapters that have names; without an enabled one it is the base layer.
+
+    Args:
+        to_wrap: the base layer.
+    """
+
+    adapter: ModuleDict
+
+    def __init__(self, to_wrap: nn.Module) -> None:
+        super().__init__(to_wrap, ModuleDict())
+        self._disabled: set[str] = set()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names, in the order in which they were added."""
+        return list(self.adapter)
+
+    def named_adapters(self) -> Iterator[tuple[str, LowRankAdapter]]:
+        """Every adapter with its name."""
+        for name in self.adapter:
+            yield name, cast(LowRankAdapter, self.adapter[name])
+
+    def add(self, name: str, adapter: LowRankAdapter) -> None:
+        """Add an adapter; it is enabled.
+
+        Raises:
+            AdapterError: there is one of this name; it does not run as the others do (fused, or beside the base).
+        """
+        if name in self.adapter:
+            raise AdapterError(f"there is an adapter {name!r} already")
+        if any(other.fused != adapter.fused for _, other in self.named_adapters()):
+            raise AdapterError(f"adapter {name!r} does not run inside the layer's GEMM, or beside it, as the others do")
+        self.adapter[name] = adapter
+
+    def set_enabled(self, name: str, enabled: bool) -> None:
+        """Let the adapter of this name take part in `forward`, or not.
+
+        Raises:
+            AdapterError: adapters are merged into the base's weight.
+        """
+        if self._is_merged:
+            raise AdapterError("the adapters are merged into their layer's weight; unmerge before switching them")
+        (self._disabled.discard if enabled else self._disabled.add)(name)
+
+    def is_enabled(self, name: str) -> bool:
+        """Whether the adapter of this name takes part in `forward`."""
+        return name in self.adapter and name not in self._disabled
+
+    def _enabled(self) -> list[LowRankAdapter]:
+        return [adapter for name, adapter in self.named_adapters() if name not in self._disabled]
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The first enabled adapter, whose scale the joint factors have."""
+        return self._enabled()[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [sum r, in] and B [out, sum r] of the one adapter that equals the enabled ones together."""
+        adapters = self._enabled()
+        a = [adapter.linear_in.weight for adapter in adapters]
+        b = [adapter.linear_out.weight for adapter in adapters]
+        if len(adapters) == 1:
+            return a[0], b[0]
+        scale = adapters[0].scale
+        scaled = [
+            factor if adapter.scale == scale else factor * (adapter.scale / scale)
+            for factor, adapter in zip(b, adapters, strict=True)
+        ]
+        return torch.cat(a, -2), torch.cat(scaled, -1)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output for x, plus that of every enabled adapter."""
+        if not self._enabled():
+            return self.to_wrap(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + sum of s B A over the enabled adapters, local, in float32 or wider."""
+        if self._enabled():
+            return super().merged_weight()
+        weight = self.layer_type.weight(self.to_wrap)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,252 @@
+"""Adapters by patterns: put on a model, named, switched on and off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from meshpeft.parallel import global_names, layer_type_of, named_init_
+from meshpeft.peft.base import PEFT, _full_name, _walk, adapter_wrappers
+from meshpeft.peft.config import LayerPattern, LoRAInitMethod, PEFTConfig, matches
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.lora import LoRA
+from meshpeft.peft.matching import is_router, nearest_names
+from meshpeft.peft.named_adapters import NamedLoRALinear
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["disable_adapters", "enable_adapters", "is_peft_model", "update_model"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
+    """Put adapters on the layers that the configuration's patterns match, in place.
+
+    The first call turns layers into adapted ones; further calls, with other names, add adapters to these, and what
+    is enabled is summed. Quantised layers (packed by `quantize_base`, or fake-quantised by ModelOpt) are adapted like
+    any other. Routers are left alone.
+
+    Args:
+        model: of any layers that have a registered layout. Its mode (training or evaluation) is kept.
+        config: a `PEFTConfig`, or a dict of its fields.
+
+    Returns:
+        The model; a new wrapper if the model itself is one linear layer.
+
+    Raises:
+        AdapterError: a pattern matches no layer; a layer has an adapter of this name, or one that was not put there
+            by this function. Nothing is changed then.
+
+    Example:
+        >>> model = update_model(model, {"adapter_cfg": {"*": {"rank": 16}, "*output_layer*": {"enable": False}}})
+    """
+    method = _PatternLoRA(PEFTConfig.of(config))
+    adapted: Model = method(model, training=model.training)
+    method.initialize(adapted)
+    return adapted
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether any layer of the model carries an adapter."""
+    return next(adapter_wrappers(model), None) is not None
+
+
+def enable_adapters(
+    model: nn.Module,
+    layers_to_enable: LayerPattern | Iterable[LayerPattern] | None = None,
+    adapters_to_enable: str | Iterable[str] | None = None,
+) -> None:
+    """Let adapters take part in the model again.
+
+    Args:
+        model: with adapters.
+        layers_to_enable: patterns (`*` for any substring) or predicates of full layer names; `None`: all layers.
+        adapters_to_enable: patterns of adapter names; `None`: all adapters.
+
+    Raises:
+        AdapterError: the model has no adapters; a pattern matches nothing.
+
+    Example:
+        >>> enable_adapters(model, layers_to_enable=["*mlp*"], adapters_to_enable=["finetuned"])
+    """
+    _switch(model, True, layers_to_enable, adapters_to_enable)
+
+
+def disable_adapters(
+    model: nn.Module,
+    layers_to_disable: LayerPattern | Iterable[LayerPattern] | None = None,
+    adapters_to_disable: str | Iterable[str] | None = None,
+) -> None:
+    """Leave adapters out of the model; arguments and errors as in `enable_adapters`."""
+    _switch(model, False, layers_to_disable, adapters_to_disable)
+
+
+# The name under which the adapter of a method that knows no names (`LoRA`) is switched.
+_UNNAMED = "default"
+
+
+def _switch(
+    model: nn.Module,
+    enabled: bool,
+    layers: LayerPattern | Iterable[LayerPattern] | None,
+    adapters: str | Iterable[str] | None,
+) -> None:
+    layer_patterns, adapter_patterns = _patterns(layers), _patterns(adapters)
+    wrappers = dict(adapter_wrappers(model))
+    if not wrappers:
+        raise AdapterError("the model has no adapters; call update_model first")
+    names = {name: _names_of(wrapper) for name, wrapper in wrappers.items()}
+    every_name = {adapter for found in names.values() for adapter in found}
+    _check_met(layer_patterns, wrappers, "layer with an adapter")
+    for pattern in adapter_patterns or ():
+        if not isinstance(pattern, str):
+            raise AdapterError(f"adapter names are matched by strings, not by {pattern!r}")
+    _check_met(adapter_patterns, every_name, "adapter")
+    for name, wrapper in wrappers.items():
+        if layer_patterns is not None and not any(matches(pattern, name) for pattern in layer_patterns):
+            continue
+        for adapter in names[name]:
+            if adapter_patterns is not None and not any(matches(pattern, adapter) for pattern in adapter_patterns):
+                continue
+            if isinstance(wrapper, NamedLoRALinear):
+                wrapper.set_enabled(adapter, enabled)
+            elif enabled:
+                wrapper.enable_adapter_layers()
+            else:
+                wrapper.disable_adapter_layers()
+
+
+def _names_of(wrapper: nn.Module) -> list[str]:
+    return wrapper.adapter_names if isinstance(wrapper, NamedLoRALinear) else [_UNNAMED]
+
+
+def _patterns(patterns: LayerPattern | Iterable[LayerPattern] | None) -> list[LayerPattern] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) or callable(patterns) else list(patterns)
+
+
+def _check_met(patterns: list[LayerPattern] | None, names: Iterable[str], kind: str) -> None:
+    known = list(names)
+    for pattern in patterns or ():
+        if not any(matches(pattern, name) for name in known):
+            nearest = f"; nearest: {', '.join(nearest_names(pattern, known))}" if isinstance(pattern, str) else ""
+            raise AdapterError(f"{pattern!r} matches no {kind}{nearest}")
+
+
+@dataclass
+class _PatternLoRA(PEFT):
+    """`LoRA` whose options differ from layer to layer, on layers that may have adapters already."""
+
+    config: PEFTConfig
+    _initialized_later: dict[LoRAInitMethod, list[str]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def _survey(self, chunks: list[nn.Module]) -> None:
+        layers = [found for chunk in chunks for found in _adaptable_layers(chunk)]
+        names = [name for name, _ in layers]
+        for pattern, attributes in self.config.adapter_cfg.items():
+            if not any(matches(pattern, name) for name in names):
+                self._report_unmet(pattern, names, enable=not isinstance(attributes, dict) and attributes.enable)
+        for name, module in layers:
+            if self.config.attributes_of(name) is None or not isinstance(module, AdapterWrapper):
+                continue
+            if not isinstance(module, NamedLoRALinear):
+                raise AdapterError(
+                    f"{name} carries an adapter without a name, made by {module.applied_by}: named ones cannot be added"
+                )
+            if self.config.adapter_name in module.adapter_names:
+                raise AdapterError(f"{name} has an adapter {self.config.adapter_name!r} already; choose another name")
+
+    def _report_unmet(self, pattern: LayerPattern, names: list[str], enable: bool) -> None:
+        nearest = nearest_names(pattern, names) if isinstance(pattern, str) else []
+        message = f"adapter_cfg: {pattern!r} matches no layer that can carry an adapter"
+        message += f"; nearest: {', '.join(nearest)}" if nearest else ""
+        if enable:
+            raise AdapterError(message)
+        warnings.warn(message, stacklevel=5)
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Put an adapter on a layer that a pattern matches; other modules are returned as they are."""
+        full_name = _full_name(prefix or "", name or "")
+        if not _is_adaptable(m) or self.config.attributes_of(full_name) is None:
+            return m
+        wrapper = NamedLoRALinear(m)
+        self._add(wrapper, full_name)
+        return wrapper
+
+    def _visit(
+        self,
+        m: nn.Module,
+        name: str,
+        prefix: str,
+        transformed: dict[int, nn.Module],
+        names: Mapping[nn.Module, str],
+    ) -> nn.Module:
+        if isinstance(m, NamedLoRALinear) and id(m) not in transformed:
+            self._add(m, _full_name(prefix, name))
+        return super()._visit(m, name, prefix, transformed, names)
+
+    def _add(self, wrapper: NamedLoRALinear, full_name: str) -> None:
+        attributes = self.config.attributes_of(full_name)
+        if attributes is None:
+            return
+        method = LoRA(
+            dim=attributes.rank,
+            alpha=attributes.scale * attributes.rank,
+            lora_A_init_method="zero",
+            lora_B_init_method="zero",
+            share_expert_adapters=False,
+            lora_dtype=attributes.lora_dtype,
+            seed=self.config.seed,
+        )
+        path = f"adapter.{self.config.adapter_name}"
+        adapter = method.make_adapter(wrapper.to_wrap, full_name, path=path)
+        if attributes.lora_init_method == "kaiming_zeros":
+            for factor, draw in (("linear_in", attributes.a_init), ("linear_out", attributes.b_init)):
+                parameter = adapter.get_submodule(factor).weight
+                named_init_(parameter, draw, self.config.seed, f"{full_name}.{path}.{factor}.weight")
+        else:
+            self._initialized_later.setdefault(attributes.lora_init_method, []).append(full_name)
+        wrapper.add(self.config.adapter_name, adapter)
+
+    def freeze_model(self, model: nn.Module, training: bool = True) -> None:
+        """What the configuration says about the base and about this adapter; other adapters are left as they are."""
+        wrappers = [wrapper for _, wrapper in adapter_wrappers(model)]
+        if self.config.freeze_base_model:
+            adapters = {id(parameter) for wrapper in wrappers for parameter in wrapper.adapter.parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in adapters:
+                    parameter.requires_grad_(False)
+        for wrapper in wrappers:
+            for name, adapter in wrapper.named_adapters() if isinstance(wrapper, NamedLoRALinear) else ():
+                if name == self.config.adapter_name:
+                    adapter.requires_grad_(not self.config.freeze_lora_weights)
+
+    def initialize(self, model: nn.Module) -> None:
+        """Start the adapters that start from the weights. Collectives, where the weights are divided."""
+        if not self._initialized_later:
+            return
+        # Here: quantization is built on the adapters of this package.
+        from meshpeft.quantization import pissa_init, svdquant_init
+
+        methods = {"svdquant": svdquant_init, "pissa": pissa_init}
+        for name, layers in self._initialized_later.items():
+            methods[name](model, layers=layers, adapters=self.config.adapter_name)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return layer_type_of(module) is not None and not is_router(module)
+
+
+def _adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Full name and module of every layer that can carry an adapter, or does."""
+    for prefix, name, module in _walk(model, global_names(model)):
+        base = module.to_wrap if isinstance(module, AdapterWrapper) else module
+        if _is_adaptable(base):
+            yield _full_name(prefix, name), module
