@@ -36,7 +36,7 @@ __all__ = ["WorkerFailed", "WorkersHung", "close_workers", "run_on_ranks"]
 # Starting a worker imports torch: seconds, more on a busy machine.
 START_SECONDS = 120.0
 # How long the others may take to fail, or finish, once a rank has failed.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 20.0
 
 
 class WorkerFailed(AssertionError):
