@@ -209,6 +209,13 @@ def test_a_reduction_without_a_gradient_is_refused_where_one_is_needed(op: str) 
                 mp_reduce(x, getattr(ReduceOp, op))
 
 
+@pytest.mark.parametrize("op", ("BAND", "BOR", "BXOR"))
+@pytest.mark.parametrize("tp", (1, 2))
+def test_a_gradient_has_no_bits_to_combine(tp: int, op: str) -> None:
+    with simulate(tp=tp), pytest.raises(ParallelError, match=r"mp_copy: op .* is of integers, and gradients are not"):
+        mp_copy(torch.ones(3, requires_grad=True), getattr(ReduceOp, op))
+
+
 @pytest.mark.parametrize("function", (mp_scatter, sp_reduce_scatter, all2all_hp2sp))
 def test_sizes_that_do_not_divide_are_named(function: Callable[..., Tensor]) -> None:
     arguments: dict[str, Any] = {} if function is all2all_hp2sp else {"dim": 0}

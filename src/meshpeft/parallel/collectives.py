@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
+_BITWISE = (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
 
 
 def _tensor_parallel(axis: ParallelAxis | None) -> ParallelAxis:
@@ -162,12 +163,21 @@ def mp_copy(x: Tensor, op: Any = _SUM, axis: ParallelAxis | None = None) -> Tens
 
     Args:
         x: [*], the same on every rank.
-        op: how the gradient is reduced, any op of torch.distributed that its backend has.
+        op: how the gradient is reduced: any op of torch.distributed that its backend has, but for the bitwise ones,
+            which are of integers. Only the sum is the adjoint; an average is right where every rank's gradient is
+            the same.
         axis: the axis; tensor parallel by default.
 
     Returns:
         x [*].
+
+    Raises:
+        ParallelError: a bitwise `op`.
     """
+    if op in _BITWISE:
+        raise ParallelError(
+            f"mp_copy: op {op} is of integers, and gradients are not; use SUM, AVG, PRODUCT, MIN or MAX"
+        )
     axis = _tensor_parallel(axis)
     return x if axis.world_size == 1 else _apply(_Copy, x, axis, op)
 
