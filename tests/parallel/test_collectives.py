@@ -212,7 +212,7 @@ def test_a_reduction_without_a_gradient_is_refused_where_one_is_needed(op: str) 
 @pytest.mark.parametrize("op", ("BAND", "BOR", "BXOR"))
 @pytest.mark.parametrize("tp", (1, 2))
 def test_a_gradient_has_no_bits_to_combine(tp: int, op: str) -> None:
-    with simulate(tp=tp), pytest.raises(ParallelError, match=r"mp_copy: op .* is of integers, and gradients are not"):
+    with simulate(tp=tp), pytest.raises(ParallelError, match=r"mp_copy: op .* is of integers, unlike gradients"):
         mp_copy(torch.ones(3, requires_grad=True), getattr(ReduceOp, op))
 
 
