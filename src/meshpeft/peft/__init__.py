@@ -9,9 +9,11 @@ from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
 from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
 from meshpeft.peft.base import PEFT, adapter_wrappers
 from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
+from meshpeft.peft.config import PEFTAttributeConfig, PEFTConfig
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
 from meshpeft.peft.dora import DoRA, DoRALinear, ParallelLinearDoRAAdapter
 from meshpeft.peft.dora_functional import fused_dora, fused_dora_reference
+from meshpeft.peft.dtypes import normalize_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import fused_lora, fused_lora_reference
 from meshpeft.peft.initialization import init_method_const, init_method_kaiming_uniform, init_method_normal
@@ -19,10 +21,12 @@ from meshpeft.peft.lora import LoRA
 from meshpeft.peft.lora_linear import LoRALinear
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, wildcard_match
+from meshpeft.peft.named_adapters import NamedLoRALinear
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.parameter_groups import lora_plus_parameter_groups
 from meshpeft.peft.router import LoRATopKRouter
+from meshpeft.peft.update import disable_adapters, enable_adapters, is_peft_model, update_model
 from meshpeft.peft.wrapper import AdapterWrapper, BaseOutput
 
 __all__ = [
@@ -45,7 +49,10 @@ __all__ = [
     "LowRankPEFT",
     "ModuleDict",
     "ModuleMatcher",
+    "NamedLoRALinear",
     "PEFT",
+    "PEFTAttributeConfig",
+    "PEFTConfig",
     "ParallelLinearAdapter",
     "ParallelLinearDoRAAdapter",
     "ParameterCount",
@@ -53,6 +60,8 @@ __all__ = [
     "TERL",
     "adapter_wrappers",
     "all2all_hp2sp",
+    "disable_adapters",
+    "enable_adapters",
     "fused_dora",
     "fused_dora_reference",
     "fused_lora",
@@ -62,11 +71,14 @@ __all__ = [
     "init_method_kaiming_uniform",
     "init_method_normal",
     "is_expert_linear",
+    "is_peft_model",
     "lora_plus_parameter_groups",
+    "normalize_dtype",
     "pad_seq_to_mult",
     "print_trainable_parameters",
     "trainable_parameters",
     "unpad_seq_to_mult",
+    "update_model",
     "wildcard_match",
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from meshpeft.peft.dtypes import DtypeName, normalize_dtype
+from meshpeft.peft.dtypes import normalize_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import wildcard_match
 
@@ -79,11 +78,6 @@ class PEFTAttributeConfig:
         """`lora_b_init` as a function."""
         return _initializer("lora_b_init", self.lora_b_init)
 
-    @property
-    def dtype_name(self) -> DtypeName | None:
-        """`lora_dtype` in short."""
-        return normalize_dtype(self.lora_dtype)
-
 
 def _default_cfg() -> dict[LayerPattern, PEFTAttributeConfig | dict[str, Any]]:
     return {"*": {"rank": 64}}
@@ -144,7 +138,7 @@ class PEFTConfig:
         Raises:
             AdapterError: an unknown field.
         """
-        return config if isinstance(config, cls) else _from_mapping(cls, config, "PEFTConfig")
+        return config if isinstance(config, PEFTConfig) else _from_mapping(cls, config, "PEFTConfig")
 
     def attributes_of(self, name: str) -> PEFTAttributeConfig | None:
         """Those of the last pattern that matches a layer's full name; `None` if none does or it says `enable=False`."""
@@ -184,12 +178,10 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any], label: str) -> Any:
 
 def _initializer(option: str, value: object) -> Callable[[Tensor], object]:
     """An in-place initialiser of `torch.nn.init` that needs nothing but the tensor."""
-    found = value
-    if isinstance(value, str):
-        module, _, name = value.rpartition(".")
-        found = getattr(importlib.import_module("torch.nn.init"), name, None) if module == "torch.nn.init" else None
-    name = getattr(found, "__name__", "")
-    if not callable(found) or getattr(nn.init, name, None) is not found or not name.endswith("_"):
+    name = value.removeprefix("torch.nn.init.") if isinstance(value, str) else getattr(value, "__name__", "")
+    found: Callable[[Tensor], object] | None = getattr(nn.init, name, None)
+    named = isinstance(value, str) and value.startswith("torch.nn.init.")
+    if found is None or not name.endswith("_") or not (named or found is value):
         raise AdapterError(
             f"{option}={value!r}: expected an in-place initialiser of torch.nn.init, such as torch.nn.init.zeros_, or "
             "its dotted name"
@@ -198,5 +190,7 @@ def _initializer(option: str, value: object) -> Callable[[Tensor], object]:
         with torch.random.fork_rng(devices=[]):
             found(torch.empty(2, 2))
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{option}={value!r}: it cannot fill a matrix without further arguments ({error})") from error
+        raise AdapterError(
+            f"{option}={value!r}: it cannot fill a matrix without further arguments ({error})"
+        ) from error
     return found

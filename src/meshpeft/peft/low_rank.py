@@ -12,6 +12,7 @@ from torch import nn
 from meshpeft.parallel import LinearLayout, layer_type_of, layout_of
 from meshpeft.peft.adapters import DropoutPosition, LinearAdapter, LowRankAdapter, check_options
 from meshpeft.peft.base import PEFT
+from meshpeft.peft.dtypes import adapter_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.initialization import init_method_of
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router
@@ -35,7 +36,8 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         share_expert_adapters: grouped experts share one adapter, over all ranks; otherwise one per expert.
         a2a_experimental: standalone adapters on row-parallel layers under sequence parallel exchange their output
             by an all-to-all instead of reducing h.
-        lora_dtype: type of the adapters' parameters; `None` means that of the base's computation.
+        lora_dtype: type of the adapters' parameters: `bf16 fp16 fp32`, a long form, or the torch type; `None` means
+            that of the base's computation, never one that quantised weights are stored in.
         use_rslora: scale by alpha / sqrt(rank) instead.
         dropout_recompute: make dropout masks again in the backward pass instead of keeping them.
         fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
@@ -51,7 +53,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     normalize_moe_lora: bool = False
     share_expert_adapters: bool = True
     a2a_experimental: bool = False
-    lora_dtype: torch.dtype | None = None
+    lora_dtype: str | torch.dtype | None = None
     use_rslora: bool = False
     dropout_recompute: bool = False
     fused: bool = True
@@ -62,6 +64,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         check_options(self.dim, self.alpha, self.dropout, self.dropout_position)
         init_method_of(self.lora_A_init_method)
         init_method_of(self.lora_B_init_method)
+        adapter_dtype(self.lora_dtype)
 
     @abstractmethod
     def adapt(self, base: nn.Module, full_name: str) -> nn.Module:
@@ -152,7 +155,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             "lora_B_init_method": self.lora_B_init_method,
             "use_rslora": self.use_rslora,
             "seed": self.seed,
-            "dtype": dtype if self.lora_dtype is None else self.lora_dtype,
+            "dtype": adapter_dtype(self.lora_dtype) or dtype,
             "device": device,
             "name": full_name,
         }

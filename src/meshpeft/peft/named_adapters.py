@@ -80,8 +80,8 @@ class NamedLoRALinear(LowRankWrapper):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [sum r, in] and B [out, sum r] of the one adapter that equals the enabled ones together."""
         adapters = self._enabled()
-        a = [adapter.linear_in.weight for adapter in adapters]
-        b = [adapter.linear_out.weight for adapter in adapters]
+        a: list[Tensor] = [adapter.linear_in.weight for adapter in adapters]
+        b: list[Tensor] = [adapter.linear_out.weight for adapter in adapters]
         if len(adapters) == 1:
             return a[0], b[0]
         scale = adapters[0].scale

@@ -46,6 +46,7 @@ def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
     """
     method = _PatternLoRA(PEFTConfig.of(config))
     adapted: Model = method(model, training=model.training)
+    method.add_to_adapted(adapted)
     method.initialize(adapted)
     return adapted
 
@@ -143,7 +144,8 @@ class _PatternLoRA(PEFT):
     """`LoRA` whose options differ from layer to layer, on layers that may have adapters already."""
 
     config: PEFTConfig
-    _initialized_later: dict[LoRAInitMethod, list[str]] = field(
+    _adapted_before: dict[str, NamedLoRALinear] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _initialized_later: dict[LoRAInitMethod, dict[str, AdapterWrapper]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -162,6 +164,7 @@ class _PatternLoRA(PEFT):
                 )
             if self.config.adapter_name in module.adapter_names:
                 raise AdapterError(f"{name} has an adapter {self.config.adapter_name!r} already; choose another name")
+            self._adapted_before[name] = module
 
     def _report_unmet(self, pattern: LayerPattern, names: list[str], enable: bool) -> None:
         nearest = nearest_names(pattern, names) if isinstance(pattern, str) else []
@@ -180,17 +183,11 @@ class _PatternLoRA(PEFT):
         self._add(wrapper, full_name)
         return wrapper
 
-    def _visit(
-        self,
-        m: nn.Module,
-        name: str,
-        prefix: str,
-        transformed: dict[int, nn.Module],
-        names: Mapping[nn.Module, str],
-    ) -> nn.Module:
-        if isinstance(m, NamedLoRALinear) and id(m) not in transformed:
-            self._add(m, _full_name(prefix, name))
-        return super()._visit(m, name, prefix, transformed, names)
+    def add_to_adapted(self, model: nn.Module) -> None:
+        """Add the adapter to the layers that had others before."""
+        for name, wrapper in self._adapted_before.items():
+            self._add(wrapper, name)
+        self.freeze_model(model)
 
     def _add(self, wrapper: NamedLoRALinear, full_name: str) -> None:
         attributes = self.config.attributes_of(full_name)
@@ -208,11 +205,11 @@ class _PatternLoRA(PEFT):
         path = f"adapter.{self.config.adapter_name}"
         adapter = method.make_adapter(wrapper.to_wrap, full_name, path=path)
         if attributes.lora_init_method == "kaiming_zeros":
-            for factor, draw in (("linear_in", attributes.a_init), ("linear_out", attributes.b_init)):
-                parameter = adapter.get_submodule(factor).weight
-                named_init_(parameter, draw, self.config.seed, f"{full_name}.{path}.{factor}.weight")
+            name = f"{full_name}.{path}"
+            named_init_(adapter.linear_in.weight, attributes.a_init, self.config.seed, f"{name}.linear_in.weight")
+            named_init_(adapter.linear_out.weight, attributes.b_init, self.config.seed, f"{name}.linear_out.weight")
         else:
-            self._initialized_later.setdefault(attributes.lora_init_method, []).append(full_name)
+            self._initialized_later.setdefault(attributes.lora_init_method, {})[full_name] = wrapper
         wrapper.add(self.config.adapter_name, adapter)
 
     def freeze_model(self, model: nn.Module, training: bool = True) -> None:
@@ -237,7 +234,7 @@ class _PatternLoRA(PEFT):
 
         methods = {"svdquant": svdquant_init, "pissa": pissa_init}
         for name, layers in self._initialized_later.items():
-            methods[name](model, layers=layers, adapters=self.config.adapter_name)
+            methods[name](model, adapter_name=self.config.adapter_name, layers=layers)
 
 
 def _is_adaptable(module: nn.Module) -> bool:

@@ -1,9 +1,10 @@
 """Quantised bases: weights packed in few bits under the adapters, and adapters that start from what packing lost."""
 
-from meshpeft.quantization.quantize import BaseQuantizer, quantize_base
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
+from meshpeft.quantization.initialization import pissa_init, svdquant_init
 from meshpeft.quantization.layers import PackedLayer, ResidualFactors
+from meshpeft.quantization.quantize import BaseQuantizer, quantize_base
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "QuantizationError",
     "ResidualFactors",
     "low_rank_part",
+    "pissa_init",
     "quantize_base",
+    "svdquant_init",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from meshpeft.parallel import LinearLayout, TensorLayout
 from meshpeft.quantization.svd import LowRank
 
-__all__ = ["full_matrices", "local_factors"]
+__all__ = ["full_matrices", "gathered_factors", "local_factors"]
 
 
 def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
@@ -37,6 +37,13 @@ def local_factors(
     a = _of_local_experts(layout_a, layout).slice(part.right)
     b = _of_local_experts(layout_b, layout).slice(part.left)
     return a.contiguous(), b.contiguous()
+
+
+def gathered_factors(a: Tensor, b: Tensor, layout: LinearLayout) -> LowRank:
+    """The inverse of `local_factors`, for factors that are laid out like those of a fused adapter."""
+    rank = a.shape[-2]
+    layout_a, layout_b = (_of_local_experts(each(rank), layout) for each in (layout.factor_a, layout.factor_b))
+    return LowRank(layout_b.gather(b), layout_a.gather(a))
 
 
 def _of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
