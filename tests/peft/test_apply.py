@@ -342,7 +342,7 @@ def test_experts_share_the_rank_of_a_dense_layer():
         moe_router_topk: int = 4
 
     model = nn.ModuleDict(
-        {"experts": nn.ModuleDict({"linear_fc1": nn.Linear(16, 16)}), "linear_fc1": nn.Linear(16, 16)}
+        {"linear_fc1": nn.Linear(16, 16), "experts": nn.ModuleDict({"linear_fc1": nn.Linear(16, 16)})}
     )
     layers = list(model.modules())
     with pytest.raises(AdapterError, match="moe_router_topk"):

@@ -240,6 +240,8 @@ def test_a_copy_of_the_model_computes_its_own_norms():
 def test_dropout_comes_before_the_adapter():
     with pytest.raises(AdapterError, match="use 'pre'"):
         DoRA(dropout_position="post")
+    with pytest.raises(AdapterError, match="a2a_experimental"):
+        DoRA(a2a_experimental=True)
 
 
 def test_the_defaults_are_those_of_the_contract():

@@ -149,7 +149,7 @@ class DoRA(LowRankPEFT):
     """Weight-decomposed low-rank adaptation, on the targets of `LoRA`. Options as in `LowRankPEFT`; alpha is 64.
 
     Raises:
-        AdapterError: `dropout_position` is not `pre`.
+        AdapterError: `dropout_position` is not `pre`; `a2a_experimental`.
     """
 
     alpha: float = 64
@@ -158,6 +158,8 @@ class DoRA(LowRankPEFT):
         super().__post_init__()
         if self.dropout_position != "pre":
             raise AdapterError(f"dropout_position={self.dropout_position!r}: DoRA drops its input; use 'pre'")
+        if self.a2a_experimental:
+            raise AdapterError("a2a_experimental divides the rows of B, of which DoRA's norm needs all; leave it off")
 
     def make_adapter(
         self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
