@@ -12,7 +12,7 @@ from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import ModelParallelConfig
-from meshpeft.peft import LoRA
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.training.documents import Document
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.verify.oracle import Layout, Trace, trace_layout
@@ -25,7 +25,14 @@ TOLERANCE = 1e-10
 
 # B starts at random: with the usual zeros the first step would not see A at all.
 OPTIONS: dict[str, Any] = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal", "lora_dtype": torch.float64}
-METHODS: dict[str, Callable[[Any], nn.Module]] = {"lora": lambda model: LoRA(**OPTIONS)(model)}
+METHODS: dict[str, Callable[[Any], nn.Module]] = {
+    "lora": lambda model: LoRA(**OPTIONS)(model),
+    "canonical_lora": lambda model: CanonicalLoRA(**OPTIONS)(model),
+    "dora": lambda model: DoRA(**OPTIONS)(model),
+    "lora, standalone": lambda model: LoRA(**OPTIONS, fused=False)(model),
+    "canonical_lora, standalone": lambda model: CanonicalLoRA(**OPTIONS, fused=False)(model),
+    "dora, standalone": lambda model: DoRA(**OPTIONS, fused=False)(model),
+}
 
 
 def config(**overrides: Any) -> DecoderConfig:

@@ -14,15 +14,13 @@ from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import spmd_types as spmd
-import torch.nn.functional as F
-from spmd_types import rules
 from spmd_types.types import I, PartitionSpec, R, V
 from torch import Tensor
 
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout
 
-__all__ = ["SpmdTypeOf", "dims_follow", "linear", "parameter_type", "typed_as"]
+__all__ = ["SpmdTypeOf", "dims_follow", "parameter_type", "typed_as"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,16 +97,3 @@ def typed_as(rule: Callable[..., SpmdTypeOf]) -> Callable[[Callable[P, T]], Call
         return call
 
     return decorate
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: x [*, in], weight [out, in] -> [*, out]; either may be a summand.
-
-    `F.linear` itself is refused by the checker for a summand (its optional bias), and `x @ W.t()` for token shards.
-    """
-    if not spmd.is_type_checking():
-        return F.linear(x, weight)
-    with spmd.no_typecheck():
-        out = F.linear(x, weight)
-    rules.output(out, rules.einsum("...i,oi->...o", x, weight, linear_in=(0, 1)))
-    return out
