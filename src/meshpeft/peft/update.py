@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -152,11 +154,17 @@ class _PatternLoRA(PEFT):
     def _survey(self, chunks: list[nn.Module]) -> None:
         layers = [found for chunk in chunks for found in _adaptable_layers(chunk)]
         names = [name for name, _ in layers]
-        for pattern, attributes in self.config.adapter_cfg.items():
+        for pattern, value in self.config.adapter_cfg.items():
             if not any(matches(pattern, name) for name in names):
-                self._report_unmet(pattern, names, enable=not isinstance(attributes, dict) and attributes.enable)
+                self._report_unmet(pattern, names, enable=not isinstance(value, dict) and value.enable)
         for name, module in layers:
-            if self.config.attributes_of(name) is None or not isinstance(module, AdapterWrapper):
+            attributes = self.config.attributes_of(name)
+            if attributes is None:
+                continue
+            base = module.to_wrap if isinstance(module, AdapterWrapper) else module
+            if attributes.lora_init_method != "kaiming_zeros":
+                _quantization().check_start(attributes.lora_init_method, base, attributes.rank, name)
+            if not isinstance(module, AdapterWrapper):
                 continue
             if not isinstance(module, NamedLoRALinear):
                 raise AdapterError(
@@ -227,14 +235,14 @@ class _PatternLoRA(PEFT):
 
     def initialize(self, model: nn.Module) -> None:
         """Start the adapters that start from the weights. Collectives, where the weights are divided."""
-        if not self._initialized_later:
-            return
-        # Here: quantization is built on the adapters of this package.
-        from meshpeft.quantization import pissa_init, svdquant_init
+        for method, layers in self._initialized_later.items():
+            start = _quantization().svdquant_init if method == "svdquant" else _quantization().pissa_init
+            start(model, adapter_name=self.config.adapter_name, layers=layers)
 
-        methods = {"svdquant": svdquant_init, "pissa": pissa_init}
-        for name, layers in self._initialized_later.items():
-            methods[name](model, adapter_name=self.config.adapter_name, layers=layers)
+
+def _quantization() -> ModuleType:
+    # When it is needed: that package is built on the adapters of this one.
+    return importlib.import_module("meshpeft.quantization")
 
 
 def _is_adaptable(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
-from meshpeft.quantization.initialization import pissa_init, svdquant_init
+from meshpeft.quantization.initialization import check_start, pissa_init, svdquant_init
 from meshpeft.quantization.layers import PackedLayer, ResidualFactors
 from meshpeft.quantization.quantize import BaseQuantizer, quantize_base
 from meshpeft.quantization.svd import LowRank, low_rank_part
@@ -14,6 +14,7 @@ __all__ = [
     "PackedLayer",
     "QuantizationError",
     "ResidualFactors",
+    "check_start",
     "low_rank_part",
     "pissa_init",
     "quantize_base",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from meshpeft.quantization.layers import PackedLayer
 from meshpeft.quantization.sites import AdapterSite, adapter_sites
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
-__all__ = ["pissa_init", "svdquant_init"]
+__all__ = ["check_start", "pissa_init", "svdquant_init"]
 
 # Bytes of full matrices that wait to be decomposed together.
 _WAITING_BYTES = 1 << 28
@@ -56,18 +56,16 @@ def svdquant_init(
     options = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
     sites = list(adapter_sites(model, adapter_name, layers))
     for site in sites:
-        _check_kept_rank(site)
+        check_start("svdquant", site.base, site.adapter.dim, site.name)
     waiting = _Waiting(options)
     unquantised = []
     for site in sites:
-        if isinstance(site.base, PackedLayer):
-            site.set_factors(_kept_residual(site, site.base))
-            continue
-        residual = _residual(site.base)
+        residual = _residual_source(site.base)
         if residual is None:
             unquantised.append(site.name)
-            for factor in (site.adapter.linear_in.weight, site.adapter.linear_out.weight):
-                factor.zero_()
+            site.set_zero()
+        elif isinstance(residual, PackedLayer):
+            site.set_factors(_kept_residual(site, residual))
         else:
             waiting.add(site, site.rows_of(full_matrices(residual, site.layout)))
     waiting.finish()
@@ -104,13 +102,8 @@ def pissa_init(
     sites = list(adapter_sites(model, adapter_name, layers))
     owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     for site in sites:
-        weight = site.wrapper.stored_weight()
-        if weight is None:
-            raise QuantizationError(
-                f"{site.name}: pissa takes its part out of the weight, which is quantised already; call pissa_init "
-                "before quantising"
-            )
-        if owners.count(id(weight)) > 1:
+        check_start("pissa", site.base, site.adapter.dim, site.name)
+        if owners.count(id(_stored(site))) > 1:
             raise QuantizationError(f"{site.name}: its weight is shared with another layer, which pissa would change")
     waiting = _Waiting(options, balanced=True)
     for site in sites:
@@ -173,28 +166,38 @@ def _stored(site: AdapterSite) -> nn.Parameter:
     return weight
 
 
-def _residual(base: nn.Module) -> Tensor | None:
-    """W - quant(W), local; `None` where the layer multiplies by what it stores."""
-    layer_type = layer_type_of(base)
+def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: int, name: str) -> None:
+    """Whether an adapter of this rank on a layer can start by this method.
+
+    Raises:
+        QuantizationError: see `svdquant_init` and `pissa_init`.
+    """
+    if method == "pissa":
+        if _residual_source(layer) is not None:
+            raise QuantizationError(
+                f"{name}: pissa takes its part out of the weight, which is quantised already; call pissa_init before "
+                "quantising"
+            )
+    elif isinstance(layer, PackedLayer):
+        kept = 0 if layer.residual is None else layer.residual.a.shape[-2]
+        if kept < rank:
+            state = f"kept a residual of rank {kept} only" if kept else "kept no residual"
+            raise QuantizationError(
+                f"{name}: its packed weight {state}, and the adapter has rank {rank}; pack the model with "
+                f"quantize_base(.., residual_rank={rank})"
+            )
+
+
+def _residual_source(layer: nn.Module) -> Tensor | PackedLayer | None:
+    """W - quant(W), local, or the packed layer that kept its factors; `None` where a layer uses what it stores."""
+    if isinstance(layer, PackedLayer):
+        return layer
+    layer_type = layer_type_of(layer)
     assert layer_type is not None
-    stored = base.weight
-    used = layer_type.weight(base)
+    used, stored = layer_type.weight(layer), layer.weight
     if used is stored or not isinstance(stored, Tensor):
         return None
     return _wide(stored.detach()) - _wide(used.detach())
-
-
-def _check_kept_rank(site: AdapterSite) -> None:
-    base, rank = site.base, site.adapter.dim
-    if not isinstance(base, PackedLayer):
-        return
-    kept = 0 if base.residual is None else base.residual.a.shape[-2]
-    if kept < rank:
-        state = f"kept a residual of rank {kept} only" if kept else "kept no residual"
-        raise QuantizationError(
-            f"{site.name}: its packed weight {state}, and the adapter has rank {rank}; pack the model with "
-            f"quantize_base(.., residual_rank={rank})"
-        )
 
 
 def _kept_residual(site: AdapterSite, base: PackedLayer) -> LowRank:
@@ -209,7 +212,7 @@ def _warn_of_zeros(names: list[str]) -> None:
     names = list(dict.fromkeys(names))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     warnings.warn(
-        f"svdquant: {shown} have no enabled quantiser, so both factors of their adapters are zero, and such an adapter "
-        "cannot train. Quantise the model first: quantize_base(model, .., residual_rank=r), or ModelOpt's mtq.quantize",
+        f"svdquant: there is no enabled quantiser on {shown}, so both factors of the adapter are zero, and such an "
+        "adapter cannot train. Quantise first: quantize_base(model, .., residual_rank=r), or ModelOpt's mtq.quantize",
         stacklevel=4,
     )

@@ -69,6 +69,12 @@ class AdapterSite:
         b.copy_(local_b / self.adapter.scale)
 
     @torch.no_grad()
+    def set_zero(self) -> None:
+        """Make both factors zero."""
+        self.adapter.linear_in.weight.zero_()
+        self.adapter.linear_out.weight.zero_()
+
+    @torch.no_grad()
     def reset_magnitude(self) -> None:
         """Let a DoRA adapter's magnitude be the norms of its rows now, so that it multiplies by W + s B A."""
         if isinstance(self.wrapper, DoRALinear):
