@@ -162,6 +162,11 @@ def _swap_for_evaluation(wrapper):
     wrapper.train()
 
 
+def _write_and_say_so(wrapper):
+    wrapper.adapter.linear_out.weight.data.mul_(2)
+    wrapper.forget_norms()
+
+
 def _load(wrapper):
     state = {name: value + 1 for name, value in wrapper.state_dict().items()}
     wrapper.load_state_dict(state)
@@ -186,6 +191,7 @@ def _write_the_weight(wrapper):
         _optimizer_step,
         _step_behind_the_version_counter,
         _swap_for_evaluation,
+        _write_and_say_so,
         _load,
         _assign,
         _rescale,

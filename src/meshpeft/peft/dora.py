@@ -92,6 +92,10 @@ class DoRALinear(AdapterWrapper):
         a, b = adapter.linear_in.weight, adapter.linear_out.weight
         return self._norms.get(source, identity, a, b, adapter.scale, self._norm_axis, _read)
 
+    def forget_norms(self) -> None:
+        """Have the norms computed again: a parameter was written in a way that leaves no trace (see `RowNorms`)."""
+        self._norms.clear()
+
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         adapter, norm = self.adapter, self._get_weight_norm()
