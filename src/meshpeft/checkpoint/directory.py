@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from meshpeft.checkpoint.errors import CheckpointError
@@ -76,7 +77,14 @@ class CheckpointDirectory:
 
     def keep(self, count: int) -> None:
         """Remove all but the newest checkpoints."""
-        for step in self.steps()[count:]:
+        self._remove(self.steps()[count:])
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: of a run that went on from an earlier one, they are not."""
+        self._remove([later for later in self.steps() if later > step])
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        for step in steps:
             self._hide(step)
             shutil.rmtree(self._hidden(step), ignore_errors=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,12 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def load_checkpoint(
-    model: nn.Module, directory: str | Path, *, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    check_base: bool = True,
+    check: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint into a model, and an optimizer. A collective: every rank calls it, and reads its slices.
 
@@ -75,6 +80,10 @@ def load_checkpoint(
         model: built as the one that was saved: the same base with the same adapters.
         directory: a checkpoint; or a directory of them, of which the newest whole one is taken.
         optimizer: its state is loaded, with the options of its groups, and the random generators are set.
+        check_base: the frozen base must be the one that the checkpoint was made on; without this, adapters may be
+            loaded on to a base of another type, or one without values.
+        check: the caller's own comparison of what it gave as `extra`, and the path for its message; what it raises is
+            raised on every rank before anything is changed.
 
     Raises:
         CheckpointError: the directory is no checkpoint and holds no whole one; or it is of another base model, rank,
@@ -87,8 +96,10 @@ def load_checkpoint(
         content = ModelContent.of(model, full_model=manifest.full_model)
         state = None if optimizer is None else OptimizerContent.of(optimizer, content)
         own = {"adapters": describe_adapters(model)}
-    base = describe_base(model, content.frozen)
+    base = describe_base(model, content.frozen) if check_base else manifest.model.get("base")
     with all_or_none(f"loading {path}", CheckpointError), _consistent(path):
+        if check is not None:
+            check(dict(manifest.extra), path)
         check_same_model(manifest.model, {**own, "base": base}, path)
         incoming = Incoming(path, manifest, content, state)
     with explained(f"loading {path}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -128,9 +129,8 @@ def save_checkpoint(
             model={"adapters": describe_adapters(model)},
             optimizer=None if state is None else state.groups(),
             random=generators,
-            extra=dict(extra or {}),
+            extra=_snapshot(extra or {}),
         )
-        manifest.encode()  # now, and not in the background: is everything plain JSON?
         if asynchronous:
             slices = {key: _copied(part) for key, part in slices.items()}
     manifest = replace(manifest, model={**manifest.model, "base": describe_base(model, content.frozen)})
@@ -158,6 +158,15 @@ def save_checkpoint(
     else:
         write()
     return started
+
+
+def _snapshot(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that does not change while it is written in the background."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(extra), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"a checkpoint's extra values must be plain JSON: {error}") from error
+    return copy
 
 
 def _copied(part: Slice) -> Slice:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, after one sentence on stderr; 1 for a worker that died, after its
-        traceback; 130 for an interrupt. What else goes wrong is raised.
+        traceback; 128 and the signal's number for an interrupted run. What else goes wrong is raised.
     """
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
     if command in ("-h", "--help"):
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Only now: what a command needs takes seconds to import, and --help should not.
     from meshpeft.parallel.errors import MeshPEFTError
+    from meshpeft.training.interruption import RunInterrupted
     from meshpeft.training.launch import WorkerDied, speaks_for_all
 
     try:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeshPEFTError as error:
         if speaks_for_all():
             print(f"meshpeft {command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, RunInterrupted) else 2
     except WorkerDied as error:
         print(f"meshpeft {command}: {error}", file=sys.stderr)
         return 1

@@ -116,6 +116,13 @@ class FinetuneConfig(_Layout):
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     eval_every: int = 50
     """Steps between measurements of the held-out loss; 0: before and after only."""
+    save_every: int = 0
+    """Steps between checkpoints, in OUTPUT_DIR/checkpoints; 0: only when the run is interrupted."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    resume: Annotated[str | None, _Optional] = None
+    """Go on from a checkpoint: its directory, that of a run, or `auto` for this run's own newest, if there is one.
+    The layout may be another. Default: start anew."""
     seed: int = 0
     """Seed of the adapter's first values, the order of the data and dropout."""
     config: Annotated[Path | None, _Optional] = None
@@ -128,9 +135,9 @@ class FinetuneConfig(_Layout):
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
         super().check()
-        _at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size")
+        _at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "keep")
         _at_least(self, 2, "seq_length")
-        _at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "seed")
+        _at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed")
         _above(self, 0, "alpha", "epochs", "lr")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
@@ -164,14 +171,30 @@ class FinetuneConfig(_Layout):
             ConfigError: the file cannot be read, or is not one of ours.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))["options"]
+            options = json.loads(path.read_text(encoding="utf-8"))["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not the record of a meshpeft run ({error})") from error
+        return cls.from_options(options, path)
+
+    @classmethod
+    def from_options(cls, options: Any, source: Path) -> Self:
+        """The options that `as_json` gave.
+
+        Args:
+            options: as read from a file.
+            source: where from, for the message.
+
+        Raises:
+            ConfigError: they are not the options of a run.
+        """
+        try:
             known = {field.name for field in fields(cls)}
-            values = {name: value for name, value in values.items() if name in known}
+            values = {name: value for name, value in options.items() if name in known}
             for name in ("model", "data", "output_dir", "config"):
                 values[name] = None if values[name] is None else Path(values[name])
             values["target_modules"] = tuple(values["target_modules"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: not the record of a meshpeft run ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{source}: not the record of a meshpeft run ({error})") from error
         return cls(**values)
 
 

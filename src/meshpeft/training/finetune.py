@@ -23,22 +23,26 @@ from meshpeft.training.setup import base_directory, check_base, load_base
 
 __all__ = ["finetune", "start"]
 
+# How long workers that are asked to stop may take for the step they are in and for their last checkpoint.
+SAVING_SECONDS = 600
+
 
 def start(config: FinetuneConfig) -> None:
     """Check the options, then run [`finetune`][meshpeft.training.finetune.finetune] on the workers they need.
 
     Raises:
         MeshPEFTError: the options, the model, the data or the output directory are at fault; nothing is written.
-        WorkerDied: a worker failed otherwise; nothing is written.
+        RunInterrupted: a signal asked for an end; there is a checkpoint to go on from.
+        WorkerDied: a worker failed otherwise; nothing is written but the checkpoints before.
     """
     config = config.resolved()
     config.check()
     workers = number_of_workers(config.tp, config.dp)
-    output = OutputDirectory(config.output_dir, overwrite=config.overwrite)
+    output = _output(config)
     output.check()
     check_adapter(check_base(config.model, config.tp), config)
     try:
-        launch(finetune, config, workers=workers)
+        launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:
         if not is_joined():  # a worker that was killed could not clean up after itself
             output.discard()
@@ -78,12 +82,12 @@ def finetune(config: FinetuneConfig) -> None:
     before = continuation(model, tokenizer, prompt)
     with _staged(config, info) as output:
         log = MetricsLog(output.stage / METRICS if report.speaks else None)
-        seconds = loop.run(log, TrainingProgress(loop.steps, report.console))
+        loop.run(log, TrainingProgress(loop.steps, report.console))
         after = continuation(model, tokenizer, prompt)
         log.close()
         export_peft_adapter(model, output.stage, base_model_name_or_path=str(base_directory(config.model)))
         held_out = log.series("held_out_loss")[1]
-        tokens = round(sum(log.series("tokens")[1]))
+        tokens, seconds = round(sum(log.series("tokens")[1])), sum(log.series("seconds")[1])
         if report.speaks:
             plot_losses(log, output.stage / CURVE, f"{config.method}, rank {config.rank}")
             results = {
@@ -103,7 +107,7 @@ def finetune(config: FinetuneConfig) -> None:
 @contextmanager
 def _staged(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputDirectory]:
     """The output directory, whose stage the first rank makes, and puts in its place if all goes well."""
-    output = OutputDirectory(config.output_dir, overwrite=config.overwrite)
+    output = _output(config)
     if info.world.rank != 0:
         yield output
         return
@@ -113,3 +117,7 @@ def _staged(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputD
         output.commit()
     finally:
         output.discard()
+
+
+def _output(config: FinetuneConfig) -> OutputDirectory:
+    return OutputDirectory(config.output_dir, overwrite=config.overwrite, resume=config.resume is not None)

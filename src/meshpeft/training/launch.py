@@ -33,6 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.mesh import destroy_parallelism
+from meshpeft.training.interruption import RunInterrupted
 
 __all__ = ["LaunchError", "WorkerDied", "is_joined", "launch", "number_of_workers", "speaks_for_all"]
 
@@ -52,13 +53,14 @@ class WorkerDied(RuntimeError):
 
 @dataclass(frozen=True)
 class _Report:
-    """Why a worker failed: `sentence` for bad input, else `traceback`."""
+    """Why a worker failed: `sentence` for bad input and interruptions (with the signal's number), else `traceback`."""
 
     rank: int
     time_ns: int
     lost_connection: bool
     sentence: str | None = None
     traceback: str = ""
+    interrupted_by: int | None = None
 
 
 def is_joined() -> bool:
@@ -109,15 +111,19 @@ def number_of_workers(
     return world
 
 
-def launch(function: Callable[..., object], *arguments: Any, workers: int) -> None:
+def launch(
+    function: Callable[..., object], *arguments: Any, workers: int, shutdown_seconds: int = SHUTDOWN_SECONDS
+) -> None:
     """Run `function(*arguments)` once on each worker, and return when all are done.
 
     Args:
         function: importable by name (workers are fresh processes), as are the types of `arguments`.
         workers: see [`number_of_workers`][meshpeft.training.launch.number_of_workers].
+        shutdown_seconds: how long workers may take to end when they are asked to, before they are killed.
 
     Raises:
         MeshPEFTError: a worker found the input at fault; the sentence is the worker's.
+        RunInterrupted: a signal came, and the workers made an end of their own.
         WorkerDied: a worker failed otherwise; the others have been ended.
     """
     if is_joined():
@@ -141,7 +147,7 @@ def launch(function: Callable[..., object], *arguments: Any, workers: int) -> No
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            shutdown_timeout=SHUTDOWN_SECONDS,
+            shutdown_timeout=shutdown_seconds,
         )
         try:
             with _signal_handlers_restored():
@@ -149,6 +155,9 @@ def launch(function: Callable[..., object], *arguments: Any, workers: int) -> No
         except ChildFailedError as error:
             raise _root_cause(Path(reports), error) from None
         except SignalException as error:
+            for report in _reports(Path(reports)):
+                if report.interrupted_by is not None:
+                    raise RunInterrupted(str(report.sentence), report.interrupted_by) from None
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + error.sigval) from None
@@ -191,6 +200,7 @@ def _reporting_work(reports: Path, function: Callable[..., object], *arguments: 
             lost_connection=_is_lost_connection(error),
             sentence=str(error) if isinstance(error, MeshPEFTError) else None,
             traceback=traceback.format_exc(),
+            interrupted_by=error.number if isinstance(error, RunInterrupted) else None,
         )
         part = reports / f"{report.rank}.part"
         part.write_text(json.dumps(asdict(report)))
@@ -207,13 +217,19 @@ def _is_lost_connection(error: Exception) -> bool:
     )
 
 
+def _reports(directory: Path) -> list[_Report]:
+    return [_Report(**json.loads(path.read_text())) for path in directory.glob("*.json")]
+
+
 def _root_cause(directory: Path, error: ChildFailedError) -> MeshPEFTError | WorkerDied:
     """The first failure: reports in order of time, those who merely lost their connection last."""
-    reports = [_Report(**json.loads(path.read_text())) for path in directory.glob("*.json")]
+    reports = _reports(directory)
     rank, failure = error.get_first_failure()
     first = min(reports, key=lambda report: (report.lost_connection, report.time_ns), default=None)
     if first is None or (first.lost_connection and all(report.rank != rank for report in reports)):
         return WorkerDied(f"worker {rank} {_how_it_ended(failure)}")
+    if first.interrupted_by is not None:
+        return RunInterrupted(str(first.sentence), first.interrupted_by)
     if first.sentence is not None:
         return MeshPEFTError(first.sentence)
     return WorkerDied(f"worker {first.rank} failed:\n{first.traceback.rstrip()}")

@@ -8,8 +8,10 @@ import time
 from meshpeft.models import Decoder
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.batches import RowSampler, eval_batches
+from meshpeft.training.checkpoints import RunCheckpoints
 from meshpeft.training.config import FinetuneConfig, TrainingError
 from meshpeft.training.inputs import Inputs
+from meshpeft.training.interruption import Interruption, RunInterrupted
 from meshpeft.training.metrics import MetricsLog
 from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.progress import TrainingProgress
@@ -56,33 +58,46 @@ class TrainingLoop:
         self.epochs = self.steps / self._sampler.steps(1)
         self._peak = config.lr or config.GENERAL_LEARNING_RATE
         self._warmup = warmup_steps(config.warmup, self.steps)
-        self._step = TrainStep(
-            model,
-            adamw(model, lr=self._peak, weight_decay=config.weight_decay),
-            clip=config.clip,
-            loss_scale=LossScale() if config.dtype == "float16" else None,
-        )
+        optimizer = adamw(model, lr=self._peak, weight_decay=config.weight_decay)
+        loss_scale = LossScale() if config.dtype == "float16" else None
+        self._step = TrainStep(model, optimizer, clip=config.clip, loss_scale=loss_scale)
+        self._checkpoints = RunCheckpoints(config, model, optimizer, loss_scale, inputs)
 
-    def run(self, log: MetricsLog, progress: TrainingProgress) -> float:
-        """Take every step, and measure before, after and every `eval_every` steps.
-
-        Returns:
-            The seconds that the steps took, without the measurements.
+    def run(self, log: MetricsLog, progress: TrainingProgress) -> None:
+        """Take every step that is left, and measure before, after and every `eval_every` steps.
 
         Raises:
+            CheckpointError: the run cannot go on from the checkpoint it was told to, or one cannot be written.
+            RunInterrupted: a signal asked for an end; there is a checkpoint of the last step.
             TrainingError: the loss of a step is not finite.
         """
-        total = 0.0
+        start = self._checkpoints.start(log)
         every = self.config.eval_every or self.steps
-        with progress:
-            self._measure(0, log, progress)
-            for done in range(1, self.steps + 1):
-                total += self._take(done, log, progress)
+        with progress, Interruption() as interruption:
+            progress.start_at(start)
+            if start:
+                progress.note(f"resumed after step {start}")
+            else:
+                self._measure(0, log, progress)
+            for done in range(start + 1, self.steps + 1):
+                self._take(done, log, progress)
                 if done % every == 0 or done == self.steps:
                     self._measure(done, log, progress)
-        return total
+                self._save(done, interruption.requested(), log)
+        self._checkpoints.wait()
 
-    def _take(self, number: int, log: MetricsLog, progress: TrainingProgress) -> float:
+    def _save(self, done: int, interrupted_by: int, log: MetricsLog) -> None:
+        every = self.config.save_every
+        if interrupted_by or (every and (done % every == 0 or done == self.steps)):
+            self._checkpoints.save(done, log)
+        if interrupted_by:
+            path = self._checkpoints.wait()
+            raise RunInterrupted(
+                f"interrupted after step {done}; saved {path}; go on by the same command with --resume auto",
+                interrupted_by,
+            )
+
+    def _take(self, number: int, log: MetricsLog, progress: TrainingProgress) -> None:
         begun = time.monotonic()
         batch = self._sampler.micro_batches(number - 1)
         lr = learning_rate(number - 1, peak=self._peak, steps=self.steps, warmup=self._warmup)
@@ -100,7 +115,6 @@ class TrainingLoop:
             seconds=round(seconds, 4),
         )
         progress.advance(loss, batch.global_tokens, seconds)
-        return seconds
 
     def _checked(self, number: int, result: StepResult) -> tuple[float, float]:
         loss = float(result.loss)

@@ -31,6 +31,11 @@ class MetricsLog:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
 
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Begin with the rows of an earlier part of the run."""
+        for row in rows:
+            self.add(**row)
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the rows that have `name`."""
         rows = [row for row in self.rows if name in row]

@@ -63,6 +63,12 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def start_at(self, done: int) -> None:
+        """Some steps were done before."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
     def advance(self, loss: float, tokens: int, seconds: float) -> None:
         """One more step is done, of `tokens` tokens over all ranks."""
         if self._console is None:

@@ -1,0 +1,160 @@
+"""Checkpoints of a run: what they hold beside the model, and whether a run may go on from one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meshpeft.checkpoint import CheckpointError, Save, load_checkpoint, save_checkpoint
+from meshpeft.checkpoint.coordination import agreed, checkpoint_group, rank_and_world_size
+from meshpeft.checkpoint.directory import CheckpointDirectory
+from meshpeft.models import Decoder
+from meshpeft.parallel.agreement import all_or_none
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.inputs import Inputs
+from meshpeft.training.metrics import MetricsLog
+from meshpeft.training.optimizer import LossScale
+from meshpeft.training.output import CHECKPOINTS
+from meshpeft.training.packing import PackedRows
+
+__all__ = ["RunCheckpoints", "checkpoints_in"]
+
+# Options that change no number of the training: where it runs and reads, how often it measures and saves. The model
+# and the data are compared by their content.
+_NEUTRAL = frozenset(
+    {
+        "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "data",
+        "output_dir", "overwrite", "eval_every", "save_every", "keep", "resume", "config",
+    }
+)  # fmt: skip
+
+
+def checkpoints_in(directory: Path) -> Path:
+    """A checkpoint, a directory of them, or the output directory of a run that holds one: the first or second."""
+    inside = directory / CHECKPOINTS
+    return inside if inside.is_dir() else directory
+
+
+class RunCheckpoints:
+    """Saves and restores one run.
+
+    Args:
+        config: resolved options.
+        model: with its adapters.
+        optimizer: over them.
+        loss_scale: of float16.
+        inputs: the data of the run.
+
+    Attributes:
+        directory: where the checkpoints are written.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: LossScale | None,
+        inputs: Inputs,
+    ) -> None:
+        self.config, self.model, self.optimizer, self.loss_scale = config, model, optimizer, loss_scale
+        self.directory = config.output_dir.resolve() / CHECKPOINTS
+        self._data = {"train": _digest(inputs.train), "held_out": _digest(inputs.held_out)}
+        self._save: Save | None = None
+
+    def start(self, log: MetricsLog) -> int:
+        """Go on from a checkpoint if the options say so, else clear away those of an earlier run. A collective.
+
+        Args:
+            log: gets the rows of the steps that are done.
+
+        Returns:
+            The steps that are done.
+
+        Raises:
+            CheckpointError: the checkpoint is broken, or of a run that computes something else.
+        """
+        source = self._source()
+        if source is None:
+            self._clear(-1)
+            return 0
+        loaded = load_checkpoint(self.model, source, optimizer=self.optimizer, check=self._compare)
+        # Later ones, and those of another run, are not of this one.
+        self._clear(loaded.step if loaded.path.parent == self.directory else -1)
+        log.restore(loaded.extra["metrics"])
+        if self.loss_scale is not None:
+            self.loss_scale.value = loaded.extra["loss_scale"]["value"]
+            self.loss_scale.good_steps = loaded.extra["loss_scale"]["good_steps"]
+        return loaded.step
+
+    def _clear(self, step: int) -> None:
+        """Remove what is there of steps after this one. A collective."""
+        with all_or_none(f"clearing {self.directory}", CheckpointError):
+            if rank_and_world_size(checkpoint_group())[0] == 0:
+                CheckpointDirectory(self.directory).drop_after(step)
+
+    def _source(self) -> Path | None:
+        if self.config.resume is None:
+            return None
+        if self.config.resume != "auto":
+            return checkpoints_in(Path(self.config.resume))
+        found = agreed(CheckpointDirectory(self.directory).steps(), f"reading {self.directory}", checkpoint_group())
+        return self.directory if found else None
+
+    def _compare(self, extra: dict[str, Any], path: Path) -> None:
+        """Whether this run computes what the run of a checkpoint did."""
+        if not {"run", "data", "metrics", "loss_scale"} <= extra.keys():
+            raise CheckpointError(f"{path} was not written by meshpeft finetune; resume it with what wrote it")
+        for row in extra["metrics"]:
+            int(row["step"])
+        if self.loss_scale is not None:
+            LossScale(**extra["loss_scale"])
+        own = json.loads(json.dumps(self.config.as_json()))
+        for name in (field.name for field in fields(self.config) if field.name not in _NEUTRAL):
+            if extra["run"].get(name) != own[name]:
+                raise CheckpointError(
+                    f"{name} is {own[name]!r}, but {path} was written with {extra['run'].get(name)!r}; "
+                    "a run goes on with the same options"
+                )
+        for name, digest in self._data.items():
+            if extra["data"].get(name) != digest:
+                raise CheckpointError(f"the {name} rows are not those of {path}: the data, or its tokenizer, changed")
+
+    def save(self, step: int, log: MetricsLog) -> None:
+        """Write the checkpoint of a step in the background. A collective."""
+        self._save = save_checkpoint(
+            self.model,
+            self.directory,
+            step=step,
+            optimizer=self.optimizer,
+            extra={
+                "run": self.config.as_json(),
+                "data": self._data,
+                "metrics": log.rows,
+                "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
+            },
+            keep=self.config.keep,
+            asynchronous=True,
+        )
+
+    def wait(self) -> Path | None:
+        """The last checkpoint, when it is whole.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        return None if self._save is None else self._save.wait()
+
+
+def _digest(rows: PackedRows) -> str:
+    """A checksum of everything that training reads."""
+    digest = hashlib.sha256(json.dumps([rows.seq_length, rows.pad_token_id]).encode())
+    for name in ("tokens", "targets", "document_starts", "row_documents", "row_starts"):
+        digest.update(np.ascontiguousarray(getattr(rows, name)).data)
+    return digest.hexdigest()

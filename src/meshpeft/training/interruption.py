@@ -1,0 +1,73 @@
+"""A run that is asked to stop: by Ctrl-C, or by the SIGTERM of a scheduler that wants the machine back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from meshpeft.checkpoint.coordination import checkpoint_group
+from meshpeft.parallel.errors import MeshPEFTError
+
+__all__ = ["Interruption", "RunInterrupted"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class RunInterrupted(MeshPEFTError):
+    """A run that was stopped by a signal and can be continued.
+
+    Args:
+        text: what was saved, and how to go on.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """By the shell's convention."""
+        return 128 + self.number
+
+
+class Interruption:
+    """Takes the signals instead of dying of them; a context manager, for the main thread.
+
+    What is to be done about them is asked between two steps, when all ranks do the same.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A lone process can be made to stop at once by asking twice. Workers are told by their launcher, too.
+        if self._number and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        self._number = number
+
+    def requested(self) -> int:
+        """The number of the signal that any rank got, or 0. A collective."""
+        group = checkpoint_group()
+        if group is None:
+            return self._number
+        number = torch.tensor(self._number)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+        return int(number)
