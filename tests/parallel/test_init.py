@@ -234,6 +234,13 @@ def test_named_values_are_a_function_of_seed_name_and_shape_only() -> None:
     assert not torch.equal(named(0, "layers.0.q", TensorLayout((4, 8))).flatten(), expected.flatten())
 
 
+def test_the_generators_of_gpus_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds them all, and what is restored afterwards is the CPU's: dropout would repeat itself."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every GPU too"))
+    named(0, "layers.0.q", TensorLayout((8, 4)))
+    ColumnParallelLinear(8, 16)
+
+
 def test_stacked_experts_are_drawn_one_by_one() -> None:
     """With the fans of one expert, the same at every expert-parallel size, and each its own."""
     shapes = []
