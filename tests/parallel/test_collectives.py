@@ -140,6 +140,18 @@ def test_groups_do_not_mix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """Autograd does not see what a collective does to a gradient: the second would be wrong, in silence."""
+    with simulate(tp=2):
+        case = CASES[name]
+        x = local(case.source, 0, 0, (4, 3), torch.float64, 2).requires_grad_()
+        y = case.function(x, dim=0) if case.takes_dim else case.function(x)
+        (first,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
+            first.sum().backward()
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_sent(name: str) -> None:
     """One collective or none each way; a rank gives its slice to a gather, the whole to the others."""
     with simulate(tp=2):

@@ -15,6 +15,7 @@ States per mesh axis, in the words of `spmd_types`: `R` replicate (gradient `P`)
 
 On an axis of one rank each returns its argument itself. The forward functions of the first four are those of
 `ml.models.parallel`; `mp_reduce`'s backward is the true adjoint: the identity for a sum, 1/world for an average.
+A backward pass cannot be differentiated again: autograd does not see what a collective does, and would be wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from spmd_types import rules
 from spmd_types.types import I, P, R, S
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel.communication import all_gather, all_reduce, all_to_all, reduce_scatter, take_slice
 from meshpeft.parallel.errors import ParallelError
@@ -57,6 +59,7 @@ class _Copy(Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return all_reduce(grads[0], ctx.axis, ctx.op), None, None
 
@@ -73,6 +76,7 @@ class _Reduce(Function):
         return all_reduce(x, axis, op)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return grads[0] if ctx.scale is None else grads[0] * ctx.scale, None, None
 
@@ -88,6 +92,7 @@ class _Scatter(Function):
         return take_slice(x, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return all_gather(grads[0], ctx.axis, ctx.dim), None, None
 
@@ -103,6 +108,7 @@ class _Gather(Function):
         return all_gather(x, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return take_slice(grads[0], ctx.axis, ctx.dim), None, None
 
@@ -118,6 +124,7 @@ class _SequenceGather(Function):
         return all_gather(x, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return reduce_scatter(grads[0], ctx.axis, ctx.dim), None, None
 
@@ -133,6 +140,7 @@ class _SequenceReduceScatter(Function):
         return reduce_scatter(x, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return all_gather(grads[0], ctx.axis, ctx.dim), None, None
 
@@ -148,6 +156,7 @@ class _HiddenToSequence(Function):
         return all_to_all(x, axis, split_dim=0, concat_dim=-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return all_to_all(grads[0], ctx.axis, split_dim=-1, concat_dim=0), None
 
@@ -175,9 +184,7 @@ def mp_copy(x: Tensor, op: Any = _SUM, axis: ParallelAxis | None = None) -> Tens
         ParallelError: a bitwise `op`.
     """
     if op in _BITWISE:
-        raise ParallelError(
-            f"mp_copy: op {op} is of integers, and gradients are not; use SUM, AVG, PRODUCT, MIN or MAX"
-        )
+        raise ParallelError(f"mp_copy: op {op} is of integers, unlike gradients; use SUM, AVG, PRODUCT, MIN or MAX")
     axis = _tensor_parallel(axis)
     return x if axis.world_size == 1 else _apply(_Copy, x, axis, op)
 

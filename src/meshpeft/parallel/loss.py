@@ -10,6 +10,7 @@ from spmd_types import rules
 from spmd_types.types import I
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import ParallelError
@@ -51,6 +52,7 @@ class _CrossEntropy(Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
         softmax, index, held, counted = ctx.saved_tensors
         scale = (grads[0] * counted).unsqueeze(-1)
