@@ -3,12 +3,14 @@
 | classes of | described by |
 |---|---|
 | `megatron.core` | `meshpeft.engines.megatron_core` |
+| `modelopt.torch.quantization` | `meshpeft.engines.modelopt`, imported right after it |
 
 Importing this package imports none of them.
 """
 
 from __future__ import annotations
 
+from meshpeft.engines.after_import import import_after
 from meshpeft.parallel import register_engine
 
 __all__ = ["register_engines"]
@@ -17,3 +19,6 @@ __all__ = ["register_engines"]
 def register_engines() -> None:
     """Let the classes of every engine's package be described by the engine, once they are met."""
     register_engine("megatron.core", "meshpeft.engines.megatron_core")
+    register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
+    # It quantises layers only if it knew their classes before.
+    import_after("modelopt.torch.quantization", "meshpeft.engines.modelopt")

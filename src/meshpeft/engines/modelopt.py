@@ -1,0 +1,178 @@
+"""ModelOpt's fake quantisation: its quantised layers carry adapters, and this package's layers can be quantised.
+
+Importing this file
+
+* enters the layers that `mtq.quantize` makes of `nn.Linear` and of this package's layers into the registry. Their
+  forward quantises activations before the base's collectives, so adapters run beside them, on the unquantised input.
+  Their weight is W as their enabled `weight_quantizer` rounds it, and W where it is disabled;
+* makes column- and row-parallel layers and grouped experts known to `mtq.quantize`. Scales that would differ between
+  the ranks that share a weight become the same: a weight is quantised alike at every layout, unless its blocks
+  straddle ranks. Experts are quantised row by row as if they were separate layers; a scale for the whole tensor is
+  one for all experts.
+
+It is imported by itself: as soon as `modelopt.torch.quantization` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
+from modelopt.torch.utils.distributed import DistributedProcessGroup, ParallelState
+from torch import Tensor, nn
+
+from meshpeft.parallel import (
+    ColumnParallelLinear,
+    GroupedColumnParallelLinear,
+    GroupedRowParallelLinear,
+    LayerType,
+    LinearLayout,
+    Packing,
+    ParallelAxis,
+    RowParallelLinear,
+    TensorLayout,
+    parallel_group_info,
+    register_layer_type,
+    set_layout,
+)
+from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict
+
+__all__: list[str] = []
+
+
+def _group(axis: ParallelAxis | None) -> Any:
+    """ModelOpt's word for an axis without a process group is -1; `None` would be the whole world."""
+    return -1 if axis is None or axis.group is None else axis.group
+
+
+class _QuantParallelLinear(QuantLinearConvBase):
+    """What ModelOpt puts in front of a column- or row-parallel layer's class."""
+
+    default_quant_desc_weight = _QuantLinear.default_quant_desc_weight
+    layout: LinearLayout
+
+    def _setup(self) -> None:
+        super()._setup()
+        info = parallel_group_info()
+        data_axis = self.layout.data_axis or (info.edp if self.layout.is_expert else info.dp)
+        self.parallel_state = ParallelState(
+            _group(data_axis), _group(self.layout.axis), _group(self.layout.expert_axis)
+        )
+
+    # What ModelOpt's calibration asks, to make scales the same over the tensor-parallel group.
+    @property
+    def _is_column_parallel(self) -> bool:
+        return self.layout.shard == "out"
+
+    @property
+    def _is_row_parallel(self) -> bool:
+        return self.layout.shard == "in"
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[ShardedOffset] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """The layer's, with the scales of rows divided like the rows."""
+        for quantizer in _leaves(self.weight_quantizer):
+            amax: Tensor | None = getattr(quantizer, "_amax", None)
+            layout = None if amax is None else self._layout_of_rows(amax)
+            if amax is not None and layout is not None:
+                set_layout(amax, layout)
+        described: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return described
+
+    def _layout_of_rows(self, amax: Tensor) -> TensorLayout | None:
+        """Of scales [rows * n, 1], n to a row; `None` where they are one scale, or cannot be told apart by rows."""
+        if self.layout.shard == "in" and amax.numel() != self.layout.out_features:
+            return None
+        weight = self.layout.weight()
+        rows = weight.local_shape[-2]
+        if amax.dim() != 2 or amax.shape[1] != 1 or amax.shape[0] % rows or self.layout.experts is not None:
+            return None
+        to_a_row = amax.shape[0] // rows
+        packing = None
+        if weight.packing is not None and weight.packed_dim == 0:
+            packing = weight.packing
+            packing = Packing(packing.names, tuple(size * to_a_row for size in packing.sizes), packing.blocks)
+        shards = tuple((dim, axis) for dim, axis in weight.shards if dim == 0)
+        return replace(
+            weight, global_shape=(weight.global_shape[0] * to_a_row, 1), shards=shards, packing=packing, packed_dim=0
+        )
+
+
+class _QuantGroupedLinear(_QuantParallelLinear):
+    """What ModelOpt puts in front of a grouped layer's class. Its quantisers see [experts * out, in]."""
+
+    @staticmethod
+    def _get_quantized_weight(module: Any, weight: Tensor) -> Tensor:
+        rows = QuantLinearConvBase._get_quantized_weight(module, weight.flatten(0, 1))
+        return rows.view_as(weight)
+
+    def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, nn.Module]]:
+        """The weight's rows, with their quantiser."""
+        yield self.weight.flatten(0, 1), self.weight_quantizer
+
+    def fold_weight(self, keep_attrs: bool = False) -> None:
+        """Round the weight itself, and disable the quantiser."""
+        if isinstance(self.weight_quantizer, TensorQuantizer):
+            self._fold_weight_quantizer(self.weight_quantizer, (self.weight.data.flatten(0, 1),), keep_attrs)
+
+    def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool = False) -> None:
+        """Called by ModelOpt after it has collected statistics. A collective.
+
+        It skips weights that are not matrices: here scales become the same on every rank that shares what they scale.
+        """
+        for quantizer in _leaves(self.weight_quantizer):
+            if quantizer.block_sizes is not None:
+                continue
+            axes = [self.layout.axis] if self._is_row_parallel or quantizer.axis is None else []
+            if quantizer.axis is None and self.layout.expert_axis is not None:
+                axes.append(self.layout.expert_axis)
+            _same_over(quantizer, axes)
+        if self._is_row_parallel:
+            for quantizer in _leaves(self.input_quantizer):
+                if quantizer.axis is None and quantizer.block_sizes is None:
+                    _same_over(quantizer, [self.layout.axis])
+
+
+def _leaves(quantizer: nn.Module) -> list[Any]:
+    return [module for module in quantizer.modules() if isinstance(module, TensorQuantizer)]
+
+
+def _same_over(quantizer: Any, axes: Sequence[ParallelAxis]) -> None:
+    for axis in axes:
+        quantizer.sync_amax_across_distributed_group(DistributedProcessGroup(_group(axis)))
+
+
+def _weight(module: Any) -> Tensor:
+    """The weight that the layer multiplies by."""
+    weight: Tensor = module.weight
+    if not module.weight_quantizer.is_enabled:
+        return weight
+    with module.quantize_weight():
+        quantized: Tensor = module.weight
+    return quantized
+
+
+QuantModuleRegistry.register(
+    {
+        ColumnParallelLinear: "meshpeft_ColumnParallelLinear",
+        RowParallelLinear: "meshpeft_RowParallelLinear",
+    }
+)(_QuantParallelLinear)
+QuantModuleRegistry.register(
+    {
+        GroupedColumnParallelLinear: "meshpeft_GroupedColumnParallelLinear",
+        GroupedRowParallelLinear: "meshpeft_GroupedRowParallelLinear",
+    }
+)(_QuantGroupedLinear)
+
+register_layer_type(
+    _QuantLinear, LayerType(layout=lambda m: LinearLayout(m.in_features, m.out_features), weight=_weight)
+)
+register_layer_type(_QuantParallelLinear, LayerType(layout=lambda m: m.layout, weight=_weight))
