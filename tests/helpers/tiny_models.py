@@ -47,11 +47,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"head_dim": 6, "attention_bias": True},
 }
+# Between them: experts in every layer, in some, in all but one; normalised weights and not; shared experts.
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2, "sliding_window": 5},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "head_dim": 6,
+    },
+}
 
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
     """Write a small float32 model of `family` whose every parameter is random, biases and norms too."""
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES)[family], **overrides})
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -65,6 +84,7 @@ def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
 def reference(directory: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """transformers' model of a directory, in evaluation mode; exact in float64."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model.config._experts_implementation = "eager"  # no other takes every type
     return in_float64(model) if dtype == torch.float64 else model
 
 

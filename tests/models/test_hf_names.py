@@ -17,16 +17,16 @@ def test_names_map_one_to_one(tiny: Callable[[str], Path], family: str) -> None:
         layout = layout_of_tensor(parameter)
         assert layout is not None
         for stored, piece in zip(hf_tensor_names(name, layout), layout.pieces(), strict=True):
-            assert our_module_name(stored.rpartition(".")[0]) == (name.rpartition(".")[0], piece.part)
+            assert our_module_name(stored.rpartition(".")[0]) == (name.rpartition(".")[0], piece.part, None)
             names.append(stored)
     assert len(names) == len(set(names))
 
 
 def test_unknown_names_are_errors() -> None:
     assert hf_module_name("decoder.layers.11.mlp.linear_fc1", "up") == "model.layers.11.mlp.up_proj"
-    for module, part in (("decoder.layers.0.mlp.linear_fc1", None), ("decoder.layers.0.mlp.router", None), ("x", "q")):
+    for module, part in (("decoder.layers.0.mlp.linear_fc1", None), ("decoder.layers.0.mlp.routing", None), ("x", "q")):
         with pytest.raises(ModelError, match="has no name in Hugging Face checkpoints"):
             hf_module_name(module, part)
-    for name in ("model.layers.0.mlp.gate", "transformer.h.0", "model.layers.x.mlp.up_proj"):
+    for name in ("model.layers.0.mlp.gates", "transformer.h.0", "model.layers.x.mlp.up_proj"):
         with pytest.raises(ModelError, match="the decoder has no module for"):
             our_module_name(name)

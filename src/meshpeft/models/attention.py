@@ -29,12 +29,15 @@ class AttentionContext:
         cosines, sines: rotary tables [seq, batch, 1, head_dim].
         masks: by sliding window.
         cache: keys and values of earlier tokens, which this pass extends.
+        rows: [own tokens, batch], the row that each token a rank routes belongs to, where the load of experts is
+            asked for; see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
     """
 
     cosines: Tensor
     sines: Tensor
     masks: dict[int | None, AttentionMask]
     cache: KVCache | None = None
+    rows: Tensor | None = None
 
 
 class SelfAttention(nn.Module):

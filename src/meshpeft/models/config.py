@@ -18,7 +18,7 @@ from meshpeft.parallel.config import ModelParallelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["DecoderConfig", "RopeConfig", "check_divisible"]
+__all__ = ["DecoderConfig", "MoEConfig", "RopeConfig", "check_divisible"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,52 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and a gated MLP.
+class MoEConfig:
+    """The experts of the layers that have them, and how tokens choose.
 
     Attributes:
-        model_type: the Hugging Face family it is written back as: `llama mistral qwen2 qwen3`.
+        num_experts: of one layer, over all ranks.
+        moe_router_topk: experts that each token is sent to.
+        intermediate_size: channels of one expert.
+        normalize_weights: the weights of a token's experts are divided by their sum.
+        softmax_first: the weights are a softmax over all experts, of which the largest are taken; otherwise a softmax
+            over the largest logits (which is the same once the weights are normalised).
+        shared_intermediate_size: channels of the shared experts, through which every token passes, behind a sigmoid
+            gate; `None` for a layer without.
+        sparse_step: every so many layers have experts: layer n if n + 1 is a multiple.
+        dense_layers: layers that have an ordinary MLP nevertheless.
+    """
+
+    num_experts: int
+    moe_router_topk: int
+    intermediate_size: int
+    normalize_weights: bool = True
+    softmax_first: bool = True
+    shared_intermediate_size: int | None = None
+    sparse_step: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "moe_router_topk", "intermediate_size", "shared_intermediate_size", "sparse_step"):
+            value = getattr(self, name)
+            if name == "shared_intermediate_size" and value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(f"{name}={value!r} of the experts: expected an integer of at least 1")
+        if self.moe_router_topk > self.num_experts:
+            raise ModelError(
+                f"the router chooses {self.moe_router_topk} experts per token, and there are {self.num_experts}; "
+                f"use a top-k of at most {self.num_experts}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and gated MLPs or experts.
+
+    Attributes:
+        model_type: the Hugging Face family it is written back as: `llama mistral qwen2 qwen3 mixtral qwen2_moe
+            qwen3_moe`.
         vocab_size, hidden_size, intermediate_size, num_layers: sizes, global.
         num_attention_heads: query heads.
         num_query_groups: key and value heads; each serves `num_attention_heads / num_query_groups` query heads.
@@ -72,6 +113,7 @@ class DecoderConfig:
         sliding_windows: for each layer how many tokens back it attends, itself included, or `None` for all;
             `None` instead of the tuple means all, everywhere.
         initializer_range: standard deviation of the weights of a decoder that is not loaded.
+        moe: the experts; `None` for a dense model.
         other: fields of `config.json` that change no number here (token ids, position limits), written back as
             they were read.
     """
@@ -93,6 +135,7 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
     initializer_range: float = 0.02
+    moe: MoEConfig | None = None
     other: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +168,11 @@ class DecoderConfig:
         """Tokens that layer number `layer` attends back, itself included; `None` for all."""
         return None if self.sliding_windows is None else self.sliding_windows[layer]
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` has experts in the place of an MLP."""
+        moe = self.moe
+        return moe is not None and layer not in moe.dense_layers and (layer + 1) % moe.sparse_step == 0
+
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
         """The decoder of a parsed `config.json`, or of a transformers configuration.
@@ -155,24 +203,38 @@ def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> Non
         ModelError: a size does not divide, or the layout is not available; the message names the sizes that
             would work for the whole model.
     """
-    tp = parallel.tensor_model_parallel_size
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
     if parallel.pipeline_model_parallel_size != 1:
         raise ModelError(
             f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder is not divided into stages; use 1"
         )
-    if tp < 1:
-        raise ModelError(f"tensor_parallel={tp}: expected at least 1")
+    for name, size in (("tensor_parallel", tp), ("expert_parallel", ep), ("expert_tensor_parallel", etp)):
+        if size < 1:
+            raise ModelError(f"{name}={size}: expected at least 1")
     sizes = {
         "linear_qkv": (config.num_query_groups, "query groups"),
-        "linear_fc1": (config.intermediate_size, "channels (intermediate_size)"),
         "embedding": (config.vocab_size, "rows (vocab_size)"),
     }
+    if not all(config.has_experts(layer) for layer in range(config.num_layers)):
+        sizes["linear_fc1"] = (config.intermediate_size, "channels (intermediate_size)")
+    moe = config.moe
+    if moe is not None and moe.shared_intermediate_size is not None:
+        sizes["shared_experts"] = (moe.shared_intermediate_size, "channels")
+    _check_split(sizes, "tensor_parallel", tp)
+    if moe is None:
+        if ep != 1:
+            raise ModelError(f"expert_parallel={ep}: a {config.model_type} model has no experts; use 1")
+        return
+    _check_split({"experts": (moe.num_experts, "experts of a layer")}, "expert_parallel", ep)
+    _check_split({"experts": (moe.intermediate_size, "channels of an expert")}, "expert_tensor_parallel", etp)
+
+
+def _check_split(sizes: Mapping[str, tuple[int, str]], axis: str, count: int) -> None:
     common = math.gcd(*(size for size, _ in sizes.values()))
     for name, (size, what) in sizes.items():
-        if size % tp:
-            raise ModelError(
-                f"{name}: {size} {what} cannot be split over tensor_parallel={tp}; use {_divisors(common)}"
-            )
+        if size % count:
+            raise ModelError(f"{name}: {size} {what} cannot be split over {axis}={count}; use {_divisors(common)}")
 
 
 def _divisors(number: int) -> str:

@@ -7,92 +7,41 @@ Module names are Megatron's.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from meshpeft.models.attention import AttentionContext, SelfAttention
+from meshpeft.models.attention import AttentionContext
 from meshpeft.models.attention_mask import attention_masks, positions_in_documents
+from meshpeft.models.block import DecoderBlock
 from meshpeft.models.cache import KVCache
 from meshpeft.models.config import DecoderConfig, check_divisible
 from meshpeft.models.errors import ModelError
-from meshpeft.models.mlp import MLP
-from meshpeft.models.norm import RMSNorm
+from meshpeft.models.moe import rows_of_tokens
 from meshpeft.models.rotary import rotary_tables
 from meshpeft.parallel.collectives import mp_gather, mp_scatter
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.init import named_init_
 from meshpeft.parallel.linear import ColumnParallelLinear
-from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.mesh import ParallelGroupInfo, parallel_group_info
 from meshpeft.parallel.tensor_layout import layout_of_tensor, set_layout
 
-__all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
-
-
-class DecoderLayer(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        varies_over = (tp,) if sequence_parallel else ()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
-        self.self_attention = SelfAttention(config, layer, tp, sequence_parallel, device, dtype)
-        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
-        self.mlp = MLP(config, tp, sequence_parallel, device, dtype)
-
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """hidden [seq, batch, hidden] -> the same; [seq / tp, ..] under sequence parallel."""
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), context)
-        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
-
-
-class DecoderBlock(nn.Module):
-    """The layers and the norm behind them."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.activation_checkpointing = False
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp, sequence_parallel, device, dtype) for layer in range(config.num_layers)
-        )
-        varies_over = (tp,) if sequence_parallel else ()
-        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
-
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """hidden [seq, batch, hidden] -> the same; [seq / tp, ..] under sequence parallel."""
-        recompute = self.activation_checkpointing and context.cache is None and torch.is_grad_enabled()
-        for layer in self.layers:
-            hidden = checkpoint(layer, hidden, context, use_reentrant=False) if recompute else layer(hidden, context)
-        return self.final_layernorm(hidden)
+__all__ = ["Decoder"]
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model, divided over the tensor-parallel axis of the mesh.
+    """A decoder-only language model, divided over the tensor-parallel axis of the mesh; experts over their own.
 
     Its weights are a function of a seed and the layout-free shapes, see
     [`reset_parameters`][meshpeft.models.Decoder.reset_parameters]; on the meta device they are left empty.
 
     Args:
         config: sizes and variations.
-        parallel: its `tensor_model_parallel_size` must be the mesh's; `sequence_parallel`, `dtype` and
-            `perform_initialization` are read. By default the mesh as it is, without sequence parallel.
+        parallel: its sizes must be the mesh's; `sequence_parallel`, `dtype` and `perform_initialization` are read.
+            By default the mesh as it is, without sequence parallel.
         device: of the parameters; torch's default device by default.
         dtype: of the parameters and activations; `parallel.dtype` by default.
 
@@ -108,15 +57,16 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        tp = parallel_group_info().tp
+        info = parallel_group_info()
+        tp = info.tp
         if parallel is None:
-            parallel = ModelParallelConfig(tensor_model_parallel_size=tp.world_size)
-        check_divisible(config, parallel)
-        if parallel.tensor_model_parallel_size != tp.world_size:
-            raise ModelError(
-                f"tensor_model_parallel_size={parallel.tensor_model_parallel_size}, but the mesh has "
-                f"tp={tp.world_size}; call init_parallelism with the same size first"
+            parallel = ModelParallelConfig(
+                tensor_model_parallel_size=tp.world_size,
+                expert_model_parallel_size=1 if config.moe is None else info.ep.world_size,
+                expert_tensor_parallel_size=info.etp.world_size,
             )
+        check_divisible(config, parallel)
+        _check_mesh(config, parallel, info)
         self.config = config
         self.parallel = parallel
         self.tp = tp
@@ -195,7 +145,8 @@ class Decoder(nn.Module):
         *,
         gather_logits: bool = False,
         last_token_only: bool = False,
-    ) -> Tensor:
+        return_router_loss: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the next token at every position.
 
         Args:
@@ -206,26 +157,38 @@ class Decoder(nn.Module):
             cache: holds the tokens before these; they are added to it.
             gather_logits: return the whole vocabulary on every rank.
             last_token_only: return the logits of the last position only: [batch, 1, ..].
+            return_router_loss: return the load-balancing loss of each row too.
 
         Returns:
             [batch, seq, vocab_size / tp], `S(-1)` over tensor parallel, in the type of the parameters; or
-            [batch, seq, vocab_size].
+            [batch, seq, vocab_size]. With `return_router_loss`, a pair of that and of [batch] in float32 or wider,
+            `I` over tensor parallel: for each row, the mean over the layers with experts of their
+            [`load_balancing_loss`][meshpeft.models.router.load_balancing_loss]; padding does not count.
 
         Raises:
-            ModelError: arguments of different shapes, or documents with a cache but without positions.
+            ModelError: arguments of different shapes, documents with a cache but without positions, or the router
+                loss of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
+        if return_router_loss and not any(self.config.has_experts(layer) for layer in range(self.config.num_layers)):
+            raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
         length = input_ids.shape[1]
         padding = -length % self.tp.world_size if self.sequence_parallel else 0
         hidden = self.embedding(_pad(input_ids, padding, 0).t())
         context = self._context(length + padding, padding, position_ids, document_ids, cache, input_ids.device)
-        hidden = self.decoder(hidden, context)
+        if return_router_loss:
+            real = torch.ones_like(input_ids, dtype=torch.bool) if document_ids is None else document_ids != -1
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            context = replace(context, rows=rows_of_tokens(_pad(real, padding, False).t(), self.tp, wide))
+        hidden, router_loss = self.decoder(hidden, context)
         if cache is not None:
             cache.advance(length, _join(cache.document_ids, document_ids))
         if last_token_only:
             hidden, length = self._keep_last(hidden, length), 1
         logits = self.output_layer(hidden)[:length].transpose(0, 1)
-        return mp_gather(logits, -1, self.tp) if gather_logits else logits
+        if gather_logits:
+            logits = mp_gather(logits, -1, self.tp)
+        return logits if router_loss is None else (logits, router_loss)
 
     def _check_inputs(
         self,
@@ -279,6 +242,20 @@ class Decoder(nn.Module):
         # One copy for each rank's token shard.
         last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
         return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
+
+
+def _check_mesh(config: DecoderConfig, parallel: ModelParallelConfig, info: ParallelGroupInfo) -> None:
+    sizes = {"tensor_model_parallel_size": (parallel.tensor_model_parallel_size, info.tp)}
+    if config.moe is not None:
+        etp = parallel.expert_tensor_parallel_size
+        sizes["expert_model_parallel_size"] = (parallel.expert_model_parallel_size, info.ep)
+        sizes["expert_tensor_parallel_size"] = (info.tp.world_size if etp is None else etp, info.etp)
+    for name, (size, axis) in sizes.items():
+        if size != axis.world_size:
+            raise ModelError(
+                f"{name}={size}, but the mesh has {axis.name}={axis.world_size}; call init_parallelism with the same "
+                "size first"
+            )
 
 
 def _pad(ids: Tensor, padding: int, value: int) -> Tensor:

@@ -7,9 +7,8 @@ field of the file is implemented, known to change no number, at a neutral value,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +16,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.errors import ModelError
+from meshpeft.models.hf_families import FAMILIES, Family
 
 __all__ = ["from_hf", "to_hf"]
 
@@ -32,6 +32,8 @@ _KEPT = (
     "pad_token_id",
     "max_position_embeddings",
     "max_window_layers",
+    "output_router_logits",
+    "router_aux_loss_coef",
     "use_cache",
     "pretraining_tp",
     "dtype",
@@ -64,85 +66,13 @@ _ROPE_FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How one family's configuration class says what the families differ in.
-
-    Attributes:
-        architecture: the class name that checkpoints of a language model carry.
-        fields: implemented beyond `_COMMON`.
-        read: the family's own arguments of `DecoderConfig`, from a transformers configuration.
-        write: the inverse: its own fields.
-    """
-
-    architecture: str
-    fields: frozenset[str]
-    read: Callable[[Any], dict[str, Any]]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-
-
-def _read_llama(hf: Any) -> dict[str, Any]:
-    biased = bool(hf.attention_bias)
-    return {"qkv_bias": biased, "projection_bias": biased, "mlp_bias": bool(hf.mlp_bias)}
-
-
-def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-
-
-def _read_mistral(hf: Any) -> dict[str, Any]:
-    return {"sliding_windows": _windows([hf.sliding_window] * hf.num_hidden_layers)}
-
-
-def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window(0)}
-
-
-def _read_qwen2(hf: Any) -> dict[str, Any]:
-    kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
-    for kind in hf.layer_types:
-        if kind not in kinds:
-            raise ModelError(f"layer_types: {kind!r} is not implemented; implemented: {', '.join(kinds)}")
-    if hf.sliding_window is None and "sliding_attention" in hf.layer_types:
-        raise ModelError("layer_types names sliding_attention, but sliding_window or use_sliding_window is not set")
-    return {"qkv_bias": True, "sliding_windows": _windows([kinds[kind] for kind in hf.layer_types])}
-
-
-def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
-    windows = config.sliding_windows or (None,) * config.num_layers
-    window = next((window for window in windows if window is not None), None)
-    return {
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
-
-
-def _read_qwen3(hf: Any) -> dict[str, Any]:
-    biased = bool(hf.attention_bias)
-    return {**_read_qwen2(hf), "qkv_bias": biased, "projection_bias": biased, "qk_norm": True}
-
-
-def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    return {**_write_qwen2(config), "attention_bias": config.qkv_bias}
-
-
-_SLIDING = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
-_FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", frozenset({"attention_bias", "mlp_bias"}), _read_llama, _write_llama),
-    "mistral": _Family("MistralForCausalLM", frozenset({"sliding_window"}), _read_mistral, _write_mistral),
-    "qwen2": _Family("Qwen2ForCausalLM", _SLIDING, _read_qwen2, _write_qwen2),
-    "qwen3": _Family("Qwen3ForCausalLM", _SLIDING | {"attention_bias"}, _read_qwen3, _write_qwen3),
-}
-
-
 def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
     """See [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
     model_type = fields.get("model_type")
-    family = _FAMILIES.get(str(model_type))
+    family = FAMILIES.get(str(model_type))
     if family is None:
-        raise ModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(_FAMILIES)}")
+        raise ModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
     for architecture in fields.get("architectures") or ():
         if architecture != family.architecture:
             raise ModelError(f"architecture {architecture!r} is not implemented; expected {family.architecture!r}")
@@ -173,9 +103,9 @@ def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> PretrainedConfig:
     """See [`DecoderConfig.to_hf`][meshpeft.models.DecoderConfig.to_hf]."""
-    family = _FAMILIES.get(config.model_type)
+    family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelError(f"model_type {config.model_type!r} is not implemented; implemented: {', '.join(_FAMILIES)}")
+        raise ModelError(f"model_type {config.model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
     rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.kind}
     rope |= {name: getattr(config.rope, name) for name in sorted(_ROPE_FIELDS[config.rope.kind])}
     fields: dict[str, Any] = {
@@ -194,8 +124,7 @@ def to_hf(config: DecoderConfig) -> PretrainedConfig:
         **family.write(config),
         **config.other,
     }
-    # Qwen2's class has no such field, though its model reads one.
-    if config.model_type != "qwen2" or config.head_dim * config.num_attention_heads != config.hidden_size:
+    if family.states_head_dim or config.head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = config.head_dim
     hf = _transformers_config(config.model_type, fields)
     if from_hf(hf) != config:
@@ -203,7 +132,7 @@ def to_hf(config: DecoderConfig) -> PretrainedConfig:
     return hf
 
 
-def _refuse_unknown(name: str, value: Any, family: _Family, model_type: str) -> None:
+def _refuse_unknown(name: str, value: Any, family: Family, model_type: str) -> None:
     known = name in _COMMON or name in family.fields or name in _KEPT or name in _IRRELEVANT
     if known or name.startswith("unsloth_"):
         return
@@ -242,7 +171,3 @@ def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
         if not isinstance(value, (int, float)):
             raise ModelError(f"rope field {name}={value!r} of rope type {kind!r}: expected a number")
     return RopeConfig(theta=values.pop("rope_theta"), kind=kind, **values)
-
-
-def _windows(windows: list[int | None]) -> tuple[int | None, ...] | None:
-    return tuple(windows) if any(window is not None for window in windows) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import hf_tensor_names
+from meshpeft.models.hf_names import StoredPart, stored_forms
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import on_each_rank
@@ -32,10 +32,10 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """Load a Llama, Mistral, Qwen2 or Qwen3 model that transformers saved. Not a collective.
+    """Load a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE model that transformers saved. Not a collective.
 
     The parameters start empty and each is replaced by this rank's slice of the file, so a rank holds its share of
-    the model and one tensor more at most.
+    the model and one tensor more at most. Experts may be stacked in the files, or stored one by one.
 
     Args:
         directory: holds `config.json` and safetensors weights in one or several files.
@@ -53,12 +53,13 @@ def load_pretrained(
     target = torch.get_default_device() if device is None else torch.device(device)
     with WeightFiles(directory) as files:
         decoder = Decoder(config, parallel, device="meta", dtype=dtype)
-        names = _tensor_names(decoder)
+        stored = _stored_parts(decoder, files)
+        names = {name for parts in stored.values() for part in parts for name in part.names}
         _check_tensors(files, names, config, directory)
-        dtype = _common_dtype(files, (name for stored in names.values() for name in stored)) if dtype is None else dtype
-        for parameter, stored in names.items():
+        dtype = _common_dtype(files, names) if dtype is None else dtype
+        for parameter, parts in stored.items():
             layout = _layout(decoder, parameter)
-            decoder.assign_parameter(parameter, _read(files, stored, layout, dtype, target))
+            decoder.assign_parameter(parameter, _read(files, parts, layout, dtype, target))
     decoder.tie_weights()
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
@@ -71,12 +72,18 @@ def _layout(decoder: Decoder, parameter: str) -> TensorLayout:
     return layout
 
 
-def _tensor_names(decoder: Decoder) -> dict[str, list[str]]:
-    return {name: hf_tensor_names(name, _layout(decoder, name)) for name, _ in decoder.named_parameters()}
+def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
+    """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
+    held = files.names()
+
+    def form(parameter: str) -> list[StoredPart]:
+        forms = stored_forms(parameter, _layout(decoder, parameter), decoder.config.model_type)
+        return next((form for form in forms if all(held.issuperset(part.names) for part in form)), forms[0])
+
+    return {parameter: form(parameter) for parameter, _ in decoder.named_parameters()}
 
 
-def _check_tensors(files: WeightFiles, names: dict[str, list[str]], config: DecoderConfig, directory: Path) -> None:
-    expected = {name for stored in names.values() for name in stored}
+def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig, directory: Path) -> None:
     missing = sorted(expected - files.names())
     if missing:
         raise ModelError(f"{directory} lacks {_some(missing)}, which a {config.model_type} model of its config has")
@@ -109,15 +116,32 @@ def _read_box(
     return files.read(name, tuple(offset), tuple(shape), dtype, device)
 
 
+@on_each_rank
+def _read_experts(
+    files: WeightFiles, names: list[str], offset: list[int], shape: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A box [experts, ..] of a stack whose matrices are stored one by one."""
+    stack = torch.empty(shape, dtype=dtype, device=device)
+    for index in range(shape[0]):
+        files.read(names[offset[0] + index], tuple(offset[1:]), tuple(shape[1:]), dtype, device, stack[index])
+    return stack
+
+
 def _read(
-    files: WeightFiles, stored: list[str], layout: TensorLayout, dtype: torch.dtype, device: torch.device
+    files: WeightFiles, stored: list[StoredPart], layout: TensorLayout, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """This rank's slice of a parameter, in packed order."""
     parts = []
-    for name, piece in zip(stored, layout.pieces(), strict=True):
-        if files.shape(name) != piece.global_shape:
-            raise ModelError(
-                f"{name} in {files.directory} has shape {files.shape(name)}; its config says {piece.global_shape}"
-            )
-        parts.append(_read_box(files, name, list(piece.offset), list(piece.shape), dtype, device))
+    for part, piece in zip(stored, layout.pieces(), strict=True):
+        for name in part.names:
+            if files.shape(name) != part.shape:
+                raise ModelError(
+                    f"{name} in {files.directory} has shape {files.shape(name)}; its config says {part.shape}"
+                )
+        offset, shape = list(piece.offset), list(piece.shape)
+        if part.per_expert:
+            parts.append(_read_experts(files, list(part.names), offset, shape, dtype, device))
+        else:
+            offset[layout.packed_dim] = offset[layout.packed_dim] + part.start
+            parts.append(_read_box(files, part.names[0], offset, shape, dtype, device))
     return layout.join_parts(parts)

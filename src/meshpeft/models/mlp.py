@@ -12,11 +12,14 @@ from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.tensor_layout import Packing
 from meshpeft.parallel.typing import dims_follow, typed_as
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "gated_silu"]
 
 
 class MLP(nn.Module):
-    """linear_fc2(silu(gate) * up), with gate and up from one packed `linear_fc1`, divided over tensor parallel."""
+    """linear_fc2(silu(gate) * up), with gate and up from one packed `linear_fc1`, divided over tensor parallel.
+
+    Its width is `config.intermediate_size`, unless another is given.
+    """
 
     def __init__(
         self,
@@ -25,10 +28,12 @@ class MLP(nn.Module):
         sequence_parallel: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         self.shards = tp.world_size
-        width = config.intermediate_size
+        width = config.intermediate_size if width is None else width
         self.packing = Packing(("gate", "up"), (width, width))
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,

@@ -16,7 +16,7 @@ from torch.distributed._local_tensor import LocalTensor
 
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import hf_tensor_names
+from meshpeft.models.hf_names import StoredPart, stored_forms
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
@@ -49,7 +49,10 @@ def save_pretrained(
             (on the other ranks) the writing process failed.
     """
     directory = Path(directory)
-    parameters = [(parameter, *_storage(name, parameter)) for name, parameter in decoder.named_parameters()]
+    parameters = [
+        (parameter, *_storage(name, parameter, decoder.config.model_type))
+        for name, parameter in decoder.named_parameters()
+    ]
     config = decoder.config.to_hf()
     config.dtype = decoder.embedding.weight.dtype
     # Under simulation there is one process, and torch.distributed calls it rank 0.
@@ -63,8 +66,9 @@ def save_pretrained(
         full = layout.gather(parameter)
         with _kept(failures):
             if writer is not None and not failures:
-                for name, part in zip(stored, _canonical_parts(full, layout), strict=True):
-                    writer.add(name, part)
+                for part, values in zip(stored, _canonical_parts(full, layout), strict=True):
+                    for name, tensor in zip(part.names, values if part.per_expert else [values], strict=True):
+                        writer.add(name, tensor)
     with _kept(failures):
         if writer is not None and not failures:
             config.to_json_file(writer.folder / _CONFIG_NAME)
@@ -74,12 +78,12 @@ def save_pretrained(
     _raise_everywhere(failures, directory)
 
 
-def _storage(name: str, parameter: Tensor) -> tuple[TensorLayout, list[str]]:
+def _storage(name: str, parameter: Tensor, model_type: str) -> tuple[TensorLayout, list[StoredPart]]:
     layout = layout_of_tensor(parameter)
     if layout is None:
         raise ModelError(f"{name} has no layout, so it cannot be saved")
     try:
-        return layout, hf_tensor_names(name, layout)
+        return layout, stored_forms(name, layout, model_type)[0]
     except ModelError as error:
         raise ModelError(f"{error}; merge adapters before saving the model") from error
 

@@ -108,9 +108,16 @@ class WeightFiles:
         return _DTYPES[stored]
 
     def read(
-        self, name: str, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """A box of a tensor, cast to `dtype`; nothing else of the tensor is read."""
+        """A box of a tensor, cast to `dtype`; nothing else of the tensor is read. Into `out`, if it is given."""
         box = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
         # What safetensors returns is a view of the mapped file: the copy lets the file go.
-        return torch.empty(shape, dtype=dtype, device=device).copy_(self._files[name].get_slice(name)[box])
+        target = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+        return target.copy_(self._files[name].get_slice(name)[box])

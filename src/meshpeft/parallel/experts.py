@@ -46,6 +46,7 @@ class _GroupedLinear(ShardedTensors, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         perform_initialization: bool = True,
+        config: Any = None,
     ) -> None:
         info = parallel_group_info()
         expert_axis = info.ep if expert_axis is None else expert_axis
@@ -63,6 +64,7 @@ class _GroupedLinear(ShardedTensors, nn.Module):
                 f"expert_tensor_parallel={axis.world_size}; use a divisor of {divided}"
             )
         super().__init__()
+        self.config = config
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.num_local_experts = num_experts // expert_axis.world_size
         self.layout = LinearLayout(
@@ -121,6 +123,7 @@ class GroupedColumnParallelLinear(_GroupedLinear):
         packing: the canonical parts of the output features (gate, up).
         expert_axis, axis: expert parallel and expert-tensor parallel by default.
         device, dtype, perform_initialization: as in `ColumnParallelLinear`.
+        config: of the layer of experts, kept as `config`; adapters read its `moe_router_topk`.
 
     Raises:
         ParallelError: sizes that do not divide.

@@ -29,6 +29,7 @@ def group_offsets(tokens_per_expert: Tensor) -> Tensor:
     return tokens_per_expert.cumsum(0).to(torch.int32)
 
 
+@on_each_rank
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -> Tensor:
     """One product per group, no gradient.
 
@@ -43,6 +44,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -
     return out[:, :width]
 
 
+@on_each_rank
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """a [T, N], b [T, K] -> [E, N, K], the sum over each group's rows of a^T b; zero for an empty group."""
     if a.dtype not in _GROUPED_TYPES:
@@ -61,7 +63,6 @@ def _aligned(t: Tensor, dim: int) -> Tensor:
     return F.pad(t, (0, missing) if dim == -1 else (0, 0, 0, missing))
 
 
-@on_each_rank
 def _per_group(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> Tensor:
     out = x.new_empty((x.shape[0], weight.shape[-2] if transpose else weight.shape[-1]))
     start = 0
@@ -71,7 +72,6 @@ def _per_group(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> T
     return out
 
 
-@on_each_rank
 def _outer_per_group(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     out = a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
     start = 0
