@@ -91,7 +91,7 @@ class _FusedDoRA(Function):
         scale: float,
         norms: RowNorms | None,
     ) -> Tensor:
-        w = read_weight(weight, source)
+        w = read_weight(weight, source, x.dtype)
         adapter_input = x if dropped is None else dropped
         h = torch.mm(flat(adapter_input), a.to(x.dtype).t()).mul_(scale)
         z = torch.mm(flat(adapter_input), w.t()).addmm_(h, b.to(x.dtype).t())
@@ -145,7 +145,7 @@ class _FusedDoRA(Function):
             if need_a:
                 da = torch.mm(dh.t(), flat(adapter_input)).to(a.dtype)
             if need_x or need_dropped:
-                w = read_weight(weight, ctx.source)
+                w = read_weight(weight, ctx.source, dy.dtype)
                 if ctx.has_dropout:
                     dx = torch.mm(dy, w) if need_x else None
                     # One product for both of W's gradients of x'.

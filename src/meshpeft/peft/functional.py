@@ -32,12 +32,14 @@ __all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "product", "rea
 WeightSource = Tensor | Callable[[], Tensor]
 
 
-def read_weight(weight: Tensor | None, source: Callable[[], Tensor] | None) -> Tensor:
-    """The stored weight, or the one that `source` makes."""
+def read_weight(
+    weight: Tensor | None, source: Callable[[], Tensor] | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The stored weight, or the one that `source` makes, in the type of the product (another one under autocast)."""
     if weight is not None:
         return weight
     assert source is not None
-    return source().detach()
+    return source().detach().to(dtype=dtype)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class _FusedLoRA(Function):
         b: Tensor,
         scale: float,
     ) -> Tensor:
-        w = read_weight(weight, source)
+        w = read_weight(weight, source, x.dtype)
         # The scale goes on to h, the smallest tensor here; h is kept scaled, as dB needs it.
         h = torch.mm(flat(x if dropped is None else dropped), a.to(x.dtype).t()).mul_(scale)
         y = torch.mm(flat(x), w.t()).addmm_(h, b.to(x.dtype).t())
@@ -92,7 +94,7 @@ class _FusedLoRA(Function):
         if need_w:
             dw = torch.mm(dy.t(), flat(x))
         if need_x:
-            dx = torch.mm(dy, read_weight(weight, ctx.source))
+            dx = torch.mm(dy, read_weight(weight, ctx.source, dy.dtype))
         if need_a or need_x or need_dropped:
             dh = torch.mm(dy, b.to(dy.dtype)).mul_(ctx.scale)
             if need_a:
