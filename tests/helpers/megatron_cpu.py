@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from queue import Queue
 from typing import Any
 from unittest import mock
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor, nn
 
@@ -32,8 +35,12 @@ def megatron_on_cpu(**sizes: int) -> Iterator[None]:
             (megatron_random, "_get_cuda_rng_state", lambda **kwargs: torch.zeros(1, dtype=torch.uint8)),
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
             (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
+            # A queue in a process of its own, for writers that outlive the call.
+            (filesystem_async, "_get_write_results_queue", Queue),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
+        # Its writers are processes, which the workers of tests (daemons) may not start otherwise.
+        stack.enter_context(mock.patch.dict(multiprocessing.current_process()._config, daemon=False))
         parallel_state.initialize_model_parallel(**sizes)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -20,7 +22,15 @@ from torch import Tensor, nn
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import Decoder
 from meshpeft.models.rotary import inverse_frequencies
-from meshpeft.parallel import ParallelAxis, TensorLayout, describe_layers, layer_type_of, layout_of, layout_of_tensor
+from meshpeft.parallel import (
+    ParallelAxis,
+    TensorLayout,
+    describe_layers,
+    gradient_norm,
+    layer_type_of,
+    layout_of,
+    layout_of_tensor,
+)
 from meshpeft.parallel import vocab_parallel_cross_entropy as cross_entropy
 from meshpeft.parallel.init import draw_full
 from meshpeft.peft import PEFT
@@ -138,6 +148,7 @@ class Run:
     """What must not depend on the layout, nor on whose model it is; tensors have their full shapes."""
 
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -176,6 +187,9 @@ def _train(wrapped: nn.Module, model: nn.Module, axis: ParallelAxis | None, step
             finalize_model_grads([wrapped])
             for parameter in trainable.values():
                 parameter.grad = parameter.main_grad
+        run.norms.append(
+            gradient_norm(trainable.values()).item() if axis is None else megatron_norm(trainable.values())
+        )
         run.losses.append(loss.item())
         if step == 0:
             run.gradients = {name: whole(parameter, parameter.grad) for name, parameter in trainable.items()}
@@ -183,6 +197,15 @@ def _train(wrapped: nn.Module, model: nn.Module, axis: ParallelAxis | None, step
         optimizer.zero_grad()
     run.weights = {name: whole(parameter, parameter) for name, parameter in trainable.items()}
     return run
+
+
+def megatron_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of all gradients, counted by Megatron's rule, in float64 (its own function works in float32)."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    counted = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p, group)]
+    total = torch.stack([grad.square().sum() for grad in counted]).sum() if counted else torch.zeros(()).double()
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.sqrt().item()
 
 
 def whole(parameter: Tensor, value: Tensor) -> Tensor:
@@ -195,7 +218,8 @@ def whole(parameter: Tensor, value: Tensor) -> Tensor:
 def largest_error(got: Run, want: Run) -> float:
     """The largest relative error of anything; of tensors, relative to their largest value."""
     assert got.gradients.keys() == want.gradients.keys() and got.weights.keys() == want.weights.keys()
-    errors = [abs(a / b - 1) for a, b in zip(got.losses, want.losses, strict=True)]
+    scalars = zip(got.losses + got.norms, want.losses + want.norms, strict=True)
+    errors = [abs(mine / theirs - 1) for mine, theirs in scalars]
     for mine, theirs in ((got.gradients, want.gradients), (got.weights, want.weights)):
         errors += [float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs]
     return max(errors)

@@ -1,7 +1,7 @@
 """Megatron-Core's layers: what they say about themselves, in this package's words.
 
-Their forwards hide their collectives, so adapters run beside them. Process groups are the layers' own; only the
-data-parallel group, which no layer holds, is asked of `parallel_state`.
+Their forwards hide their collectives, so adapters run beside them. Process groups are the layers' own; those that a
+layer does not hold are `parallel_state`'s.
 
 | layer | layout |
 |---|---|
@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
@@ -27,9 +26,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from meshpeft.engines.megatron_checkpoint import megatron_entries
+from meshpeft.engines.megatron_mesh import megatron_mesh
 from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.parallel import (
@@ -44,6 +43,7 @@ from meshpeft.parallel import (
     parallel_group_info,
     register_container_type,
     register_layer_type,
+    register_mesh_provider,
 )
 from meshpeft.parallel.init import stride_packing
 
@@ -53,24 +53,14 @@ __all__: list[str] = []
 def _model_axis(layer: Any) -> ParallelAxis:
     """The axis that divides the layer: expert-tensor parallel for experts, else tensor parallel."""
     expert = getattr(layer, "is_expert", False)
-    group: ProcessGroup | None = layer.tp_group
-    if group is None and parallel_state.is_initialized():
-        group = (
-            parallel_state.get_expert_tensor_parallel_group()
-            if expert
-            else parallel_state.get_tensor_model_parallel_group()
-        )
-    return axis_of_group("etp" if expert else "tp", group)
+    if layer.tp_group is not None:
+        return axis_of_group("etp" if expert else "tp", layer.tp_group)
+    return parallel_group_info().etp if expert else parallel_group_info().tp
 
 
 def _data_axis(expert: bool) -> ParallelAxis:
-    """The axis over which gradients of different tokens are summed; ranks of context parallel hold such, too."""
-    if not parallel_state.is_initialized():
-        info = parallel_group_info()
-        return info.edp if expert else info.dp
-    if expert:
-        return axis_of_group("edp", parallel_state.get_expert_data_parallel_group())
-    return axis_of_group("dp", parallel_state.get_data_parallel_group(with_context_parallel=True))
+    """The axis over which gradients of different tokens are summed, which no layer holds."""
+    return parallel_group_info().edp if expert else parallel_group_info().dp
 
 
 def _marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
@@ -177,6 +167,7 @@ def _expert_numbers(experts: SequentialMLP) -> dict[nn.Module, str]:
     return {expert: str(first + index) for index, expert in enumerate(experts.local_experts)}
 
 
+register_mesh_provider(megatron_mesh)
 register_layer_type(
     ColumnParallelLinear,
     LayerType(layout=_column, weight=_weight, gathers=_gathers, checkpoint=megatron_entries),

@@ -48,6 +48,7 @@ from meshpeft.parallel.mesh import (
     is_simulated,
     on_each_rank,
     parallel_group_info,
+    register_mesh_provider,
 )
 from meshpeft.parallel.random import draw_seed, dropout, dropout_mask, set_seed
 from meshpeft.parallel.sharded_tensor import ShardedStateDict, ShardedTensor, ShardedTensors, sharded_state_dict
@@ -112,6 +113,7 @@ __all__ = [
     "register_container_type",
     "register_engine",
     "register_layer_type",
+    "register_mesh_provider",
     "set_layout",
     "set_seed",
     "sharded_state_dict",

@@ -1,19 +1,20 @@
 """What is known about classes of modules, and where it is said about those of optional packages.
 
 A module that describes the classes of an optional package (an engine) is imported when the first instance of such a
-class is met, and never where the package is absent: nothing here imports an engine by itself, and the engines'
-package is only named, by [`register_engine`][meshpeft.parallel.register_engine].
+class is met, and never where the package is absent. The engines introduce themselves by
+[`register_engine`][meshpeft.parallel.register_engine]: no engine is named here.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from torch import nn
 
-__all__ = ["ClassRegistry", "register_engine"]
+__all__ = ["ClassRegistry", "load_engines_in_use", "register_engine"]
 
 T = TypeVar("T")
 
@@ -40,8 +41,18 @@ def _load_engines(cls: type) -> None:
     _asked.add(cls)
     for base in cls.__mro__:
         for package in [package for package in _engines if _is_inside(base.__module__, package)]:
-            # Taken out first: the engine's own import may ask for its classes.
-            importlib.import_module(_engines.pop(package))
+            _load_engine(package)
+
+
+def load_engines_in_use() -> None:
+    """Import the engines whose packages the program has imported."""
+    for package in [package for package in _engines if package in sys.modules]:
+        _load_engine(package)
+
+
+def _load_engine(package: str) -> None:
+    # Taken out first: the engine's own import may ask for its classes.
+    importlib.import_module(_engines.pop(package))
 
 
 def _is_inside(module: str, package: str) -> bool:

@@ -47,7 +47,8 @@ def _reduction_groups(axes: tuple[ParallelAxis, ...]) -> tuple[ParallelAxis, ...
         return axes
     info = parallel_group_info()
     own = all(getattr(info, axis.name, None) is axis for axis in axes)
-    return (info.joined(axis.name for axis in axes),) if own else axes
+    joined = info.joined_axes.get(frozenset(axis.name for axis in axes)) if own else None
+    return axes if joined is None else (joined,)
 
 
 def finalize_gradients(source: nn.Module | Iterable[Tensor]) -> None:

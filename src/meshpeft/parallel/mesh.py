@@ -32,6 +32,7 @@ from torch.distributed._local_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "is_simulated",
     "on_each_rank",
     "parallel_group_info",
+    "register_mesh_provider",
 ]
 
 DENSE_AXES = ("pp", "dp", "tp")
@@ -142,10 +144,29 @@ _SERIAL = ParallelGroupInfo(
     joined_axes={},
 )
 _current: ParallelGroupInfo = _SERIAL
+_providers: list[Callable[[], ParallelGroupInfo | None]] = []
+
+
+def register_mesh_provider(provider: Callable[[], ParallelGroupInfo | None]) -> None:
+    """Let an engine say which groups its package has made, where `init_parallelism` made none.
+
+    Args:
+        provider: the groups, the same object while they are the same; or `None` if there are none.
+    """
+    _providers.append(provider)
 
 
 def parallel_group_info() -> ParallelGroupInfo:
-    """The groups made by [`init_parallelism`][meshpeft.parallel.init_parallelism]; all of size 1 before it."""
+    """The groups made by [`init_parallelism`][meshpeft.parallel.init_parallelism].
+
+    Before it they are those that an engine's package has made (Megatron's `parallel_state`); else all of size 1.
+    """
+    if _current is _SERIAL:
+        load_engines_in_use()
+        for provider in _providers:
+            provided = provider()
+            if provided is not None:
+                return provided
     return _current
 
 

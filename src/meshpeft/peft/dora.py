@@ -13,8 +13,9 @@ from meshpeft.peft.dora_functional import fused_dora, magnitude_scale, scale_of
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import WeightSource
 from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.parallel_adapter import ParallelLinearAdapter, place
+from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.row_norms import RowNorms
+from meshpeft.peft.standalone_layout import place
 from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter"]
@@ -114,6 +115,8 @@ class DoRALinear(AdapterWrapper):
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """W x + (g - 1) W x' + g s B A x', from the outputs of base and adapter."""
         adapter = self.adapter
+        if self.gathers_now(kwargs):
+            raise AdapterError("DoRA beside a layer that gathers its output is not possible; gather it afterwards")
         base = self.base_linear_forward(x, *args, **kwargs)
         adapter_input = x if base.layernorm is None else base.layernorm
         dropped = adapter.drop_input(adapter_input)

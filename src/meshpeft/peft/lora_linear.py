@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshpeft.parallel import mp_gather
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.functional import fused_lora, product
 from meshpeft.peft.wrapper import AdapterWrapper
@@ -44,6 +45,8 @@ class LowRankWrapper(AdapterWrapper):
         """The base's output plus the adapter's."""
         base = self.base_linear_forward(x, *args, **kwargs)
         delta = self.one_adapter.delta(x if base.layernorm is None else base.layernorm, *self.factors())
+        if self.gathers_now(kwargs):
+            delta = mp_gather(delta, -1, self.one_adapter.layout.axis)
         return base.rebuild(base.linear + delta)
 
     @torch.no_grad()

@@ -137,6 +137,23 @@ class AdapterWrapper(nn.Module):
             "or ((output, layernorm_output), bias)"
         )
 
+    def gathers_now(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call of the base gathers an output that its layout says it leaves divided.
+
+        Raises:
+            AdapterError: it leaves divided what its layout says it gathers.
+        """
+        layer_type = self.layer_type
+        if layer_type.gathers is None:
+            return False
+        gathers, stated = layer_type.gathers(self.to_wrap, kwargs), layer_type.layout(self.to_wrap).gather_output
+        if stated and not gathers:
+            raise AdapterError(
+                f"{type(self.to_wrap).__name__} was made to gather its output and called not to; its adapter gathers. "
+                "Make it with gather_output=False, and ask for gathering in the call"
+            )
+        return gathers and not stated
+
     def stored_weight(self) -> nn.Parameter | None:
         """The base's local weight if it is stored as it is used; `None` if it is made anew (dequantised) each time."""
         weight = getattr(self.to_wrap, "weight", None)

@@ -1,0 +1,63 @@
+"""Saving and loading adapted Megatron models with its `dist_checkpointing`, in real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.megatron_cpu import megatron_on_cpu
+from helpers.megatron_runs import make_gpt, whole
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from meshpeft.parallel import named_init_
+from meshpeft.peft import PEFT
+
+
+def save_and_load(
+    method: PEFT, directory: Path, saved_at: int, loaded_at: int, metadata: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Save model and optimizer at one size of tensor parallel, load them at another; both, in full shapes."""
+    with megatron_on_cpu(tensor_model_parallel_size=saved_at):
+        model, optimizer = _trainee(method, seed=0)
+        dist_checkpointing.save(_sharded(model, optimizer, metadata), str(directory))
+        saved = _whole(model, optimizer)
+    with megatron_on_cpu(tensor_model_parallel_size=loaded_at):
+        model, optimizer = _trainee(method, seed=1)
+        loaded = dist_checkpointing.load(_sharded(model, optimizer, metadata), str(directory))
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        return saved, _whole(model, optimizer)
+
+
+def _trainee(method: PEFT, seed: int) -> tuple[GPTModel, torch.optim.Optimizer]:
+    """A model and its optimizer, of random parameters and states."""
+    model = method(make_gpt())
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.1, momentum=0.9)
+    for name, parameter in trainable.items():
+        named_init_(parameter, lambda full: full.normal_(), seed, name)
+        parameter.grad = parameter.detach() ** 2
+    optimizer.step()
+    return model, optimizer
+
+
+def _sharded(model: GPTModel, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]) -> dict[str, Any]:
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    entries = model.sharded_state_dict(metadata=groups | metadata)
+    state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optim_state_to_sharding_state(state, get_param_id_to_sharded_param_map(entries, parameters))
+    return {"model": entries, "optimizer": state}
+
+
+def _whole(model: GPTModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = whole(parameter, parameter)
+            found[f"{name}/momentum"] = whole(parameter, optimizer.state[parameter]["momentum_buffer"])
+    return found
