@@ -32,9 +32,7 @@ __all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "product", "rea
 WeightSource = Tensor | Callable[[], Tensor]
 
 
-def read_weight(
-    weight: Tensor | None, source: Callable[[], Tensor] | None, dtype: torch.dtype | None = None
-) -> Tensor:
+def read_weight(weight: Tensor | None, source: Callable[[], Tensor] | None, dtype: torch.dtype | None = None) -> Tensor:
     """The stored weight, or the one that `source` makes, in the type of the product (another one under autocast)."""
     if weight is not None:
         return weight
