@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from meshpeft.parallel import (
     mp_gather,
     mp_reduce,
     mp_scatter,
-    parallel_group_info,
     sp_gather,
     sp_reduce_scatter,
 )
@@ -40,6 +38,7 @@ from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import product
 from meshpeft.peft.initialization import InitMethod, init_method_of
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
+from meshpeft.peft.standalone_layout import layout_of_flags, parameter_type, place
 
 __all__ = ["ParallelLinearAdapter"]
 
@@ -127,7 +126,7 @@ class ParallelLinearAdapter(LowRankAdapter):
             )
         config: Any = model_parallel_config
         if layout is None:
-            layout = _layout_of_flags(
+            layout = layout_of_flags(
                 in_features,
                 out_features,
                 input_is_parallel,
@@ -159,7 +158,7 @@ class ParallelLinearAdapter(LowRankAdapter):
             fused=fused,
             use_rslora=use_rslora,
             seed=seed,
-            dtype=_parameter_type(config) if dtype is None else dtype,
+            dtype=parameter_type(config) if dtype is None else dtype,
             device=device,
             initialize=config.perform_initialization,
             factor_layouts=(factor_a, factor_b),
@@ -255,59 +254,9 @@ class ParallelLinearAdapter(LowRankAdapter):
         return torch.cat([mp_gather(part, -1, axis) for part in parts], -1)
 
 
-def place(stated: TensorLayout, summed_later: bool) -> tuple[TensorLayout, ParallelAxis | None]:
-    """Where a parameter lies, and the axis over which `mp_copy` sums its gradient inside the backward pass.
-
-    Args:
-        stated: the layout that the base's layout gives the parameter.
-        summed_later: a partial gradient stays so, for `finalize_gradients` or the engine's own finalisation.
-    """
-    if summed_later or not stated.grad_partial:
-        return stated, None
-    (axis,) = stated.grad_partial
-    return replace(stated, grad_partial=()), axis
-
-
 def _own_columns(h: Tensor, axis: ParallelAxis) -> Tensor:
     """[r] of ones and zeros: the columns of h that are this rank's to multiply, each column on one rank."""
     rank, size = h.shape[-1], axis.world_size
     owner = torch.arange(rank) * size // rank
     masks = (owner == torch.arange(size).unsqueeze(1)).to(dtype=h.dtype, device=h.device)
     return TensorLayout((size, rank), ((0, axis),)).slice(masks)[0]
-
-
-def _parameter_type(config: Any) -> torch.dtype:
-    """Type of new parameters by a parallel config, ours or Megatron's."""
-    if config.bf16:
-        return torch.bfloat16
-    return torch.float16 if config.fp16 else config.params_dtype
-
-
-def _layout_of_flags(
-    in_features: int,
-    out_features: int,
-    input_is_parallel: bool,
-    is_expert: bool,
-    sequence_parallel: bool,
-    disable_sequence_parallel_comm: bool,
-    base_linear_is_parallel: bool,
-) -> LinearLayout:
-    """The layout that the documented flags describe."""
-    info = parallel_group_info()
-    axis = info.etp if is_expert else info.tp
-    if not base_linear_is_parallel:
-        return LinearLayout(
-            in_features, out_features, None, axis, sequence_parallel=sequence_parallel and not is_expert
-        )
-    # Experts see gathered tokens and leave their sums to the token dispatcher.
-    gathered = is_expert or (sequence_parallel and disable_sequence_parallel_comm)
-    return LinearLayout(
-        in_features,
-        out_features,
-        "in" if input_is_parallel else "out",
-        axis,
-        sequence_parallel=sequence_parallel and not disable_sequence_parallel_comm and not is_expert,
-        input_is_parallel=input_is_parallel,
-        output_is_partial=input_is_parallel and is_expert,
-        input_grad_is_reduced_outside=not input_is_parallel and gathered,
-    )
