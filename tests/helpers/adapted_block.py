@@ -37,13 +37,9 @@ class Block(nn.Module):
         self.qkv = Packing(("q", "k", "v"), (q, k, k), blocks=GROUPS)
         self.gate_up = Packing(("gate", "up"), (WIDTH, WIDTH))
         attention, mlp = nn.Module(), nn.Module()
-        attention.linear_qkv = ColumnParallelLinear(
-            HIDDEN, q + 2 * k, gather_output=False, packing=self.qkv, **kwargs
-        )
+        attention.linear_qkv = ColumnParallelLinear(HIDDEN, q + 2 * k, gather_output=False, packing=self.qkv, **kwargs)
         attention.linear_proj = RowParallelLinear(q, HIDDEN, input_is_parallel=True, **kwargs)
-        mlp.linear_fc1 = ColumnParallelLinear(
-            HIDDEN, 2 * WIDTH, gather_output=False, packing=self.gate_up, **kwargs
-        )
+        mlp.linear_fc1 = ColumnParallelLinear(HIDDEN, 2 * WIDTH, gather_output=False, packing=self.gate_up, **kwargs)
         mlp.linear_fc2 = RowParallelLinear(WIDTH, HIDDEN, input_is_parallel=True, **kwargs)
         self.self_attention, self.mlp = attention, mlp
         self.shards = attention.linear_qkv.layout.axis.world_size
