@@ -100,7 +100,12 @@ class _Integer(WeightFormat):
         block = (*(1,) * (weight.dim() - 1), block_size)
         limits = (torch.int8, self.lowest, self.highest)
         scales, zeros = torchao.choose_qparams_affine(
-            weight, torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, block, *limits, scale_dtype=torch.float32
+            weight,
+            torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+            block,
+            *limits,
+            scale_dtype=torch.float32,
+            keepdim=True,
         )
         codes = torchao.quantize_affine(weight, block, scales, zeros, *limits)
         return Packed(self._to_bytes(codes), scales)

@@ -109,11 +109,13 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
     m, n = matrices.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     block = matrices @ torch.randn(n, width, generator=generator, dtype=matrices.dtype).to(matrices.device)
+    # Products are relative to |M|^2, about the mean square of a random product, so that no size of M leaves float32.
+    size = block.square().mean((-2, -1), keepdim=True).mul_(m).clamp_min_(torch.finfo(block.dtype).tiny)
     # M M^T is made once where that is cheaper than multiplying by M and M^T each time.
-    gram = matrices @ matrices.mT if m <= 2 * width * max(1, products) else None
+    gram = (matrices @ matrices.mT).div_(size) if m <= 2 * width * max(1, products) else None
 
     def square(y: Tensor) -> Tensor:
-        return matrices @ (matrices.mT @ y) if gram is None else gram @ y
+        return (matrices @ (matrices.mT @ y)).div_(size) if gram is None else gram @ y
 
     while products > 0:
         values, ritz, squared = _ritz_vectors(torch.linalg.qr(block).Q, square)
@@ -121,7 +123,7 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
         products -= _DEGREE
     basis = torch.linalg.qr(block).Q
     projected = basis.mT @ matrices
-    _, vectors = torch.linalg.eigh(projected @ projected.mT)
+    _, vectors = torch.linalg.eigh((projected @ projected.mT).div_(size))
     vectors = vectors.flip(-1)[..., :rank]
     left, right = basis @ vectors, vectors.mT @ projected
     values = torch.linalg.vector_norm(right, dim=-1)
