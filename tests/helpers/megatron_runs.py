@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers.collectives import Collective, count_collectives
 from helpers.megatron_cpu import SequenceParallelRMSNorm, megatron_on_cpu
 from helpers.oracle_runs import config as decoder_config
 from megatron.core import parallel_state
@@ -26,10 +28,12 @@ from meshpeft.parallel import (
     ParallelAxis,
     TensorLayout,
     describe_layers,
+    finalize_gradients,
     gradient_norm,
     layer_type_of,
     layout_of,
     layout_of_tensor,
+    parallel_group_info,
 )
 from meshpeft.parallel import vocab_parallel_cross_entropy as cross_entropy
 from meshpeft.parallel.init import draw_full
@@ -137,10 +141,10 @@ def fill(model: GPTModel) -> None:
                 parameter.copy_(weights[name])
 
 
-def logits_of(model: nn.Module) -> Tensor:
+def logits_of(model: nn.Module, **kwargs: Any) -> Tensor:
     ids = token_ids()
     mask = torch.triu(torch.ones(SEQ, SEQ, dtype=torch.bool), 1)[None, None]
-    return model(ids, torch.arange(SEQ).expand(BATCH, SEQ), mask)
+    return model(ids, torch.arange(SEQ).expand(BATCH, SEQ), mask, **kwargs)
 
 
 @dataclass
@@ -153,7 +157,7 @@ class Run:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train_gpt(method: PEFT, tensor_parallel: int, options: dict[str, Any], steps: int = 5) -> Run:
+def train_gpt(method: PEFT, tensor_parallel: int, options: dict[str, Any]) -> Run:
     """A few steps in Megatron's data-parallel wrapper, with its own finalisation of gradients.
 
     Args:
@@ -161,35 +165,35 @@ def train_gpt(method: PEFT, tensor_parallel: int, options: dict[str, Any], steps
     """
     with megatron_on_cpu(tensor_model_parallel_size=tensor_parallel):
         model = method(make_gpt(**options))
-        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-        axis = axis_of_group("tp", parallel_state.get_tensor_model_parallel_group())
-        return _train(wrapped, model, axis, steps)
+        return train(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model), model)
 
 
-def train_decoder(method: PEFT, steps: int = 5) -> Run:
+def train_decoder(method: PEFT) -> Run:
     """The same on our decoder, on one rank."""
     decoder = method(make_decoder())
-    return _train(decoder, decoder, None, steps)
+    return train(decoder, decoder)
 
 
-def _train(wrapped: nn.Module, model: nn.Module, axis: ParallelAxis | None, steps: int) -> Run:
+def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
+    """Fine-tune a model of either package, in Megatron's wrapper or as it is."""
     run = Run()
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0.1)
+    ours = isinstance(model, Decoder)
     for step in range(steps):
-        if axis is None:
-            loss = loss_of(wrapped(token_ids()))
-            loss.backward()
-        else:
+        logits = wrapped(token_ids()) if ours else logits_of(wrapped)
+        loss = loss_of(logits, None if ours else axis_of_group("tp", parallel_state.get_tensor_model_parallel_group()))
+        if isinstance(wrapped, DistributedDataParallel):
             wrapped.zero_grad_buffer()
-            loss = loss_of(logits_of(wrapped), axis)
             loss.backward()
             finalize_model_grads([wrapped])
             for parameter in trainable.values():
                 parameter.grad = parameter.main_grad
-        run.norms.append(
-            gradient_norm(trainable.values()).item() if axis is None else megatron_norm(trainable.values())
-        )
+        else:
+            # Data-parallel ranks have the same rows here, and the sum over them is to be that of one.
+            (loss / parallel_group_info().dp.world_size).backward()
+            finalize_gradients(model)
+        run.norms.append(gradient_norm(model).item() if ours else megatron_norm(trainable.values()))
         run.losses.append(loss.item())
         if step == 0:
             run.gradients = {name: whole(parameter, parameter.grad) for name, parameter in trainable.items()}
@@ -223,3 +227,24 @@ def largest_error(got: Run, want: Run) -> float:
     for mine, theirs in ((got.gradients, want.gradients), (got.weights, want.weights)):
         errors += [float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs]
     return max(errors)
+
+
+def collectives_of(method: PEFT, options: dict[str, Any]) -> tuple[Counter[Collective], Counter[Collective]]:
+    """What one forward and backward pass communicates at tensor parallel 2: with adapters, and without.
+
+    The embedding trains, so that the base's gradients go the whole way back in both.
+    """
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = method(make_gpt(**options))
+        model.embedding.requires_grad_()
+        axis = axis_of_group("tp", parallel_state.get_tensor_model_parallel_group())
+
+        def run() -> Counter[Collective]:
+            with count_collectives() as calls:
+                loss_of(logits_of(model), axis).backward()
+            return Counter(calls)
+
+        run()  # DoRA's norms are computed once per step
+        adapted = run()
+        with method.disable_adapter(model):
+            return adapted, run()

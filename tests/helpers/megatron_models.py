@@ -1,0 +1,118 @@
+"""What is asked of adapted Megatron models in real processes, beside training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers.megatron_cpu import megatron_on_cpu
+from helpers.megatron_layers import MARKS
+from helpers.megatron_runs import Run, logits_of, loss_of, make_gpt, train
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.parallel import ParallelAxis, layout_of, layout_of_tensor, parallel_group_info
+from meshpeft.parallel.communication import all_gather
+from meshpeft.peft import PEFT, ParallelLinearAdapter, adapter_wrappers
+
+
+def train_wrapped_before(method: PEFT, ddp_options: dict[str, Any]) -> Run:
+    """Adapters on a model that was in Megatron's data-parallel wrapper already."""
+    with megatron_on_cpu(tensor_model_parallel_size=1):
+        model = make_gpt()
+        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(**ddp_options), model)
+        assert method(wrapped) is wrapped
+        return train(wrapped, model)
+
+
+def train_with_our_finalisation(method: PEFT, options: dict[str, Any]) -> Run:
+    """Without Megatron's wrapper: this package's `finalize_gradients` sums what it would."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = method(make_gpt(**options))
+        return train(model, model)
+
+
+def half_precision(method: PEFT) -> tuple[list[str], set[torch.dtype], bool]:
+    """(Names of the adapted layers, types of their adapters, all have a gradient), in Megatron's bfloat16 wrapper."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = make_gpt(bf16=True)
+        wrapped = method(Float16Module(model.config, model))
+        loss_of(logits_of(wrapped), _tensor_axis()).backward()
+        wrappers = [wrapper for _, wrapper in adapter_wrappers(wrapped)]
+        parameters = [parameter for wrapper in wrappers for parameter in wrapper.adapter.parameters()]
+        names = [wrapper.adapter.base_name for wrapper in wrappers]
+        finite = all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in parameters)
+        return names, {parameter.dtype for parameter in parameters}, finite
+
+
+def names_in_chunks(method: PEFT) -> list[str]:
+    """Names of the adapted layers of two chunks of a model, as two pipeline stages hold them."""
+    with megatron_on_cpu(tensor_model_parallel_size=1):
+        chunks = [make_gpt(), make_gpt()]
+        for layer in chunks[1].decoder.layers:
+            layer.layer_number += len(chunks[0].decoder.layers)
+        assert method(chunks) is chunks
+        return [wrapper.adapter.base_name for _, wrapper in adapter_wrappers(chunks)]
+
+
+def marks_of_copies(method: PEFT) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Marks and layouts of the adapters' parameters, and of those of copies of the adapters."""
+
+    def marks(adapters: dict[str, nn.Module]) -> dict[str, Any]:
+        return {
+            f"{name}.{own}": [getattr(parameter, mark) for mark in MARKS] + [layout_of_tensor(parameter).global_shape]
+            for name, adapter in adapters.items()
+            for own, parameter in adapter.named_parameters()
+        }
+
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = method(make_gpt(sequence_parallel=True))
+        adapters = {name: wrapper.adapter for name, wrapper in adapter_wrappers(model)}
+        return marks(adapters), marks({name: copy.deepcopy(adapter) for name, adapter in adapters.items()})
+
+
+def gathered_at_run_time(method: PEFT) -> bool:
+    """Whether logits that the output layer gathers when it is asked to are those that it leaves divided otherwise."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = method(make_gpt())
+        divided = logits_of(model).detach()
+        gathered = logits_of(model, runtime_gather_output=True)
+        return torch.equal(all_gather(divided, _tensor_axis(), -1), gathered)
+
+
+def axes_without_parallel_state() -> tuple[list[int], int]:
+    """Sizes of the axes of layers that were handed their group, with no `parallel_state`; and the mesh's."""
+    config = ModelParallelConfig(tensor_model_parallel_size=2, use_cpu_initialization=True)
+    group = dist.new_group([0, 1])
+    layer = ColumnParallelLinear(4, 6, config=config, init_method=nn.init.zeros_, tp_group=group)
+    layout = layout_of(layer)
+    assert layout.axis.group is group and layout_of(layer).axis is layout.axis
+    return [layout.axis.world_size, layout.factor_b(2, fused=False).local_shape[0]], parallel_group_info().tp.world_size
+
+
+def adapter_with_megatrons_config() -> tuple[tuple[int, ...], bool, int]:
+    """Local shape of B, the mark of A, and the size of the axis, of an adapter made from the documented flags."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        config = ModelParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, params_dtype=torch.float64)
+        adapter = ParallelLinearAdapter(
+            8,
+            12,
+            2,
+            "linear",
+            activation="identity",
+            model_parallel_config=config,
+            disable_sequence_parallel_comm=False,
+        )
+        assert adapter.linear_in.weight.dtype == torch.float64
+        marked = adapter.linear_in.weight.sequence_parallel
+        return tuple(adapter.linear_out.weight.shape), marked, adapter.layout.axis.world_size
+
+
+def _tensor_axis() -> ParallelAxis:
+    return axis_of_group("tp", parallel_state.get_tensor_model_parallel_group())
