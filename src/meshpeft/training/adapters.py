@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
 from meshpeft.models import Decoder, DecoderConfig
-from meshpeft.peft import LoRA
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.training.config import FinetuneConfig, tensor_type
 
-__all__ = ["add_adapter", "check_adapter"]
+__all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_targets"]
+
+_METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
+    "lora": LoRA,
+    "canonical_lora": CanonicalLoRA,
+    "dora": DoRA,
+}
 
 
 def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
@@ -24,7 +31,7 @@ def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        _method(config)(model)
+        adapter_method(config)(model)
 
 
 def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
@@ -36,19 +43,43 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
     model = Decoder(base, device="meta")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _method(config)(model)
+        adapter_method(config)(model)
     if caught:
         others = len(caught) - 1
         also = f" (and {others} more of the kind)" if others else ""
         warnings.warn(f"{caught[0].message}{also}", stacklevel=2)
 
 
-def _method(config: FinetuneConfig) -> LoRA:
-    return LoRA(
-        target_modules=list(config.target_modules),
+def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
+    """The method with the options of a run.
+
+    Raises:
+        AdapterError: options that do not go together.
+    """
+    named: dict[str, Any] = {}
+    if config.target_modules:
+        named["target_modules"] = list(config.target_modules)
+    if config.exclude_modules:
+        named["exclude_modules"] = list(config.exclude_modules)
+    return _METHODS[config.method](
+        **named,
         dim=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
+        dropout_position=config.dropout_position,
+        dropout_recompute=config.dropout_recompute,
+        lora_A_init_method=config.lora_a_init_method,
+        lora_B_init_method=config.lora_b_init_method,
+        use_rslora=config.rslora,
+        fused=config.fused,
+        a2a_experimental=config.a2a_experimental,
         lora_dtype=torch.promote_types(tensor_type(config.dtype), torch.float32),
         seed=config.seed,
     )
+
+
+def describe_targets(config: FinetuneConfig) -> str:
+    """The layers that get adapters, for the report of a run."""
+    if config.exclude_modules:
+        return f"every linear layer but {', '.join(config.exclude_modules)}"
+    return ", ".join(adapter_method(config).target_modules)

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 TensorType = Literal["float64", "float32", "bfloat16", "float16"]
+InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
 
 # The help of such an option says itself what leaving it out means.
 _Optional = tyro.conf.arg(help_behavior_hint="")
@@ -79,16 +80,35 @@ class FinetuneConfig(_Layout):
     overwrite: bool = False
     """Replace the run that the output directory holds."""
 
-    method: Literal["lora"] = "lora"
-    """Kind of adapter."""
+    method: Literal["lora", "canonical_lora", "dora"] = "lora"
+    """Kind of adapter: one per layer (lora); separate ones for q, k, v, gate and up (canonical_lora); LoRA on the
+    direction of each row of the weight, with its length trained too (dora)."""
     rank: int = 16
     """Rank of the adapter's two factors."""
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
-    """Dropout on the adapter's input, from 0 up to 1."""
-    target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv."""
+    """Dropout in the adapter, from 0 up to 1."""
+    dropout_position: Literal["pre", "post"] = "pre"
+    """Drop the adapter's input (pre) or its output (post; not with dora)."""
+    dropout_recompute: bool = False
+    """Make dropout masks again in the backward pass instead of keeping them: less memory."""
+    lora_a_init_method: InitMethod = "xavier"
+    """First values of A: xavier, normal, kaiming or zero."""
+    lora_b_init_method: InitMethod = "zero"
+    """First values of B; zero lets training start from the base model."""
+    target_modules: Annotated[tuple[str, ...], _Optional] = ()
+    """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
+    (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
+    Default: every projection of attention and MLP."""
+    exclude_modules: Annotated[tuple[str, ...], _Optional] = ()
+    """Instead of --target-modules: layers, by name or pattern, that get none; every other linear layer does."""
+    fused: bool = True
+    """Run adapters inside their layers' products; --no-fused runs them beside, as on other engines' layers."""
+    a2a_experimental: bool = False
+    """With --no-fused and --sequence-parallel: exchange the outputs of row-parallel adapters by an all-to-all."""
 
     steps: Annotated[int | None, _Optional] = None
     """Optimizer steps. Default: 80 on the embedded data, else what --epochs makes."""
@@ -106,6 +126,8 @@ class FinetuneConfig(_Layout):
     """Learning rate at its peak. Default: 2e-4, or 5e-3 for the small embedded model."""
     warmup: float = 0.05
     """Steps over which the learning rate rises to its peak: a number of steps, or below 1 a part of all steps."""
+    lora_plus: float = 1.0
+    """Learning rate of B over that of A (LoRA+; its authors use 16)."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
@@ -138,13 +160,13 @@ class FinetuneConfig(_Layout):
         _at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "keep")
         _at_least(self, 2, "seq_length")
         _at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed")
-        _above(self, 0, "alpha", "epochs", "lr")
+        _above(self, 0, "alpha", "epochs", "lr", "lora_plus")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a part of the data, between 0 and 1")
-        if not self.target_modules:
-            raise ConfigError("target_modules is empty: name at least one layer")
+        if self.target_modules and self.exclude_modules:
+            raise ConfigError("target_modules and exclude_modules were both given; leave one out")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs} were both given; leave one out")
 
@@ -192,7 +214,8 @@ class FinetuneConfig(_Layout):
             values = {name: value for name, value in options.items() if name in known}
             for name in ("model", "data", "output_dir", "config"):
                 values[name] = None if values[name] is None else Path(values[name])
-            values["target_modules"] = tuple(values["target_modules"])
+            for name in ("target_modules", "exclude_modules"):
+                values[name] = tuple(values.get(name, ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: not the record of a meshpeft run ({error})") from error
         return cls(**values)

@@ -9,7 +9,7 @@ from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
-from meshpeft.training.adapters import add_adapter, check_adapter
+from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch, number_of_workers
@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig) -> None:
     parameters = trainable_parameters(model)
     loop = TrainingLoop(config, model, inputs, info)
     report.say(f"model: {base_directory(config.model)}, {config.dtype}")
-    report.say(f"{config.method}: rank {config.rank} on {', '.join(config.target_modules)}")
+    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config)}")
     report.say(str(parameters))
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")

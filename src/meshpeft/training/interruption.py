@@ -10,7 +10,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from meshpeft.checkpoint.coordination import checkpoint_group
+from meshpeft.checkpoint.coordination import cpu_group
 from meshpeft.parallel.errors import MeshPEFTError
 
 __all__ = ["Interruption", "RunInterrupted"]
@@ -65,7 +65,8 @@ class Interruption:
 
     def requested(self) -> int:
         """The number of the signal that any rank got, or 0. A collective."""
-        group = checkpoint_group()
+        # Not the checkpoints' group: a save may be under way.
+        group = cpu_group("interruptions")
         if group is None:
             return self._number
         number = torch.tensor(self._number)

@@ -58,7 +58,7 @@ class TrainingLoop:
         self.epochs = self.steps / self._sampler.steps(1)
         self._peak = config.lr or config.GENERAL_LEARNING_RATE
         self._warmup = warmup_steps(config.warmup, self.steps)
-        optimizer = adamw(model, lr=self._peak, weight_decay=config.weight_decay)
+        optimizer = adamw(model, lr=self._peak, weight_decay=config.weight_decay, lr_ratio=config.lora_plus)
         loss_scale = LossScale() if config.dtype == "float16" else None
         self._step = TrainStep(model, optimizer, clip=config.clip, loss_scale=loss_scale)
         self._checkpoints = RunCheckpoints(config, model, optimizer, loss_scale, inputs)

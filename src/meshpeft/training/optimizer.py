@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.peft import lora_plus_parameter_groups
 
 __all__ = ["LossScale", "NothingToTrain", "adamw", "parameters_to_train"]
 
@@ -28,9 +30,23 @@ def parameters_to_train(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the trainable parameters of `model`, with betas 0.9 and 0.999."""
-    return torch.optim.AdamW(parameters_to_train(model), lr=lr, weight_decay=weight_decay)
+def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the trainable parameters of `model`, with betas 0.9 and 0.999.
+
+    Args:
+        model: with its adapters.
+        lr: learning rate.
+        weight_decay: decoupled.
+        lr_ratio: the learning rate of B factors over `lr` (LoRA+). Every group keeps its own as `lr_ratio`, so
+            that a schedule can change them together.
+    """
+    parameters: list[nn.Parameter] | list[dict[str, Any]] = parameters_to_train(model)
+    if lr_ratio != 1:
+        parameters = lora_plus_parameter_groups(model, lr, lr_ratio, weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        group["lr_ratio"] = group["lr"] / lr
+    return optimizer
 
 
 @dataclass

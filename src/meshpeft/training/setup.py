@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from meshpeft.checkpoint import load_peft_adapter
 
+from meshpeft.checkpoint import load_peft_adapter
 from meshpeft.models import Decoder, DecoderConfig, check_divisible, load_pretrained
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig

@@ -78,7 +78,7 @@ class TrainStep:
         Args:
             micro_batches: this data-parallel rank's; equally many, of equal shapes, on every rank.
             target_tokens: of the *global* batch, over all ranks and micro-batches.
-            lr: the learning rate of this step; by default the optimizer's as it is.
+            lr: the learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -96,7 +96,7 @@ class TrainStep:
         norm = clip_gradients_(self.parameters, self.clip) if self.clip else gradient_norm(self.parameters)
         if lr is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.loss_scale is None or self.loss_scale.accept(norm):
             self.optimizer.step()
         return StepResult(all_reduce(total, parallel_group_info().dp) / max(1, target_tokens), norm)
