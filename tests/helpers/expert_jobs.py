@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meshpeft.models import load_pretrained, save_pretrained
 from meshpeft.parallel import (
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
+    ModelParallelConfig,
     Packing,
     ParallelGroupInfo,
     combine_tokens,
@@ -105,8 +107,9 @@ def gathered_gradient(parameter: nn.Parameter) -> Tensor:
     return layout.gather(parameter.grad)
 
 
-def run_uneven(results: Path, layouts: dict[str, tuple[int, int, list[list[int]]]], case: Case) -> None:
-    """Under each of the named layouts (ep, etp, tokens of each worker) this worker writes what it computed."""
+def run_uneven(layouts: dict[str, tuple[int, int, list[list[int]]]], case: Case) -> dict[str, Result]:
+    """What this worker computes under each of the named layouts (ep, etp, tokens of each worker)."""
+    results = {}
     for name, (ep, etp, tokens) in layouts.items():
         info = init_parallelism(expert_parallel=ep, expert_tensor_parallel=etp)
         mine = tokens[info.world.rank]
@@ -116,4 +119,26 @@ def run_uneven(results: Path, layouts: dict[str, tuple[int, int, list[list[int]]
         (y * case.grad[mine]).sum().backward()
         finalize_gradients(model)
         gradients = [gathered_gradient(layer.weight) for layer in (model.linear_fc1, model.linear_fc2)]
-        torch.save(Result(y.detach(), x.grad, probabilities.grad, *gradients), results / f"{name}-{info.world.rank}.pt")
+        assert x.grad is not None and probabilities.grad is not None
+        results[name] = Result(y.detach(), x.grad, probabilities.grad, *gradients)
+    return results
+
+
+def load_run_save(source: Path, target: Path, ids: list[list[int]]) -> dict[str, Tensor]:
+    """Each of 2 workers, with half of the experts, runs its own row of tokens; both save the model.
+
+    Returns:
+        `logits` of the row; the final gradients of the last layer's `router` and, gathered, `experts`.
+    """
+    info = init_parallelism(expert_parallel=2)
+    parallel = ModelParallelConfig(expert_model_parallel_size=2)
+    decoder = load_pretrained(source, torch.float64, parallel, activation_checkpointing=True)
+    # Rows of different lengths: the ranks send unequal numbers of tokens, forward and again in the backward pass.
+    logits = decoder(torch.tensor([ids[info.dp.rank]]))
+    logits.square().sum().backward()
+    finalize_gradients(decoder)
+    router = decoder.decoder.layers[-1].mlp.router.weight
+    experts = decoder.decoder.layers[-1].mlp.experts.linear_fc2.weight
+    save_pretrained(decoder, target)
+    assert router.grad is not None
+    return {"logits": logits.detach(), "router": router.grad, "experts": gathered_gradient(experts)}

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.expert_jobs import load_run_save
 from helpers.simulate import simulate, the_same
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
+from helpers.workers import run_on_ranks
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -148,6 +151,22 @@ def test_greedy_generation_is_that_of_transformers(tiny: Callable[[str], Path]) 
     with simulate(tp=4, ep=2, etp=2):
         decoder = load_pretrained(tiny("qwen3_moe"), dtype=torch.float64, parallel=parallel((4, 2, 2, 1, False)))
         assert torch.equal(the_same(generate(decoder, ids, 6)), wanted)
+
+
+def test_two_processes_compute_and_save_as_one_does(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    ids = [IDS[0].tolist(), IDS[1, :4].tolist()]
+    model = reference(tiny("qwen3_moe"))
+    logits = [model(torch.tensor([row])).logits for row in ids]
+    sum(each.square().sum() for each in logits).backward()
+    results = run_on_ranks(2, load_run_save, tiny("qwen3_moe"), tmp_path / "saved", ids)
+    mlp = model.model.layers[-1].mlp
+    for found, wanted in zip(results, logits, strict=True):
+        assert relative_error(found["logits"], wanted) < 1e-10
+        assert relative_error(found["router"], mlp.gate.weight.grad) < 1e-10
+        assert relative_error(found["experts"], mlp.experts.down_proj.grad) < 1e-10
+    saved, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", tiny("qwen3_moe")))
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[name], source[name].double()) for name in source)
 
 
 def gradients_by_stored_name(decoder: Decoder) -> dict[str, Tensor]:
