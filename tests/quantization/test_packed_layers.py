@@ -240,7 +240,7 @@ def test_what_cannot_be_packed_is_named():
     tied = nn.Module()
     tied.embedding, tied.decode = nn.Embedding(8, 64), nn.Linear(64, 8, bias=False)
     tied.decode.weight = tied.embedding.weight
-    with pytest.raises(QuantizationError, match="decode: its weight is shared by embedding.weight and"):
+    with pytest.raises(QuantizationError, match=r"decode: its weight is shared by embedding\.weight and"):
         quantize_base(tied)
 
 

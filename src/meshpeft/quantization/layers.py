@@ -177,7 +177,9 @@ def can_be_packed(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def pack_(layer: nn.Module, format_name: FormatName, block_size: int = 64, name: str = "") -> Tensor:
+def pack_(
+    layer: nn.Module, format_name: FormatName, block_size: int = 64, name: str = "", *, with_residual: bool = False
+) -> Tensor | None:
     """Pack a layer's weight, in place; it is frozen from then on.
 
     Values are quantised from float32, so that what is stored does not depend on a wider type.
@@ -187,18 +189,22 @@ def pack_(layer: nn.Module, format_name: FormatName, block_size: int = 64, name:
         format_name: `nf4 int8 int4 fp8`.
         block_size: consecutive values of a row that share a scale.
         name: of the layer, for messages.
+        with_residual: return what packing lost.
 
     Returns:
-        The local residual, W - dequantised W, [.., out, in] float32.
+        The local residual, W - dequantised W, [.., out, in] float32, if asked for.
 
     Raises:
         QuantizationError: blocks would straddle shards; the layer is of another class, or holds no values yet.
     """
     stored = weight_format(format_name, block_size)
-    weight = check_packable(layer, block_size, name or type(layer).__name__)
+    name = name or type(layer).__name__
+    weight = check_packable(layer, block_size, name)
+    if weight.is_meta:
+        raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
     values = weight.detach().float()
     packed = Packed(*_pack(stored, values, block_size))
-    residual = values - _unpack(stored, *packed, block_size, torch.float32)
+    residual = values - _unpack(stored, *packed, block_size, torch.float32) if with_residual else None
 
     compute_dtype, others = weight.dtype, dict(layer._parameters)
     del others["weight"]
@@ -216,12 +222,10 @@ def pack_(layer: nn.Module, format_name: FormatName, block_size: int = 64, name:
 
 
 def check_packable(layer: nn.Module, block_size: int, name: str) -> nn.Parameter:
-    """The layer's weight, if `pack_` takes it; raises what `pack_` raises otherwise."""
-    if not can_be_packed(layer):
+    """The layer's weight, if `pack_` takes it once it holds values; raises what `pack_` raises otherwise."""
+    weight = layer.weight if can_be_packed(layer) else None
+    if not isinstance(weight, nn.Parameter):
         raise QuantizationError(f"{name}: a {type(layer).__name__} cannot be packed")
-    weight = layer.weight
-    if not isinstance(weight, nn.Parameter) or weight.is_meta:
-        raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
     _check_blocks(name, layout_of(layer).weight(), block_size)
     return weight
 

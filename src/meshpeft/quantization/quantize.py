@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from meshpeft.parallel import layout_of
 from meshpeft.peft import AdapterWrapper, wildcard_match
@@ -57,19 +57,47 @@ class BaseQuantizer:
             if isinstance(getattr(self, option), str):
                 raise QuantizationError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
 
-    def wants(self, layer: nn.Module, name: str) -> bool:
-        """Whether a layer of this full name is to be packed."""
+    def layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to pack, by full name; the model may be on the meta device.
+
+        Raises:
+            QuantizationError: there is none, or a pattern matches nothing; blocks that would straddle ranks; a weight
+                that two layers share.
+        """
+        layers = dict(_linear_layers(model))
+        for pattern in self.target_modules or ():
+            if not any(_matches(pattern, name) for name in layers):
+                nearest = ", ".join(nearest_names(pattern, list(layers))) or "none"
+                raise QuantizationError(f"target_modules: {pattern!r} matches no linear layer; nearest: {nearest}")
+        wanted = {name: layer for name, layer in layers.items() if self._wants(layer, name)}
+        if not wanted:
+            packed = sum(isinstance(layer, PackedLayer) for layer in layers.values())
+            raise QuantizationError(
+                f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are "
+                "excluded"
+            )
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        for name, layer in wanted.items():
+            shared = owners[id(check_packable(layer, self.block_size, name))]
+            if len(shared) > 1:
+                raise QuantizationError(
+                    f"{name}: its weight is shared by {' and '.join(shared)}; name the layer in exclude_modules"
+                )
+        return wanted
+
+    def _wants(self, layer: nn.Module, name: str) -> bool:
         if not can_be_packed(layer) or _matches_any(self.exclude_modules, name):
             return False
         return self.target_modules is None or _matches_any(self.target_modules, name)
 
     def pack_(self, layer: nn.Module, name: str) -> None:
         """Pack one layer, in place. A collective over the axis that divides it, if residuals are kept."""
-        residual = pack_(layer, self.format, self.block_size, name)
-        if self.residual_rank is not None:
-            self._keep(layer, residual, self.residual_rank)
-
-    def _keep(self, layer: nn.Module, residual: Tensor, rank: int) -> None:
+        rank = self.residual_rank
+        residual = pack_(layer, self.format, self.block_size, name, with_residual=rank is not None)
+        if residual is None or rank is None:
+            return
         layout = layout_of(layer)
         part = low_rank_part(full_matrices(residual, layout), rank, exact=self.exact_svd)
         a, b = local_factors(part, layout.factor_a(rank), layout.factor_b(rank), layout)
@@ -113,10 +141,7 @@ def quantize_base(
         >>> LoRA(dim=16)(model)
     """
     quantizer = BaseQuantizer(format, block_size, residual_rank, exact_svd, target_modules, exclude_modules)
-    layers = dict(_linear_layers(model))
-    wanted = {name: layer for name, layer in layers.items() if quantizer.wants(layer, name)}
-    _check(model, quantizer, layers, wanted)
-    for name, layer in wanted.items():
+    for name, layer in quantizer.layers_of(model).items():
         quantizer.pack_(layer, name)
     return model
 
@@ -129,32 +154,6 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(layer) not in seen and (can_be_packed(layer) or isinstance(layer, PackedLayer)):
             seen.add(id(layer))
             yield name, layer
-
-
-def _check(
-    model: nn.Module, quantizer: BaseQuantizer, layers: dict[str, nn.Module], wanted: dict[str, nn.Module]
-) -> None:
-    names = list(layers)
-    for pattern in quantizer.target_modules or ():
-        if not any(_matches(pattern, name) for name in names):
-            raise QuantizationError(
-                f"target_modules: {pattern!r} matches no linear layer; nearest: "
-                f"{', '.join(nearest_names(pattern, names)) or 'none'}"
-            )
-    if not wanted:
-        packed = sum(isinstance(layer, PackedLayer) for layer in layers.values())
-        raise QuantizationError(
-            f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are excluded"
-        )
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, layer in wanted.items():
-        shared = owners[id(check_packable(layer, quantizer.block_size, name))]
-        if len(shared) > 1:
-            raise QuantizationError(
-                f"{name}: its weight is shared by {' and '.join(shared)}; name the layer in exclude_modules"
-            )
 
 
 def _matches_any(patterns: Sequence[str], name: str) -> bool:
