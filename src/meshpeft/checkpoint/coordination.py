@@ -13,16 +13,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.parallel.mesh import is_simulated
 
-__all__ = ["agreed", "checkpoint_group", "explained", "rank_and_world_size"]
+__all__ = ["agreed", "checkpoint_group", "cpu_group", "explained", "rank_and_world_size"]
 
-# The group of the process group that it was made in: a program may end one world and start another.
-_groups: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
+# By purpose, in the process group that they were made in: a program may end one world and start another.
+_groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
 def checkpoint_group() -> dist.ProcessGroup | None:
     """A group of all ranks for checkpoints alone, on the CPU; `None` without torch.distributed.
 
-    A save in the background must not send through the groups that training uses. A collective at the first call.
+    A save in the background must not send through a group that anything else uses at that time. A collective at the
+    first call.
 
     Raises:
         CheckpointError: the ranks are simulated in one process.
@@ -32,14 +33,23 @@ def checkpoint_group() -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         # torch.distributed.checkpoint asks whether one process alone was meant. It was.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+    return cpu_group("checkpoints")
+
+
+def cpu_group(purpose: str) -> dist.ProcessGroup | None:
+    """A group of all ranks on the CPU that only one purpose uses; `None` without torch.distributed.
+
+    A collective at the first call for a purpose.
+    """
+    if not dist.is_initialized():
         return None
     world = dist.group.WORLD
     assert world is not None
-    if not _groups or _groups[0][0] is not world:
+    if purpose not in _groups or _groups[purpose][0] is not world:
         made = dist.new_group(backend="gloo")
         assert made is not None
-        _groups[:] = [(world, made)]
-    return _groups[0][1]
+        _groups[purpose] = (world, made)
+    return _groups[purpose][1]
 
 
 def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

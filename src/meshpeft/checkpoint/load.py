@@ -21,15 +21,16 @@ from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
 from meshpeft.checkpoint.incoming import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
+from meshpeft.checkpoint.save import finish_saves
 from meshpeft.checkpoint.storage import Reader, SliceLoadPlanner
 from meshpeft.parallel.agreement import all_or_none
 
-__all__ = ["LoadedCheckpoint", "latest_checkpoint", "load_checkpoint"]
+__all__ = ["LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What was loaded.
+    """What was found, or loaded.
 
     Attributes:
         path: of the checkpoint.
@@ -63,6 +64,17 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return None
 
 
+def find_checkpoint(directory: str | Path) -> LoadedCheckpoint:
+    """What `load_checkpoint` would load from a directory, without a model to load it into. A collective.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint and holds no whole one.
+    """
+    finish_saves()
+    path, manifest, skipped = _choose(CheckpointDirectory(Path(directory)), checkpoint_group())
+    return LoadedCheckpoint(path, manifest.step, manifest.extra, skipped)
+
+
 def load_checkpoint(
     model: nn.Module,
     directory: str | Path,
@@ -90,6 +102,7 @@ def load_checkpoint(
             method, target set, type or optimizer. The message names the first difference, on every rank; model,
             optimizer and generators are as they were.
     """
+    finish_saves()
     group = checkpoint_group()
     path, manifest, skipped = _choose(CheckpointDirectory(Path(directory)), group)
     with all_or_none(f"loading {path}", CheckpointError):

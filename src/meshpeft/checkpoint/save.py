@@ -23,7 +23,7 @@ from meshpeft.checkpoint.staging import write_flushed
 from meshpeft.checkpoint.storage import Slice, SliceSavePlanner, Writer
 from meshpeft.parallel.agreement import all_or_none
 
-__all__ = ["Save", "save_checkpoint"]
+__all__ = ["Save", "finish_saves", "save_checkpoint"]
 
 
 class Save:
@@ -74,6 +74,16 @@ class Save:
 _under_way: list[Save] = []
 
 
+def finish_saves() -> None:
+    """Wait for a save in the background: what comes next uses its group.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    while _under_way:
+        _under_way.pop().wait()
+
+
 def save_checkpoint(
     model: nn.Module,
     directory: str | Path,
@@ -108,8 +118,7 @@ def save_checkpoint(
         CheckpointError: nothing to save, a state that cannot be stored, or (unless asynchronous) a directory that
             cannot be written; the checkpoints that were there are as they were.
     """
-    while _under_way:
-        _under_way.pop().wait()
+    finish_saves()
     group = checkpoint_group()
     checkpoints = CheckpointDirectory(Path(directory))
     with all_or_none(f"saving to {directory}", CheckpointError):

@@ -17,6 +17,8 @@ COMMANDS = {
     "finetune": "fine-tune a model with an adapter, on one process or over a mesh",
     "evaluate": "measure the loss of a model with or without an adapter",
     "generate": "continue a prompt with or without an adapter",
+    "export": "write a checkpoint as an adapter or as a model",
+    "merge": "write a base model with an adapter merged into it",
 }
 
 USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(

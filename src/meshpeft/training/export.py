@@ -1,0 +1,159 @@
+"""What `meshpeft merge` and `meshpeft export` do: an adapter, or a checkpoint, as files for other programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from meshpeft.checkpoint import (
+    export_peft_adapter,
+    find_checkpoint,
+    load_checkpoint,
+    load_peft_adapter,
+    merge_adapter,
+)
+from meshpeft.models import Decoder, DecoderConfig, load_pretrained, save_pretrained
+from meshpeft.models.weights import read_json
+from meshpeft.peft import adapter_wrappers
+from meshpeft.training.adapters import add_adapter
+from meshpeft.training.checkpoints import checkpoints_in
+from meshpeft.training.config import ConfigError, FinetuneConfig, TensorType, tensor_type
+from meshpeft.training.output import RECORD
+from meshpeft.training.setup import base_directory, load_base
+
+__all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
+
+_Optional = tyro.conf.arg(help_behavior_hint="")
+
+# Beside weights and config.json, what makes a directory usable: the tokenizer, and how to generate.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Write a base model with an adapter merged into it, as a Hugging Face model."""
+
+    adapter: Path
+    """Output directory of `meshpeft finetune`, or an adapter that Hugging Face PEFT wrote."""
+    to: Path
+    """Where the model goes."""
+    model: Annotated[Path | None, _Optional] = None
+    """Base model: a Hugging Face directory. Default: that of the adapter's run, or the one that it names."""
+    dtype: Annotated[TensorType | None, _Optional] = None
+    """Type of the merged weights, rounded to once. Default: that of the base's files."""
+    overwrite: bool = False
+    """Replace the model that the directory holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a checkpoint of `meshpeft finetune` as an adapter or a model. One process, whatever layout wrote it."""
+
+    checkpoint: Path
+    """A checkpoint, or a directory of them, of which the newest whole one is taken; or a run's output directory."""
+    to: Path
+    """Where the files go."""
+    format: Literal["peft", "merged"] = "peft"
+    """peft: an adapter for Hugging Face PEFT, from the checkpoint alone. merged: a Hugging Face model."""
+    model: Annotated[Path | None, _Optional] = None
+    """Base model, if it is not where it was when the run was started."""
+    overwrite: bool = False
+    """Replace what the directory holds."""
+
+
+def merge(config: MergeConfig) -> str:
+    """Merge an adapter into its base.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        MeshPEFTError: the adapter or the model cannot be read or do not fit; the directory cannot be written.
+    """
+    _check_free(config.to, config.overwrite)
+    base = _base_of_adapter(config)
+    model = load_pretrained(base)
+    stored = model.embedding.weight.dtype
+    wanted = stored if config.dtype is None else tensor_type(config.dtype)
+    # Wider first, narrower last: the sum is made in the wider type and rounded once.
+    model = load_peft_adapter(model.to(torch.promote_types(stored, wanted)), config.adapter)
+    _write_merged(model, wanted, base, config.to, config.overwrite)
+    return f"wrote {config.to}: {base} with {config.adapter} merged into it, {str(wanted).removeprefix('torch.')}"
+
+
+def _base_of_adapter(config: MergeConfig) -> Path:
+    if config.model is not None:
+        return config.model
+    if (config.adapter / RECORD).is_file():
+        return base_directory(FinetuneConfig.from_json(config.adapter / RECORD).model)
+    named = read_json(config.adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or not Path(named).is_dir():
+        raise ConfigError(f"{config.adapter}: names {named!r} as its base model, no directory here; give --model")
+    return Path(named)
+
+
+def export(config: ExportConfig) -> str:
+    """Write a checkpoint in another form.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        MeshPEFTError: the checkpoint cannot be read or is of another base model; the directory cannot be written.
+    """
+    found = find_checkpoint(checkpoints_in(config.checkpoint))
+    run = FinetuneConfig.from_options(found.extra.get("run"), found.path)
+    base = base_directory(run.model if config.model is None else config.model)
+    if config.format == "merged":
+        _check_free(config.to, config.overwrite)
+        model = load_base(base, run.dtype, sequence_parallel=False)
+        add_adapter(model, run)
+        load_checkpoint(model, found.path)
+        _write_merged(model, tensor_type(run.dtype), base, config.to, config.overwrite)
+        return f"wrote {config.to}: {base} with {found.path} merged into it, {run.dtype}"
+    model = _without_base(base, run)
+    load_checkpoint(model, found.path, check_base=False)
+    export_peft_adapter(model, config.to, base_model_name_or_path=str(base.resolve()), overwrite=config.overwrite)
+    record = {"options": run.as_json() | {"model": None if run.model is None else str(base.resolve())}}
+    (config.to / RECORD).write_text(json.dumps(record | {"results": {"steps": found.step}}, indent=2) + "\n")
+    return f"wrote {config.to}: the adapter after step {found.step} (PEFT format)"
+
+
+def _without_base(base: Path, run: FinetuneConfig) -> Decoder:
+    """The run's model whose adapters have room for values, and whose base has none."""
+    config = DecoderConfig.from_hf(read_json(base / "config.json"))
+    model = Decoder(config, device="meta", dtype=tensor_type(run.dtype))
+    add_adapter(model, run)
+    for _, wrapper in adapter_wrappers(model):
+        wrapper.adapter.to_empty(device="cpu")
+    return model
+
+
+def _check_free(to: Path, overwrite: bool) -> None:
+    """Before the work, not after it."""
+    if (to / "config.json").exists() and not overwrite:
+        raise ConfigError(f"{to}: holds a model; choose another directory, or replace it with --overwrite")
+
+
+def _write_merged(model: Decoder, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
+    merged = merge_adapter(model).to(dtype)
+    # The companions first: a directory is a model when its config.json is there.
+    to.mkdir(parents=True, exist_ok=True)
+    for pattern in _COMPANIONS:
+        for path in base.glob(pattern):
+            shutil.copy(path, to / path.name)
+    save_pretrained(merged, to, overwrite=overwrite)

@@ -1,0 +1,310 @@
+"""Runs that stop: by a signal, by kill -9, by a full disk; and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from meshpeft.checkpoint import latest_checkpoint
+from meshpeft.checkpoint.tensor_file import TensorFileWriter
+from meshpeft.cli.main import main
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def options(base: Path, data: Path) -> list[str]:
+    """A run in float64 with dropout, so that every random state counts."""
+    return [
+        *("finetune", "--model", str(base), "--data", str(data), "--dtype", "float64", "--rank", "2"),
+        *("--seq-length", "64", "--batch-size", "4", "--micro-batch-size", "2", "--eval-every", "4"),
+    ]
+
+
+def adapter(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row.get("loss", row.get("held_out_loss"))) for row in rows]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run that saved at half of its steps and at its end."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--save-every", "4", "--output-dir", str(run)]
+    assert main([*options, *arguments]) == 0
+    return run
+
+
+@pytest.fixture
+def half(straight: Path, tmp_path: Path) -> Path:
+    """The output directory of the same run, killed after half of its steps."""
+    run = tmp_path / "run"
+    shutil.copytree(straight / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000004")
+    return run
+
+
+def test_a_resumed_run_writes_what_the_undisturbed_one_did(straight: Path, half: Path, options: list[str]) -> None:
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(half), "--resume", "auto"]
+    assert main([*options, *arguments]) == 0
+    expected, found = adapter(straight), adapter(half)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert losses(half) == losses(straight)
+    assert (half / "run.json").exists() and not list(half.parent.glob(".*"))
+
+
+def test_auto_starts_anew_where_there_is_nothing_to_resume(straight: Path, options: list[str], tmp_path: Path) -> None:
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--resume", "auto"]
+    assert main([*options, *arguments]) == 0
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_a_run_goes_on_from_another_ones_checkpoint(straight: Path, options: list[str], tmp_path: Path) -> None:
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--save-every", "2"]
+    source = straight / "checkpoints" / "step-00000004"
+    assert main([*options, *arguments, "--resume", str(source)]) == 0
+    assert losses(tmp_path / "run") == losses(straight)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000008",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (["--lr", "1e-3"], "lr is 0.001, but "),
+        (["--steps", "9"], "steps is 9, but "),
+        (["--seed", "1"], "seed is 1, but "),
+        (["--rank", "4"], "rank is 4, but "),
+        (["--seq-length", "32"], "seq_length is 32, but "),
+        (["--target-modules", "linear_proj"], "target_modules is ['linear_proj'], but "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_run_goes_on_with_the_same_options_only(
+    changed: list[str], sentence: str, half: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(half), "--resume", "auto", *changed]
+    error = refused([*options, *arguments], capsys)
+    assert sentence in error and "a run goes on with the same options" in error
+    assert [path.name for path in half.iterdir()] == ["checkpoints"]
+
+
+def test_other_data_and_another_base_are_named(
+    half: Path, options: list[str], base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(half), "--resume", "auto"]
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(line + "\n" for line in data.read_text().splitlines()[:-1]))
+    assert "the train rows are not those of" in refused([*options, *run, "--data", str(fewer)], capsys)
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    error = refused([*options, *run, "--model", str(other)], capsys)
+    assert "another base model: decoder.final_layernorm.weight has other values" in error
+
+
+def test_an_interrupted_runs_directory_is_not_taken_by_another(
+    half: Path, options: list[str], straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(half)]
+    error = refused([*options, *run], capsys)
+    assert "holds the checkpoints of an interrupted run; go on with --resume auto, or replace it" in error
+    assert main([*options, *run, "--overwrite"]) == 0
+    assert losses(half) == losses(straight)
+    assert not (half / "checkpoints").exists() or not list((half / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [("nowhere", "nowhere is not a checkpoint, and holds none"), ("finished", "was not written by meshpeft finetune")],
+)
+def test_a_directory_that_cannot_be_resumed_is_named(
+    where: str, sentence: str, options: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / where
+    if where == "finished":
+        step = shutil.copytree(half / "checkpoints" / "step-00000004", source / "step-00000004")
+        head, content, _ = (step / "manifest.json").read_text().split("\n")
+        content = json.dumps({**json.loads(content), "extra": {}})
+        head = json.dumps({**json.loads(head), "sha256": hashlib.sha256(content.encode()).hexdigest()})
+        (step / "manifest.json").write_text(f"{head}\n{content}\n")
+    arguments = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(tmp_path / "new")]
+    assert sentence in refused([*options, *arguments, "--resume", str(source)], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
+    options: list[str],
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, calls = TensorFileWriter.write, [0]
+    with monkeypatch.context() as patched:
+
+        def full(writer: TensorFileWriter, tensor: Tensor) -> None:
+            calls[0] += 1
+            if len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1:
+                raise OSError(28, "No space left on device")
+            write(writer, tensor)
+
+        patched.setattr(TensorFileWriter, "write", full)
+        run = ["--dropout", "0.1", "--steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--save-every", "2"]
+        assert "saving to" in (error := refused([*options, *run], capsys)) and "No space left on device" in error
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert main([*options, *run, "--resume", "auto"]) == 0
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+LONG = 60
+
+
+def start(options: list[str], *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "meshpeft.cli.main", *options, "--steps", str(LONG), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Until a checkpoint of this step, or a later one, shows; or the run has ended."""
+    while process.poll() is None:
+        shown = [path.name for path in (run / "checkpoints").glob("step-*")]
+        if any(int(name.removeprefix("step-")) >= step for name in shown):
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, output = finish(start(options, "--output-dir", str(run), "--tp", "2"))
+    assert code == 0, output
+    return run
+
+
+def same(run: Path, undisturbed: Path) -> None:
+    expected, found = adapter(undisturbed), adapter(run)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_ends_the_run_and_the_same_command_goes_on(
+    number: signal.Signals, code: int, options: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("--output-dir", str(run), "--tp", "2", "--resume", "auto", "--save-every", "10")
+    process = start(options, *command)
+    wait_for_step(process, run, 10)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    found, output = finish(process)
+    assert found == code, output
+    assert "Traceback" not in output and "go on by the same command with --resume auto" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    found, output = finish(start(options, *command))
+    assert found == 0, output
+    same(run, undisturbed)
+
+
+def killed_and_restarted(options: list[str], run: Path, kills: int, seed: int) -> None:
+    """Kill -9 at random moments, now one worker, now all processes, until the run ends by itself."""
+    numbers = random.Random(seed)
+    command = ("--output-dir", str(run), "--tp", "2", "--resume", "auto", "--save-every", "2")
+    for kill in range(kills):
+        process = start(options, *command)
+        wait_for_step(process, run, (kill + 1) * LONG // (kills + 2))
+        # Somewhere in the next steps and their saves.
+        time.sleep(numbers.random() * 0.2)
+        if numbers.random() < 0.5:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif process.poll() is None and (alive := workers(process)):
+            os.kill(numbers.choice(alive), signal.SIGKILL)
+        code, output = finish(process)
+        if code == 0:
+            return
+        assert code in (1, -signal.SIGKILL), output
+    code, output = finish(start(options, *command))
+    assert code == 0, output
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_kill_9_at_random_moments_changes_nothing(options: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    killed_and_restarted(options, tmp_path / "run", kills=3, seed=0)
+    same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_kill_9_at_twenty_random_moments_changes_nothing(
+    seed: int, options: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    killed_and_restarted(options, tmp_path / "run", kills=5, seed=seed)
+    same(tmp_path / "run", undisturbed)
+
+
+def test_a_run_goes_on_at_another_layout(half: Path, options: list[str], straight: Path, tmp_path: Path) -> None:
+    """Without dropout, whose masks belong to a layout."""
+    run = ["--steps", str(STEPS), "--save-every", "4"]
+    assert main([*options, *run, "--output-dir", str(tmp_path / "one")]) == 0
+    source = tmp_path / "two" / "checkpoints" / "step-00000004"
+    shutil.copytree(tmp_path / "one" / "checkpoints" / "step-00000004", source)
+    command = [*options, "--output-dir", str(tmp_path / "two"), "--tp", "2", "--sequence-parallel", "--resume", "auto"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "meshpeft.cli.main", *command, *run], capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr
+    expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, value in expected.items():
+        # Sums in another order over 8 steps of AdamW in float64.
+        assert (found[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
