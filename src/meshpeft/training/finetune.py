@@ -18,7 +18,7 @@ from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.output import OutputDirectory
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
-from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, write_record
+from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, short_path, write_record
 from meshpeft.training.setup import base_directory, check_base, load_base
 
 __all__ = ["finetune", "start"]
@@ -72,7 +72,7 @@ def finetune(config: FinetuneConfig) -> None:
     add_adapter(model, config)
     parameters = trainable_parameters(model)
     loop = TrainingLoop(config, model, inputs, info)
-    report.say(f"model: {base_directory(config.model)}, {config.dtype}")
+    report.say(f"model: {short_path(base_directory(config.model))}, {config.dtype}")
     report.say(f"{config.method}: rank {config.rank} on {describe_targets(config)}")
     report.say(str(parameters))
     report.say(f"data: {inputs.summary}")

@@ -21,7 +21,7 @@ from meshpeft.training.documents import Document
 from meshpeft.training.output import RECORD
 from meshpeft.training.prompts import decoded, prompt_of
 
-__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "write_record"]
+__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "short_path", "write_record"]
 
 METRICS, CURVE = "metrics.jsonl", "loss.png"
 PROMPT_LINES = 12
@@ -35,6 +35,12 @@ def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
     count = info.world.world_size
     processes = "1 process" if count == 1 else f"{count} processes ({', '.join(sizes)})"
     return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
+
+
+def short_path(path: Path) -> str:
+    """The path from the current directory, if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def write_record(directory: Path, config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str, Any]) -> None:
@@ -79,8 +85,9 @@ class Report:
             ("before training:", before),
             ("after training:", after),
         ):
+            said = text.splitlines()
             self.say(title)
-            self._quote(text)
+            self._quote("\n".join([*said[:PROMPT_LINES], *(["..."] if len(said) > PROMPT_LINES else [])]))
 
     def outcome(self, before: float, after: float, tokens: int, seconds: float) -> None:
         """Say what came out."""
