@@ -1,7 +1,7 @@
 """Train the embedded base model and its tokenizer from Python's standard library.
 
-    python scripts/train_embedded_base.py                 # about 25 minutes on 2 CPU cores
-    python scripts/train_embedded_base.py --epochs 0.05 --output-dir /tmp/base    # a quick trial
+    python scripts/train_embedded_base.py                 # about 25 minutes on 2 idle CPU cores
+    python scripts/train_embedded_base.py --epochs 0.05 --output-dir runs/base    # a quick trial
 
 Writes a Hugging Face directory (by default the one in the package): a byte-level BPE tokenizer, a Llama
 decoder of 3.8 million parameters with bfloat16 weights, and ``training.json`` with the seed, the sizes, the
