@@ -99,11 +99,11 @@ class FinetuneConfig(_Layout):
     """First values of A: xavier, normal, kaiming or zero."""
     lora_b_init_method: InitMethod = "zero"
     """First values of B; zero lets training start from the base model."""
-    target_modules: Annotated[tuple[str, ...], _Optional] = ()
+    target_modules: Annotated[tuple[str, ...] | None, _Optional] = None
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
     (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
     Default: every projection of attention and MLP."""
-    exclude_modules: Annotated[tuple[str, ...], _Optional] = ()
+    exclude_modules: Annotated[tuple[str, ...] | None, _Optional] = None
     """Instead of --target-modules: layers, by name or pattern, that get none; every other linear layer does."""
     fused: bool = True
     """Run adapters inside their layers' products; --no-fused runs them beside, as on other engines' layers."""
@@ -165,6 +165,9 @@ class FinetuneConfig(_Layout):
             raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a part of the data, between 0 and 1")
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) == ():
+                raise ConfigError(f"{name} is empty: name at least one layer")
         if self.target_modules and self.exclude_modules:
             raise ConfigError("target_modules and exclude_modules were both given; leave one out")
         if self.steps is not None and self.epochs is not None:
@@ -215,7 +218,7 @@ class FinetuneConfig(_Layout):
             for name in ("model", "data", "output_dir", "config"):
                 values[name] = None if values[name] is None else Path(values[name])
             for name in ("target_modules", "exclude_modules"):
-                values[name] = tuple(values.get(name, ()))
+                values[name] = None if values.get(name) is None else tuple(values[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: not the record of a meshpeft run ({error})") from error
         return cls(**values)
