@@ -17,6 +17,7 @@ from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_pretrained"]
 
@@ -31,8 +32,11 @@ def load_pretrained(
     activation_checkpointing: bool = False,
     *,
     device: torch.device | str | None = None,
+    quantize: BaseQuantizer | None = None,
 ) -> Decoder:
-    """Load a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE model that transformers saved. Not a collective.
+    """Load a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE model that transformers saved.
+
+    Not a collective, unless residuals are kept for `svdquant_init`.
 
     The parameters start empty and each is replaced by this rank's slice of the file, so a rank holds its share of
     the model and one tensor more at most. Experts may be stacked in the files, or stored one by one.
@@ -43,8 +47,11 @@ def load_pretrained(
         parallel: see [`Decoder`][meshpeft.models.Decoder].
         activation_checkpointing: compute each layer again in the backward pass.
         device: of the parameters; torch's default device by default.
+        quantize: pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
+            packed share and one tensor more at most.
 
     Raises:
+        QuantizationError: see [`quantize_base`][meshpeft.quantization.quantize_base].
         ModelError: a file is missing, truncated, or holds tensors other than the configuration says; the model
             is not one of these families, or has a variation that is not implemented; sizes do not divide.
     """
@@ -57,9 +64,13 @@ def load_pretrained(
         names = {name for parts in stored.values() for part in parts for name in part.names}
         _check_tensors(files, names, config, directory)
         dtype = _common_dtype(files, names) if dtype is None else dtype
+        packed = {} if quantize is None else quantize.layers_of(decoder)
         for parameter, parts in stored.items():
             layout = _layout(decoder, parameter)
             decoder.assign_parameter(parameter, _read(files, parts, layout, dtype, target))
+            layer, _, attribute = parameter.rpartition(".")
+            if quantize is not None and layer in packed and attribute == "weight":
+                quantize.pack_(packed[layer], layer)
     decoder.tie_weights()
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
