@@ -11,7 +11,7 @@ from helpers.workers import run_on_ranks
 from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
 pytest.importorskip("megatron.core")
-from helpers.megatron_runs import Run, largest_error, train_decoder, train_gpt
+from helpers.megatron_runs import Run, assert_same, train_decoder, train_gpt
 
 # Float64, two orders of summation, and five steps of AdamW, which divides by small square roots: some 1e-14.
 TOLERANCE = 1e-10
@@ -31,16 +31,19 @@ def reference(method: str) -> Run:
     return train_decoder(METHODS[method])
 
 
+def check(world: int, method: str, tensor_parallel: int, options: dict[str, Any]) -> None:
+    sizes = {"tensor_model_parallel_size": tensor_parallel}
+    assert_same(run_on_ranks(world, train_gpt, METHODS[method], sizes, options), reference(method), TOLERANCE)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tensor_parallel, options", FAST)
 def test_a_gpt_trains_as_our_decoder_on_one_rank(method: str, tensor_parallel: int, options: dict[str, Any]) -> None:
-    for run in run_on_ranks(2, train_gpt, METHODS[method], tensor_parallel, options):
-        assert largest_error(run, reference(method)) < TOLERANCE
+    check(2, method, tensor_parallel, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tensor_parallel, options", [(2, SEQUENCE), *SLOW])
 def test_on_four_ranks_too(method: str, tensor_parallel: int, options: dict[str, Any]) -> None:
-    for run in run_on_ranks(4, train_gpt, METHODS[method], tensor_parallel, options):
-        assert largest_error(run, reference(method)) < TOLERANCE
+    check(4, method, tensor_parallel, options)

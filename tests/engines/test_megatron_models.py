@@ -16,7 +16,8 @@ from meshpeft.peft import DoRA, LoRA
 
 pytest.importorskip("megatron.core")
 from helpers import megatron_models as models
-from helpers.megatron_runs import BATCH, CONFIG, SEQ, collectives_of, largest_error, train_decoder
+from helpers.megatron_gpt import BATCH, DENSE, SEQ
+from helpers.megatron_runs import assert_same, collectives_of, train_decoder
 
 TOLERANCE = 1e-10
 RANK = 4
@@ -28,7 +29,7 @@ SEQUENCE = {"sequence_parallel": True}
 @pytest.mark.parametrize("method", [LORA, DoRA(**OPTIONS)], ids=["lora", "dora"])
 @pytest.mark.parametrize("options", [{}, SEQUENCE], ids=["tp", "sp"])
 def test_adapters_add_only_collectives_of_the_rank_size(method: LoRA | DoRA, options: dict[str, Any]) -> None:
-    tokens, layers = BATCH * SEQ, 4 * CONFIG.num_layers
+    tokens, layers = BATCH * SEQ, 4 * DENSE.num_layers
     if options:
         # A layer gathers h and scatters its gradient, or the other way round.
         added = Counter(
@@ -44,15 +45,11 @@ def test_adapters_add_only_collectives_of_the_rank_size(method: LoRA | DoRA, opt
 
 @pytest.mark.parametrize("ddp_options", [{}, {"overlap_grad_reduce": True, "bucket_size": 100}], ids=str)
 def test_a_model_in_the_data_parallel_wrapper_trains_as_one_that_is_wrapped_later(ddp_options: dict[str, Any]) -> None:
-    reference = train_decoder(LORA)
-    for run in run_on_ranks(2, models.train_wrapped_before, LORA, ddp_options):
-        assert largest_error(run, reference) < TOLERANCE
+    assert_same(run_on_ranks(2, models.train_wrapped_before, LORA, ddp_options), train_decoder(LORA), TOLERANCE)
 
 
 def test_our_finalisation_sums_what_megatrons_does() -> None:
-    reference = train_decoder(LORA)
-    for run in run_on_ranks(2, models.train_with_our_finalisation, LORA, SEQUENCE):
-        assert largest_error(run, reference) < TOLERANCE
+    assert_same(run_on_ranks(2, models.train_with_our_finalisation, LORA, SEQUENCE), train_decoder(LORA), TOLERANCE)
 
 
 def layer_names(layers: int) -> list[str]:
@@ -62,19 +59,19 @@ def layer_names(layers: int) -> list[str]:
 
 def test_adapters_of_a_half_precision_wrapper_have_its_type_and_the_models_names() -> None:
     for names, types, trains in run_on_ranks(2, models.half_precision, LORA):
-        assert names == layer_names(CONFIG.num_layers)
+        assert names == layer_names(DENSE.num_layers)
         assert types == {torch.bfloat16}
         assert trains
 
 
 def test_layers_of_all_chunks_have_global_numbers() -> None:
     for names in run_on_ranks(2, models.names_in_chunks, LORA):
-        assert names == layer_names(2 * CONFIG.num_layers)
+        assert names == layer_names(2 * DENSE.num_layers)
 
 
 def test_copies_of_adapters_keep_marks_and_layouts() -> None:
     for original, copied in run_on_ranks(2, models.marks_of_copies, DoRA(dim=RANK)):
-        assert len(original) == 3 * 4 * CONFIG.num_layers
+        assert len(original) == 3 * 4 * DENSE.num_layers
         assert copied == original
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
+from helpers.megatron_gpt import logits_of, loss_of, make_gpt
 from helpers.megatron_layers import MARKS
-from helpers.megatron_runs import Run, logits_of, loss_of, make_gpt, train
+from helpers.megatron_runs import Run, train
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear

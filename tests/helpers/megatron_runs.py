@@ -1,4 +1,4 @@
-"""A small GPT of Megatron-Core's with the weights of our decoder, fine-tuned by Megatron's own means."""
+"""Fine-tunes of small Megatron models by Megatron's own means, and of our decoder with the same weights."""
 
 from __future__ import annotations
 
@@ -8,148 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from helpers.collectives import Collective, count_collectives
-from helpers.megatron_cpu import SequenceParallelRMSNorm, megatron_on_cpu
-from helpers.oracle_runs import config as decoder_config
+from helpers.megatron_cpu import megatron_on_cpu
+from helpers.megatron_gpt import DENSE, logits_of, loss_of, make_decoder, make_gpt, token_ids
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
-from meshpeft.models import Decoder
-from meshpeft.models.rotary import inverse_frequencies
-from meshpeft.parallel import (
-    ParallelAxis,
-    TensorLayout,
-    describe_layers,
-    finalize_gradients,
-    gradient_norm,
-    layer_type_of,
-    layout_of,
-    layout_of_tensor,
-    parallel_group_info,
-)
-from meshpeft.parallel import vocab_parallel_cross_entropy as cross_entropy
-from meshpeft.parallel.init import draw_full
-from meshpeft.peft import PEFT
-
-BATCH, SEQ = 3, 12  # more than one row: Megatron makes a single one require a gradient by itself
-CONFIG = decoder_config()
-
-
-def token_ids() -> Tensor:
-    return torch.randint(0, CONFIG.vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(3))
-
-
-def loss_of(logits: Tensor, axis: ParallelAxis | None = None) -> Tensor:
-    """Mean over the target tokens, of which the rows have different numbers."""
-    labels = token_ids().roll(-1, 1)
-    for row, length in enumerate((5, SEQ - 1, 8)):
-        labels[row, length:] = -100
-    return cross_entropy(logits, labels, axis=axis).sum() / (labels != -100).sum()
-
-
-def canonical_weights() -> dict[str, Tensor]:
-    """Our decoder's names -> full tensors in canonical order."""
-    shapes = {
-        name: p.shape if (layout := layout_of_tensor(p)) is None else layout.global_shape
-        for name, p in Decoder(CONFIG, device="meta").named_parameters()
-    }
-    return {
-        name: draw_full(tuple(shape), lambda t: t.normal_(float(t.dim() == 1), 0.3), seed)
-        for seed, (name, shape) in enumerate(shapes.items())
-    }
-
-
-def make_decoder() -> Decoder:
-    """Our decoder, on one rank."""
-    decoder = Decoder(CONFIG, dtype=torch.float64)
-    weights = canonical_weights()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            layout = layout_of_tensor(parameter) or TensorLayout(tuple(parameter.shape))
-            parameter.copy_(layout.slice(weights[name]))
-    return decoder
-
-
-def make_gpt(*, sequence_parallel: bool = False, **options: Any) -> GPTModel:
-    """The same model of Megatron's, divided as its `parallel_state` says."""
-    config = TransformerConfig(
-        num_layers=CONFIG.num_layers,
-        hidden_size=CONFIG.hidden_size,
-        ffn_hidden_size=CONFIG.intermediate_size,
-        num_attention_heads=CONFIG.num_attention_heads,
-        num_query_groups=CONFIG.num_query_groups,
-        kv_channels=CONFIG.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=CONFIG.rms_norm_eps,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel,
-        params_dtype=torch.float64,
-        use_cpu_initialization=True,
-        masked_softmax_fusion=False,
-        **options,
-    )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True)
-    norms = spec.submodules
-    norms.input_layernorm = norms.pre_mlp_layernorm = SequenceParallelRMSNorm
-    norms.self_attention.submodules.q_layernorm = norms.self_attention.submodules.k_layernorm = SequenceParallelRMSNorm
-    model = GPTModel(
-        config,
-        TransformerBlockSubmodules([spec] * CONFIG.num_layers, layer_norm=SequenceParallelRMSNorm),
-        CONFIG.vocab_size,
-        max_sequence_length=SEQ,
-        position_embedding_type="rope",
-        rotary_base=int(CONFIG.rope.theta),
-        share_embeddings_and_output_weights=False,
-    )
-    # Megatron's angles are float32, ours have the model's type.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(
-        CONFIG.rope, CONFIG.head_dim, torch.float64, torch.device("cpu")
-    )
-    fill(model)
-    return model
-
-
-def fill(model: GPTModel) -> None:
-    """Give the model our decoder's weights."""
-    describe_layers(model)
-    weights = canonical_weights()
-    tp = axis_of_group("tp", parallel_state.get_tensor_model_parallel_group())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            holder, _, attribute = name.rpartition(".")
-            layer = model.get_submodule(holder)
-            if holder.endswith("word_embeddings"):
-                full = weights["embedding.weight"]
-                parameter.copy_(TensorLayout(tuple(full.shape), ((0, tp),)).slice(full))
-            elif layer_type_of(layer) is not None and attribute == "weight":
-                parameter.copy_(layout_of(layer).weight().slice(weights[name]))
-            else:
-                parameter.copy_(weights[name])
-
-
-def logits_of(model: nn.Module, **kwargs: Any) -> Tensor:
-    ids = token_ids()
-    mask = torch.triu(torch.ones(SEQ, SEQ, dtype=torch.bool), 1)[None, None]
-    return model(ids, torch.arange(SEQ).expand(BATCH, SEQ), mask, **kwargs)
+from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.parallel import finalize_gradients, gradient_norm, layout_of_tensor, parallel_group_info
+from meshpeft.peft import PEFT, adapter_wrappers
 
 
 @dataclass
 class Run:
-    """What must not depend on the layout, nor on whose model it is; tensors have their full shapes."""
+    """What must not depend on the layout, nor on whose model it is; tensors have their full shapes.
+
+    With expert parallel, gradients and weights are those of this rank's experts.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -157,27 +35,28 @@ class Run:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train_gpt(method: PEFT, tensor_parallel: int, options: dict[str, Any]) -> Run:
+def train_gpt(method: PEFT, sizes: dict[str, int], options: dict[str, Any], config: DecoderConfig = DENSE) -> Run:
     """A few steps in Megatron's data-parallel wrapper, with its own finalisation of gradients.
 
     Args:
+        sizes: of `parallel_state`.
         options: of its configuration, beside the sizes.
     """
-    with megatron_on_cpu(tensor_model_parallel_size=tensor_parallel):
-        model = method(make_gpt(**options))
+    with megatron_on_cpu(**sizes):
+        model = method(make_gpt(config, **options))
         return train(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model), model)
 
 
-def train_decoder(method: PEFT) -> Run:
+def train_decoder(method: PEFT, config: DecoderConfig = DENSE) -> Run:
     """The same on our decoder, on one rank."""
-    decoder = method(make_decoder())
+    decoder = method(make_decoder(config))
     return train(decoder, decoder)
 
 
 def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
     """Fine-tune a model of either package, in Megatron's wrapper or as it is."""
     run = Run()
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = adapter_parameters(model)
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0.1)
     ours = isinstance(model, Decoder)
     for step in range(steps):
@@ -203,13 +82,31 @@ def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
     return run
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters, by names in which layers and experts have global numbers."""
+    return {
+        f"{next(adapter.base_name for adapter in wrapper.adapter.modules() if hasattr(adapter, 'base_name'))}.{name}": p
+        for _, wrapper in adapter_wrappers(model)
+        for name, p in wrapper.adapter.named_parameters()
+    }
+
+
 def megatron_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The norm of all gradients, counted by Megatron's rule, in float64 (its own function works in float32)."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    counted = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p, group)]
-    total = torch.stack([grad.square().sum() for grad in counted]).sum() if counted else torch.zeros(()).double()
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return total.sqrt().item()
+    """The norm of all gradients, counted by Megatron's rules, in float64 (its own functions work in float32)."""
+    dense = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_model_parallel_group())
+    expert = (
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    )
+    squares = torch.zeros((), dtype=torch.float64)
+    for allreduce, (tensor_group, model_group) in ((True, dense), (False, expert)):
+        square = torch.zeros((), dtype=torch.float64)
+        for p in parameters:
+            if p.allreduce == allreduce and param_is_not_tensor_parallel_duplicate(p, tensor_group):
+                square += p.grad.square().sum()
+        torch.distributed.all_reduce(square, group=model_group)
+        squares += square
+    return squares.sqrt().item()
 
 
 def whole(parameter: Tensor, value: Tensor) -> Tensor:
@@ -219,14 +116,21 @@ def whole(parameter: Tensor, value: Tensor) -> Tensor:
     return layout.gather(value).clone()
 
 
+def assert_same(runs: list[Run], want: Run, tolerance: float) -> None:
+    """Every rank's losses and norms, and all ranks' gradients and weights together, are those of one run."""
+    for mine, theirs in ((run.gradients, want.gradients) for run in runs):
+        assert theirs.keys() >= mine.keys()
+    assert {name for run in runs for name in run.weights} == want.weights.keys()
+    assert max(largest_error(run, want) for run in runs) < tolerance
+
+
 def largest_error(got: Run, want: Run) -> float:
     """The largest relative error of anything; of tensors, relative to their largest value."""
-    assert got.gradients.keys() == want.gradients.keys() and got.weights.keys() == want.weights.keys()
     scalars = zip(got.losses + got.norms, want.losses + want.norms, strict=True)
     errors = [abs(mine / theirs - 1) for mine, theirs in scalars]
     for mine, theirs in ((got.gradients, want.gradients), (got.weights, want.weights)):
-        errors += [float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs]
-    return max(errors)
+        errors += [float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in mine]
+    return max(float("inf") if error != error else error for error in errors)
 
 
 def collectives_of(method: PEFT, options: dict[str, Any]) -> tuple[Counter[Collective], Counter[Collective]]:

@@ -63,6 +63,17 @@ def _data_axis(expert: bool) -> ParallelAxis:
     return parallel_group_info().edp if expert else parallel_group_info().dp
 
 
+def _reduced_as_dense(layer: Any) -> bool:
+    """Whether Megatron may sum the parameters' gradients over the data parallel of dense layers.
+
+    Its own mark says so for all experts without expert parallel. That leaves gradients unsummed where expert-tensor
+    parallel differs from tensor parallel, whose ranks then hold different tokens of one expert.
+    """
+    if not layer.is_expert:
+        return True
+    return not layer.expert_parallel and _data_axis(True).world_size == _data_axis(False).world_size
+
+
 def _marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
     """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters."""
     dims = [dim for dim, axis in layout.shards if axis.name in ("tp", "etp")]
@@ -91,7 +102,7 @@ def _column(layer: ColumnParallelLinear) -> LinearLayout:
         input_grad_is_reduced_outside=not sequence_parallel
         and (layer.explicit_expert_comm or layer.disable_grad_reduce),
         data_axis=_data_axis(layer.is_expert),
-        marks=partial(_marks, allreduce=not (layer.is_expert and layer.expert_parallel)),
+        marks=partial(_marks, allreduce=_reduced_as_dense(layer)),
     )
 
 
@@ -107,7 +118,7 @@ def _row(layer: RowParallelLinear) -> LinearLayout:
         in_packing=_stride_packing(layer, layer.input_size, axis),
         output_is_partial=layer.explicit_expert_comm,
         data_axis=_data_axis(layer.is_expert),
-        marks=partial(_marks, allreduce=not (layer.is_expert and layer.expert_parallel)),
+        marks=partial(_marks, allreduce=_reduced_as_dense(layer)),
     )
 
 
