@@ -4,7 +4,7 @@ A layer type enters the registry with one [`LayerType`][meshpeft.parallel.LayerT
 [`LinearLayout`][meshpeft.parallel.LinearLayout] decides the slices of every parameter, initialisation,
 which gradients are partial, checkpoint entries and export; nothing else in the package asks what a layer is.
 
-The two tables of docs/design.md ("the one rule") are the two branches of `factor_a` and `factor_b`:
+The two kinds of adapters in docs/adapters.md are the two branches of `factor_a` and `factor_b`:
 *fused* adapters join between a layer's `enter` and `exit`; *standalone* ones run beside a base whose forward
 hides its collectives.
 """

@@ -7,7 +7,7 @@
 | row | nothing, or `mp_scatter` | P | `mp_reduce`: P -> I, then the bias |
 | row, sequence parallel | nothing | P | `sp_reduce_scatter`: P -> S(0), then the bias |
 
-An adapter joins between the two, see DESIGN "the one rule".
+An adapter joins between the two, see docs/adapters.md.
 """
 
 from __future__ import annotations

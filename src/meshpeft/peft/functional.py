@@ -1,7 +1,7 @@
 """The adapted GEMM of LoRA: y = x W^T + s (x' A^T) B^T, in one autograd function.
 
 x' is x, or x after dropout. The function joins the adapter to the base between a layer's `enter` and `exit`, where
-its output is in the base's state and nothing communicates (DESIGN, "the one rule"):
+its output is in the base's state and nothing communicates:
 
 | on the axis that divides W | x | W | A | h = x A^T | B | y |
 |---|---|---|---|---|---|---|

@@ -1,7 +1,7 @@
 """Products with a weight that is made when it is needed, and made again in the backward pass.
 
 PyTorch's own `linear` would keep the dequantised weight for the input gradient, which would cost the memory that
-packing saved. The weight itself gets no gradient. States as for any linear: see DESIGN, "the one rule".
+packing saved. The weight itself gets no gradient. States as for any linear, see docs/parallel.md.
 """
 
 from __future__ import annotations
