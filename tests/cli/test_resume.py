@@ -200,7 +200,7 @@ def start(options: list[str], *more: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -235,7 +235,13 @@ def same(run: Path, undisturbed: Path) -> None:
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_ends_the_run_and_the_same_command_goes_on(
     number: signal.Signals, code: int, options: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -293,6 +299,7 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(
     same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_layout(half: Path, options: list[str], straight: Path, tmp_path: Path) -> None:
     """Without dropout, whose masks belong to a layout."""
     run = ["--steps", str(STEPS), "--save-every", "4"]

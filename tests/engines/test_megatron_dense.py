@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import pytest
 from helpers.workers import run_on_ranks
 
-from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, update_model
 
 pytest.importorskip("megatron.core")
 from helpers.megatron_runs import Run, assert_same, train_decoder, train_gpt
@@ -17,7 +18,16 @@ from helpers.megatron_runs import Run, assert_same, train_decoder, train_gpt
 TOLERANCE = 1e-10
 # B starts at random: with the usual zeros the first step would not see A at all.
 OPTIONS: dict[str, Any] = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
-METHODS: dict[str, PEFT] = {"lora": LoRA(**OPTIONS), "canonical": CanonicalLoRA(**OPTIONS), "dora": DoRA(**OPTIONS)}
+PATTERNS = {
+    "*": {"rank": 4, "scale": 2.0, "lora_b_init": "torch.nn.init.kaiming_uniform_"},
+    "*output_layer": {"enable": False},
+}
+METHODS: dict[str, Callable[..., Any]] = {
+    "lora": LoRA(**OPTIONS),
+    "canonical": CanonicalLoRA(**OPTIONS),
+    "dora": DoRA(**OPTIONS),
+    "patterns": partial(update_model, config={"adapter_cfg": PATTERNS}),
+}
 
 SEQUENCE = {"sequence_parallel": True}
 RECOMPUTE_ALL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

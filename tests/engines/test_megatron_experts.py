@@ -63,6 +63,7 @@ LAYOUTS = [
 SLOW = [
     layout(tp=2, ep=2, **ALLGATHER),
     layout(tp=2, ep=2, etp=1),
+    layout(tp=2),
     layout(ep=4),
     layout(tp=4, ep=2, etp=2, **ALLGATHER),
     layout(tp=4, etp=2),
@@ -85,8 +86,12 @@ def test_a_model_with_experts_trains_as_our_decoder(sizes: dict[str, Any], optio
     assert_same(run_on_ranks(2, train_gpt, AROUND_EXPERTS, sizes, options, EXPERTS), decoder(), TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ON_EXPERTS)
-@pytest.mark.parametrize("sizes, options", LAYOUTS)
+FAST = [("lora", *sizes) for sizes in LAYOUTS] + [
+    (method, *layout(tp=2)) for method in ("canonical", "dora", "normalized")
+]
+
+
+@pytest.mark.parametrize("method, sizes, options", FAST)
 def test_adapters_of_experts_train_as_on_one_rank(method: str, sizes: dict[str, Any], options: dict[str, Any]) -> None:
     runs = run_on_ranks(2, train_gpt, ON_EXPERTS[method], sizes, options, EXPERTS)
     assert_same(runs, one_rank(method), TOLERANCE)

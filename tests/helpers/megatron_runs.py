@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,10 @@ class Run:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train_gpt(method: PEFT, sizes: dict[str, int], options: dict[str, Any], config: DecoderConfig = DENSE) -> Run:
+Method = Callable[[Any], nn.Module]
+
+
+def train_gpt(method: Method, sizes: dict[str, int], options: dict[str, Any], config: DecoderConfig = DENSE) -> Run:
     """A few steps in Megatron's data-parallel wrapper, with its own finalisation of gradients.
 
     Args:
@@ -47,7 +50,7 @@ def train_gpt(method: PEFT, sizes: dict[str, int], options: dict[str, Any], conf
         return train(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model), model)
 
 
-def train_decoder(method: PEFT, config: DecoderConfig = DENSE) -> Run:
+def train_decoder(method: Method, config: DecoderConfig = DENSE) -> Run:
     """The same on our decoder, on one rank."""
     decoder = method(make_decoder(config))
     return train(decoder, decoder)
