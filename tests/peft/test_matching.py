@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 from torch import nn
 
+from meshpeft.models import Decoder, DecoderConfig, MoEConfig
 from meshpeft.peft import AdapterError, LoRA, is_expert_linear, wildcard_match
 
 
@@ -88,6 +90,29 @@ def test_exclusions_alone_adapt_every_other_linear_layer():
         "decoder.layers.0.self_attention.linear_qkv",
         "decoder.layers.0.self_attention.linear_proj",
     ]
+
+
+def experts(**method: Any) -> set[str]:
+    """What is adapted below the layers of a small Qwen2-MoE, whose shared experts have a gate."""
+    moe = MoEConfig(4, 2, 8, shared_intermediate_size=8)
+    config = DecoderConfig(32, 16, 8, 1, 4, 2, 4, model_type="qwen2_moe", moe=moe)
+    model = LoRA(**method, dim=1)(Decoder(config, device="meta"))
+    return {name.removeprefix("decoder.layers.0.") for name in adapted(model)}
+
+
+ATTENTION = {"self_attention.linear_qkv", "self_attention.linear_proj"}
+MLP = {f"mlp.{part}.linear_{linear}" for part in ("experts", "shared_experts") for linear in ("fc1", "fc2")}
+GATES = {"mlp.router", "mlp.shared_experts.gate"}
+
+
+def test_routers_and_gates_are_reached_only_by_their_names():
+    """Exclusions and wildcards mean linear layers; an adapter that moves tokens is asked for."""
+    assert experts(exclude_modules=["output_layer"]) == ATTENTION | MLP
+    assert experts(exclude_modules=["output_layer", "linear_fc1", "linear_fc2"]) == ATTENTION
+    assert experts(target_modules=["decoder.layers.0.*"]) == ATTENTION | MLP
+    assert experts(target_modules=["*.mlp.*"]) == MLP
+    assert experts(target_modules=["*.mlp.router", "*gate"]) == GATES
+    assert experts(target_modules=["router", "linear_proj"]) == {"mlp.router", "self_attention.linear_proj"}
 
 
 def test_a_requested_target_that_matches_nothing_names_itself_and_the_nearest():

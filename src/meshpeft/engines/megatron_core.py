@@ -184,7 +184,7 @@ register_layer_type(
     LayerType(layout=_column, weight=_weight, gathers=_gathers, checkpoint=megatron_entries),
 )
 register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, checkpoint=megatron_entries))
-register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries))
+register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries, decides=True))
 register_container_type(SelfAttention, ContainerType(packings=_qkv_packing))
 register_container_type(MLP, ContainerType(packings=_gate_up_packing))
 register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))

@@ -145,5 +145,6 @@ register_layer_type(
         weight=lambda module: module.weight,
         enter=lambda module, x: x,
         exit=lambda module, y: y,
+        decides=True,
     ),
 )

@@ -177,6 +177,8 @@ class LayerType:
         gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
             its layout alone does not decide that.
         checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
+        decides: the layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
+            who names it means it.
     """
 
     layout: Callable[[Any], LinearLayout]
@@ -185,6 +187,7 @@ class LayerType:
     exit: Callable[[Any, Tensor], Any] | None = None
     gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
+    decides: bool = False
 
     @property
     def fused(self) -> bool:

@@ -68,6 +68,12 @@ def is_router(module: nn.Module) -> bool:
     return callable(getattr(module, "gating", None)) and callable(getattr(module, "routing", None))
 
 
+def _decides(module: nn.Module) -> bool:
+    """Whether a module is a router, or a gate of shared experts: only targets that name it mean it."""
+    layer_type = layer_type_of(module)
+    return is_router(module) or (layer_type is not None and layer_type.decides)
+
+
 def nearest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
     """Up to `count` of the names that look most like the pattern; the first ones if none does."""
     wanted = pattern.replace("*", "").strip(".")
@@ -89,10 +95,13 @@ def default_targets(*names: str) -> Callable[[], list[str]]:
 class ModuleMatcher:
     """Matches modules by name. A pattern is a module's own name, or its full name with `*` for any substring.
 
+    Routers, and the gates of shared experts, are reached only by a target whose last component names them
+    (`router`, `*.layers.0.mlp.router`, `*.shared_experts.gate`): not by `*.mlp.*`, and not by exclusions.
+
     Attributes:
         target_modules: patterns of the layers to adapt.
-        exclude_modules: patterns of the layers to leave alone; every other layer that can carry an adapter gets
-            one. Not together with `target_modules`.
+        exclude_modules: patterns of the layers to leave alone; every other linear layer that can carry an adapter
+            gets one. Not together with `target_modules`.
         canonical_mapping: for methods that adapt the parts of fused layers: pattern of the fused layer -> names
             of the parts. Made from `target_modules`.
     """
@@ -152,13 +161,18 @@ class ModuleMatcher:
         name = name or ""
         full_name = f"{prefix}.{name}" if prefix else name
         adaptable = layer_type_of(m) is not None or is_router(m)
+        decides = _decides(m)
         if adaptable:
             self._adaptable[full_name] = None
         if self.exclude_modules:
             excluded = [pattern for pattern in self.exclude_modules if _matches(pattern, name, full_name)]
             self._met.update(excluded)
-            return (name, full_name) if adaptable and not excluded and layer_type_of(m) is not None else None
-        matching = [pattern for pattern in self._patterns() if _matches(pattern, name, full_name)]
+            return (name, full_name) if adaptable and not excluded and not decides else None
+        matching = [
+            pattern
+            for pattern in self._patterns()
+            if _matches(pattern, name, full_name) and (not decides or pattern.rpartition(".")[2].strip("*"))
+        ]
         if adaptable:
             self._met.update(matching)
             return (matching[0], full_name) if matching else None
