@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from meshpeft.training.config import ConfigError, EvaluateConfig, FinetuneConfig
+from meshpeft.training.adapter_use import EvaluateConfig
+from meshpeft.training.config import ConfigError, FinetuneConfig
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshpeft.cli.arguments import parse
-from meshpeft.training.config import GenerateConfig
+from meshpeft.training.adapter_use import GenerateConfig
 from meshpeft.training.generate import start
 
 __all__ = ["run"]

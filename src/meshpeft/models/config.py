@@ -173,6 +173,11 @@ class DecoderConfig:
         moe = self.moe
         return moe is not None and layer not in moe.dense_layers and (layer + 1) % moe.sparse_step == 0
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
+
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
         """The decoder of a parsed `config.json`, or of a transformers configuration.
@@ -216,7 +221,7 @@ def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> Non
         "linear_qkv": (config.num_query_groups, "query groups"),
         "embedding": (config.vocab_size, "rows (vocab_size)"),
     }
-    if not all(config.has_experts(layer) for layer in range(config.num_layers)):
+    if len(config.expert_layers) < config.num_layers:
         sizes["linear_fc1"] = (config.intermediate_size, "channels (intermediate_size)")
     moe = config.moe
     if moe is not None and moe.shared_intermediate_size is not None:

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
                 loss of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
-        if return_router_loss and not any(self.config.has_experts(layer) for layer in range(self.config.num_layers)):
+        if return_router_loss and not self.config.expert_layers:
             raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
         length = input_ids.shape[1]
         padding = -length % self.tp.world_size if self.sequence_parallel else 0

@@ -9,7 +9,7 @@ import torch
 
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
-from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 
 __all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_targets"]
 
@@ -38,8 +38,13 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
     """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
 
     Raises:
-        AdapterError: a target matches no layer.
+        AdapterError: a target matches no layer; a rank that does not divide.
+        ConfigError: an option for experts, and the model has none.
     """
+    if not base.expert_layers:
+        for name in ("normalize_moe_lora", "router_aux_loss_coef"):
+            if getattr(config, name):
+                raise ConfigError(f"{name}: this {base.model_type} model has no layer with experts; leave it out")
     model = Decoder(base, device="meta")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -71,6 +76,8 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
         lora_A_init_method=config.lora_a_init_method,
         lora_B_init_method=config.lora_b_init_method,
         use_rslora=config.rslora,
+        normalize_moe_lora=config.normalize_moe_lora,
+        share_expert_adapters=config.share_expert_adapters,
         fused=config.fused,
         a2a_experimental=config.a2a_experimental,
         lora_dtype=torch.promote_types(tensor_type(config.dtype), torch.float32),

@@ -1,4 +1,4 @@
-"""What a run is told: the options of `finetune`, `evaluate` and `generate`, with their checks.
+"""What a run is told: the options of `finetune`, with their checks.
 
 The command line is made from these classes, and the text under each field is its help. No default depends on
 the layout. Where `None` is the default, the text says what it stands for.
@@ -19,11 +19,13 @@ from meshpeft.parallel.errors import MeshPEFTError
 
 __all__ = [
     "ConfigError",
-    "EvaluateConfig",
     "FinetuneConfig",
-    "GenerateConfig",
+    "LayoutConfig",
+    "OptionalField",
     "TensorType",
     "TrainingError",
+    "above",
+    "at_least",
     "tensor_type",
 ]
 
@@ -31,7 +33,7 @@ TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
 
 # The help of such an option says itself what leaving it out means.
-_Optional = tyro.conf.arg(help_behavior_hint="")
+OptionalField = tyro.conf.arg(help_behavior_hint="")
 
 
 class ConfigError(MeshPEFTError):
@@ -49,28 +51,33 @@ def tensor_type(name: TensorType) -> torch.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class LayoutConfig:
     """Options that say where the model runs, and change no number."""
 
     tp: int = 1
     """Tensor parallel: processes that share each layer of the model."""
-    dp: Annotated[int | None, _Optional] = None
+    dp: Annotated[int | None, OptionalField] = None
     """Data parallel: copies of the model that share a batch. Default: the fewest, or what a launcher's world leaves."""
+    ep: int = 1
+    """Expert parallel: processes over which the experts of each layer are divided."""
+    etp: Annotated[int | None, OptionalField] = None
+    """Expert-tensor parallel: processes that share each expert. Default: as many as --tp."""
     sequence_parallel: bool = False
     """Divide the activations between the layers over the tensor-parallel processes, too: less memory."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no machine could take."""
-        _at_least(self, 1, "tp", "dp")
+        at_least(self, 1, "tp", "dp", "ep", "etp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(_Layout):
+class FinetuneConfig(LayoutConfig):
     """Fine-tune a language model with a small adapter; with no options, the embedded model on embedded data."""
 
-    model: Annotated[Path | None, _Optional] = None
-    """Base model: a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3). Default: the small embedded model."""
-    data: Annotated[Path | None, _Optional] = None
+    model: Annotated[Path | None, OptionalField] = None
+    """Base model: a Hugging Face directory (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE). Default: the
+    small embedded model."""
+    data: Annotated[Path | None, OptionalField] = None
     """Training data: JSONL, JSON, CSV or Parquet with a `text` column, `prompt` and `completion`, or chat
     `messages`. Default: functions and docstrings of the running Python's standard library."""
     held_out: float = 0.05
@@ -99,20 +106,26 @@ class FinetuneConfig(_Layout):
     """First values of A: xavier, normal, kaiming or zero."""
     lora_b_init_method: InitMethod = "zero"
     """First values of B; zero lets training start from the base model."""
-    target_modules: Annotated[tuple[str, ...] | None, _Optional] = None
+    target_modules: Annotated[tuple[str, ...] | None, OptionalField] = None
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
     (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
     Default: every projection of attention and MLP."""
-    exclude_modules: Annotated[tuple[str, ...] | None, _Optional] = None
+    exclude_modules: Annotated[tuple[str, ...] | None, OptionalField] = None
     """Instead of --target-modules: layers, by name or pattern, that get none; every other linear layer does."""
+    share_expert_adapters: bool = True
+    """One adapter for all experts of a layer; --no-share-expert-adapters gives each its own."""
+    normalize_moe_lora: bool = False
+    """Adapters of experts get the rank --rank / (experts per token), which must divide."""
+    router_aux_loss_coef: float = 0.0
+    """Add this times the routers' load-balancing loss to the loss that is trained. 0: leave it out."""
     fused: bool = True
     """Run adapters inside their layers' products; --no-fused runs them beside, as on other engines' layers."""
     a2a_experimental: bool = False
     """With --no-fused and --sequence-parallel: exchange the outputs of row-parallel adapters by an all-to-all."""
 
-    steps: Annotated[int | None, _Optional] = None
+    steps: Annotated[int | None, OptionalField] = None
     """Optimizer steps. Default: 80 on the embedded data, else what --epochs makes."""
-    epochs: Annotated[float | None, _Optional] = None
+    epochs: Annotated[float | None, OptionalField] = None
     """Times that the data is read, instead of --steps. Default: 1."""
     batch_size: int = 8
     """Rows in a global batch, over all processes and micro-batches. A row is --seq-length tokens long."""
@@ -122,7 +135,7 @@ class FinetuneConfig(_Layout):
     """Tokens in a row. Longer texts are split; longer prompts with completions lose their beginning."""
     packing: bool = True
     """Put several short documents in one row, each attending to itself only; else one document a row."""
-    lr: Annotated[float | None, _Optional] = None
+    lr: Annotated[float | None, OptionalField] = None
     """Learning rate at its peak. Default: 2e-4, or 5e-3 for the small embedded model."""
     warmup: float = 0.05
     """Steps over which the learning rate rises to its peak: a number of steps, or below 1 a part of all steps."""
@@ -142,12 +155,12 @@ class FinetuneConfig(_Layout):
     """Steps between checkpoints, in OUTPUT_DIR/checkpoints; 0: only when the run is interrupted."""
     keep: int = 2
     """Newest checkpoints to keep."""
-    resume: Annotated[str | None, _Optional] = None
+    resume: Annotated[str | None, OptionalField] = None
     """Go on from a checkpoint: its directory, that of a run, or `auto` for this run's own newest, if there is one.
     The layout may be another. Default: start anew."""
     seed: int = 0
     """Seed of the adapter's first values, the order of the data and dropout."""
-    config: Annotated[Path | None, _Optional] = None
+    config: Annotated[Path | None, OptionalField] = None
     """YAML file with values for these options, by name. What the command line gives overrides it."""
 
     GENERAL_LEARNING_RATE: ClassVar[float] = 2e-4
@@ -157,10 +170,10 @@ class FinetuneConfig(_Layout):
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
         super().check()
-        _at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "keep")
-        _at_least(self, 2, "seq_length")
-        _at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed")
-        _above(self, 0, "alpha", "epochs", "lr", "lora_plus")
+        at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "keep")
+        at_least(self, 2, "seq_length")
+        at_least(self, 0, "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed", "router_aux_loss_coef")
+        above(self, 0, "alpha", "epochs", "lr", "lora_plus")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
         if not 0 < self.held_out < 1:
@@ -224,93 +237,16 @@ class FinetuneConfig(_Layout):
         return cls(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _AdapterUse(_Layout):
-    """Options to run a base model with or without an adapter. `None` means what the adapter's run had."""
-
-    adapter: Annotated[Path | None, _Optional] = None
-    """Output directory of `meshpeft finetune`. Default: no adapter, the base model alone."""
-    model: Annotated[Path | None, _Optional] = None
-    """Base model: a Hugging Face directory. Default: that of the adapter's run, else the embedded model."""
-    dtype: Annotated[TensorType | None, _Optional] = None
-    """Type of the base model and its activations. Default: that of the adapter's run, else float32."""
-
-    def run(self) -> FinetuneConfig:
-        """The options of the run that made the adapter, with `model` and `dtype` replaced where given here.
-
-        Raises:
-            ConfigError: the adapter's directory is not one of `meshpeft finetune`.
-        """
-        run = FinetuneConfig()
-        if self.adapter is not None:
-            if not (self.adapter / "adapter_config.json").is_file():
-                raise ConfigError(f"{self.adapter}: holds no adapter (there is no adapter_config.json)")
-            record = self.adapter / "run.json"
-            if record.is_file():
-                run = FinetuneConfig.from_json(record)
-            elif self.model is None:
-                raise ConfigError(f"{self.adapter}: there is no run.json that names its base model; give --model")
-        return replace(
-            run,
-            model=run.model if self.model is None else self.model,
-            dtype=run.dtype if self.dtype is None else self.dtype,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(_AdapterUse):
-    """Measure the loss of a model, with or without an adapter."""
-
-    data: Annotated[Path | None, _Optional] = None
-    """Measure on all of this file. Default: what the adapter's run held out of its data."""
-    micro_batch_size: int = 4
-    """Rows that one process computes at a time."""
-    seq_length: Annotated[int | None, _Optional] = None
-    """Tokens in a row. Default: that of the adapter's run, else 512."""
-
-    def check(self) -> None:
-        """Raise `ConfigError` for values that no model and no data could take."""
-        super().check()
-        _at_least(self, 1, "micro_batch_size")
-        _at_least(self, 2, "seq_length")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(_AdapterUse):
-    """Continue a prompt with a model, with or without an adapter."""
-
-    prompt: str
-    """Text to continue; - reads it from standard input."""
-    chat: bool = False
-    """The prompt is a user's message: put it into the tokenizer's chat template."""
-    max_new_tokens: int = 128
-    """Most tokens to add."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above it, the higher the more varied."""
-    top_k: Annotated[int | None, _Optional] = None
-    """Choose among this many of the likeliest tokens."""
-    top_p: Annotated[float | None, _Optional] = None
-    """Choose among the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the choice."""
-
-    def check(self) -> None:
-        """Raise `ConfigError` for values that no model could take."""
-        super().check()
-        _at_least(self, 1, "max_new_tokens", "top_k")
-        _at_least(self, 0, "temperature", "seed")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p}: expected a probability above 0, up to 1")
-
-
-def _at_least(config: object, least: float, *names: str) -> None:
+def at_least(config: object, least: float, *names: str) -> None:
+    """Raise `ConfigError` for the first of these options that is given and below `least`, or not a number."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{name}={value}: expected at least {least:g}")
 
 
-def _above(config: object, bound: float, *names: str) -> None:
+def above(config: object, bound: float, *names: str) -> None:
+    """Raise `ConfigError` for the first of these options that is given and not above `bound`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not (value > bound and math.isfinite(value)):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from meshpeft.parallel.mesh import init_parallelism
+from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.batches import eval_batches
-from meshpeft.training.config import EvaluateConfig
 from meshpeft.training.inputs import load_rows, load_tokenizer
-from meshpeft.training.launch import launch, number_of_workers
+from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
-from meshpeft.training.setup import base_directory, check_base, device, load_base_and_adapter
+from meshpeft.training.setup import base_directory, check_base, device, join_mesh, load_base_and_adapter, workers_for
 from meshpeft.training.step import mean_loss
 
 __all__ = ["evaluate", "start"]
@@ -25,8 +24,8 @@ def start(config: EvaluateConfig) -> None:
         WorkerDied: a worker failed otherwise.
     """
     config.check()
-    workers = number_of_workers(config.tp, config.dp)
-    check_base(config.run().model, config.tp)
+    workers = workers_for(config)
+    check_base(config.run().model, config)
     launch(evaluate, config, workers=workers)
 
 
@@ -36,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> float:
     Returns:
         The mean loss in nats per target token, the same on every rank.
     """
-    info = init_parallelism(tensor_parallel=config.tp)
+    info = join_mesh(config)
     report = Report(info)
     run = config.run()
     if config.seq_length is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import tyro
 
 from meshpeft.checkpoint import (
     export_peft_adapter,
@@ -23,13 +22,11 @@ from meshpeft.models.weights import read_json
 from meshpeft.peft import adapter_wrappers
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.checkpoints import checkpoints_in
-from meshpeft.training.config import ConfigError, FinetuneConfig, TensorType, tensor_type
+from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
 from meshpeft.training.output import RECORD
 from meshpeft.training.setup import base_directory, load_base
 
 __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
-
-_Optional = tyro.conf.arg(help_behavior_hint="")
 
 # Beside weights and config.json, what makes a directory usable: the tokenizer, and how to generate.
 _COMPANIONS = (
@@ -51,9 +48,9 @@ class MergeConfig:
     """Output directory of `meshpeft finetune`, or an adapter that Hugging Face PEFT wrote."""
     to: Path
     """Where the model goes."""
-    model: Annotated[Path | None, _Optional] = None
+    model: Annotated[Path | None, OptionalField] = None
     """Base model: a Hugging Face directory. Default: that of the adapter's run, or the one that it names."""
-    dtype: Annotated[TensorType | None, _Optional] = None
+    dtype: Annotated[TensorType | None, OptionalField] = None
     """Type of the merged weights, rounded to once. Default: that of the base's files."""
     overwrite: bool = False
     """Replace the model that the directory holds."""
@@ -69,7 +66,7 @@ class ExportConfig:
     """Where the files go."""
     format: Literal["peft", "merged"] = "peft"
     """peft: an adapter for Hugging Face PEFT, from the checkpoint alone. merged: a Hugging Face model."""
-    model: Annotated[Path | None, _Optional] = None
+    model: Annotated[Path | None, OptionalField] = None
     """Base model, if it is not where it was when the run was started."""
     overwrite: bool = False
     """Replace what the directory holds."""

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from meshpeft.checkpoint import export_peft_adapter
-from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism
+from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
-from meshpeft.training.launch import is_joined, launch, number_of_workers
+from meshpeft.training.launch import is_joined, launch
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.output import OutputDirectory
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, short_path, write_record
-from meshpeft.training.setup import base_directory, check_base, load_base
+from meshpeft.training.setup import base_directory, check_base, join_mesh, load_base, workers_for
 
 __all__ = ["finetune", "start"]
 
@@ -37,10 +37,10 @@ def start(config: FinetuneConfig) -> None:
     """
     config = config.resolved()
     config.check()
-    workers = number_of_workers(config.tp, config.dp)
+    workers = workers_for(config)
     output = _output(config)
     output.check()
-    check_adapter(check_base(config.model, config.tp), config)
+    check_adapter(check_base(config.model, config), config)
     try:
         launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:
@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig) -> None:
         MeshPEFTError: the model or the data cannot be used; raised before anything is written.
         TrainingError: the loss is not finite.
     """
-    info = init_parallelism(tensor_parallel=config.tp)
+    info = join_mesh(config)
     report = Report(info)
     set_seed(config.seed)
     tokenizer = load_tokenizer(base_directory(config.model))

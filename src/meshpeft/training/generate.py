@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 
 from meshpeft.models import generate as generate_tokens
-from meshpeft.parallel.mesh import init_parallelism
-from meshpeft.training.config import ConfigError, GenerateConfig
+from meshpeft.training.adapter_use import GenerateConfig
+from meshpeft.training.config import ConfigError
 from meshpeft.training.inputs import load_tokenizer
-from meshpeft.training.launch import is_joined, launch, number_of_workers
+from meshpeft.training.launch import is_joined, launch
 from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
 from meshpeft.training.report import Report
-from meshpeft.training.setup import base_directory, check_base, device, load_base_and_adapter
+from meshpeft.training.setup import base_directory, check_base, device, join_mesh, load_base_and_adapter, workers_for
 
 __all__ = ["generate", "start"]
 
@@ -27,8 +27,8 @@ def start(config: GenerateConfig) -> None:
         WorkerDied: a worker failed otherwise.
     """
     config.check()
-    workers = number_of_workers(config.tp, config.dp)
-    check_base(config.run().model, config.tp)
+    workers = workers_for(config)
+    check_base(config.run().model, config)
     if config.prompt == "-":
         if is_joined():
             raise ConfigError(
@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> str:
     Returns:
         The text added, the same on every rank.
     """
-    report = Report(init_parallelism(tensor_parallel=config.tp))
+    report = Report(join_mesh(config))
     run = config.run()
     directory = base_directory(run.model)
     tokenizer = load_tokenizer(directory)

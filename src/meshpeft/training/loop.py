@@ -60,7 +60,13 @@ class TrainingLoop:
         self._warmup = warmup_steps(config.warmup, self.steps)
         optimizer = adamw(model, lr=self._peak, weight_decay=config.weight_decay, lr_ratio=config.lora_plus)
         loss_scale = LossScale() if config.dtype == "float16" else None
-        self._step = TrainStep(model, optimizer, clip=config.clip, loss_scale=loss_scale)
+        self._step = TrainStep(
+            model,
+            optimizer,
+            clip=config.clip,
+            loss_scale=loss_scale,
+            router_aux_loss_coef=config.router_aux_loss_coef,
+        )
         self._checkpoints = RunCheckpoints(config, model, optimizer, loss_scale, inputs)
 
     def run(self, log: MetricsLog, progress: TrainingProgress) -> None:
@@ -105,9 +111,11 @@ class TrainingLoop:
         result = self._step(micro_batches, batch.global_target_tokens, lr=lr)
         loss, norm = self._checked(number, result)
         seconds = time.monotonic() - begun
+        balance = {} if result.router_loss is None else {"router_loss": float(result.router_loss)}
         log.add(
             step=number,
             loss=loss,
+            **balance,
             learning_rate=lr,
             grad_norm=norm if math.isfinite(norm) else None,
             tokens=batch.global_tokens,

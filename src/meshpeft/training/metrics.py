@@ -12,9 +12,10 @@ __all__ = ["MetricsLog", "plot_losses"]
 class MetricsLog:
     """Keeps the rows of `metrics.jsonl` and writes each as it comes, so that a run can be watched.
 
-    A row of a step has `step` (from 1), `loss` (nats per target token), `learning_rate`, `grad_norm` (null where
-    float16 overflowed and the step was skipped), `tokens`, `target_tokens` (of the global batch) and `seconds`
-    (of the step); a row of a measurement has `step` (steps done so far) and `held_out_loss`.
+    A row of a step has `step` (from 1), `loss` (nats per target token), `router_loss` (load balance of the experts,
+    before its coefficient, where it is trained), `learning_rate`, `grad_norm` (null where float16 overflowed and the
+    step was skipped), `tokens`, `target_tokens` (of the global batch) and `seconds` (of the step); a row of a
+    measurement has `step` (steps done so far) and `held_out_loss`.
 
     Args:
         path: the file; `None` keeps the rows only (on ranks other than 0).

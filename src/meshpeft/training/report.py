@@ -28,8 +28,10 @@ PROMPT_LINES = 12
 
 
 def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
-    """`2 processes (tp=2, sequence parallel) on CPU`."""
-    sizes = [f"{axis}={info.axis(axis).world_size}" for axis in ("tp", "dp") if info.axis(axis).world_size > 1]
+    """`2 processes (tp=2, sequence parallel) on CPU`; how experts are divided, where that is not like the rest."""
+    sizes = [f"{axis}={info.axis(axis).world_size}" for axis in ("tp", "dp", "ep") if info.axis(axis).world_size > 1]
+    if info.etp.world_size != info.tp.world_size:
+        sizes.append(f"etp={info.etp.world_size}")
     if sequence_parallel and info.tp.world_size > 1:
         sizes.append("sequence parallel")
     count = info.world.world_size

@@ -10,16 +10,19 @@ from meshpeft.checkpoint import load_peft_adapter
 from meshpeft.models import Decoder, DecoderConfig, check_divisible, load_pretrained
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.mesh import parallel_group_info
-from meshpeft.training.config import TensorType, tensor_type
+from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism, parallel_group_info
+from meshpeft.training.config import ConfigError, LayoutConfig, TensorType, tensor_type
 from meshpeft.training.embedded import embedded_model_dir
+from meshpeft.training.launch import number_of_workers
 
 __all__ = [
     "base_directory",
     "check_base",
     "device",
+    "join_mesh",
     "load_base",
     "load_base_and_adapter",
+    "workers_for",
 ]
 
 
@@ -33,16 +36,34 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def check_base(model: Path | None, tensor_parallel: int) -> DecoderConfig:
+def workers_for(layout: LayoutConfig) -> int:
+    """How many processes the options ask for; see [`number_of_workers`][meshpeft.training.launch.number_of_workers]."""
+    return number_of_workers(layout.tp, layout.dp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
+
+
+def join_mesh(layout: LayoutConfig) -> ParallelGroupInfo:
+    """Make the groups that the options ask for. Every worker calls it."""
+    return init_parallelism(tensor_parallel=layout.tp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
+
+
+def check_base(model: Path | None, layout: LayoutConfig) -> DecoderConfig:
     """Everything about a base model that can be known without reading its weights; starts no process.
 
     Raises:
         ModelError: its configuration is not one of ours, a file is missing or truncated, or its sizes do not
             divide.
+        ConfigError: a layout of experts for a model without them.
     """
     directory = base_directory(model)
     config = DecoderConfig.from_hf(read_json(directory / "config.json"))
-    check_divisible(config, ModelParallelConfig(tensor_model_parallel_size=tensor_parallel))
+    if config.moe is None and layout.etp not in (None, layout.tp):
+        raise ConfigError(f"etp={layout.etp}: a {config.model_type} model has no experts; leave it out")
+    parallel = ModelParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    check_divisible(config, parallel)
     with WeightFiles(directory):
         pass
     return config
@@ -56,8 +77,12 @@ def load_base(
     Raises:
         ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
     """
+    info = parallel_group_info()
     parallel = ModelParallelConfig(
-        tensor_model_parallel_size=parallel_group_info().tp.world_size, sequence_parallel=sequence_parallel
+        tensor_model_parallel_size=info.tp.world_size,
+        expert_model_parallel_size=info.ep.world_size,
+        expert_tensor_parallel_size=info.etp.world_size,
+        sequence_parallel=sequence_parallel,
     )
     return load_pretrained(
         base_directory(model), tensor_type(dtype), parallel, activation_checkpointing, device=device()

@@ -3,6 +3,9 @@
     micro-batches -> logits -> cross entropy, summed -> / target tokens of the global batch -> backward
         -> finalize_gradients -> clip -> AdamW
 
+Where the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the
+same number: the loss stays one sum over the global batch, however that is split.
+
 Every rank runs the same code on its own micro-batches, equally many of them, and gets the same loss and norm.
 """
 
@@ -29,12 +32,15 @@ class StepResult(NamedTuple):
     """What a step reports; scalars, the same on every rank.
 
     Attributes:
-        loss: mean over the target tokens of the global batch, in nats.
+        loss: cross entropy, mean over the target tokens of the global batch, in nats.
         grad_norm: of all gradients before clipping; not finite where float16 overflowed and the step was skipped.
+        router_loss: load-balancing loss, before its coefficient: the mean over the rows of the global batch, weighted
+            with their target tokens; `None` if it is not part of what is trained.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    router_loss: Tensor | None = None
 
 
 def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
@@ -46,6 +52,20 @@ def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
     return vocab_parallel_cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL).sum()
 
 
+def summed_losses(model: Decoder, batch: MicroBatch) -> Tensor:
+    """The [`summed_loss`][meshpeft.training.step.summed_loss] and the load-balancing loss of a model with experts.
+
+    Returns:
+        [2]: the cross entropy, and the sum over the rows of (load-balancing loss x target tokens). `I` over tp.
+    """
+    logits, balance = model(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, return_router_loss=True
+    )
+    entropy = vocab_parallel_cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL).sum()
+    targets = (batch.labels != IGNORED_LABEL).sum(-1)
+    return torch.stack((entropy, (balance * targets).sum().to(entropy.dtype)))
+
+
 class TrainStep:
     """Trains the parameters of `model` that are not frozen.
 
@@ -54,6 +74,7 @@ class TrainStep:
         optimizer: over these parameters.
         clip: largest gradient norm; 0 means no limit.
         loss_scale: for float16; `None` otherwise.
+        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
     """
 
     def __init__(
@@ -63,11 +84,13 @@ class TrainStep:
         *,
         clip: float = 0.0,
         loss_scale: LossScale | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip = clip
         self.loss_scale = loss_scale
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.parameters = parameters_to_train(model)
 
     def __call__(
@@ -85,8 +108,8 @@ class TrainStep:
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         total: Tensor | None = None
         for batch in micro_batches:
-            summed = summed_loss(self.model, batch)
-            (summed * (scale / max(1, target_tokens))).backward()
+            summed = self._losses(batch)
+            (self._weighted(summed) * (scale / max(1, target_tokens))).backward()
             total = summed.detach() if total is None else total + summed.detach()
         if total is None:
             raise ValueError("a step needs at least one micro-batch, on every rank")
@@ -99,7 +122,17 @@ class TrainStep:
                 group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.loss_scale is None or self.loss_scale.accept(norm):
             self.optimizer.step()
-        return StepResult(all_reduce(total, parallel_group_info().dp) / max(1, target_tokens), norm)
+        means = all_reduce(total, parallel_group_info().dp) / max(1, target_tokens)
+        return StepResult(means[0], norm, means[1] if self.router_aux_loss_coef else None)
+
+    def _losses(self, batch: MicroBatch) -> Tensor:
+        """[1] or [2]: the summed cross entropy, and the routers' balance where it is trained."""
+        if self.router_aux_loss_coef:
+            return summed_losses(self.model, batch)
+        return summed_loss(self.model, batch).unsqueeze(0)
+
+    def _weighted(self, losses: Tensor) -> Tensor:
+        return losses[0] + self.router_aux_loss_coef * losses[1] if self.router_aux_loss_coef else losses[0]
 
 
 @torch.no_grad()

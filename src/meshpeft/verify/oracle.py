@@ -61,7 +61,7 @@ class Trace:
     """What a run computed; every tensor whole, on no mesh.
 
     Attributes:
-        losses, grad_norms: of each step.
+        losses, grad_norms: of each step; the loss as it is trained, with the routers' balance if that is part of it.
         gradients: of each adapter parameter after the first step (summed, and clipped if the run clips).
         weights: of each adapter parameter after the last step.
         exported: the tensors of the exported adapter file.
@@ -85,6 +85,7 @@ def trace_layout(
     lr: float = 1e-2,
     weight_decay: float = 0.1,
     clip: float = 0.0,
+    router_aux_loss_coef: float = 0.0,
     seed: int = 0,
 ) -> Trace:
     """Fine-tune at one layout and keep what it computed.
@@ -97,6 +98,7 @@ def trace_layout(
         steps: optimizer steps.
         batch_size: rows of the global batch.
         lr, weight_decay, clip: of AdamW.
+        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
         seed: of the data order and of dropout.
     """
     trace = Trace()
@@ -112,11 +114,13 @@ def trace_layout(
         model = make_model(parallel)
         model.set_activation_checkpointing(layout.activation_checkpointing)
         adapt(model)
-        step = TrainStep(model, adamw(model, lr=lr, weight_decay=weight_decay), clip=clip)
+        optimizer = adamw(model, lr=lr, weight_decay=weight_decay)
+        step = TrainStep(model, optimizer, clip=clip, router_aux_loss_coef=router_aux_loss_coef)
         for number in range(steps):
             batches, targets = _micro_batches(rows, layout, mesh, number, batch_size, seed)
             result = step(batches, targets)
-            trace.losses.append(float(_agreed(result.loss)))
+            balance = 0.0 if result.router_loss is None else float(_agreed(result.router_loss))
+            trace.losses.append(float(_agreed(result.loss)) + router_aux_loss_coef * balance)
             trace.grad_norms.append(float(_agreed(result.grad_norm)))
             if number == 0:
                 trace.gradients.update(_whole(model, lambda parameter: parameter.grad))
