@@ -14,6 +14,7 @@ from torch import nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, merge_adapter
 from meshpeft.models import load_pretrained
+from meshpeft.parallel import layout_of_tensor
 from meshpeft.peft import LoRA, LoRALinear, ParallelLinearAdapter, adapter_wrappers
 
 Tiny = Callable[[str], Path]
@@ -55,6 +56,33 @@ def test_a_tied_head_gets_its_own_weight(tiny: Tiny, tmp_path: Path) -> None:
     merge_adapter(model, tmp_path / "merged")
     assert torch.equal(model.embedding.weight, before)
     with torch.no_grad():
+        theirs = reference(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(theirs, expected, rtol=0.0, atol=1e-11)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_tied_head_that_is_unmerged_is_tied_again(tp: int, tiny: Tiny) -> None:
+    base, ids = tiny("qwen2"), random_ids()
+    with simulate(tp=tp):
+        model = adapted(base, ["output_layer", "linear_proj"]).eval()
+        embedding = model.embedding.weight
+        expected, values = model(ids).detach(), embedding.detach().clone()
+        method = model.output_layer.applied_by
+        method.merge(model)
+        torch.testing.assert_close(model(ids).detach(), expected, rtol=0.0, atol=1e-11)
+        assert torch.equal(embedding, values) and model.output_layer.to_wrap.weight is not embedding
+        assert layout_of_tensor(model.output_layer.to_wrap.weight) == layout_of_tensor(embedding)
+        method.unmerge(model)
+        assert torch.equal(model(ids), expected) and model.output_layer.to_wrap.weight is embedding
+
+
+def test_the_tied_head_of_a_transformers_model_gets_its_own_weight(tiny: Tiny, tmp_path: Path) -> None:
+    ids, model = random_ids(), reference(tiny("qwen2"))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    LoRA(["lm_head", "o_proj"], dim=4, lora_B_init_method="normal")(model, training=False)
+    with torch.no_grad():
+        expected = model(ids).logits
+        merge_adapter(model).save_pretrained(tmp_path / "merged")
         theirs = reference(tmp_path / "merged")(ids).logits
     torch.testing.assert_close(theirs, expected, rtol=0.0, atol=1e-11)
 

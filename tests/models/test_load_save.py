@@ -188,6 +188,6 @@ def test_a_failed_save_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("meshpeft.models.save.save_file", full_disk)
-    with pytest.raises(ModelError, match=r"saving to .* failed: No space left"):
+    with pytest.raises(ModelError, match=r"saving to .*saved: No space left"):
         save_pretrained(load_pretrained(tiny("mistral")), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

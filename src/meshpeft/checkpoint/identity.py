@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ _SPREAD = -7046029254386353131
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ELEMENTS_AT_ONCE = 1 << 22
 
-_Versions = tuple[tuple[int, int], ...]
+# What was computed of a model, with the tensors that it was computed of and their versions. The references are weak:
+# the number of a tensor that is gone may be another's by now.
+_Versions = list[tuple["ref[Tensor]", int]]
 _known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = WeakKeyDictionary()
 
 
@@ -56,11 +58,18 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
         model: whose tensors these are: what was computed is kept until one of them changes.
         frozen: this rank's slices of them, the same keys in the same order on every rank.
     """
-    versions = tuple((id(entry.source), entry.source._version) for entry in frozen)
     known = _known.get(model)
-    if known is None or known[0] != versions:
+    if known is None or not _still_true(known[0], frozen):
+        versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(frozen))
     return known[1]
+
+
+def _still_true(versions: _Versions, frozen: Sequence[ShardedTensor]) -> bool:
+    return len(versions) == len(frozen) and all(
+        source() is entry.source and version == entry.source._version
+        for (source, version), entry in zip(versions, frozen, strict=True)
+    )
 
 
 def _checksums(frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import is_linear
 from meshpeft.models import Decoder, save_pretrained
 from meshpeft.parallel.agreement import all_or_none
-from meshpeft.parallel.tensor_layout import layout_of_tensor, set_layout
 from meshpeft.peft import AdapterWrapper
 
 __all__ = ["merge_adapter"]
@@ -48,11 +48,10 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
         if directory is not None:
             _check_target(model, Path(directory), overwrite)
     for name, wrapper in wrappers.items():
-        if isinstance(model, Decoder):
-            _untie(model, wrapper.to_wrap)
         wrapper.merge(keep_base=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapper.to_wrap)
+    _state_untied(model)
     if directory is not None:
         assert isinstance(model, Decoder)
         save_pretrained(model, directory, overwrite=overwrite)
@@ -79,14 +78,21 @@ def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{directory} holds a model; choose another directory or overwrite it")
 
 
-def _untie(model: Decoder, layer: nn.Module) -> None:
-    """Give the layer a weight of its own, if it shares the embedding's."""
-    shared = model.embedding.weight
-    if getattr(layer, "weight", None) is not shared:
+def _state_untied(model: nn.Module) -> None:
+    """A configuration that says tied would tie again, when it is loaded, what has two weights now."""
+    if isinstance(model, Decoder):
+        if model.config.tie_word_embeddings and model.output_layer.weight is not model.embedding.weight:
+            model.config = replace(model.config, tie_word_embeddings=False)
         return
-    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-    layout = layout_of_tensor(shared)
-    if layout is not None:
-        set_layout(own, layout)
-    layer.weight = own
-    model.config = replace(model.config, tie_word_embeddings=False)
+    config: Any = getattr(model, "config", None)
+    tied = _embedding(model, "input") is _embedding(model, "output")
+    if getattr(config, "tie_word_embeddings", False) and not tied:
+        own = copy(config)  # the caller's may belong to other models
+        own.tie_word_embeddings = False
+        model.config = own
+
+
+def _embedding(model: nn.Module, which: str) -> Tensor | None:
+    """The weight of a transformers model's input or output embedding."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    return getattr(get(), "weight", None) if callable(get) else None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,7 +16,7 @@ from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart, stored_forms
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
-from meshpeft.parallel.mesh import is_simulated, parallel_group_info
+from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
 
 __all__ = ["save_pretrained"]
@@ -57,25 +55,26 @@ def save_pretrained(
     config.dtype = decoder.embedding.weight.dtype
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
+    what = f"saving to {directory}"
     failures: list[Exception] = []
     writer: _Writer | None = None
-    with _kept(failures):
+    with kept(failures):
         writer = _Writer(directory, overwrite, max_shard_bytes) if writes else None
-    _raise_everywhere(failures, directory)
+    raise_everywhere(failures, what, ModelError)
     for parameter, layout, stored in parameters:
         full = layout.gather(parameter)
-        with _kept(failures):
+        with kept(failures):
             if writer is not None and not failures:
                 for part, values in zip(stored, _canonical_parts(full, layout), strict=True):
                     for name, tensor in zip(part.names, values if part.per_expert else [values], strict=True):
                         writer.add(name, tensor)
-    with _kept(failures):
+    with kept(failures):
         if writer is not None and not failures:
             config.to_json_file(writer.folder / _CONFIG_NAME)
             writer.publish()
     if writer is not None:
         writer.clean_up()
-    _raise_everywhere(failures, directory)
+    raise_everywhere(failures, what, ModelError)
 
 
 def _storage(name: str, parameter: Tensor, model_type: str) -> tuple[TensorLayout, list[StoredPart]]:
@@ -93,30 +92,6 @@ def _canonical_parts(full: Tensor, layout: TensorLayout) -> list[Tensor]:
     if layout.packing is None:
         return [plain]
     return list(plain.split(list(layout.packing.sizes), layout.packed_dim))
-
-
-@contextmanager
-def _kept(failures: list[Exception]) -> Iterator[None]:
-    """Keep an error until the other ranks, which are in collectives that need this one, can be told."""
-    try:
-        yield
-    except Exception as error:
-        failures.append(error)
-
-
-def _raise_everywhere(failures: list[Exception], directory: Path) -> None:
-    """Raise on every rank what happened on the writing one. A collective."""
-    failure = failures[0] if failures else None
-    world = parallel_group_info().world
-    if world.world_size > 1 and not is_simulated():
-        outcome = [None if failure is None else str(failure)]
-        dist.broadcast_object_list(outcome, group=world.group, group_src=0)
-        if failure is None and outcome[0] is not None:
-            raise ModelError(f"saving to {directory} failed: {outcome[0]}")
-    if isinstance(failure, OSError):
-        raise ModelError(f"saving to {directory} failed: {failure}") from failure
-    if failure is not None:
-        raise failure
 
 
 class _Writer:

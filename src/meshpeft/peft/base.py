@@ -183,7 +183,7 @@ class PEFT(ABC):
                     wrapper.enable_adapter_layers()
 
     def merge(self, model: nn.Module | list[nn.Module], *, keep_base: bool = True) -> None:
-        """Write every adapter into its layer's weight, in place; see `AdapterWrapper.merge`."""
+        """Give every adapted layer its merged weight; see `AdapterWrapper.merge`."""
         for _, wrapper in adapter_wrappers(model):
             wrapper.merge(keep_base=keep_base)
 

@@ -45,7 +45,8 @@ class AdapterWrapper(nn.Module):
         self.adapter = adapter
         self.applied_by: Any = None
         self._adapter_enabled = True
-        self._unmerged_weight: Tensor | None = None
+        # In a tuple, for a parameter that is an attribute becomes one of this module's.
+        self._unmerged_weight: tuple[nn.Parameter] | None = None
         self._is_merged = False
         self._weight_is_stored = False
         self._stored_weight_of: type[nn.Module] | None = None
@@ -185,10 +186,12 @@ class AdapterWrapper(nn.Module):
 
     @torch.no_grad()
     def merge(self, *, keep_base: bool = True) -> None:
-        """Write the adapter into the base's weight, in place: computed in float32 or wider, rounded once.
+        """Give the base the merged weight: computed in float32 or wider, rounded once to the weight's type.
+
+        The base's parameter is replaced, not overwritten: an embedding that shared it (tied) keeps its values.
 
         Args:
-            keep_base: keep the base's weight for an exact `unmerge` (a second copy of it in memory).
+            keep_base: keep the base's own weight for an exact `unmerge` (a second weight in memory).
 
         Raises:
             AdapterError: the weight is not stored in the type it is used in (quantised).
@@ -201,14 +204,13 @@ class AdapterWrapper(nn.Module):
                 f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
                 "dequantised copy of the base instead"
             )
-        merged = self.merged_weight()
-        self._unmerged_weight = weight.detach().clone() if keep_base else None
-        weight.copy_(merged)
+        self.to_wrap.weight = _parameter_like(weight, self.merged_weight().to(weight.dtype))
+        self._unmerged_weight = (weight,) if keep_base else None
         self._is_merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base's weight back, bit for bit.
+        """Put the base's weight back, bit for bit; a tied one is tied again.
 
         Raises:
             AdapterError: it was merged with `keep_base=False`.
@@ -218,7 +220,10 @@ class AdapterWrapper(nn.Module):
         weight = self.stored_weight()
         if self._unmerged_weight is None or weight is None:
             raise AdapterError("the base's weight was not kept when the adapter was merged (keep_base=False)")
-        weight.copy_(self._unmerged_weight)
+        [base] = self._unmerged_weight
+        if (base.dtype, base.device) != (weight.dtype, weight.device):  # the model was cast or moved meanwhile
+            base = _parameter_like(weight, base.to(weight.device, weight.dtype))
+        self.to_wrap.weight = base
         self._unmerged_weight, self._is_merged = None, False
 
     def sharded_state_dict(
@@ -237,6 +242,13 @@ class AdapterWrapper(nn.Module):
         if layer_type is not None and layer_type.checkpoint is not None:
             adapter = layer_type.checkpoint(adapter)
         return {**entries, **adapter}
+
+
+def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """New values with everything that is stated on a parameter: its layout, and what an engine reads on it."""
+    new = nn.Parameter(values.detach(), requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
 
 
 def _described(
