@@ -36,7 +36,7 @@ def load_pretrained(
 ) -> Decoder:
     """Load a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE model that transformers saved.
 
-    Not a collective, unless residuals are kept for `svdquant_init`.
+    Not a collective, unless a packed layer keeps its residual for `svdquant_init`, or has blocks that straddle ranks.
 
     The parameters start empty and each is replaced by this rank's slice of the file, so a rank holds its share of
     the model and one tensor more at most. Experts may be stacked in the files, or stored one by one.

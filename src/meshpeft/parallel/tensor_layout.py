@@ -11,6 +11,7 @@ canonical, a local one always packed, and [`Packing`][meshpeft.parallel.Packing]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -127,6 +128,8 @@ class TensorLayout:
             those that do not divide the tensor, it is replicated. `None` means the mesh's own.
         marks: what the engine of the layer reads on parameters, as attributes: a function of this layout, called
             by `set_layout`, so that they are wherever the layout is.
+        counts_as: parameters of the model that the tensor stands for, where it stores them in another form;
+            `None` means one for each of its values.
     """
 
     global_shape: tuple[int, ...]
@@ -138,6 +141,7 @@ class TensorLayout:
     data_axis: ParallelAxis | None = None
     mesh_axes: tuple[ParallelAxis, ...] | None = None
     marks: ParameterMarks | None = None
+    counts_as: int | None = None
 
     def __post_init__(self) -> None:
         for dim, axis in self.shards:
@@ -174,6 +178,11 @@ class TensorLayout:
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the slice that each rank holds."""
         return tuple(size // self._split(dim) for dim, size in enumerate(self.global_shape))
+
+    @property
+    def size(self) -> int:
+        """Number of the model's parameters in the whole tensor."""
+        return math.prod(self.global_shape) if self.counts_as is None else self.counts_as
 
     @property
     def shard_axes(self) -> tuple[ParallelAxis, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -30,14 +29,16 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_parameters(model: nn.Module | list[nn.Module]) -> ParameterCount:
-    """Count the parameters of a model or of its chunks: a divided one with its full size, a shared one once."""
+    """Count the parameters of a model or of its chunks: a divided one with its full size, a shared one once.
+
+    A packed weight counts as the parameters that it stores, not as its bytes.
+    """
     chunks = model if isinstance(model, list) else [model]
     parameters = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters()}
     sizes = []
     for parameter in parameters.values():
         layout = layout_of_tensor(parameter)
-        shape = parameter.shape if layout is None else layout.global_shape
-        sizes.append((math.prod(shape), parameter.requires_grad))
+        sizes.append((parameter.numel() if layout is None else layout.size, parameter.requires_grad))
     return ParameterCount(sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes))
 
 

@@ -4,7 +4,14 @@ from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
 from meshpeft.quantization.initialization import check_start, pissa_init, svdquant_init
 from meshpeft.quantization.layers import PackedLayer, ResidualFactors
-from meshpeft.quantization.quantize import BaseQuantizer, quantize_base
+from meshpeft.quantization.quantize import (
+    BaseQuantizer,
+    PackedSize,
+    dequantize_base,
+    forget_residuals,
+    packed_size,
+    quantize_base,
+)
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
@@ -12,10 +19,14 @@ __all__ = [
     "FormatName",
     "LowRank",
     "PackedLayer",
+    "PackedSize",
     "QuantizationError",
     "ResidualFactors",
     "check_start",
+    "dequantize_base",
+    "forget_residuals",
     "low_rank_part",
+    "packed_size",
     "pissa_init",
     "quantize_base",
     "svdquant_init",

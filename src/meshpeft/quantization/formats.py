@@ -1,9 +1,9 @@
 """How a weight is stored in few bits: the packed formats of bitsandbytes and torchao, in blocks along the input.
 
 Each block of `block_size` consecutive values of a row has a float32 scale of its own, and nothing is shared between
-blocks. A shard that cuts no block in two therefore holds exactly a slice of the whole packed weight. (Formats with a
-scale, or a mean of scales, over the whole tensor do not have this property: a shard quantised alone differs from a
-slice of the whole.)
+blocks. A shard that cuts no block in two therefore holds exactly a slice of the whole packed weight; for others see
+[`blocks`][meshpeft.quantization.blocks]. (Formats with a scale, or a mean of scales, over the whole tensor do not have
+this property: a shard quantised alone differs from a slice of the whole.)
 
 | format | bytes a value, blocks of 64 | from |
 |---|---|---|

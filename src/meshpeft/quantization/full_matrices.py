@@ -13,7 +13,7 @@ from torch import Tensor
 from meshpeft.parallel import LinearLayout, TensorLayout
 from meshpeft.quantization.svd import LowRank
 
-__all__ = ["full_matrices", "gathered_factors", "local_factors"]
+__all__ = ["full_matrices", "gathered_factors", "local_factors", "of_local_experts"]
 
 
 def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
@@ -21,7 +21,7 @@ def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
 
     Canonical rows, the same on every rank of the axis that divides the weight. A collective over that axis.
     """
-    return _of_local_experts(layout.weight(), layout).gather(local)
+    return of_local_experts(layout.weight(), layout).gather(local)
 
 
 def local_factors(
@@ -34,19 +34,19 @@ def local_factors(
         layout_a, layout_b: of the adapter's factors.
         layout: of the layer.
     """
-    a = _of_local_experts(layout_a, layout).slice(part.right)
-    b = _of_local_experts(layout_b, layout).slice(part.left)
+    a = of_local_experts(layout_a, layout).slice(part.right)
+    b = of_local_experts(layout_b, layout).slice(part.left)
     return a.contiguous(), b.contiguous()
 
 
 def gathered_factors(a: Tensor, b: Tensor, layout: LinearLayout) -> LowRank:
     """The inverse of `local_factors`, for factors that are laid out like those of a fused adapter."""
     rank = a.shape[-2]
-    layout_a, layout_b = (_of_local_experts(each(rank), layout) for each in (layout.factor_a, layout.factor_b))
+    layout_a, layout_b = (of_local_experts(each(rank), layout) for each in (layout.factor_a, layout.factor_b))
     return LowRank(layout_b.gather(b), layout_a.gather(a))
 
 
-def _of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
+def of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
     """The layout within one rank's experts: dim 0 counts these, and is not divided."""
     expert_axis = layout.expert_axis
     if layout.experts is None or expert_axis is None or len(tensor.global_shape) != 3:

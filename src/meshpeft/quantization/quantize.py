@@ -1,10 +1,11 @@
-"""`quantize_base`: pack the frozen weights of a model."""
+"""`quantize_base`: pack the frozen weights of a model; and the way back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -14,10 +15,11 @@ from meshpeft.peft.matching import nearest_names
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.full_matrices import full_matrices, local_factors
-from meshpeft.quantization.layers import PackedLayer, can_be_packed, check_packable, pack_
+from meshpeft.quantization.layers import PackedLayer
+from meshpeft.quantization.packing import can_be_packed, check_packable, pack_, unpack_
 from meshpeft.quantization.svd import low_rank_part
 
-__all__ = ["BaseQuantizer", "quantize_base"]
+__all__ = ["BaseQuantizer", "PackedSize", "dequantize_base", "forget_residuals", "packed_size", "quantize_base"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,8 +63,8 @@ class BaseQuantizer:
         """The layers to pack, by full name; the model may be on the meta device.
 
         Raises:
-            QuantizationError: there is none, or a pattern matches nothing; blocks that would straddle ranks; a weight
-                that two layers share.
+            QuantizationError: there is none, or a pattern matches nothing; rows that do not divide into blocks; a
+                weight that two layers share.
         """
         layers = dict(_linear_layers(model))
         for pattern in self.target_modules or ():
@@ -80,7 +82,7 @@ class BaseQuantizer:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)
         for name, layer in wanted.items():
-            shared = owners[id(check_packable(layer, self.block_size, name))]
+            shared = owners[id(check_packable(layer, self.format, self.block_size, name))]
             if len(shared) > 1:
                 raise QuantizationError(
                     f"{name}: its weight is shared by {' and '.join(shared)}; name the layer in exclude_modules"
@@ -93,7 +95,10 @@ class BaseQuantizer:
         return self.target_modules is None or _matches_any(self.target_modules, name)
 
     def pack_(self, layer: nn.Module, name: str) -> None:
-        """Pack one layer, in place. A collective over the axis that divides it, if residuals are kept."""
+        """Pack one layer, in place.
+
+        A collective over the axis that divides it, where its blocks straddle ranks or residuals are kept.
+        """
         rank = self.residual_rank
         residual = pack_(layer, self.format, self.block_size, name, with_residual=rank is not None)
         if residual is None or rank is None:
@@ -120,7 +125,7 @@ def quantize_base(
 
     The packed weights are frozen; forward and backward passes dequantise each when they need it and keep none. The
     dequantised weight is the same at every layout. Column- and row-parallel layers, grouped experts and `nn.Linear`
-    are packed, also those that carry an adapter.
+    are packed, also those that carry an adapter. A collective where blocks straddle ranks, or residuals are kept.
 
     Args:
         model: holds its values already. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
@@ -133,7 +138,7 @@ def quantize_base(
         The model.
 
     Raises:
-        QuantizationError: nothing to pack, or a pattern that matches nothing; blocks that would straddle ranks; a
+        QuantizationError: nothing to pack, or a pattern that matches nothing; rows that do not divide into blocks; a
             weight that two layers share. Nothing is packed then.
 
     Example:
@@ -144,6 +149,63 @@ def quantize_base(
     for name, layer in quantizer.layers_of(model).items():
         quantizer.pack_(layer, name)
     return model
+
+
+def dequantize_base(model: Model) -> Model:
+    """Turn packed layers back into ordinary ones with the dequantised weights, in place, one after the other.
+
+    The model computes what it did; an adapter that was trained on the packed base can then be merged into it.
+
+    Returns:
+        The model.
+    """
+    for layer in _packed_layers(model):
+        unpack_(layer)
+    return model
+
+
+def forget_residuals(model: nn.Module) -> None:
+    """Free what `quantize_base(residual_rank=..)` kept, once the adapters have started from it."""
+    for layer in _packed_layers(model):
+        layer.forget_residual()
+
+
+class PackedSize(NamedTuple):
+    """What the packed layers of a model store, over all ranks that share it.
+
+    Attributes:
+        layers: packed layers.
+        parameters: of their weights.
+        bytes: of the codes and scales, as the ranks hold them.
+        formats: their names.
+    """
+
+    layers: int
+    parameters: int
+    bytes: int
+    formats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters of {self.layers} layers as {' and '.join(self.formats)} in {self.bytes:,} "
+            f"bytes, {self.bytes / max(1, self.parameters):.4f} a parameter"
+        )
+
+
+def packed_size(model: nn.Module) -> PackedSize:
+    """Count the packed weights of a model; not a collective."""
+    parameters = stored = 0
+    layers = _packed_layers(model)
+    for layer in layers:
+        weight = layout_of(layer).weight()
+        ranks = math.prod(axis.world_size for axis in weight.shard_axes)
+        parameters += weight.size
+        stored += ranks * (layer.weight_packed.nbytes + layer.weight_scale.nbytes)
+    return PackedSize(len(layers), parameters, stored, tuple(sorted({layer.storage.name for layer in layers})))
+
+
+def _packed_layers(model: nn.Module) -> list[Any]:
+    return [layer for _, layer in _linear_layers(model) if isinstance(layer, PackedLayer)]
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,179 @@
+"""How the blocks of a packed weight lie on the mesh.
+
+Blocks run along the rows of the *full* weight, whatever divides it, so the dequantised weight is the same at every
+layout. Where the ranks' columns end at ends of blocks, codes and scales are divided like the weight. Where a block
+reaches from one rank's columns into another's, both need its scale, which is that of all its values: such a layer is
+gathered while it is packed, and its scales are whole on every rank of the axis; its codes are divided all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from meshpeft.parallel import LinearLayout, Packing, TensorLayout, on_each_rank
+from meshpeft.quantization.errors import QuantizationError
+from meshpeft.quantization.formats import BLOCK_SIZES, Packed, WeightFormat
+from meshpeft.quantization.full_matrices import full_matrices, of_local_experts
+
+__all__ = ["Blocks"]
+
+# Values that are packed at a time: the libraries make several temporary copies of them.
+_VALUES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one layer's weight.
+
+    Attributes:
+        storage: the format.
+        size: values of a row that share a scale.
+        layout: of the layer.
+    """
+
+    storage: WeightFormat
+    size: int
+    layout: LinearLayout
+
+    @property
+    def weight(self) -> TensorLayout:
+        """Of the weight, [.., out, in]."""
+        return self.layout.weight()
+
+    @property
+    def straddle_ranks(self) -> bool:
+        """Whether some block has values on two ranks."""
+        packing, columns = self._column_packing(), self.weight.global_shape[-1]
+        shards = columns // self.weight.local_shape[-1]
+        if packing is None:
+            return columns // shards % self.size != 0
+        return any(length % self.size for length in packing.chunks(shards))
+
+    def codes(self) -> TensorLayout:
+        """Of the codes [.., out, in * bits / 8], bytes: divided like the weight."""
+        codes = _columns_of(self.weight, self.storage.bits, 8)
+        return replace(codes, counts_as=math.prod(self.weight.global_shape))
+
+    def scales(self) -> TensorLayout:
+        """Of the scales [.., out, in / size]: divided like the weight, or whole where blocks straddle ranks."""
+        weight = self.weight
+        if self.straddle_ranks:
+            last = len(weight.global_shape) - 1
+            if self._column_packing() is not None:
+                weight = replace(weight, packing=None, packed_dim=0)
+            weight = replace(weight, shards=tuple((dim, axis) for dim, axis in weight.shards if dim != last))
+        return replace(_columns_of(weight, 1, self.size), counts_as=0)
+
+    def check(self, name: str) -> None:
+        """Whether a weight of these sizes can be packed.
+
+        Raises:
+            QuantizationError: rows do not divide into blocks, or ranks' columns not into bytes.
+        """
+        columns, local = self.weight.global_shape[-1], self.weight.local_shape[-1]
+        if columns % self.size:
+            fitting = [size for size in BLOCK_SIZES if columns % size == 0]
+            advice = f"use block_size={' or '.join(map(str, fitting))}" if fitting else "exclude the layer"
+            raise QuantizationError(
+                f"{name}: {columns} input features do not divide into blocks of {self.size}; {advice}"
+            )
+        packing = self._column_packing()
+        lengths = (local,) if packing is None else packing.chunks(columns // local)
+        if any(length * self.storage.bits % 8 for length in lengths):
+            raise QuantizationError(
+                f"{name}: {columns} input features over {columns // local} ranks leave "
+                f"{' and '.join(map(str, lengths))} a rank, and two {self.storage.name} codes share a byte; use "
+                "fewer ranks, or exclude the layer"
+            )
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> Packed:
+        """This rank's codes and scales of its local weight. A collective over its axis where blocks straddle ranks.
+
+        Values are quantised from float32, so that what is stored does not depend on a wider type.
+        """
+        if not self.straddle_ranks:
+            return Packed(*_pack(self.storage, weight, self.size))
+        full = Packed(*_pack(self.storage, full_matrices(weight, self.layout), self.size))
+        layouts = (of_local_experts(each, self.layout) for each in (self.codes(), self.scales()))
+        codes, scales = (each.slice(tensor).contiguous() for each, tensor in zip(layouts, full, strict=True))
+        return Packed(codes, scales)
+
+    @torch.no_grad()
+    def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """The local weight again; rounded once from float32."""
+        if not self.straddle_ranks:
+            return _unpack(self.storage, *packed, self.size, dtype)
+        codes = self.codes()
+        fused = self._column_packing() is not None
+        parts = [
+            _unpack_part(self.storage, part, packed.scales, self.size, dtype, start)
+            for part, start in zip(
+                codes.split_parts(packed.codes) if fused else [packed.codes], self._starts(), strict=True
+            )
+        ]
+        return self.weight.join_parts(parts) if fused else parts[0]
+
+    def _column_packing(self) -> Packing | None:
+        """Canonical parts of the columns (a row-parallel layer's `stride`)."""
+        weight = self.weight
+        return weight.packing if weight.packed_dim == len(weight.global_shape) - 1 else None
+
+    def _starts(self) -> list[int]:
+        """The canonical column of the full weight at which each contiguous run of this rank's begins."""
+        packing, pieces = self._column_packing(), self.weight.pieces()
+        if packing is None:
+            return [pieces[0].offset[-1]]
+        starts, before = [], 0
+        for piece, size in zip(pieces, packing.sizes, strict=True):
+            starts.append(before + piece.offset[-1])
+            before += size
+        return starts
+
+
+@on_each_rank
+def _pack(storage: WeightFormat, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    step = max(1, _VALUES_AT_ONCE // weight.shape[-1])
+    parts = [storage.pack(some.float().contiguous(), size) for some in rows.split(step)]
+    codes, scales = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+    lead = weight.shape[:-1]
+    return codes.reshape(*lead, -1).contiguous(), scales.reshape(*lead, -1).contiguous()
+
+
+@on_each_rank
+def _unpack(storage: WeightFormat, codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    # The libraries know no float64.
+    made = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    return storage.unpack(Packed(codes, scales), size, made).to(dtype)
+
+
+@on_each_rank
+def _unpack_part(
+    storage: WeightFormat, codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype, start: int
+) -> Tensor:
+    """Columns that begin at `start` of the full rows, whose scales these are: filled up to whole blocks, and cut."""
+    length = storage.columns(codes)
+    before, after = start % size, -(start + length) % size
+    filled = pad(codes, (before * storage.bits // 8, after * storage.bits // 8))
+    theirs = scales[..., start // size : (start + length + after) // size].contiguous()
+    made = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    return storage.unpack(Packed(filled, theirs), size, made)[..., before : before + length].to(dtype)
+
+
+def _columns_of(layout: TensorLayout, numerator: int, denominator: int) -> TensorLayout:
+    """The layout of a tensor that has numerator / denominator as many columns."""
+
+    def scaled(size: int) -> int:
+        return size * numerator // denominator
+
+    *rows, columns = layout.global_shape
+    packing = layout.packing
+    if packing is not None and layout.packed_dim == len(rows):
+        packing = Packing(packing.names, tuple(map(scaled, packing.sizes)), packing.blocks)
+    return replace(layout, global_shape=(*rows, scaled(columns)), packing=packing, grad_partial=())
