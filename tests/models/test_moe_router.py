@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.simulate import simulate, the_same
+from helpers.simulate import rank_values, simulate, the_same
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from torch import Tensor
 from transformers import AutoConfig
@@ -251,5 +251,7 @@ def test_new_weights_are_the_same_at_every_layout() -> None:
     config = replace(CONFIG, moe=replace(MOE, shared_intermediate_size=24), initializer_range=0.1)
     alone = Decoder(config, dtype=torch.float64)(IDS)
     with simulate(tp=2, dp=2, ep=2, etp=2):
-        found = the_same(Decoder(config, dtype=torch.float64)(IDS, gather_logits=True))
-    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-14)
+        # Each rank's own: ranks that send the same tokens fill different rows of an expert's product, whose sums the
+        # processor may take in other orders.
+        for found in rank_values(Decoder(config, dtype=torch.float64)(IDS, gather_logits=True)):
+            torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-14)
