@@ -77,7 +77,8 @@ def test_a_zero_b_leaves_the_output_unchanged():
     net = Net().eval()
     before = net(X)
     LoRA(target_modules=TARGETS, dim=2)(net)
-    assert torch.equal(net.eval()(X), before)
+    # Not bit for bit: the library may multiply by another kernel where it adds to what is there.
+    torch.testing.assert_close(net.eval()(X), before, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", METHODS)

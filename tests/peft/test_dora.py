@@ -44,6 +44,22 @@ def test_fused_dora_equals_plain_operations(requires_grad, dropout):
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", (True, False))
+def test_a_bfloat16_layer_starts_as_its_base_and_follows_small_changes_of_the_magnitude(fused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16))
+    DoRA(target_modules=["0"], dim=4, fused=fused)(model)
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+    assert torch.equal(model[0].adapter.weight_magnitude, model[0]._get_weight_norm())  # g is 1, not nearly
+    before = model(x).double()
+    with torch.no_grad():
+        model[0].adapter.weight_magnitude.mul_(1.003)
+    # Less than half of bfloat16's step at 1, 0.0078: the scale itself would round to 1. The outputs have all
+    # mantissas; each moves by a step or not at all, and their mean by about as much as it should.
+    change = ((model(x).double() - before) * before).sum() / before.square().sum()
+    assert 0.002 < change < 0.004
+
+
 def test_the_gradient_of_a_zero_magnitude_is_not_lost():
     tensors, norm = operands(("magnitude",))
     with torch.no_grad():

@@ -49,7 +49,8 @@ def test_the_default_adapts_every_layer_and_changes_nothing_yet():
     with pytest.warns(UserWarning, match="dim=64 is above the layer's smaller side 24"):
         assert update_model(block, PEFTConfig()) is block
     assert ranks_of(block) == dict.fromkeys(LAYERS, 64)
-    assert torch.equal(block(x), before)
+    # Not bit for bit: the library may multiply by another kernel where it adds to what is there.
+    torch.testing.assert_close(block(x), before, rtol=1e-14, atol=1e-14)
     assert is_peft_model(block) and not is_peft_model(make_block(None))
 
 

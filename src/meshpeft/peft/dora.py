@@ -34,14 +34,17 @@ class ParallelLinearDoRAAdapter(ParallelLinearAdapter):
     def init_weight_magnitude(self, value: Tensor) -> None:
         """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
 
+        It keeps the type of the values, whatever the factors have: row norms rounded to bfloat16 would change the
+        model before its first step, and most optimizer steps would be lost in them.
+
         Args:
-            value: this rank's slice of the initial values, [out].
+            value: this rank's slice of the initial values, [out]; row norms are float32 or wider.
         """
         stated = self.layout.magnitude(fused=self.fused)
         layout, self._copy_m = place(stated, self.fused or self._marks)
         if tuple(value.shape) != layout.local_shape:
             raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
-        self.weight_magnitude = nn.Parameter(value.detach().to(self.linear_out.weight.dtype, copy=True))
+        self.weight_magnitude = nn.Parameter(value.detach().clone())
         set_layout(self.weight_magnitude, layout)
         self._mark(self.weight_magnitude)
 
@@ -133,8 +136,9 @@ class DoRALinear(AdapterWrapper):
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
             again = again - bias  # the base added it itself
         delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight)
-        g = scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms).to(delta.dtype)
-        return base.rebuild(base.linear + (g - 1) * again + g * delta)
+        g = scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms)
+        # In the type of g, and rounded once; see dora_functional.
+        return base.rebuild((base.linear + (g - 1) * again + g * delta).to(base.linear.dtype))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -9,6 +9,9 @@ The second is the documented formula `W_0 x + (g - 1) W_0 x' + g s B A x'`. The 
 product, and the gradient of m is a sum over tokens of dy * y / m: one extra pass forward, two backward, no
 activation-sized tensor but the output itself is kept. States are those of `fused_lora`; g scales summands (row) and
 shards (column) alike.
+
+Types: g stays in the type of the norms, float32 or wider, whatever x has. Rounded to bfloat16, a change of m below
+0.4% would not reach the output at all, while a merge would write it into the weight.
 """
 
 from __future__ import annotations
@@ -37,12 +40,11 @@ def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _invertible(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """G in `dtype`, with zeros replaced by the root of its smallest number, so that z is y / g everywhere.
+    """g [out] with zeros replaced by the root of the smallest number of `dtype`, y's, so that z is y / g everywhere.
 
     What such a row then adds to the output is below the rounding of any other; float16 has no number that small,
     and keeps its zeros.
     """
-    g = g.to(dtype)
     if dtype == torch.float16:
         return g
     return torch.where(g == 0, torch.full_like(g, torch.finfo(dtype).tiny ** 0.5), g)
@@ -130,10 +132,10 @@ class _FusedDoRA(Function):
         dz = torch.empty_like(dy) if not need_m else dy * flat(kept)
         if need_m:
             per_row = dz.sum(0, dtype=g.dtype)
-            divisor = norm if ctx.has_dropout else _invertible(g, dy.dtype).to(g.dtype) * norm
+            divisor = norm if ctx.has_dropout else _invertible(g, dy.dtype) * norm
             dm = (per_row / torch.where(divisor != 0, divisor, torch.ones_like(divisor))).to(magnitude.dtype)
         # The same memory again: fresh pages would cost more than the product.
-        torch.mul(dy, g.to(dy.dtype), out=dz)
+        torch.mul(dy, g, out=dz)
         if need_w:
             dw = torch.mm(dz.t(), flat(adapter_input))
             if ctx.has_dropout:
@@ -230,7 +232,7 @@ def fused_dora_reference(
     """`fused_dora` in plain operations."""
     adapter_input = x if dropped is None else dropped
     z = adapter_input @ weight.t() + (adapter_input @ a.to(x.dtype).t() * scale) @ b.to(x.dtype).t()
-    y = z * magnitude_scale(magnitude, norm).to(x.dtype)
+    y = (z * magnitude_scale(magnitude, norm)).to(x.dtype)
     return y if dropped is None else y + (x - dropped) @ weight.t()
 
 

@@ -37,7 +37,8 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         a2a_experimental: standalone adapters on row-parallel layers under sequence parallel exchange their output
             by an all-to-all instead of reducing h.
         lora_dtype: type of the adapters' parameters: `bf16 fp16 fp32`, a long form, or the torch type; `None` means
-            that of the base's computation, never one that quantised weights are stored in.
+            that of the base's computation, never one that quantised weights are stored in. DoRA's magnitudes are
+            float32 or wider.
         use_rslora: scale by alpha / sqrt(rank) instead.
         dropout_recompute: make dropout masks again in the backward pass instead of keeping them.
         fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
