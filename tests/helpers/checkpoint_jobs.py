@@ -9,35 +9,92 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers.adapters import adapted
-from helpers.oracle_runs import METHODS, make_model, rows
+from helpers.oracle_runs import METHODS, OPTIONS, VOCAB_SIZE, make_model, rows
+from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
-from meshpeft.models import Decoder
+from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import (
     ModelParallelConfig,
+    RowParallelLinear,
+    ShardedTensor,
     TensorLayout,
     init_parallelism,
     layout_of_tensor,
     parallel_group_info,
     set_seed,
+    sharded_state_dict,
 )
 from meshpeft.parallel.init import draw_full
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.training.batches import RowSampler
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.step import TrainStep
 
 
 class At(NamedTuple):
-    """A layout of real processes."""
+    """A layout of real processes; `etp=None` means `tp`."""
 
     tp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
         return self.tp * self.dp
+
+    def __str__(self) -> str:
+        sizes = [f"{axis}{size}" for axis, size in zip(("tp", "dp", "ep", "etp"), self, strict=False) if size]
+        return "-".join([*sizes, *["sp"] * self.sequence_parallel])
+
+
+def on(at: At, job: Callable[..., Any], *arguments: Any) -> Any:
+    """A job's result at a layout: in this process, or rank 0's of others."""
+    if at.world_size == 1:
+        return job(at, *arguments)
+    return run_on_ranks(at.world_size, job, at, *arguments)[0]
+
+
+def make_moe(parallel: ModelParallelConfig) -> Decoder:
+    """A Qwen3-MoE of two layers of 8 experts, one of them beside a dense layer."""
+    sizes = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "vocab_size": VOCAB_SIZE,
+        "initializer_range": 0.3,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "mlp_only_layers": [1],
+    }
+    return Decoder(DecoderConfig.from_hf(sizes), parallel, dtype=torch.float64)
+
+
+# What is saved: name -> (the base, the adapters on it). "whole": every parameter is trained, experts too.
+DENSE = {f"dense, {name}": (make_model, method) for name, method in METHODS.items()}
+MOE: dict[str, tuple[Callable[[ModelParallelConfig], Decoder], Callable[[Any], nn.Module]]] = {
+    "MoE, whole": (make_moe, lambda model: model),
+    "MoE, lora": (make_moe, lambda model: LoRA(["linear_qkv", "linear_proj", "router"], **OPTIONS)(model)),
+    "MoE, canonical_lora": (
+        make_moe,
+        lambda model: CanonicalLoRA(
+            ["*.linear_q", "*.linear_v", "*.linear_proj", "*.layers.1.*.linear_fc1_gate"], **OPTIONS
+        )(model),
+    ),
+    "MoE, dora": (
+        make_moe,
+        lambda model: DoRA(["linear_qkv", "linear_proj", "*.layers.1.*.linear_fc1"], **OPTIONS)(model),
+    ),
+}
+MODELS = DENSE | MOE
 
 
 def export_and_fail(base: str, folder: str) -> str:
@@ -52,13 +109,18 @@ def export_and_fail(base: str, folder: str) -> str:
     return ""
 
 
-def build(at: At, method: str, **options: Any) -> tuple[Decoder, torch.optim.AdamW]:
-    """The oracle's model with a fresh adapter and optimizer, at a layout."""
-    init_parallelism(tensor_parallel=at.tp)
+def build(at: At, name: str) -> tuple[Decoder, torch.optim.AdamW]:
+    """A model with a fresh adapter and optimizer, at a layout."""
+    init_parallelism(tensor_parallel=at.tp, expert_parallel=at.ep, expert_tensor_parallel=at.etp)
+    make, adapt = MODELS[name]
     parallel = ModelParallelConfig(
-        tensor_model_parallel_size=at.tp, sequence_parallel=at.sequence_parallel, params_dtype=torch.float64
+        tensor_model_parallel_size=at.tp,
+        expert_model_parallel_size=at.ep if make is make_moe else 1,
+        expert_tensor_parallel_size=at.etp,
+        sequence_parallel=at.sequence_parallel,
+        params_dtype=torch.float64,
     )
-    model = METHODS[method](make_model(parallel))
+    model = adapt(make(parallel))
     assert isinstance(model, Decoder)
     return model, adamw(model, lr=0.01)
 
@@ -109,22 +171,106 @@ def save_known(at: At, method: str, folder: str, asynchronous: bool = False) -> 
     return sizes
 
 
-def load_known(at: At, method: str, folder: str) -> list[str]:
-    """Load it, and name every tensor that is not, bit for bit, what was saved."""
-    model, optimizer = build(at, method)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.fill_(torch.nan)
-    loaded = load_checkpoint(model, folder, optimizer=optimizer)
-    assert loaded.step == 7
-    wrong = [
-        what
-        for what, (value, layout) in _each(model, optimizer).items()
-        if not torch.equal(layout.gather(value), _drawn(what, layout.global_shape))
+def load_known(at: At, method: str, folders: list[str]) -> list[tuple[str, str]]:
+    """Load what each of the folders holds, and name every tensor that is not, bit for bit, what was saved."""
+    model, _ = build(at, method)
+    wrong = []
+    for folder in folders:
+        optimizer = adamw(model, lr=0.01)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(torch.nan)
+        assert load_checkpoint(model, folder, optimizer=optimizer).step == 7
+        wrong += [
+            (folder, what)
+            for what, (value, layout) in _each(model, optimizer).items()
+            if not torch.equal(layout.gather(value), _drawn(what, layout.global_shape))
+        ]
+        steps = [float(state["step"]) for state in optimizer.state.values()]
+        if steps != [7.0] * sum(parameter.requires_grad for parameter in model.parameters()):
+            wrong.append((folder, "step"))
+    return wrong
+
+
+def _fill(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        layout = _layout(parameter)
+        with torch.no_grad():
+            parameter.copy_(layout.slice(_drawn(name, layout.global_shape)))
+
+
+def save_experts_one_by_one(at: At, folder: str) -> None:
+    """All parameters of a model, as a system that does not stack its experts would describe them."""
+    model, _ = build(at, "MoE, whole")
+    _fill(model)
+    entries: dict[str, ShardedTensor] = {}
+    for key, entry in sharded_state_dict(model).items():
+        if entry.layout is None or not entry.layout.expert:
+            entries[key] = entry
+            continue
+        for number, values in enumerate(entry.data.contiguous(), entry.global_offset[0]):
+            name, shape, offset = f"{key}{number}", entry.global_shape[1:], entry.global_offset[1:]
+            entries[name] = ShardedTensor(name, values, shape, offset, entry.replica_id, name=name)
+    model.sharded_state_dict = lambda: entries
+    save_checkpoint(model, folder, step=7, full_model=True)
+
+
+def load_whole(at: At, folder: str) -> list[str]:
+    """Load all parameters into a model of stacked experts; the names of those that are not what was saved."""
+    model, _ = build(at, "MoE, whole")
+    load_checkpoint(model, folder)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(_layout(parameter).gather(parameter), _drawn(name, _layout(parameter).global_shape))
     ]
-    steps = [float(state["step"]) for state in optimizer.state.values()]
-    return wrong if steps == [7.0] * len(optimizer.param_groups[0]["params"]) else [*wrong, "step"]
+
+
+class StackedLayers(nn.Module):
+    """Two layers that a checkpoint holds as one tensor for each parameter, with an axis for the layers in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dtype": torch.float64, "input_is_parallel": True, "bias": False}
+        self.layers = nn.ModuleList([RowParallelLinear(8, 4, **options), RowParallelLinear(8, 4, **options)])
+
+    def sharded_state_dict(self, prefix: str = "", *_: Any) -> dict[str, ShardedTensor]:
+        return {
+            f"{number}.{name}": entry
+            for number, layer in enumerate(self.layers)
+            for name, entry in sharded_state_dict(layer, f"{prefix}layers.", ((0, number, len(self.layers)),)).items()
+        }
+
+
+def _stacked_layers(at: At) -> tuple[StackedLayers, torch.optim.AdamW]:
+    init_parallelism(tensor_parallel=at.tp)
+    model = StackedLayers()
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    [group] = optimizer.param_groups
+    return [_layout(p).gather(optimizer.state[p]["exp_avg"]).clone() for p in group["params"]]
+
+
+def save_stacked_layers(at: At, folder: str) -> list[Tensor]:
+    """One step of a model whose layers are stacked when saved; its final parameters, and states."""
+    model, optimizer = _stacked_layers(at)
+    _fill(model)
+    for parameter in model.parameters():
+        layout = _layout(parameter)
+        parameter.grad = layout.slice(_drawn("gradient", layout.global_shape)) * parameter.detach()
+    optimizer.step()
+    save_checkpoint(model, folder, step=1, optimizer=optimizer)
+    return [*whole(model).values(), *_states(optimizer)]
+
+
+def load_stacked_layers(at: At, folder: str) -> list[Tensor]:
+    """The same, loaded."""
+    model, optimizer = _stacked_layers(at)
+    load_checkpoint(model, folder, optimizer=optimizer)
+    return [*whole(model).values(), *_states(optimizer)]
 
 
 def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -169,7 +315,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def failing_save(folder: str) -> list[str]:
     """One of two ranks cannot write its file; then one cannot read. What each rank hears, and what it then has."""
-    model, optimizer = build(At(tp=2), "lora")
+    model, optimizer = build(At(tp=2), "dense, lora")
     save_checkpoint(model, folder, step=1, optimizer=optimizer)
     heard = []
     with _no_space_on(rank=1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.storage import Slice
+from meshpeft.checkpoint.slices import Slice
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import AdapterWrapper
 
@@ -56,9 +56,9 @@ class ModelContent:
             raise CheckpointError("the model has no adapter and nothing to train; save all of it with full_model=True")
         return cls(stored, frozen)
 
-    def slices(self) -> dict[str, Slice]:
+    def slices(self) -> list[Slice]:
         """For saving: the values as they are when they are read."""
-        return {MODEL + entry.key: _slice(entry) for entry in self.stored}
+        return [_slice(MODEL + entry.key, entry) for entry in self.stored]
 
 
 def _trained(model: nn.Module) -> set[int]:
@@ -72,8 +72,8 @@ def _trained(model: nn.Module) -> set[int]:
     return found
 
 
-def _slice(entry: ShardedTensor) -> Slice:
-    return Slice(entry.dtype, entry.global_shape, entry.global_offset, entry.local_shape, lambda: entry.data)
+def _slice(key: str, entry: ShardedTensor) -> Slice:
+    return Slice(key, entry.dtype, entry.global_shape, entry.global_offset, entry.local_shape, lambda: entry.data)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class OptimizerContent:
                         f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not one of the "
                         "model's trained ones"
                     )
-                names[id(parameter)] = found[0].name
-                entries[found[0].name] = found
+                name = names[id(parameter)] = _parameter_name(found[0])
+                entries[name] = found
         return cls(optimizer, names, entries)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -123,27 +123,33 @@ class OptimizerContent:
             for group in self.optimizer.param_groups
         ]
 
-    def slices(self) -> dict[str, Slice]:
+    def slices(self) -> list[Slice]:
         """For saving: every state tensor, divided like its parameter, or one number for all ranks."""
-        found: dict[str, Slice] = {}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                for state, value in self.optimizer.state.get(parameter, {}).items():
-                    found.update(self._state_slices(parameter, state, value))
-        return found
+        return [
+            part
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            for state, value in self.optimizer.state.get(parameter, {}).items()
+            for part in self._state_slices(parameter, state, value)
+        ]
 
-    def _state_slices(self, parameter: Tensor, state: str, value: Any) -> dict[str, Slice]:
+    def _state_slices(self, parameter: Tensor, state: str, value: Any) -> list[Slice]:
         name = self.names[id(parameter)]
         number = value if isinstance(value, Tensor) else torch.tensor(value)
         if number.dim() == 0:
-            return {state_key(state, name): _slice(sharded_tensors(name, number, None)[0])}
+            key = state_key(state, name)
+            return [_slice(key, sharded_tensors(name, number, None)[0])]
         if number.shape != parameter.shape:
             raise CheckpointError(
                 f"the optimizer's {state} of {name} has shape {tuple(number.shape)}, its parameter "
                 f"{tuple(parameter.shape)}: only states of the same shape can be divided like the parameter"
             )
-        layout = self.entries[name][0].layout
-        return {state_key(state, entry.key): _slice(entry) for entry in sharded_tensors(name, number, layout)}
+        return [_slice(state_key(state, entry.key), replace(entry, source=number)) for entry in self.entries[name]]
+
+
+def _parameter_name(entry: ShardedTensor) -> str:
+    """The parameter's name; with its place where several parameters are slices of one global tensor."""
+    return entry.name + "".join(f"[{index}]" for index in entry.global_offset[: entry.prepended_axes])
 
 
 def state_key(state: str, key: str) -> str:
@@ -161,7 +167,7 @@ def _plain_option(name: str, value: Any) -> Any:
     raise CheckpointError(f"the optimizer's option {name}={value!r} cannot be stored")
 
 
-def random_state() -> tuple[dict[str, Any], dict[str, Slice]]:
+def random_state() -> tuple[dict[str, Any], Slice]:
     """The states of the generators of python, numpy and torch's CPU, which every rank seeds alike."""
     state = torch.get_rng_state()
     version, numbers, gauss = random.getstate()
@@ -170,7 +176,7 @@ def random_state() -> tuple[dict[str, Any], dict[str, Slice]]:
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
     }
-    return plain, {RANDOM: _slice(sharded_tensors(RANDOM, state, None)[0])}
+    return plain, _slice(RANDOM, sharded_tensors(RANDOM, state, None)[0])
 
 
 def check_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:

@@ -81,7 +81,9 @@ def _checksums(frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
         totals = torch.stack([_weighted_sum(entry).to(entries[0].source.device) for entry in entries])
         for axis in axes:
             totals = all_reduce(totals, axis)
-        sums.update(zip((entry.key for entry in entries), totals.tolist(), strict=True))
+        for entry, total in zip(entries, totals.tolist(), strict=True):
+            # Several entries of one rank may be slices of one tensor (prepended axes).
+            sums[entry.key] = sums.get(entry.key, 0) + total
     return {
         entry.key: [dtype_name(entry.dtype), list(entry.global_shape), f"{sums[entry.key] % 2**64:016x}"]
         for entry in frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from meshpeft.checkpoint.content import (
 )
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import Manifest
-from meshpeft.checkpoint.storage import Slice, dtype_name
-from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_tensors
+from meshpeft.checkpoint.slices import Place, Slice
+from meshpeft.checkpoint.storage import dtype_name
+from meshpeft.parallel.sharded_tensor import ShardedTensor, expert_key, sharded_tensors
 
 __all__ = ["Incoming"]
 
@@ -35,14 +36,19 @@ class Incoming:
     Attributes:
         path, manifest: of the checkpoint.
         content, state: what it is loaded into.
-        room: by checkpoint key.
+        room: the values of this rank's slices.
+        reads: which boxes of what is stored go there.
+        known: the checkpoint keys that have a place here, on this rank or another.
+        states: names of the optimizer's states of each parameter.
     """
 
     path: Path
     manifest: Manifest
     content: ModelContent
     state: OptimizerContent | None
-    room: dict[str, tuple[Slice, Tensor]] = field(default_factory=dict)
+    room: dict[Place, Tensor] = field(default_factory=dict)
+    reads: list[Slice] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
     states: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,37 +57,54 @@ class Incoming:
         self._nothing_else(MODEL)
         if self.state is not None:
             self._compare_groups(self.state)
-            for entries in self.state.entries.values():
-                self._expect_states(entries)
+            for name, entries in self.state.entries.items():
+                self._expect_states(name, entries)
             self._nothing_else(OPTIMIZER)
             [generator] = sharded_tensors(RANDOM, torch.get_rng_state(), None)
             self._expect(RANDOM, generator, generator.dtype)
 
     def _expect(self, key: str, entry: ShardedTensor, dtype: torch.dtype | None) -> None:
-        stored = self.manifest.tensors.get(key)
-        if stored is None:
-            raise CheckpointError(f"{self.path} lacks {key}, which the model has")
-        if stored.shape != entry.global_shape:
-            raise CheckpointError(f"{key} has shape {stored.shape} in {self.path}, {entry.global_shape} in the model")
-        if dtype is not None and stored.dtype != dtype_name(dtype):
-            raise CheckpointError(f"{key} has type {stored.dtype} in {self.path}, {dtype_name(dtype)} in the model")
-        self._make_room(key, entry.global_shape, entry.global_offset, _dtype(stored.dtype), entry.local_shape)
+        """Room for a slice, which is stored under its key, or, of stacked experts, under one key for each expert."""
+        names = self._stored_names(key, entry)
+        shape = entry.global_shape if names == [key] else entry.global_shape[1:]
+        for name in names:
+            stored = self.manifest.tensors.get(name)
+            if stored is None:
+                raise CheckpointError(f"{self.path} lacks {name}, which the model has")
+            if stored.shape != shape:
+                raise CheckpointError(f"{name} has shape {stored.shape} in {self.path}, {shape} in the model")
+            wanted = self.manifest.tensors[names[0]].dtype if dtype is None else dtype_name(dtype)
+            if stored.dtype != wanted:
+                raise CheckpointError(f"{name} has type {stored.dtype} in {self.path}, {wanted} in the model")
+        values = torch.empty(entry.local_shape, dtype=_dtype(self.manifest.tensors[names[0]].dtype))
+        self.room[key, entry.global_offset] = values
+        if names == [key]:
+            self._read(key, values, shape, entry.global_offset)
+        else:
+            first = entry.global_offset[0]
+            for expert, name in zip(values, names[first : first + len(values)], strict=True):
+                self._read(name, expert, shape, entry.global_offset[1:])
+        self.known.update(names)
 
-    def _make_room(
-        self,
-        key: str,
-        global_shape: tuple[int, ...],
-        offset: tuple[int, ...],
-        dtype: torch.dtype,
-        shape: tuple[int, ...] | None = None,
-    ) -> None:
-        shape = global_shape if shape is None else shape
-        values = torch.empty(shape, dtype=dtype)
-        self.room[key] = (Slice(dtype, global_shape, offset, shape, lambda: values), values)
+    def _stored_names(self, key: str, entry: ShardedTensor) -> list[str]:
+        """One name, or one of each expert."""
+        if entry.layout is None or not entry.layout.expert or not self._holds_experts(key):
+            return [key]
+        return [expert_key(key, expert) for expert in range(entry.global_shape[0])]
+
+    def _holds_experts(self, key: str) -> bool:
+        return key not in self.manifest.tensors and expert_key(key, 0) in self.manifest.tensors
+
+    def _holds(self, key: str) -> bool:
+        return key in self.manifest.tensors or self._holds_experts(key)
+
+    def _read(self, key: str, values: Tensor, global_shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
+        self.known.add(key)
+        self.reads.append(Slice(key, values.dtype, global_shape, offset, tuple(values.shape), lambda: values))
 
     def _nothing_else(self, prefix: str) -> None:
         for key in self.manifest.tensors:
-            if key.startswith(prefix) and key not in self.room:
+            if key.startswith(prefix) and key not in self.known:
                 raise CheckpointError(f"{self.path} holds {key}, for which there is no place here")
 
     def _compare_groups(self, state: OptimizerContent) -> None:
@@ -100,14 +123,14 @@ class Incoming:
                 if _kind(value) != _kind(own_value):
                     raise CheckpointError(f"the optimizer's {name} is {value!r} in {self.path}, {own_value!r} here")
 
-    def _expect_states(self, entries: list[ShardedTensor]) -> None:
+    def _expect_states(self, name: str, entries: list[ShardedTensor]) -> None:
         """Each state is either one number for the parameter, or divided like it."""
-        name = entries[0].name
         for state in self._state_names():
             number = self.manifest.tensors.get(state_key(state, name))
             if number is not None and number.shape == ():
-                self._make_room(state_key(state, name), (), (), _dtype(number.dtype))
-            elif any(state_key(state, entry.key) in self.manifest.tensors for entry in entries):
+                values = self.room[state_key(state, name), ()] = torch.empty((), dtype=_dtype(number.dtype))
+                self._read(state_key(state, name), values, (), ())
+            elif any(self._holds(state_key(state, entry.key)) for entry in entries):
                 for entry in entries:
                     self._expect(state_key(state, entry.key), entry, None)
             else:
@@ -118,13 +141,9 @@ class Incoming:
         keys = (key.removeprefix(OPTIMIZER) for key in self.manifest.tensors if key.startswith(OPTIMIZER))
         return sorted({key.partition(".")[0] for key in keys})
 
-    def slices(self) -> dict[str, Slice]:
-        """What torch.distributed.checkpoint is to read."""
-        return {key: room for key, (room, _) in self.room.items()}
-
     def prepared(self) -> Callable[[], None]:
         """Put the parts together; what remains to be done cannot fail."""
-        values = _joined(self.content.stored, {key.removeprefix(MODEL): value for key, (_, value) in self.room.items()})
+        values = _joined(self.content.stored, lambda entry: self.room[MODEL + entry.key, entry.global_offset])
 
         def take_over() -> None:
             with torch.no_grad():
@@ -133,7 +152,7 @@ class Incoming:
 
         if self.state is None:
             return take_over
-        optimizer, state, torch_state = self.state.optimizer, self._optimizer_state(self.state), self.room[RANDOM][1]
+        optimizer, state, torch_state = self.state.optimizer, self._optimizer_state(self.state), self.room[RANDOM, (0,)]
         check_random_state(self.manifest.random, torch_state)
 
         def take_over_all() -> None:
@@ -159,18 +178,16 @@ class Incoming:
             entries = state.entries[name]
             found[numbers[name]] = {}
             for what in states:
-                number = self.room.get(state_key(what, name))
-                if number is not None and number[0].global_shape == ():
-                    value = number[1]
-                else:
-                    [(_, value)] = _joined(
-                        entries, {entry.key: self.room[state_key(what, entry.key)][1] for entry in entries}
-                    )
-                found[numbers[name]][what] = value
+                number = self.room.get((state_key(what, name), ()))
+                found[numbers[name]][what] = self._state(what, entries) if number is None else number
         return {"state": found, "param_groups": groups}
 
+    def _state(self, what: str, entries: list[ShardedTensor]) -> Tensor:
+        [(_, value)] = _joined(entries, lambda entry: self.room[state_key(what, entry.key), entry.global_offset])
+        return value
 
-def _joined(entries: Iterable[ShardedTensor], values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+
+def _joined(entries: Iterable[ShardedTensor], values: Callable[[ShardedTensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Each parameter or buffer with its new local value, from those of its parts."""
     by_source: dict[int, list[ShardedTensor]] = {}
     for entry in entries:
@@ -178,7 +195,7 @@ def _joined(entries: Iterable[ShardedTensor], values: Mapping[str, Tensor]) -> l
     found = []
     for parts in by_source.values():
         source, layout = parts[0].source, parts[0].layout
-        new = [values[part.key].view(part.local_shape[part.prepended_axes :]) for part in parts]
+        new = [values(part).view(part.local_shape[part.prepended_axes :]) for part in parts]
         found.append((source, new[0] if layout is None else layout.join_parts(new)))
     return found
 

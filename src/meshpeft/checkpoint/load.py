@@ -22,7 +22,8 @@ from meshpeft.checkpoint.identity import check_same_model, describe_adapters, de
 from meshpeft.checkpoint.incoming import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.save import finish_saves
-from meshpeft.checkpoint.storage import Reader, SliceLoadPlanner
+from meshpeft.checkpoint.slices import SliceLoadPlanner, labelled
+from meshpeft.checkpoint.storage import Reader
 from meshpeft.parallel.agreement import all_or_none
 
 __all__ = ["LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
@@ -117,7 +118,7 @@ def load_checkpoint(
         incoming = Incoming(path, manifest, content, state)
     with explained(f"loading {path}"):
         load(
-            incoming.slices(),
+            labelled(incoming.reads),
             storage_reader=Reader(path, manifest.tensors),
             planner=SliceLoadPlanner(),
             process_group=group,

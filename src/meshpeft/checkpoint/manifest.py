@@ -112,6 +112,20 @@ class Manifest:
                 raise
             raise CheckpointError(f"{path} is cut or damaged: {type(error).__name__}: {error}") from error
 
+    def check_tensors(self) -> None:
+        """Whether the parts of every tensor make it up, each once.
+
+        Raises:
+            CheckpointError: one is lost, or there twice.
+        """
+        for key, tensor in self.tensors.items():
+            try:
+                _check_chunks(key, tensor.shape, tensor.chunks, self.files)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"the ranks do not hold all of a tensor, each part of it once: {error}"
+                ) from error
+
     def check_file(self, directory: Path, name: str, *, values: bool) -> None:
         """Whether a file has its size, and if asked its values; reading it once.
 

@@ -19,8 +19,9 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.identity import describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from meshpeft.checkpoint.slices import Slice, SliceSavePlanner, labelled
 from meshpeft.checkpoint.staging import write_flushed
-from meshpeft.checkpoint.storage import Slice, SliceSavePlanner, Writer
+from meshpeft.checkpoint.storage import Writer
 from meshpeft.parallel.agreement import all_or_none
 
 __all__ = ["Save", "finish_saves", "save_checkpoint"]
@@ -126,10 +127,8 @@ def save_checkpoint(
             raise CheckpointError(f"step={step}, keep={keep}: expected a step of at least 0, and to keep at least 1")
         content = ModelContent.of(model, full_model=full_model)
         state = None if optimizer is None else OptimizerContent.of(optimizer, content)
-        generators, slices = random_state()
-        slices |= content.slices()
-        if state is not None:
-            slices |= state.slices()
+        generators, generator = random_state()
+        slices = [generator, *content.slices(), *([] if state is None else state.slices())]
         manifest = Manifest(
             step=step,
             full_model=full_model,
@@ -141,11 +140,12 @@ def save_checkpoint(
             extra=_snapshot(extra or {}),
         )
         if asynchronous:
-            slices = {key: _copied(part) for key, part in slices.items()}
+            slices = [_copied(part) for part in slices]
     manifest = replace(manifest, model={**manifest.model, "base": describe_base(model, content.frozen)})
 
     def publish(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
         whole = replace(manifest, tensors=tensors, files=files)
+        whole.check_tensors()
         write_flushed(checkpoints.partial(step) / MANIFEST, whole.encode())
         checkpoints.publish(step)
         if keep is not None:
@@ -155,7 +155,7 @@ def save_checkpoint(
         writer = Writer(checkpoints.partial(step), lambda: checkpoints.prepare(step), publish)
         try:
             with explained(f"saving to {directory}"):
-                save(slices, storage_writer=writer, planner=SliceSavePlanner(), process_group=group)
+                save(labelled(slices), storage_writer=writer, planner=SliceSavePlanner(), process_group=group)
         finally:
             if rank_and_world_size(group)[0] == 0:
                 checkpoints.discard(step)

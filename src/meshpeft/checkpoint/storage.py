@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,9 +26,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlanner,
     SavePlan,
     SavePlanner,
-    TensorWriteData,
     WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -38,72 +35,7 @@ from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_sha256
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileReader, TensorFileWriter
 
-__all__ = ["Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name"]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The slice of one global tensor that this rank holds, as torch.distributed.checkpoint asks for it.
-
-    Attributes:
-        dtype: of the tensor.
-        global_shape: of the global tensor.
-        offset: where the slice starts in it.
-        shape: of the slice.
-        values: gives the values, to be read or to be written into, with `shape`'s number of elements.
-    """
-
-    dtype: torch.dtype
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    values: Callable[[], Tensor]
-
-    def size(self) -> torch.Size:
-        """Shape of the global tensor."""
-        return torch.Size(self.global_shape)
-
-    def local(self) -> Tensor:
-        """The values, of the slice's shape."""
-        return self.values().view(self.shape)
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.shape))]
-
-    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        data = TensorWriteData(self.__create_chunk_list__()[0], properties, self.size())
-        return [WriteItem(MetadataIndex(fqn, torch.Size(self.offset)), WriteItemType.SHARD, tensor_data=data)]
-
-
-class SliceSavePlanner(DefaultSavePlanner):
-    """Plans a flat dictionary of slices."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The values of a slice of this rank."""
-        found: Slice = self.state_dict[index.fqn]
-        return found.local()
-
-
-class SliceLoadPlanner(DefaultLoadPlanner):
-    """Plans a flat dictionary of slices."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """As the base class does, but for values that are not tensors themselves."""
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where the values of a slice of this rank go."""
-        found: Slice = self.state_dict[index.fqn]
-        return found.local()
+__all__ = ["Reader", "Writer", "dtype_name"]
 
 
 @dataclass(frozen=True)

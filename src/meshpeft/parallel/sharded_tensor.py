@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel.errors import ParallelError
-from meshpeft.parallel.mesh import parallel_group_info
+from meshpeft.parallel.mesh import is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ShardedStateDict",
     "ShardedTensor",
     "ShardedTensors",
+    "expert_key",
     "sharded_state_dict",
     "sharded_tensors",
 ]
@@ -92,6 +93,9 @@ class ShardedTensors:
 
     PyTorch puts new parameters in the place of the old ones when a module is copied, moved off the meta device
     (`to_empty`), or cast under simulation; without their layouts they would pass for replicated ones.
+
+    `load_state_dict` takes stacked experts also one by one, as other systems store them: `weight3` for expert 3 of
+    `weight`, numbered over all ranks. A rank takes its own and ignores the others.
     """
 
     def sharded_state_dict(
@@ -103,6 +107,12 @@ class ShardedTensors:
         """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
         assert isinstance(self, nn.Module)
         return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, layout in _layouts(self).items():
+            if layout.expert:
+                _stack_experts(state_dict, prefix + name, layout)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # nn.Module's
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layouts = _layouts(self)
@@ -127,6 +137,30 @@ def _layouts(module: Any) -> dict[str, TensorLayout]:
 def _mark(module: Any, layouts: Mapping[str, TensorLayout]) -> None:
     for name, layout in layouts.items():
         set_layout(module._parameters[name], layout)
+
+
+def expert_key(key: str, expert: int) -> str:
+    """The name of one of the experts that are stacked under `key`: `linear_fc1.weight`, 3 -> `linear_fc1.weight3`."""
+    return f"{key}{expert}"
+
+
+def _stack_experts(state_dict: dict[str, Tensor], key: str, layout: TensorLayout) -> None:
+    """Put this rank's experts under `key`, if they are there one by one and all of one shape."""
+    names = [expert_key(key, expert) for expert in range(layout.global_shape[0])]
+    first, count = layout.pieces()[0].offset[0], layout.local_shape[0]
+    # All ranks' experts where this process is all ranks.
+    own = names if is_simulated() else names[first : first + count]
+    if key in state_dict or not all(name in state_dict for name in own):
+        return
+    if len({state_dict[name].shape for name in own}) == 1:
+        state_dict[key] = _stacked([state_dict.get(name) for name in names], first, count)
+        for name in names:
+            state_dict.pop(name, None)
+
+
+@on_each_rank
+def _stacked(experts: list[Tensor | None], first: int, count: int) -> Tensor:
+    return torch.stack([expert for expert in experts[first : first + count] if expert is not None])
 
 
 def sharded_state_dict(
