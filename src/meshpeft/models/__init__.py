@@ -6,7 +6,7 @@ from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.hf_names import hf_module_name, hf_tensor_names, our_module_name
-from meshpeft.models.load import load_pretrained
+from meshpeft.models.load import load_pretrained, stored_dtype
 from meshpeft.models.moe import MoELayer
 from meshpeft.models.router import Routing, TopKRouter
 from meshpeft.models.save import save_pretrained
@@ -28,4 +28,5 @@ __all__ = [
     "load_pretrained",
     "our_module_name",
     "save_pretrained",
+    "stored_dtype",
 ]

@@ -19,7 +19,7 @@ from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
 from meshpeft.quantization import BaseQuantizer
 
-__all__ = ["load_pretrained"]
+__all__ = ["load_pretrained", "stored_dtype"]
 
 # Old checkpoints hold the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -74,6 +74,16 @@ def load_pretrained(
     decoder.tie_weights()
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """The type of the weights in a Hugging Face directory.
+
+    Raises:
+        ModelError: a file is missing or truncated; the weights are of several types.
+    """
+    with WeightFiles(Path(directory)) as files:
+        return _common_dtype(files, (name for name in files.names() if not _IGNORED.fullmatch(name)))
 
 
 def _layout(decoder: Decoder, parameter: str) -> TensorLayout:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from meshpeft.training.config import ConfigError, FinetuneConfig, LayoutConfig, OptionalField, TensorType, at_least
+from meshpeft.training.config import (
+    ConfigError,
+    FinetuneConfig,
+    FormatName,
+    LayoutConfig,
+    OptionalField,
+    TensorType,
+    at_least,
+)
 
 __all__ = ["AdapterUse", "EvaluateConfig", "GenerateConfig"]
 
@@ -21,9 +29,12 @@ class AdapterUse(LayoutConfig):
     """Base model: a Hugging Face directory. Default: that of the adapter's run, else the embedded model."""
     dtype: Annotated[TensorType | None, OptionalField] = None
     """Type of the base model and its activations. Default: that of the adapter's run, else float32."""
+    quantize: Annotated[FormatName | Literal["none"] | None, OptionalField] = None
+    """Store the base in few bits (nf4, int4, int8, fp8), or in full (none). Default: as the adapter's run did, else in
+    full."""
 
     def run(self) -> FinetuneConfig:
-        """The options of the run that made the adapter, with `model` and `dtype` replaced where given here.
+        """The options of the run that made the adapter, with `model`, `dtype` and `quantize` replaced where given.
 
         Raises:
             ConfigError: the adapter's directory is not one of `meshpeft finetune`.
@@ -41,6 +52,7 @@ class AdapterUse(LayoutConfig):
             run,
             model=run.model if self.model is None else self.model,
             dtype=run.dtype if self.dtype is None else self.dtype,
+            quantize=run.quantize if self.quantize is None else None if self.quantize == "none" else self.quantize,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
+from meshpeft.training.quantized_base import base_quantizer, check_started
 
 __all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_targets"]
 
@@ -39,16 +40,20 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
 
     Raises:
         AdapterError: a target matches no layer; a rank that does not divide.
-        ConfigError: an option for experts, and the model has none.
+        ConfigError: an option for experts, and the model has none; an adapter that could not start as asked.
+        QuantizationError: the base cannot be packed as asked.
     """
     if not base.expert_layers:
         for name in ("normalize_moe_lora", "router_aux_loss_coef"):
             if getattr(config, name):
                 raise ConfigError(f"{name}: this {base.model_type} model has no layer with experts; leave it out")
     model = Decoder(base, device="meta")
+    quantizer = base_quantizer(config)
+    packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapter_method(config)(model)
+    check_started(model, {id(layer) for layer in packed.values()}, config)
     if caught:
         others = len(caught) - 1
         also = f" (and {others} more of the kind)" if others else ""
@@ -66,6 +71,9 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
         named["target_modules"] = list(config.target_modules)
     if config.exclude_modules:
         named["exclude_modules"] = list(config.exclude_modules)
+    init_a, init_b = config.lora_a_init_method, config.lora_b_init_method
+    if config.lora_init_method == "kaiming_zeros":
+        init_a, init_b = "kaiming", "zero"
     return _METHODS[config.method](
         **named,
         dim=config.rank,
@@ -73,8 +81,8 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
         dropout=config.dropout,
         dropout_position=config.dropout_position,
         dropout_recompute=config.dropout_recompute,
-        lora_A_init_method=config.lora_a_init_method,
-        lora_B_init_method=config.lora_b_init_method,
+        lora_A_init_method=init_a,
+        lora_B_init_method=init_b,
         use_rslora=config.rslora,
         normalize_moe_lora=config.normalize_moe_lora,
         share_expert_adapters=config.share_expert_adapters,

@@ -20,6 +20,7 @@ from meshpeft.parallel.errors import MeshPEFTError
 __all__ = [
     "ConfigError",
     "FinetuneConfig",
+    "FormatName",
     "LayoutConfig",
     "OptionalField",
     "TensorType",
@@ -31,6 +32,7 @@ __all__ = [
 
 TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
+FormatName = Literal["nf4", "int8", "int4", "fp8"]
 
 # The help of such an option says itself what leaving it out means.
 OptionalField = tyro.conf.arg(help_behavior_hint="")
@@ -80,6 +82,11 @@ class FinetuneConfig(LayoutConfig):
     data: Annotated[Path | None, OptionalField] = None
     """Training data: JSONL, JSON, CSV or Parquet with a `text` column, `prompt` and `completion`, or chat
     `messages`. Default: functions and docstrings of the running Python's standard library."""
+    quantize: Annotated[FormatName | None, OptionalField] = None
+    """Store the frozen base in few bits, layer after layer as it is read: nf4 or int4 (0.56 bytes a parameter), int8 or
+    fp8 (1.06). Embedding, vocabulary head, norms and routers stay as they are. Default: in full."""
+    quantize_block_size: Annotated[int | None, OptionalField] = None
+    """Parameters of a row that share a scale: 32, 64, 128, .. Default: 64."""
     held_out: float = 0.05
     """Part of the records of --data that is set aside to measure the held-out loss."""
     output_dir: Path = Path("runs/finetune")
@@ -106,6 +113,9 @@ class FinetuneConfig(LayoutConfig):
     """First values of A: xavier, normal, kaiming or zero."""
     lora_b_init_method: InitMethod = "zero"
     """First values of B; zero lets training start from the base model."""
+    lora_init_method: Annotated[Literal["kaiming_zeros", "svdquant"] | None, OptionalField] = None
+    """Instead of the two above: A by kaiming and B zero (kaiming_zeros), or both from what quantising each layer lost
+    (svdquant, with --quantize)."""
     target_modules: Annotated[tuple[str, ...] | None, OptionalField] = None
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
     (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
@@ -183,8 +193,26 @@ class FinetuneConfig(LayoutConfig):
                 raise ConfigError(f"{name} is empty: name at least one layer")
         if self.target_modules and self.exclude_modules:
             raise ConfigError("target_modules and exclude_modules were both given; leave one out")
+        if self.quantize_block_size is not None and self.quantize is None:
+            raise ConfigError(f"quantize_block_size={self.quantize_block_size}: nothing is quantised; add --quantize")
+        self._check_init_method()
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs} were both given; leave one out")
+
+    def _check_init_method(self) -> None:
+        if self.lora_init_method is None:
+            return
+        for name in ("lora_a_init_method", "lora_b_init_method"):
+            if getattr(self, name) != type(self).__dict__[name]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} and lora_init_method={self.lora_init_method} both say how the "
+                    "adapter starts; leave one out"
+                )
+        if self.lora_init_method == "svdquant" and self.quantize is None:
+            raise ConfigError(
+                "lora_init_method=svdquant starts from what quantising the base lost, and it is not quantised, so the "
+                "adapter could not train; add --quantize nf4 (or int4, int8, fp8)"
+            )
 
     def resolved(self) -> Self:
         """The same run with every default filled in that depends on other options."""

@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> float:
         run = replace(run, seq_length=config.seq_length)
     tokenizer = load_tokenizer(base_directory(run.model))
     rows = load_rows(run, tokenizer, config.data)
-    model = load_base_and_adapter(run.model, config.adapter, run.dtype, sequence_parallel=config.sequence_parallel)
+    model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     batches = eval_batches(
         rows,
         micro_batch_size=config.micro_batch_size,
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> float:
         dp_size=info.dp.world_size,
     )
     loss = float(mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens))
-    report.say(f"model: {base_directory(run.model)}, {run.dtype}; adapter: {config.adapter or 'none'}")
+    report.say(f"model: {base_directory(run.model)}, {run.quantize or run.dtype}; adapter: {config.adapter or 'none'}")
     source = config.data or f"held out of {run.data or 'the embedded data'}"
     report.say(f"data: {source}, {batches.global_target_tokens:,} target tokens")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")

@@ -17,13 +17,15 @@ from meshpeft.checkpoint import (
     load_peft_adapter,
     merge_adapter,
 )
-from meshpeft.models import Decoder, DecoderConfig, load_pretrained, save_pretrained
+from meshpeft.models import Decoder, DecoderConfig, load_pretrained, save_pretrained, stored_dtype
 from meshpeft.models.weights import read_json
 from meshpeft.peft import adapter_wrappers
+from meshpeft.quantization import dequantize_base
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
 from meshpeft.training.output import RECORD
+from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.setup import base_directory, load_base
 
 __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
@@ -83,20 +85,34 @@ def merge(config: MergeConfig) -> str:
     """
     _check_free(config.to, config.overwrite)
     base = _base_of_adapter(config)
-    model = load_pretrained(base)
-    stored = model.embedding.weight.dtype
-    wanted = stored if config.dtype is None else tensor_type(config.dtype)
+    wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
+    model = _base_as_used(base, _run_of(config.adapter))
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
-    model = load_peft_adapter(model.to(torch.promote_types(stored, wanted)), config.adapter)
+    model = load_peft_adapter(model.to(torch.promote_types(model.embedding.weight.dtype, wanted)), config.adapter)
     _write_merged(model, wanted, base, config.to, config.overwrite)
     return f"wrote {config.to}: {base} with {config.adapter} merged into it, {str(wanted).removeprefix('torch.')}"
+
+
+def _run_of(adapter: Path) -> FinetuneConfig | None:
+    """The options of the run that made an adapter; `None` where another program did."""
+    record = adapter / RECORD
+    return FinetuneConfig.from_json(record) if record.is_file() else None
+
+
+def _base_as_used(base: Path, run: FinetuneConfig | None) -> Decoder:
+    """The base that an adapter was trained on: as its files have it, or as it was after packing."""
+    quantizer = None if run is None else base_quantizer(run)
+    if run is None or quantizer is None:
+        return load_pretrained(base)
+    return dequantize_base(load_pretrained(base, tensor_type(run.dtype), quantize=quantizer))
 
 
 def _base_of_adapter(config: MergeConfig) -> Path:
     if config.model is not None:
         return config.model
-    if (config.adapter / RECORD).is_file():
-        return base_directory(FinetuneConfig.from_json(config.adapter / RECORD).model)
+    run = _run_of(config.adapter)
+    if run is not None:
+        return base_directory(run.model)
     named = read_json(config.adapter / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not Path(named).is_dir():
         raise ConfigError(f"{config.adapter}: names {named!r} as its base model, no directory here; give --model")
@@ -117,9 +133,10 @@ def export(config: ExportConfig) -> str:
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
-        model = load_base(base, run.dtype, sequence_parallel=False)
+        model = load_base(base, run.dtype, quantize=base_quantizer(run), sequence_parallel=False)
         add_adapter(model, run)
         load_checkpoint(model, found.path)
+        dequantize_base(model)
         _write_merged(model, tensor_type(run.dtype), base, config.to, config.overwrite)
         return f"wrote {config.to}: {base} with {found.path} merged into it, {run.dtype}"
     model = _without_base(base, run)

@@ -9,6 +9,7 @@ from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
+from meshpeft.quantization import packed_size
 from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
@@ -18,6 +19,7 @@ from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.output import OutputDirectory
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
+from meshpeft.training.quantized_base import base_quantizer, start_adapter
 from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, short_path, write_record
 from meshpeft.training.setup import base_directory, check_base, join_mesh, load_base, workers_for
 
@@ -66,15 +68,19 @@ def finetune(config: FinetuneConfig) -> None:
     model = load_base(
         config.model,
         config.dtype,
+        quantize=base_quantizer(config, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
     add_adapter(model, config)
+    start_adapter(model, config)
     parameters = trainable_parameters(model)
     loop = TrainingLoop(config, model, inputs, info)
     report.say(f"model: {short_path(base_directory(config.model))}, {config.dtype}")
     report.say(f"{config.method}: rank {config.rank} on {describe_targets(config)}")
     report.say(str(parameters))
+    if config.quantize is not None:
+        report.say(f"packed: {packed_size(model)}")
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
@@ -95,6 +101,7 @@ def finetune(config: FinetuneConfig) -> None:
                 "held_out_loss_after": held_out[-1],
                 "steps": loop.steps,
                 "trainable_parameters": parameters.trainable,
+                "packed": packed_size(model)._asdict() if config.quantize is not None else None,
                 "training_seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens / seconds, 1),
             }

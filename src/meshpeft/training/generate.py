@@ -49,7 +49,7 @@ def generate(config: GenerateConfig) -> str:
     directory = base_directory(run.model)
     tokenizer = load_tokenizer(directory)
     prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
-    model = load_base_and_adapter(run.model, config.adapter, run.dtype, sequence_parallel=config.sequence_parallel)
+    model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     tokens = generate_tokens(
         model,
         torch.tensor([prompt], device=device()),

@@ -11,9 +11,11 @@ from meshpeft.models import Decoder, DecoderConfig, check_divisible, load_pretra
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelGroupInfo, init_parallelism, parallel_group_info
-from meshpeft.training.config import ConfigError, LayoutConfig, TensorType, tensor_type
+from meshpeft.quantization import BaseQuantizer
+from meshpeft.training.config import ConfigError, FinetuneConfig, LayoutConfig, TensorType, tensor_type
 from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.launch import number_of_workers
+from meshpeft.training.quantized_base import base_quantizer
 
 __all__ = [
     "base_directory",
@@ -70,11 +72,17 @@ def check_base(model: Path | None, layout: LayoutConfig) -> DecoderConfig:
 
 
 def load_base(
-    model: Path | None, dtype: TensorType, *, sequence_parallel: bool, activation_checkpointing: bool = False
+    model: Path | None,
+    dtype: TensorType,
+    *,
+    quantize: BaseQuantizer | None = None,
+    sequence_parallel: bool,
+    activation_checkpointing: bool = False,
 ) -> Decoder:
-    """This rank's share of the base model.
+    """This rank's share of the base model, packed as it is read if asked for.
 
     Raises:
+        QuantizationError: a layer that cannot be packed.
         ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
     """
     info = parallel_group_info()
@@ -85,19 +93,22 @@ def load_base(
         sequence_parallel=sequence_parallel,
     )
     return load_pretrained(
-        base_directory(model), tensor_type(dtype), parallel, activation_checkpointing, device=device()
+        base_directory(model),
+        tensor_type(dtype),
+        parallel,
+        activation_checkpointing,
+        device=device(),
+        quantize=quantize,
     )
 
 
-def load_base_and_adapter(
-    model: Path | None, adapter: Path | None, dtype: TensorType, *, sequence_parallel: bool
-) -> Decoder:
-    """This rank's share of the base model, with the adapter that a directory holds, if one is given.
+def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> Decoder:
+    """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
 
     Raises:
         MeshPEFTError: the model or the adapter cannot be read.
     """
-    decoder = load_base(model, dtype, sequence_parallel=sequence_parallel)
+    decoder = load_base(run.model, run.dtype, quantize=base_quantizer(run), sequence_parallel=sequence_parallel)
     if adapter is not None:
         load_peft_adapter(decoder, adapter)
     return decoder
