@@ -1,4 +1,4 @@
-"""Which collectives a piece of code makes, simulated or real, and how many elements each rank puts in."""
+"""Which collectives a piece of code makes, simulated or real, and how much each rank puts in."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ __all__ = ["Collective", "count_collectives"]
 
 
 class Collective(NamedTuple):
-    """One call: `allreduce allgather reduce_scatter alltoall broadcast`, and the elements that one rank puts in."""
+    """One call: `allreduce allgather reduce_scatter alltoall broadcast`, and what one rank puts in.
+
+    `elements` of `itemsize` bytes each; most tests run in float64.
+    """
 
     name: str
     elements: int
+    itemsize: int = 8
 
 
 # The operators, and which argument is a rank's own: collectives into a buffer name their result first.
@@ -40,8 +44,9 @@ class _Recorder(TorchDispatchMode):
         operator = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and operator != "wait_tensor":
             name, own = OPERATORS[operator]  # an operator that is not here is to be added
-            sizes = [leaf.numel() for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
-            self.calls.append(Collective(name, sum(sizes)))
+            given = [leaf for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
+            (itemsize,) = {tensor.element_size() for tensor in given}
+            self.calls.append(Collective(name, sum(tensor.numel() for tensor in given), itemsize))
         return func(*args, **(kwargs or {}))
 
 

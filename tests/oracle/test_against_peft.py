@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -20,9 +21,12 @@ from meshpeft.parallel import (
     layout_of_tensor,
     vocab_parallel_cross_entropy,
 )
-from meshpeft.peft import LoRA
+from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
 PARTS: dict[str, list[str | None]] = {"linear_qkv": ["q", "k", "v"], "linear_fc1": ["gate", "up"]}
+OPTIONS: dict[str, Any] = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
+METHODS: dict[str, PEFT] = {"lora": LoRA(**OPTIONS), "canonical_lora": CanonicalLoRA(**OPTIONS), "dora": DoRA(**OPTIONS)}
+FACTORS = {"linear_in.weight": "lora_A", "linear_out.weight": "lora_B", "weight_magnitude": "lora_magnitude_vector"}
 PREFIX = "base_model.model."
 # Float64; sums are taken in another order, over 26 tokens and three layers.
 TOLERANCE = 1e-9
@@ -42,11 +46,17 @@ def their_gradients(base: Path, adapter: Path, ids: Tensor, labels: Tensor) -> t
 
 
 def our_gradients(
-    base: Path, layout: dict[str, int], sequence_parallel: bool, ids: Tensor, labels: Tensor, to: Path
+    method: PEFT,
+    base: Path,
+    layout: dict[str, int],
+    sequence_parallel: bool,
+    ids: Tensor,
+    labels: Tensor,
+    to: Path,
 ) -> tuple[float, dict[str, Tensor]]:
     with simulate(**layout):
         parallel = ModelParallelConfig(layout.get("tp", 1), sequence_parallel=sequence_parallel)
-        model = LoRA(dim=4, alpha=8, lora_B_init_method="normal")(load_pretrained(base, torch.float64, parallel))
+        model = method(load_pretrained(base, torch.float64, parallel))
         export_peft_adapter(model, to)
         loss = vocab_parallel_cross_entropy(model(ids), labels).sum() / labels.numel()
         # Every data-parallel rank has the whole batch here: the sum over them counts it once for each.
@@ -62,30 +72,37 @@ def our_gradients(
 
 
 @pytest.mark.parametrize(
-    ("layout", "sequence_parallel"),
-    (({}, False), ({"tp": 2}, True), ({"tp": 4}, False), ({"tp": 2, "dp": 2}, False)),
+    ("family", "layout", "sequence_parallel"),
+    (
+        ("llama", {}, False),
+        ("llama", {"tp": 2}, True),
+        ("qwen3", {"tp": 4}, False),
+        ("qwen3", {"tp": 2, "dp": 2}, False),
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("family", ("llama", "qwen3"))
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_peft(
-    family: str, layout: dict[str, int], sequence_parallel: bool, tmp_path: Path
+    method: str, family: str, layout: dict[str, int], sequence_parallel: bool, tmp_path: Path
 ) -> None:
     base = save_tiny(family, tmp_path / "base")
     ids, labels = random_ids(seed=1), random_ids(seed=2)
-    loss, ours = our_gradients(base, layout, sequence_parallel, ids, labels, tmp_path / "adapter")
-    their_loss, theirs = their_gradients(base, tmp_path / "adapter", ids, labels)
+    adapter = tmp_path / "adapter"
+    loss, ours = our_gradients(METHODS[method], base, layout, sequence_parallel, ids, labels, adapter)
+    their_loss, theirs = their_gradients(base, adapter, ids, labels)
     assert abs(loss - their_loss) < TOLERANCE
-    # A layer of ours that is fused is several of theirs: their gradients of B are the rows of ours, and the sum of
-    # their gradients of A is ours.
+    # A layer of ours that is fused is several of theirs: the rows of our gradients of B and of the magnitude are
+    # theirs, and where their layers share our A, the sum of their gradients of A is ours.
     used = set()
     for name, gradient in ours.items():
-        module, _, factor = name.partition(".adapter.")
-        letter = "A" if factor == "linear_in.weight" else "B"
-        keys = [
-            f"{hf_module_name(module, part)}.lora_{letter}" for part in PARTS.get(module.rpartition(".")[2], [None])
-        ]
+        module, _, parameter = name.partition(".adapter.")
+        part, _, rest = parameter.removeprefix("adapter_").partition(".")
+        own_adapter = parameter.startswith("adapter_")
+        parts = [part] if own_adapter else PARTS.get(module.rpartition(".")[2], [None])
+        factor = FACTORS[rest if own_adapter else parameter]
+        keys = [f"{hf_module_name(module, part)}.{factor}" for part in parts]
         pieces = [theirs[key] for key in keys]
-        expected = torch.stack(pieces).sum(0) if letter == "A" else torch.cat(pieces)
+        expected = torch.stack(pieces).sum(0) if factor == "lora_A" else torch.cat(pieces)
         assert expected.abs().max() > 0
         assert (gradient - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
         used.update(keys)

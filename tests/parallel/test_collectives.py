@@ -162,8 +162,8 @@ def test_what_is_sent(name: str) -> None:
             forward = list(calls)
             y.backward(y.detach())
         size = {"allgather": 6, "allreduce": 12, "reduce_scatter": 12}
-        assert forward == [Collective(kind, size[kind]) for kind in case.forward]
-        assert calls[len(forward) :] == [Collective(kind, size[kind]) for kind in case.backward]
+        assert forward == [Collective(kind, size[kind], itemsize=4) for kind in case.forward]
+        assert calls[len(forward) :] == [Collective(kind, size[kind], itemsize=4) for kind in case.backward]
 
 
 @pytest.mark.parametrize("tp", (2, 4))

@@ -95,7 +95,7 @@ def test_other_parameters_are_left_alone_and_missing_gradients_become_zero() -> 
         assert torch.equal(the_same(missing.grad), torch.zeros(3))
         assert torch.equal(the_same(reached.grad), torch.full((3,), 2.0))
         assert torch.equal(the_same(frozen.grad), torch.ones(3))
-        assert calls == [Collective("allreduce", 6)]
+        assert calls == [Collective("allreduce", 6, itemsize=4)]
 
 
 def test_one_rank_communicates_nothing_and_keeps_its_gradients() -> None:
@@ -120,7 +120,7 @@ def test_small_types_are_summed_in_float32(dtype: torch.dtype) -> None:
             finalize_gradients([weight, wide])
         assert the_same(weight.grad).item() == expected
         assert weight.grad.dtype == dtype
-        assert calls == [Collective("allreduce", 3)]  # with the float32 ones, in one buffer
+        assert calls == [Collective("allreduce", 3, itemsize=4)]  # with the float32 ones, in one buffer
 
 
 def give_gradients(info: ParallelGroupInfo, seed: int, dtype: torch.dtype = torch.float64) -> tuple[list[Any], Tensor]:

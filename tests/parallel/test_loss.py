@@ -133,7 +133,7 @@ def test_two_collectives_of_one_number_per_token_and_none_backward(tp: int) -> N
         local = along_vocabulary(logits, info).slice(logits).clone().requires_grad_()
         with count_collectives() as calls:
             vocab_parallel_cross_entropy(local, labels).sum().backward()
-    assert calls == [Collective("allreduce", 7), Collective("allreduce", 14)]
+    assert calls == [Collective("allreduce", 7, itemsize=4), Collective("allreduce", 14, itemsize=4)]
 
 
 def test_the_input_is_left_alone() -> None:
