@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +26,7 @@ from meshpeft.quantization import dequantize_base
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
-from meshpeft.training.output import RECORD
+from meshpeft.training.output import RECORD, OutputError
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.setup import base_directory, load_base
 
@@ -141,9 +143,11 @@ def export(config: ExportConfig) -> str:
         return f"wrote {config.to}: {base} with {found.path} merged into it, {run.dtype}"
     model = _without_base(base, run)
     load_checkpoint(model, found.path, check_base=False)
-    export_peft_adapter(model, config.to, base_model_name_or_path=str(base.resolve()), overwrite=config.overwrite)
-    record = {"options": run.as_json() | {"model": None if run.model is None else str(base.resolve())}}
-    (config.to / RECORD).write_text(json.dumps(record | {"results": {"steps": found.step}}, indent=2) + "\n")
+    options = run.as_json() | {"model": None if run.model is None else str(base.resolve())}
+    record = {"options": options, "results": {"steps": found.step}}
+    with _all_or_nothing(config.to):
+        export_peft_adapter(model, config.to, base_model_name_or_path=str(base.resolve()), overwrite=config.overwrite)
+        (config.to / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return f"wrote {config.to}: the adapter after step {found.step} (PEFT format)"
 
 
@@ -165,9 +169,24 @@ def _check_free(to: Path, overwrite: bool) -> None:
 
 def _write_merged(model: Decoder, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
     merged = merge_adapter(model).to(dtype)
-    # The companions first: a directory is a model when its config.json is there.
-    to.mkdir(parents=True, exist_ok=True)
-    for pattern in _COMPANIONS:
-        for path in base.glob(pattern):
-            shutil.copy(path, to / path.name)
-    save_pretrained(merged, to, overwrite=overwrite)
+    with _all_or_nothing(to):
+        # The companions first: a directory is a model when its config.json is there.
+        to.mkdir(parents=True, exist_ok=True)
+        for pattern in _COMPANIONS:
+            for path in base.glob(pattern):
+                shutil.copy(path, to / path.name)
+        save_pretrained(merged, to, overwrite=overwrite)
+
+
+@contextmanager
+def _all_or_nothing(to: Path) -> Iterator[None]:
+    """A directory that was not there, and could not be filled, is not left behind."""
+    new = not to.exists()
+    try:
+        yield
+    except BaseException as error:
+        if new:
+            shutil.rmtree(to, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{to}: cannot be written: {error.strerror or error}") from error
+        raise

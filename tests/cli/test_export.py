@@ -1,0 +1,202 @@
+"""`meshpeft export` and `meshpeft merge`: one process makes of any layout's checkpoint what other programs read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers.finetune_jobs import finetune_here
+from helpers.tiny_models import reference
+from helpers.workers import run_on_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from meshpeft.cli.main import main
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Two implementations in float64, a few layers deep.
+CLOSE = {"rtol": 0.0, "atol": 1e-11}
+PARTS = ("linear_q", "linear_v", "linear_fc1_up")
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "tp": 2, "sequence_parallel": True},
+    "canonical_lora": {
+        "method": "canonical_lora",
+        "tp": 2,
+        "target_modules": ("linear_q", "linear_v", "linear_fc1_up"),
+    },
+    "dora": {"method": "dora", "tp": 2},
+    "lora, data parallel": {"method": "lora", "dp": 2},
+}
+
+
+def ids() -> Tensor:
+    return torch.randint(2, 200, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(ids()).logits
+    return found
+
+
+def with_peft(base: Path, adapter: Path) -> Tensor:
+    """peft's logits; every tensor of the file has its place."""
+    model = peft.PeftModel.from_pretrained(reference(base), adapter)
+    assert not model.load_adapter(adapter, "again").unexpected_keys
+    return logits(model)
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of two processes in float64, whose last checkpoint holds what they wrote in the end; each made once."""
+    folder, made = tmp_path_factory.mktemp("runs"), dict[str, Path]()
+
+    def run(name: str) -> Path:
+        if name not in made:
+            options = {"model": str(base), "data": str(data), "output_dir": str(folder / name), "dtype": "float64"}
+            sizes = {"rank": 2, "seq_length": 48, "batch_size": 4, "micro_batch_size": 2, "steps": 3, "save_every": 2}
+            run_on_ranks(2, finetune_here, {**options, **sizes, "lr": 0.01, "eval_every": 0, **METHODS[name]})
+            made[name] = folder / name
+        return made[name]
+
+    return run
+
+
+def run_main(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_of_two_ranks_becomes_the_adapter_that_the_run_wrote(
+    name: str, runs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = runs(name)
+    shown = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert shown == ["step-00000002", "step-00000003"]
+    run_main("export", "--checkpoint", run, "--to", tmp_path / "adapter")
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "adapter" / file).read_bytes() == (run / file).read_bytes()
+    run_main("export", "--checkpoint", run / "checkpoints" / shown[0], "--to", tmp_path / "earlier", "--format", "peft")
+    earlier, last = load_file(tmp_path / "earlier" / WEIGHTS), load_file(run / WEIGHTS)
+    assert earlier.keys() == last.keys() and not any(torch.equal(earlier[key], last[key]) for key in last)
+    assert json.loads((tmp_path / "earlier" / "run.json").read_text())["results"] == {"steps": 2}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_of_two_ranks_becomes_the_model_that_peft_computes(
+    name: str, runs: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
+    run = runs(name)
+    expected = with_peft(base, run)
+    run_main("export", "--checkpoint", run / "checkpoints", "--to", tmp_path / "exported", "--format", "merged")
+    torch.testing.assert_close(logits(reference(tmp_path / "exported")), expected, **CLOSE)
+    run_main("merge", "--adapter", run, "--to", tmp_path / "merged", "--dtype", "float64")
+    torch.testing.assert_close(logits(reference(tmp_path / "merged")), expected, **CLOSE)
+    assert (logits(reference(base)) - expected).abs().max() > 1e-3
+    for folder in ("exported", "merged"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert tokenizer("1 + 2 =").input_ids == AutoTokenizer.from_pretrained(base)("1 + 2 =").input_ids
+
+
+def test_an_exported_adapter_is_evaluated_like_the_run(
+    runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs("lora")
+    run_main("export", "--checkpoint", run, "--to", tmp_path / "adapter")
+    said = []
+    for adapter in (run, tmp_path / "adapter"):
+        capsys.readouterr()
+        run_main("evaluate", "--adapter", adapter)
+        said.append(capsys.readouterr().out)
+    assert "loss" in said[0] and said[0] == said[1].replace(str(tmp_path / "adapter"), str(run))
+
+
+def test_an_adapter_that_peft_made_is_merged_into_the_base_that_it_names(base: Path, tmp_path: Path) -> None:
+    options = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj", "lm_head"]}
+    theirs = peft.get_peft_model(reference(base), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
+    run_main("merge", "--adapter", tmp_path / "adapter", "--to", tmp_path / "merged", "--dtype", "float64")
+    torch.testing.assert_close(logits(reference(tmp_path / "merged")), logits(theirs.eval()), **CLOSE)
+
+
+def test_the_merged_type_is_that_of_the_bases_files_unless_given(
+    runs: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
+    for options, dtype in (((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)):
+        to = tmp_path / str(dtype)
+        run_main("merge", "--adapter", runs("lora"), "--to", to, *options)
+        assert {tensor.dtype for tensor in load_file(to / "model.safetensors").values()} == {dtype}
+        assert json.loads((to / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    wide = load_file(tmp_path / "torch.float32" / "model.safetensors")
+    narrow = load_file(tmp_path / "torch.bfloat16" / "model.safetensors")
+    # One rounding, of the sum: not that of a base and an adapter that were rounded before.
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_exported_is_a_sentence_and_writes_nothing(
+    runs: Callable[[str], Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to, run = tmp_path / "to", runs("lora")
+    assert "is not a checkpoint, and holds none" in refused(capsys, "export", "--checkpoint", tmp_path, "--to", to)
+    missing = tmp_path / "missing"
+    assert f"{missing} is not a checkpoint" in refused(capsys, "export", "--checkpoint", missing, "--to", to)
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    merged = ("export", "--checkpoint", run, "--to", to, "--format", "merged")
+    assert "another base model: decoder.final_layernorm.weight" in refused(capsys, *merged, "--model", other)
+    broken = shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / "step-00000003")
+    file = broken / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    for form in ("peft", "merged"):
+        arguments = ("export", "--checkpoint", broken, "--to", to, "--format", form)
+        assert f"{file} is cut" in refused(capsys, *arguments)
+    assert not to.exists()
+
+
+@pytest.mark.parametrize("form", ("peft", "merged"))
+def test_what_is_there_is_replaced_only_if_asked(
+    form: str, runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("export", "--checkpoint", runs("lora"), "--to", tmp_path / "to", "--format", form)
+    run_main(*arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
+    assert f"{tmp_path / 'to'}" in (error := refused(capsys, *arguments)) and "overwrite" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()} == before
+    run_main(*arguments, "--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()} == before
+
+
+def test_a_model_that_cannot_be_written_leaves_no_tokenizer_behind(
+    runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("meshpeft.models.save.save_file", full_disk)
+    error = refused(capsys, "merge", "--adapter", runs("lora"), "--to", tmp_path / "to")
+    assert "No space left on device" in error
+    assert not list(tmp_path.iterdir())
