@@ -29,6 +29,8 @@ METHODS: dict[str, Callable[[Any], nn.Module]] = {
     "lora": lambda model: LoRA(**OPTIONS)(model),
     "canonical_lora": lambda model: CanonicalLoRA(**OPTIONS)(model),
     "dora": lambda model: DoRA(**OPTIONS)(model),
+    "canonical_lora, token shards": lambda model: CanonicalLoRA(**OPTIONS, keep_token_shards=True)(model),
+    "dora, token shards": lambda model: DoRA(**OPTIONS, keep_token_shards=True)(model),
     "lora, standalone": lambda model: LoRA(**OPTIONS, fused=False)(model),
     "canonical_lora, standalone": lambda model: CanonicalLoRA(**OPTIONS, fused=False)(model),
     "dora, standalone": lambda model: DoRA(**OPTIONS, fused=False)(model),

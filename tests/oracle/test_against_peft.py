@@ -25,7 +25,11 @@ from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
 PARTS: dict[str, list[str | None]] = {"linear_qkv": ["q", "k", "v"], "linear_fc1": ["gate", "up"]}
 OPTIONS: dict[str, Any] = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
-METHODS: dict[str, PEFT] = {"lora": LoRA(**OPTIONS), "canonical_lora": CanonicalLoRA(**OPTIONS), "dora": DoRA(**OPTIONS)}
+METHODS: dict[str, PEFT] = {
+    "lora": LoRA(**OPTIONS),
+    "canonical_lora": CanonicalLoRA(**OPTIONS),
+    "dora": DoRA(**OPTIONS),
+}
 FACTORS = {"linear_in.weight": "lora_A", "linear_out.weight": "lora_B", "weight_magnitude": "lora_magnitude_vector"}
 PREFIX = "base_model.model."
 # Float64; sums are taken in another order, over 26 tokens and three layers.

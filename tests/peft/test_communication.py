@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.adapted_block import BATCH, SEQ, local_input, make_block
 from helpers.collectives import Collective, count_collectives
-from helpers.simulate import simulate
+from helpers.simulate import simulate, the_same
 
 from meshpeft.models import DecoderConfig
-from meshpeft.parallel import ParallelError, mp_reduce
+from meshpeft.parallel import ParallelError, finalize_gradients, layout_of_tensor, mp_reduce
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, fused_lora, fused_lora_reference
 from meshpeft.peft import lora_linear as lora_linear_module
 from meshpeft.peft.functional import product
@@ -42,6 +42,46 @@ def added(method, sequence_parallel):
 @pytest.mark.parametrize("method", (LoRA, CanonicalLoRA, DoRA))
 def test_a_fused_adapter_adds_no_collective(method, sequence_parallel):
     assert added(method(dim=DIM), sequence_parallel) == []
+
+
+@pytest.mark.parametrize("method", (LoRA, CanonicalLoRA, DoRA))
+def test_keeping_token_shards_adds_one_rank_sized_collective_to_a_column(method):
+    ranks = (2 * DIM, 3 * DIM) if method is CanonicalLoRA else (DIM, DIM)  # of linear_fc1 and linear_qkv
+    expected = [Collective("reduce_scatter", TOKENS * rank) for rank in ranks]
+    assert added(method(dim=DIM, keep_token_shards=True), True) == expected
+    # Where no sequence is gathered there is nothing to save.
+    assert added(method(dim=DIM, keep_token_shards=True), False) == []
+
+
+def kept_tokens_and_gradients(method, keep_token_shards, dropout):
+    """Of `linear_qkv`: the lengths of what it keeps of its input, and its adapters' whole gradients."""
+    targets = ["linear_q", "linear_v"] if method is CanonicalLoRA else ["linear_qkv"]
+    adapters = method(
+        targets, dim=DIM, dropout=dropout, keep_token_shards=keep_token_shards, lora_B_init_method="normal"
+    )
+    with simulate(tp=TP) as info:
+        torch.manual_seed(0)
+        layer = make_block(adapters, True).self_attention.linear_qkv
+        x = local_input(info, True).requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = layer(x)
+        y.square().sum().backward()
+        finalize_gradients(layer)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        gradients = [the_same(layout_of_tensor(p).gather(p.grad)) for p in trained]
+        return [t.shape[0] for t in saved if t.dim() == 3 and t.shape[-1] == x.shape[-1]], gradients
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+@pytest.mark.parametrize("method", (LoRA, CanonicalLoRA, DoRA))
+def test_of_a_gathered_sequence_each_rank_keeps_its_tokens_and_the_gradients_are_the_same(method, dropout):
+    whole, expected = kept_tokens_and_gradients(method, False, dropout)
+    shards, gradients = kept_tokens_and_gradients(method, True, dropout)
+    assert SEQ in whole and len(whole) == len(shards)
+    assert sum(whole) - sum(shards) == SEQ - SEQ // TP
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", (LoRA, DoRA))
@@ -116,14 +156,13 @@ def test_states_are_right_at_4096_ranks(method, sequence_parallel):
 
 
 def test_the_unfused_twin_has_the_states_of_the_fused_function(monkeypatch):
-    monkeypatch.setattr(lora_linear_module, "fused_lora", lambda *a: fused_lora_reference(*a))
+    monkeypatch.setattr(lora_linear_module, "fused_lora", lambda *a: fused_lora_reference(*a[:6]))
     assert fused_lora is not lora_linear_module.fused_lora
     assert typecheck_layout(CONFIG, LoRA(dim=8), tp=8, dp=512) == {"tp": "I", "dp": "P"}
 
 
 def test_an_adapter_that_finishes_its_sum_before_the_base_does_is_caught(monkeypatch):
-    def finished_too_early(x, weight, a, b, scale, dropped=None):
-
+    def finished_too_early(x, weight, a, b, *_):
         return product(x, weight) + product(mp_reduce(product(x, a)), b)
 
     monkeypatch.setattr(lora_linear_module, "fused_lora", finished_too_early)

@@ -155,6 +155,7 @@ def test_an_exclusion_that_matches_nothing_is_warned_about():
         ({"alpha": float("nan")}, "finite"),
         ({"alpha": float("inf")}, "finite"),
         ({"dropout_position": "middle"}, "'pre' or 'post'"),
+        ({"keep_token_shards": True, "dropout": 0.1, "dropout_position": "post"}, "use dropout_position='pre'"),
     ),
 )
 def test_bad_options_are_refused_at_construction(options, message):

@@ -19,6 +19,7 @@ def test_every_option_reaches_the_method(name: str, method: type) -> None:
         rslora=True,
         dropout=0.25,
         dropout_recompute=True,
+        keep_token_shards=True,
         normalize_moe_lora=True,
         share_expert_adapters=False,
         lora_a_init_method="kaiming",
@@ -32,6 +33,7 @@ def test_every_option_reaches_the_method(name: str, method: type) -> None:
     assert type(found) is method
     assert (found.dim, found.alpha, found.use_rslora, found.seed) == (6, 9, True, 5)
     assert (found.dropout, found.dropout_recompute, found.fused) == (0.25, True, False)
+    assert found.keep_token_shards
     assert (found.lora_A_init_method, found.lora_B_init_method) == ("kaiming", "normal")
     assert (found.normalize_moe_lora, found.share_expert_adapters) == (True, False)
     assert found.exclude_modules == ["linear_fc2"]

@@ -98,6 +98,8 @@ class LowRankAdapter(ShardedTensors, nn.Module):
             `{name}.{path}.linear_in.weight`, ..
         fused: the adapter joins its base between `enter` and `exit`; otherwise it runs beside it.
         use_rslora: scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
+        keep_token_shards: where the base gathers its input from the ranks of a sequence-parallel axis, keep only this
+            rank's tokens for the gradient of A.
         seed, dtype, device: of the parameters.
         initialize: leave the parameters empty if false.
         factor_layouts: of A and B, where they are not those that `layout` gives.
@@ -122,6 +124,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         path: str = "adapter",
         fused: bool = True,
         use_rslora: bool = False,
+        keep_token_shards: bool = False,
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -141,6 +144,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         self.layout, self.fused = layout, fused
         self.dim, self.alpha, self.use_rslora = dim, alpha, use_rslora
         self.dropout, self.dropout_position, self.dropout_recompute = dropout, dropout_position, dropout_recompute
+        self.keep_token_shards = keep_token_shards
         self.base_name, self.seed = name, seed
         options: tuple[Any, ...] = (seed, dtype, device, initialize)
         layout_a, layout_b = factor_layouts or (layout.factor_a(dim, fused=fused), layout.factor_b(dim, fused=fused))
@@ -151,6 +155,13 @@ class LowRankAdapter(ShardedTensors, nn.Module):
     def scale(self) -> float:
         """s in y += s (x A^T) B^T."""
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+
+    @property
+    def token_axis(self) -> ParallelAxis | None:
+        """The axis over which each rank keeps its own tokens of the adapter's input; `None` where it keeps all."""
+        layout = self.layout
+        gathered = self.fused and layout.shard == "out" and layout.sequence_parallel and layout.axis.world_size > 1
+        return layout.axis if self.keep_token_shards and gathered else None
 
     def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The adapter's output for x and its factors (or those of several adapters together)."""

@@ -113,6 +113,7 @@ class DoRALinear(AdapterWrapper):
             adapter.scale,
             adapter.drop_input(x),
             self._norms,
+            adapter.token_axis,
         )
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

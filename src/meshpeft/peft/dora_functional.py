@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from meshpeft.peft.functional import WeightSource, dense_gradient, flat, read_weight
+from meshpeft.parallel import ParallelAxis
+from meshpeft.peft.functional import WeightSource, dense_gradient, flat, gradient_of_a, read_weight, tokens_to_keep
 from meshpeft.peft.row_norms import RowNorms
 
 __all__ = ["fused_dora", "fused_dora_reference", "magnitude_scale", "scale_of"]
@@ -92,6 +93,7 @@ class _FusedDoRA(Function):
         norm: Tensor,
         scale: float,
         norms: RowNorms | None,
+        token_axis: ParallelAxis | None,
     ) -> Tensor:
         w = read_weight(weight, source, x.dtype)
         adapter_input = x if dropped is None else dropped
@@ -106,8 +108,9 @@ class _FusedDoRA(Function):
         _, _, need_w, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         ctx.source, ctx.scale, ctx.has_dropout, ctx.norms = source, scale, dropped is not None, norms
         ctx.save_for_backward(
-            x if need_w and dropped is not None else None,
-            adapter_input if need_a or need_w else None,
+            x if need_w else None,
+            adapter_input if need_w and dropped is not None else None,
+            tokens_to_keep(adapter_input, token_axis) if need_a else None,
             h if need_b else None,
             kept if need_m else None,
             weight,
@@ -116,13 +119,13 @@ class _FusedDoRA(Function):
             magnitude,
             norm,
         )
-        ctx.x_shape = x.shape
+        ctx.x_shape, ctx.token_axis = x.shape, token_axis
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, adapter_input, h, kept, weight, a, b, magnitude, norm = ctx.saved_tensors
+        x, dropped, tokens, h, kept, weight, a, b, magnitude, norm = ctx.saved_tensors
         need_x, need_dropped, need_w, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         if ctx.norms is not None:
             ctx.norms.after_backward()
@@ -137,15 +140,15 @@ class _FusedDoRA(Function):
         # The same memory again: fresh pages would cost more than the product.
         torch.mul(dy, g, out=dz)
         if need_w:
-            dw = torch.mm(dz.t(), flat(adapter_input))
+            dw = torch.mm(dz.t(), flat(dropped if ctx.has_dropout else x))
             if ctx.has_dropout:
-                dw += torch.mm(dy.t(), flat(x) - flat(adapter_input))
+                dw += torch.mm(dy.t(), flat(x) - flat(dropped))
         if need_b:
             db = torch.mm(h.t(), dz).t().to(b.dtype)
         if need_a or need_x or need_dropped:
             dh = torch.mm(dz, b.to(dy.dtype)).mul_(ctx.scale)
             if need_a:
-                da = torch.mm(dh.t(), flat(adapter_input)).to(a.dtype)
+                da = gradient_of_a(dh, tokens, ctx.token_axis).to(a.dtype)
             if need_x or need_dropped:
                 w = read_weight(weight, ctx.source, dy.dtype)
                 if ctx.has_dropout:
@@ -155,7 +158,7 @@ class _FusedDoRA(Function):
                 else:
                     dx = torch.mm(dz, w).addmm_(dh, a.to(dy.dtype))
         shaped = [None if grad is None else grad.view(ctx.x_shape) for grad in (dx, d_dropped)]
-        return *shaped, dw, None, da, db, dm, None, None, None
+        return *shaped, dw, None, da, db, dm, None, None, None, None
 
     @staticmethod
     def spmd_typecheck(
@@ -168,6 +171,7 @@ class _FusedDoRA(Function):
         b: Tensor,
         magnitude: Tensor,
         norm: Tensor,
+        token_axis: ParallelAxis | None,
     ) -> Any:
         rules.ignore(norm)  # a constant in the state of the magnitude
         w = read_weight(weight, source)
@@ -193,6 +197,7 @@ def fused_dora(
     scale: float,
     dropped: Tensor | None = None,
     norms: RowNorms | None = None,
+    token_axis: ParallelAxis | None = None,
 ) -> Tensor:
     """DoRA's adapted GEMM; see the module.
 
@@ -204,6 +209,7 @@ def fused_dora(
         norm: |W + s B A| per row [out], a constant.
         dropped: [*, in], x after dropout.
         norms: told of each backward pass.
+        token_axis: as in `fused_lora`.
 
     Returns:
         [*, out], before the base's `exit`; no bias is in it, so none is scaled.
@@ -215,8 +221,8 @@ def fused_dora(
         x, stored = x.to(dtype), None if stored is None else stored.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms)
-    return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms)
+            return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis)
+    return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis)
 
 
 def fused_dora_reference(
@@ -229,10 +235,10 @@ def fused_dora_reference(
     scale: float,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """`fused_dora` in plain operations."""
+    """`fused_dora` in plain operations, with g in x's type."""
     adapter_input = x if dropped is None else dropped
     z = adapter_input @ weight.t() + (adapter_input @ a.to(x.dtype).t() * scale) @ b.to(x.dtype).t()
-    y = (z * magnitude_scale(magnitude, norm)).to(x.dtype)
+    y = z * magnitude_scale(magnitude, norm).to(x.dtype)
     return y if dropped is None else y + (x - dropped) @ weight.t()
 
 

@@ -39,7 +39,7 @@ class LowRankWrapper(AdapterWrapper):
         if adapter.drops_output:
             weight = source if isinstance(source, Tensor) else source()
             return product(x, weight) + adapter.delta(x, a, b)
-        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x))
+        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x), adapter.token_axis)
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus the adapter's."""

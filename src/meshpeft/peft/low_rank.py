@@ -41,6 +41,9 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             float32 or wider.
         use_rslora: scale by alpha / sqrt(rank) instead.
         dropout_recompute: make dropout masks again in the backward pass instead of keeping them.
+        keep_token_shards: under sequence parallel, adapters joined to column-parallel layers keep this rank's tokens
+            for the gradient of A instead of the gathered sequence, 1/tp of the memory, and reduce-scatter
+            [tokens, rank] in the backward pass.
         fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
         seed: with a parameter's name and global shape it decides the initial values.
     """
@@ -57,6 +60,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     lora_dtype: str | torch.dtype | None = None
     use_rslora: bool = False
     dropout_recompute: bool = False
+    keep_token_shards: bool = False
     fused: bool = True
     seed: int = 0
 
@@ -66,6 +70,10 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         init_method_of(self.lora_A_init_method)
         init_method_of(self.lora_B_init_method)
         adapter_dtype(self.lora_dtype)
+        if self.keep_token_shards and self.dropout and self.dropout_position == "post":
+            raise AdapterError(
+                "keep_token_shards goes with dropout on an adapter's input: use dropout_position='pre', or turn it off"
+            )
 
     @abstractmethod
     def adapt(self, base: nn.Module, full_name: str) -> nn.Module:
@@ -152,6 +160,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             "dropout": self.dropout,
             "dropout_position": self.dropout_position,
             "dropout_recompute": self.dropout_recompute,
+            "keep_token_shards": self.keep_token_shards,
             "lora_A_init_method": self.lora_A_init_method,
             "lora_B_init_method": self.lora_B_init_method,
             "use_rslora": self.use_rslora,

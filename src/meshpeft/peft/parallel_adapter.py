@@ -79,7 +79,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         base_linear_is_parallel: false for a base with an undivided weight.
         layout: of the base, where it is known; the flags above are then not read.
         fused: the adapter joins its base between `enter` and `exit` (activation `identity`), see `LowRankAdapter`.
-        dropout_recompute, path, use_rslora, seed, dtype, device: as in `LowRankAdapter`.
+        dropout_recompute, path, use_rslora, keep_token_shards, seed, dtype, device: as in `LowRankAdapter`.
         kwargs: other names are ignored, with a warning.
 
     Raises:
@@ -112,6 +112,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         dropout_recompute: bool = False,
         path: str = "adapter",
         use_rslora: bool = False,
+        keep_token_shards: bool = False,
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -157,6 +158,7 @@ class ParallelLinearAdapter(LowRankAdapter):
             path=path,
             fused=fused,
             use_rslora=use_rslora,
+            keep_token_shards=keep_token_shards,
             seed=seed,
             dtype=parameter_type(config) if dtype is None else dtype,
             device=device,

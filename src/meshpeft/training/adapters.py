@@ -81,6 +81,7 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
         dropout=config.dropout,
         dropout_position=config.dropout_position,
         dropout_recompute=config.dropout_recompute,
+        keep_token_shards=config.keep_token_shards,
         lora_A_init_method=init_a,
         lora_B_init_method=init_b,
         use_rslora=config.rslora,

@@ -109,6 +109,9 @@ class FinetuneConfig(LayoutConfig):
     """Drop the adapter's input (pre) or its output (post; not with dora)."""
     dropout_recompute: bool = False
     """Make dropout masks again in the backward pass instead of keeping them: less memory."""
+    keep_token_shards: bool = False
+    """With --sequence-parallel, keep of a gathered input only this process's tokens: less memory, and one more collective
+    of rank size a layer. Not with dropout of the output."""
     lora_a_init_method: InitMethod = "xavier"
     """First values of A: xavier, normal, kaiming or zero."""
     lora_b_init_method: InitMethod = "zero"
