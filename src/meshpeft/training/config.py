@@ -110,7 +110,7 @@ class FinetuneConfig(LayoutConfig):
     dropout_recompute: bool = False
     """Make dropout masks again in the backward pass instead of keeping them: less memory."""
     keep_token_shards: bool = False
-    """With --sequence-parallel, keep of a gathered input only this process's tokens: less memory, and one more collective
+    """With --sequence-parallel, keep of a gathered input only this process's tokens: less memory, one more collective
     of rank size a layer. Not with dropout of the output."""
     lora_a_init_method: InitMethod = "xavier"
     """First values of A: xavier, normal, kaiming or zero."""
