@@ -94,6 +94,24 @@ def test_two_workers_train_the_same_adapter(base: Path, data: Path, run: Path, t
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ("canonical_lora", "dora"))
+def test_every_method_trains_alike_on_one_and_on_two_workers(
+    method: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = ["--method", method, "--dtype", "float64", "--steps", "3", "--eval-every", "0", "--rank", "4"]
+    found = []
+    for name, layout in (("one", []), ("two", ["--tp", "2", "--sequence-parallel", "--keep-token-shards"])):
+        results = finetune(base, data, tmp_path / name, *options, *layout)
+        assert results["held_out_loss_after"] < results["held_out_loss_before"]
+        found.append((results["held_out_loss_after"], load_file(tmp_path / name / "adapter_model.safetensors")))
+    (one_loss, one), (two_loss, two) = found
+    assert two_loss == pytest.approx(one_loss, rel=1e-10)
+    assert two.keys() == one.keys()
+    assert any("lora_magnitude_vector" in name for name in one) == (method == "dora")
+    for name, tensor in two.items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-7, atol=1e-9)
+
+
 def test_the_command_line_overrides_the_config_file(base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "steps: 3\nlr: 1e-3\neval-every: 0\npacking: false\ntarget_modules: [linear_proj, linear_fc2]\n"

@@ -11,9 +11,11 @@ from helpers.oracle_runs import TOLERANCE, one_rank, run
 
 import meshpeft.parallel.init as parallel_init
 import meshpeft.training.step as training_step
+from meshpeft.models import Decoder
 from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.training.packing import IGNORED_LABEL, MicroBatch
 from meshpeft.verify.oracle import Layout, compare
 
 Patch = pytest.MonkeyPatch
@@ -60,10 +62,20 @@ def norm_counts_every_copy(patch: Patch) -> None:
     patch.setattr(TensorLayout, "shard_axes", everywhere)
 
 
-def means_of_ranks_averaged(patch: Patch) -> None:
-    """The data-parallel sum becomes an average, as where every rank divides by its own number of tokens."""
+def dropped_sum_over_data_parallel(patch: Patch) -> None:
     right = gradients.gradient_axes
     patch.setattr(gradients, "gradient_axes", lambda layout: right(layout)[:-1])
+
+
+def means_of_ranks_averaged(patch: Patch) -> None:
+    """Every rank divides by its own number of target tokens, and the gradients are averaged."""
+    right = training_step.summed_loss
+
+    def summed_loss(model: Decoder, batch: MicroBatch) -> torch.Tensor:
+        dp, targets = parallel_group_info().dp, (batch.labels != IGNORED_LABEL).sum()
+        return right(model, batch) * communication.all_reduce(targets, dp) / (dp.world_size * targets)
+
+    patch.setattr(training_step, "summed_loss", summed_loss)
 
 
 def reduction_forgotten(patch: Patch) -> None:
@@ -76,7 +88,13 @@ def reduction_forgotten(patch: Patch) -> None:
     patch.setattr(collectives, "all_reduce", all_reduce)
 
 
-TP, SP, DP = Layout(tp=2, micro_batch_size=4), Layout(tp=2, sequence_parallel=True, micro_batch_size=4), Layout(dp=2)
+TP, SP, DP = (
+    Layout(tp=2, micro_batch_size=4),
+    Layout(tp=2, sequence_parallel=True, micro_batch_size=4),
+    Layout(dp=2, micro_batch_size=2),
+)
+# 4 rows over 3 ranks: 14, 1 and 1 target tokens in the first step.
+UNEQUAL = Layout(dp=3, micro_batch_size=2)
 FAULTS = (
     (dropped_sum_of_a, TP, "gradient"),
     (dropped_sum_of_b, TP, "gradient"),
@@ -85,7 +103,8 @@ FAULTS = (
     (fans_of_the_shard, TP, "loss"),
     (swapped_q_and_k, TP, "loss"),
     (norm_counts_every_copy, TP, "grad_norm"),
-    (means_of_ranks_averaged, DP, "gradient"),
+    (dropped_sum_over_data_parallel, DP, "gradient"),
+    (means_of_ranks_averaged, UNEQUAL, "gradient"),
     (reduction_forgotten, TP, "loss"),
 )
 
