@@ -67,6 +67,18 @@ def rows() -> PackedRows:
     return pack_documents(documents, SEQ_LENGTH, seed=0)
 
 
+def moe_config(**overrides: Any) -> DecoderConfig:
+    """A Qwen3-MoE of two layers with 8 experts, two for each token."""
+    experts = {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+    }
+    return config(**experts | overrides)
+
+
 def make_model(parallel: ModelParallelConfig) -> Decoder:
     """The base: the same values at every layout."""
     return Decoder(config(), parallel, dtype=torch.float64)

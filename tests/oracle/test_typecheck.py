@@ -31,10 +31,10 @@ def test_states_of_the_base_are_right_at_4096_ranks(sequence_parallel: bool) -> 
 
 def dora_twin(*given: Any) -> Tensor:
     """The norm is made outside the model and has no type yet: that of the magnitude, by which it divides."""
-    *arguments, _norms = given
+    *arguments, offsets = given
     magnitude, norm = arguments[4:6]
     spmd.assert_type_like(norm, magnitude)
-    return fused_dora_reference(*arguments[:8])
+    return fused_dora_reference(*arguments[:8], offsets)
 
 
 @pytest.mark.parametrize("sequence_parallel", (False, True))

@@ -24,7 +24,14 @@ from meshpeft.parallel.embedding import ParallelEmbedding, VocabParallelEmbeddin
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
 from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_axes, gradient_norm
-from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear, grouped_mm, grouped_outer
+from meshpeft.parallel.grouped_gemm import (
+    group_of_rows,
+    group_offsets,
+    grouped_add_mm_,
+    grouped_linear,
+    grouped_mm,
+    grouped_outer,
+)
 from meshpeft.parallel.init import (
     InitializationType,
     initialize_,
@@ -91,7 +98,9 @@ __all__ = [
     "global_names",
     "gradient_axes",
     "gradient_norm",
+    "group_of_rows",
     "group_offsets",
+    "grouped_add_mm_",
     "grouped_linear",
     "grouped_mm",
     "grouped_outer",

@@ -8,6 +8,7 @@ Shapes: x [T, K] sorted by group, weight [E, N, K], `offsets` [E] int32: the end
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd import Function
 
 from meshpeft.parallel.mesh import on_each_rank
 
-__all__ = ["group_offsets", "grouped_linear", "grouped_mm", "grouped_outer"]
+__all__ = ["group_of_rows", "group_offsets", "grouped_add_mm_", "grouped_linear", "grouped_mm", "grouped_outer"]
 
 _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes, of every row
@@ -45,11 +46,25 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -
 
 
 @on_each_rank
+def grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -> None:
+    """`y += grouped_mm(x, weight, ..)`, in place; no gradient."""
+    if y.device.type != "cpu":
+        y.add_(grouped_mm(x, weight, offsets, transpose=transpose))
+        return
+    # Here the kernel is a loop as well, and this one needs no second tensor of y's size.
+    for into, rows, matrix in zip(*_split(offsets, y, x), weight.unbind(), strict=True):
+        into.addmm_(rows, matrix.t() if transpose else matrix)
+
+
+@on_each_rank
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """a [T, N], b [T, K] -> [E, N, K], the sum over each group's rows of a^T b; zero for an empty group."""
     if a.dtype not in _GROUPED_TYPES:
         return _outer_per_group(a, b, offsets)
     rows, columns = a.shape[-1], b.shape[-1]
+    if rows > columns:
+        # Several times quicker where the transposed operand is the narrow one, as it is for low ranks.
+        return grouped_outer(b, a, offsets).transpose(-2, -1)
     # An expanded gradient (of a sum) has stride 0, which the kernel refuses.
     a, b = _aligned(a.contiguous(), -1), _aligned(b.contiguous(), -1)
     return F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
@@ -63,21 +78,31 @@ def _aligned(t: Tensor, dim: int) -> Tensor:
     return F.pad(t, (0, missing) if dim == -1 else (0, 0, 0, missing))
 
 
+@on_each_rank
+def group_of_rows(x: Tensor, offsets: Tensor) -> Tensor:
+    """The number of the group of each row of x [T, *]: [T]."""
+    rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, rows, right=True)
+
+
+def _split(offsets: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of each group, of each tensor."""
+    ends = offsets.tolist()
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    return [tensor.split(sizes) for tensor in tensors]
+
+
 def _per_group(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> Tensor:
     out = x.new_empty((x.shape[0], weight.shape[-2] if transpose else weight.shape[-1]))
-    start = 0
-    for matrix, end in zip(weight, offsets.tolist(), strict=True):
-        torch.mm(x[start:end], matrix.t() if transpose else matrix, out=out[start:end])
-        start = end
+    for into, rows, matrix in zip(*_split(offsets, out, x), weight.unbind(), strict=True):
+        torch.mm(rows, matrix.t() if transpose else matrix, out=into)
     return out
 
 
 def _outer_per_group(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     out = a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
-    start = 0
-    for index, end in enumerate(offsets.tolist()):
-        torch.mm(a[start:end].t(), b[start:end], out=out[index])
-        start = end
+    for into, rows_a, rows_b in zip(out.unbind(), *_split(offsets, a, b), strict=True):
+        torch.mm(rows_a.t(), rows_b, out=into)
     return out
 
 

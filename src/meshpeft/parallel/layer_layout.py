@@ -12,7 +12,7 @@ hides its collectives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class LinearLayout:
         in_packing: the canonical parts of the in dim (the `stride` of a row-parallel layer).
         experts: number of stacked experts over all ranks, `None` for an ordinary layer. The weight then is
             [experts, out_features, in_features], divided over `expert_axis` along dim 0.
+        expert_axis: expert parallel. With `experts=None`: the tokens are divided over it, and one set of parameters
+            serves them all (see `for_all_experts`).
         output_is_partial: the layer returns summands over `axis` that something after it adds up
             (row-parallel experts, Transformer Engine's `parallel_mode=None`).
         input_grad_is_reduced_outside: the layer's input gradient stays a summand over `axis`, which the
@@ -68,7 +70,14 @@ class LinearLayout:
     @property
     def is_expert(self) -> bool:
         """Whether the gradients of the layer are summed over expert-data parallel."""
-        return self.experts is not None or self.axis.name == "etp"
+        return self.experts is not None or self.expert_axis is not None or self.axis.name == "etp"
+
+    def for_all_experts(self) -> LinearLayout:
+        """The layout of one matrix that serves the tokens of every expert: replicated over `expert_axis`.
+
+        The ranks of `expert_axis` see different tokens, so all its gradients are summands there.
+        """
+        return replace(self, experts=None)
 
     def weight(self) -> TensorLayout:
         """W [out, in], or [experts, out, in]; a replicated one's gradient is a summand where the tokens are divided."""
@@ -130,6 +139,12 @@ class LinearLayout:
             return None
         return (self.data_axis, *((self.expert_axis,) if self.expert_axis is not None else ()), self.axis)
 
+    def _grad_partial(self, over_own_axis: bool) -> tuple[ParallelAxis, ...]:
+        axes = [self.axis] if over_own_axis else []
+        if self.experts is None and self.expert_axis is not None:
+            axes.insert(0, self.expert_axis)
+        return tuple(axis for axis in axes if axis.world_size > 1)
+
     def _tensor(
         self,
         shape: tuple[int, ...],
@@ -156,7 +171,7 @@ class LinearLayout:
             tuple(shards),
             packing=packing,
             packed_dim=packed_dim,
-            grad_partial=(self.axis,) if partial and self.axis.world_size > 1 else (),
+            grad_partial=self._grad_partial(partial),
             expert=self.is_expert,
             data_axis=self.data_axis,
             mesh_axes=self._mesh_axes(),

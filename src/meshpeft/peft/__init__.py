@@ -11,15 +11,17 @@ from meshpeft.peft.base import PEFT, adapter_wrappers
 from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.config import PEFTAttributeConfig, PEFTConfig
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
-from meshpeft.peft.dora import DoRA, DoRALinear, ParallelLinearDoRAAdapter
+from meshpeft.peft.dora import DoRA, DoRALinear
 from meshpeft.peft.dora_functional import fused_dora, fused_dora_reference
 from meshpeft.peft.dtypes import normalize_dtype
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.functional import fused_lora, fused_lora_reference
 from meshpeft.peft.initialization import init_method_const, init_method_kaiming_uniform, init_method_normal
 from meshpeft.peft.lora import LoRA
 from meshpeft.peft.lora_linear import LoRALinear
 from meshpeft.peft.low_rank import LowRankPEFT
+from meshpeft.peft.magnitude import GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, wildcard_match
 from meshpeft.peft.named_adapters import NamedLoRALinear
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
@@ -37,6 +39,8 @@ __all__ = [
     "CanonicalLoRA",
     "DoRA",
     "DoRALinear",
+    "GroupedExpertDoRAAdapter",
+    "GroupedExpertLinearAdapter",
     "HAVE_TE",
     "LinearAdapter",
     "LoRA",

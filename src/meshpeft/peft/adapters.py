@@ -163,8 +163,22 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         gathered = self.fused and layout.shard == "out" and layout.sequence_parallel and layout.axis.world_size > 1
         return layout.axis if self.keep_token_shards and gathered else None
 
-    def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The adapter's output for x and its factors (or those of several adapters together)."""
+    def delta(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """s (x' A^T) B^T in plain operations, for factors that may be those of several adapters together.
+
+        Args:
+            x: [*, in]: the base's input, after its `enter` for an adapter that joins it.
+            a: [r, in]; b: [out, r]; or, of grouped experts, stacks of them.
+            offsets: [experts] int32, of grouped experts: the end of each one's rows in x [tokens, in].
+
+        Returns:
+            [*, out], in the state of the base's output; before its `exit` for an adapter that joins it.
+        """
+        dropped = self.drop_input(x)
+        return self.drop_output(self.delta_of_dropped(x if dropped is None else dropped, a, b, offsets))
+
+    def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The same without dropout."""
         raise NotImplementedError
 
     @property
@@ -234,19 +248,9 @@ class LinearAdapter(LowRankAdapter):
     ) -> None:
         super().__init__(layout_of(base) if layout is None else layout, dim, alpha, **options)
 
-    def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """s (x' A^T) B^T in plain operations, for factors that may be those of several adapters together.
-
-        Args:
-            x: [*, in], after the base's `enter`.
-            a: [r, in]; b: [out, r].
-
-        Returns:
-            [*, out], before the base's `exit`.
-        """
-        dropped = self.drop_input(x)
-        h = product(x if dropped is None else dropped, a) * self.scale
-        return self.drop_output(product(h, b))
+    def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The same without dropout."""
+        return product(product(x, a, offsets) * self.scale, b, offsets)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [*, in] -> the adapter's output [*, out]; see `delta`."""

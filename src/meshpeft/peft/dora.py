@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LinearLayout, ParallelAxis, layout_of, mp_copy, set_layout
+from meshpeft.parallel import LinearLayout, layout_of
 from meshpeft.peft.dora_functional import fused_dora, magnitude_scale, scale_of
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import WeightSource
 from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
+from meshpeft.peft.magnitude import AdapterWithMagnitude, GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
+from meshpeft.peft.products import rows_for
 from meshpeft.peft.row_norms import RowNorms
-from meshpeft.peft.standalone_layout import place
 from meshpeft.peft.wrapper import AdapterWrapper
 
-__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter"]
-
-
-class ParallelLinearDoRAAdapter(ParallelLinearAdapter):
-    """Adapter class for DoRA to handle the additional weight_magnitude parameter.
-
-    `weight_magnitude` m [out] is divided like the output of a column-parallel base and replicated for a row-parallel
-    one; its checkpoint entries follow from that.
-    """
-
-    weight_magnitude: nn.Parameter
-    _copy_m: ParallelAxis | None = None
-
-    def init_weight_magnitude(self, value: Tensor) -> None:
-        """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
-
-        It keeps the type of the values, whatever the factors have: row norms rounded to bfloat16 would change the
-        model before its first step, and most optimizer steps would be lost in them.
-
-        Args:
-            value: this rank's slice of the initial values, [out]; row norms are float32 or wider.
-        """
-        stated = self.layout.magnitude(fused=self.fused)
-        layout, self._copy_m = place(stated, self.fused or self._marks)
-        if tuple(value.shape) != layout.local_shape:
-            raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
-        self.weight_magnitude = nn.Parameter(value.detach().clone())
-        set_layout(self.weight_magnitude, layout)
-        self._mark(self.weight_magnitude)
-
-    def get_weight_magnitude(self) -> Tensor:
-        """Public function to get the weight magnitude parameter, as it enters the forward pass."""
-        if self._copy_m is None:
-            return self.weight_magnitude
-        return mp_copy(self.weight_magnitude, axis=self._copy_m)
+__all__ = ["DoRA", "DoRALinear"]
 
 
 class DoRALinear(AdapterWrapper):
@@ -66,9 +33,9 @@ class DoRALinear(AdapterWrapper):
         adapter: its adapter; the magnitude is set to the row norms of the weight (and the adapter's product).
     """
 
-    adapter: ParallelLinearDoRAAdapter
+    adapter: AdapterWithMagnitude
 
-    def __init__(self, to_wrap: nn.Module, adapter: ParallelLinearDoRAAdapter) -> None:
+    def __init__(self, to_wrap: nn.Module, adapter: AdapterWithMagnitude) -> None:
         super().__init__(to_wrap, adapter)
         layout = adapter.layout
         if not adapter.fused and layout.gather_output:
@@ -87,7 +54,7 @@ class DoRALinear(AdapterWrapper):
         return self
 
     def _get_weight_norm(self) -> Tensor:
-        """Calculate the norm of the combined weight matrix (W_0 + B A): its full rows, [out] local.
+        """Calculate the norm of the combined weight matrix (W_0 + B A): its full rows, [out] or [experts, out] local.
 
         Cached (see `RowNorms`); a collective of [out] where the input features are divided, and it is computed anew.
         """
@@ -114,6 +81,7 @@ class DoRALinear(AdapterWrapper):
             adapter.drop_input(x),
             self._norms,
             adapter.token_axis,
+            self.offsets(args, kwargs),
         )
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -136,20 +104,19 @@ class DoRALinear(AdapterWrapper):
         bias = getattr(self.to_wrap, "bias", None)
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
             again = again - bias  # the base added it itself
-        delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight)
-        g = scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms)
+        a, b, offsets = adapter.linear_in.weight, adapter.linear_out.weight, self.offsets(args, kwargs)
+        delta = adapter.delta_of_dropped(adapter_input, a, b, offsets)
+        g = rows_for(scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms), delta, offsets)
         # In the type of g, and rounded once; see dora_functional.
         return base.rebuild((base.linear + (g - 1) * again + g * delta).to(base.linear.dtype))
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """m / |W + s B A| * (W + s B A), local, in float32 or wider."""
-        adapter = self.adapter
-        weight = self.layer_type.weight(self.to_wrap)
-        norm = self._get_weight_norm()
-        a, b = adapter.linear_in.weight.to(norm.dtype), adapter.linear_out.weight.to(norm.dtype)
-        combined = torch.addmm(weight.to(norm.dtype), b, a, alpha=adapter.scale)
-        return combined.mul_(magnitude_scale(adapter.weight_magnitude, norm).unsqueeze(1))
+    def merged_weights(self) -> Iterator[Tensor]:
+        """m / |W + s B A| * (W + s B A), local, in float32 or wider; of grouped experts one after the other."""
+        adapter, norm = self.adapter, self._get_weight_norm()
+        g = magnitude_scale(adapter.weight_magnitude.detach(), norm).unsqueeze(-1)
+        for weight, a, b, rows in self.matrices(adapter.linear_in.weight, adapter.linear_out.weight, g):
+            combined = torch.addmm(weight.to(norm.dtype), b.to(norm.dtype), a.to(norm.dtype), alpha=adapter.scale)
+            yield combined.mul_(rows)
 
 
 def _read(source: WeightSource) -> Tensor:
@@ -175,13 +142,16 @@ class DoRA(LowRankPEFT):
 
     def make_adapter(
         self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
-    ) -> ParallelLinearDoRAAdapter:
+    ) -> AdapterWithMagnitude:
         """The adapter module for one layer; see `LowRankPEFT`."""
-        options = self.parallel_options(base, self.adapter_options(base, full_name), layout)
-        return ParallelLinearDoRAAdapter(**options, path=path, fused=self.joins(base))
+        options = self.adapter_options(base, full_name)
+        if layout_of(base).experts is not None:
+            shared, fused = self.share_expert_adapters, self.joins(base)
+            return GroupedExpertDoRAAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)
+        return ParallelLinearDoRAAdapter(
+            **self.parallel_options(base, options, layout), path=path, fused=self.joins(base)
+        )
 
     def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
         """A `DoRALinear`."""
-        if layout_of(base).experts is not None:
-            raise AdapterError(f"{full_name}: DoRA on grouped experts is not possible; exclude it, or use LoRA")
         return DoRALinear(base, self.make_adapter(base, full_name))

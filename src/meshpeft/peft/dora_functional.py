@@ -26,14 +26,31 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel import ParallelAxis
-from meshpeft.peft.functional import WeightSource, dense_gradient, flat, gradient_of_a, read_weight, tokens_to_keep
+from meshpeft.peft.functional import (
+    WeightSource,
+    dense_gradient,
+    flat,
+    gradient_of_a,
+    product,
+    read_weight,
+    tokens_to_keep,
+)
+from meshpeft.peft.products import (
+    add_times_,
+    factor_gradient,
+    ignore_offsets,
+    product_type,
+    rows_for,
+    sum_of_rows,
+    times,
+)
 from meshpeft.peft.row_norms import RowNorms
 
 __all__ = ["fused_dora", "fused_dora_reference", "magnitude_scale", "scale_of"]
 
 
 def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / norm [out], in the wider of the two types; m itself, and so finite, for a row of norm zero.
+    """g = m / norm [.., out] in the wider of the two types; m itself, and so finite, for a row of norm zero.
 
     Such a row has no direction. Real checkpoints have them; there m starts at zero too, and the row stays zero.
     """
@@ -70,7 +87,8 @@ class _MagnitudeScale(Function):
     @staticmethod
     def spmd_typecheck(*, magnitude: Tensor, norm: Tensor) -> Any:
         rules.ignore(norm)
-        return rules.einsum("o->o", magnitude, linear_in=(0,))
+        names = "o->o" if magnitude.dim() == 1 else "eo->eo"
+        return rules.einsum(names, magnitude, linear_in=(0,))
 
 
 def scale_of(magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
@@ -94,16 +112,18 @@ class _FusedDoRA(Function):
         scale: float,
         norms: RowNorms | None,
         token_axis: ParallelAxis | None,
+        offsets: Tensor | None,
     ) -> Tensor:
         w = read_weight(weight, source, x.dtype)
         adapter_input = x if dropped is None else dropped
-        h = torch.mm(flat(adapter_input), a.to(x.dtype).t()).mul_(scale)
-        z = torch.mm(flat(adapter_input), w.t()).addmm_(h, b.to(x.dtype).t())
-        g = _invertible(magnitude_scale(magnitude, norm), x.dtype)
+        h = times(flat(adapter_input), a.to(x.dtype), offsets, transpose=True).mul_(scale)
+        z = times(flat(adapter_input), w, offsets, transpose=True)
+        add_times_(z, h, b.to(x.dtype), offsets, transpose=True)
+        g = rows_for(_invertible(magnitude_scale(magnitude, norm), x.dtype), z, offsets)
         if dropped is None:
-            y = kept = z.mul_(g).view(*x.shape[:-1], w.shape[0])
+            y = kept = z.mul_(g)
         else:
-            y = torch.mm(flat(x) - flat(dropped), w.t()).addcmul_(z, g).view(*x.shape[:-1], w.shape[0])
+            y = times(flat(x) - flat(dropped), w, offsets, transpose=True).addcmul_(z, g)
             kept = z
         _, _, need_w, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         ctx.source, ctx.scale, ctx.has_dropout, ctx.norms = source, scale, dropped is not None, norms
@@ -118,14 +138,15 @@ class _FusedDoRA(Function):
             b,
             magnitude,
             norm,
+            offsets,
         )
         ctx.x_shape, ctx.token_axis = x.shape, token_axis
-        return y
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, dropped, tokens, h, kept, weight, a, b, magnitude, norm = ctx.saved_tensors
+        x, dropped, tokens, h, kept, weight, a, b, magnitude, norm, offsets = ctx.saved_tensors
         need_x, need_dropped, need_w, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         if ctx.norms is not None:
             ctx.norms.after_backward()
@@ -134,31 +155,33 @@ class _FusedDoRA(Function):
         dx = d_dropped = dw = da = db = dm = None
         dz = torch.empty_like(dy) if not need_m else dy * flat(kept)
         if need_m:
-            per_row = dz.sum(0, dtype=g.dtype)
+            per_row = sum_of_rows(dz, g, offsets)
             divisor = norm if ctx.has_dropout else _invertible(g, dy.dtype) * norm
             dm = (per_row / torch.where(divisor != 0, divisor, torch.ones_like(divisor))).to(magnitude.dtype)
         # The same memory again: fresh pages would cost more than the product.
-        torch.mul(dy, g, out=dz)
+        torch.mul(dy, rows_for(g, dy, offsets), out=dz)
         if need_w:
-            dw = torch.mm(dz.t(), flat(dropped if ctx.has_dropout else x))
+            dw = factor_gradient(dz, flat(dropped if ctx.has_dropout else x), weight, offsets)
             if ctx.has_dropout:
-                dw += torch.mm(dy.t(), flat(x) - flat(dropped))
+                dw += factor_gradient(dy, flat(x) - flat(dropped), weight, offsets)
         if need_b:
-            db = torch.mm(h.t(), dz).t().to(b.dtype)
+            db = factor_gradient(dz, h, b, offsets).to(b.dtype)
         if need_a or need_x or need_dropped:
-            dh = torch.mm(dz, b.to(dy.dtype)).mul_(ctx.scale)
+            dh = times(dz, b.to(dy.dtype), offsets, transpose=False).mul_(ctx.scale)
             if need_a:
-                da = gradient_of_a(dh, tokens, ctx.token_axis).to(a.dtype)
+                da = gradient_of_a(dh, tokens, a, ctx.token_axis, offsets).to(a.dtype)
             if need_x or need_dropped:
                 w = read_weight(weight, ctx.source, dy.dtype)
                 if ctx.has_dropout:
-                    dx = torch.mm(dy, w) if need_x else None
+                    dx = times(dy, w, offsets, transpose=False) if need_x else None
                     # One product for both of W's gradients of x'.
-                    d_dropped = torch.mm(dz.sub_(dy), w).addmm_(dh, a.to(dy.dtype)) if need_dropped else None
+                    into = d_dropped = times(dz.sub_(dy), w, offsets, transpose=False) if need_dropped else None
                 else:
-                    dx = torch.mm(dz, w).addmm_(dh, a.to(dy.dtype))
+                    into = dx = times(dz, w, offsets, transpose=False)
+                if into is not None:
+                    add_times_(into, dh, a.to(dy.dtype), offsets, transpose=False)
         shaped = [None if grad is None else grad.view(ctx.x_shape) for grad in (dx, d_dropped)]
-        return *shaped, dw, None, da, db, dm, None, None, None, None
+        return *shaped, dw, None, da, db, dm, None, None, None, None, None
 
     @staticmethod
     def spmd_typecheck(
@@ -172,18 +195,20 @@ class _FusedDoRA(Function):
         magnitude: Tensor,
         norm: Tensor,
         token_axis: ParallelAxis | None,
+        offsets: Tensor | None,
     ) -> Any:
         rules.ignore(norm)  # a constant in the state of the magnitude
+        ignore_offsets(offsets)
         w = read_weight(weight, source)
         adapter_input = x if dropped is None else dropped
-        base = rules.einsum("...i,oi->...o", adapter_input, w, linear_in=(0, 1))
-        h = rules.einsum("...i,ri->...r", adapter_input, a, linear_in=(0, 1))
-        delta = rules.einsum("...r,or->...o", h, b, linear_in=(0, 1))
+        base = product_type(adapter_input, w)
+        delta = product_type(product_type(adapter_input, a), b)
         z = rules.einsum("...o,...o->...o", base, delta, linear_in=((0, 1),))
-        y = rules.einsum("...o,o->...o", z, magnitude, linear_in=(0, 1))
+        names = "...o,o->...o" if magnitude.dim() == 1 else "to,_o->to"
+        y = rules.einsum(names, z, magnitude, linear_in=(0, 1))
         if dropped is None:
             return y
-        plain = rules.einsum("...i,oi->...o", x, w, linear_in=(0, 1))
+        plain = product_type(x, w)
         return rules.einsum("...o,...o->...o", plain, y, linear_in=((0, 1),))
 
 
@@ -198,6 +223,7 @@ def fused_dora(
     dropped: Tensor | None = None,
     norms: RowNorms | None = None,
     token_axis: ParallelAxis | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """DoRA's adapted GEMM; see the module.
 
@@ -205,11 +231,12 @@ def fused_dora(
         x: [*, in], after the base's `enter`.
         weight: W [out, in]; or a function that makes it, as in `fused_lora`.
         a: A [r, in]; b: B [out, r]; scale: s.
-        magnitude: m [out].
-        norm: |W + s B A| per row [out], a constant.
+        magnitude: m [out]; of grouped experts [experts, out], also where A and B serve every expert.
+        norm: |W + s B A| per row, shaped like the magnitude, a constant.
         dropped: [*, in], x after dropout.
         norms: told of each backward pass.
         token_axis: as in `fused_lora`.
+        offsets: of grouped experts, as in `fused_lora`.
 
     Returns:
         [*, out], before the base's `exit`; no bias is in it, so none is scaled.
@@ -221,8 +248,8 @@ def fused_dora(
         x, stored = x.to(dtype), None if stored is None else stored.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis)
-    return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis)
+            return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis, offsets)
+    return _apply(x, dropped, stored, source, a, b, magnitude, norm, scale, norms, token_axis, offsets)
 
 
 def fused_dora_reference(
@@ -234,9 +261,15 @@ def fused_dora_reference(
     norm: Tensor,
     scale: float,
     dropped: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`fused_dora` in plain operations, with g in x's type."""
     adapter_input = x if dropped is None else dropped
+    if offsets is not None:
+        h = product(adapter_input, a.to(x.dtype), offsets) * scale
+        z = product(adapter_input, weight, offsets) + product(h, b.to(x.dtype), offsets)
+        y = z * rows_for(magnitude_scale(magnitude, norm), z, offsets).to(x.dtype)
+        return y if dropped is None else y + product(x - dropped, weight, offsets)
     z = adapter_input @ weight.t() + (adapter_input @ a.to(x.dtype).t() * scale) @ b.to(x.dtype).t()
     y = z * magnitude_scale(magnitude, norm).to(x.dtype)
     return y if dropped is None else y + (x - dropped) @ weight.t()

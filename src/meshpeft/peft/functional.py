@@ -8,6 +8,9 @@ its output is in the base's state and nothing communicates:
 | column parallel | R | S(0) | R | R | S(0) | S(-1) |
 | row parallel | S(-1) | S(1) | S(1) | P | R | P |
 
+Of grouped experts W is a stack [experts, out, in], and so are A and B, or they are matrices that serve every expert;
+`offsets` then are the ends of the experts' rows in x [tokens, in]. No stack of products is ever made.
+
 What it saves over the plain operations: B's product is added into y, and A's part of the input gradient into the
 base's, without an activation-sized temporary; only x' and h [tokens, r] are kept for the backward pass. Under sequence
 parallel that x' is the gathered sequence, on every rank; with `token_axis` each keeps its own tokens of it, and the
@@ -31,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel import ParallelAxis
 from meshpeft.parallel.communication import reduce_scatter, take_slice
+from meshpeft.peft.products import add_times_, factor_gradient, ignore_offsets, product_type, times
 
 __all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "product", "read_weight"]
 
@@ -55,17 +59,19 @@ def tokens_to_keep(x: Tensor, axis: ParallelAxis | None) -> Tensor:
     return x if axis is None else take_slice(x, axis, 0)
 
 
-def gradient_of_a(dh: Tensor, kept: Tensor, axis: ParallelAxis | None) -> Tensor:
-    """dA [r, in], a summand over the axis either way.
+def gradient_of_a(dh: Tensor, kept: Tensor, a: Tensor, axis: ParallelAxis | None, offsets: Tensor | None) -> Tensor:
+    """dA, shaped like A; a summand over the axis either way.
 
     Args:
         dh: [tokens, r], a summand over the axis.
         kept: what `tokens_to_keep` left.
+        a: A [r, in], or [experts, r, in].
         axis: the axis over which tokens are kept; its ranks' dh are summed where their tokens are.
+        offsets: of grouped experts, as in `fused_lora`.
     """
     if axis is not None:
         dh = reduce_scatter(dh.view(kept.shape[0] * axis.world_size, -1, dh.shape[-1]), axis, 0).flatten(0, 1)
-    return torch.mm(dh.t(), flat(kept))
+    return factor_gradient(dh, flat(kept), a, offsets)
 
 
 def dense_gradient(grad: Tensor) -> Tensor:
@@ -85,11 +91,13 @@ class _FusedLoRA(Function):
         b: Tensor,
         scale: float,
         token_axis: ParallelAxis | None,
+        offsets: Tensor | None,
     ) -> Tensor:
         w = read_weight(weight, source, x.dtype)
         # The scale goes on to h, the smallest tensor here; h is kept scaled, as dB needs it.
-        h = torch.mm(flat(x if dropped is None else dropped), a.to(x.dtype).t()).mul_(scale)
-        y = torch.mm(flat(x), w.t()).addmm_(h, b.to(x.dtype).t())
+        h = times(flat(x if dropped is None else dropped), a.to(x.dtype), offsets, transpose=True).mul_(scale)
+        y = times(flat(x), w, offsets, transpose=True)
+        add_times_(y, h, b.to(x.dtype), offsets, transpose=True)
         _, _, need_w, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.source, ctx.scale, ctx.has_dropout, ctx.x_shape = source, scale, dropped is not None, x.shape
         ctx.token_axis = token_axis
@@ -100,32 +108,33 @@ class _FusedLoRA(Function):
             weight,
             a,
             b,
+            offsets,
         )
-        return y.view(*x.shape[:-1], w.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, kept, h, weight, a, b = ctx.saved_tensors
+        x, kept, h, weight, a, b, offsets = ctx.saved_tensors
         need_x, need_dropped, need_w, _, need_a, need_b, *_ = ctx.needs_input_grad
         dy = dense_gradient(grads[0])
         dx = d_dropped = dw = da = db = None
         if need_b:
-            # The transpose of h^T dy, twice as fast as dy^T h on tall dy.
-            db = torch.mm(h.t(), dy).t().to(b.dtype)
+            db = factor_gradient(dy, h, b, offsets).to(b.dtype)
         if need_w:
-            dw = torch.mm(dy.t(), flat(x))
+            dw = factor_gradient(dy, flat(x), weight, offsets)
         if need_x:
-            dx = torch.mm(dy, read_weight(weight, ctx.source, dy.dtype))
+            dx = times(dy, read_weight(weight, ctx.source, dy.dtype), offsets, transpose=False)
         if need_a or need_x or need_dropped:
-            dh = torch.mm(dy, b.to(dy.dtype)).mul_(ctx.scale)
+            dh = times(dy, b.to(dy.dtype), offsets, transpose=False).mul_(ctx.scale)
             if need_a:
-                da = gradient_of_a(dh, kept, ctx.token_axis).to(a.dtype)
+                da = gradient_of_a(dh, kept, a, ctx.token_axis, offsets).to(a.dtype)
             if ctx.has_dropout:
-                d_dropped = torch.mm(dh, a.to(dy.dtype)).view(ctx.x_shape) if need_dropped else None
+                d_dropped = times(dh, a.to(dy.dtype), offsets, transpose=False) if need_dropped else None
             elif dx is not None:
-                dx.addmm_(dh, a.to(dy.dtype))
-        return None if dx is None else dx.view(ctx.x_shape), d_dropped, dw, None, da, db, None, None
+                add_times_(dx, dh, a.to(dy.dtype), offsets, transpose=False)
+        dx, d_dropped = (None if grad is None else grad.view(ctx.x_shape) for grad in (dx, d_dropped))
+        return dx, d_dropped, dw, None, da, db, None, None, None
 
     @staticmethod
     def spmd_typecheck(
@@ -137,40 +146,45 @@ class _FusedLoRA(Function):
         a: Tensor,
         b: Tensor,
         token_axis: ParallelAxis | None,
+        offsets: Tensor | None,
     ) -> Any:
-        base = rules.einsum("...i,oi->...o", x, read_weight(weight, source), linear_in=(0, 1))
-        h = rules.einsum("...i,ri->...r", x if dropped is None else dropped, a, linear_in=(0, 1))
-        delta = rules.einsum("...r,or->...o", h, b, linear_in=(0, 1))
+        ignore_offsets(offsets)
+        base = product_type(x, read_weight(weight, source))
+        delta = product_type(product_type(x if dropped is None else dropped, a), b)
         return rules.einsum("...o,...o->...o", base, delta, linear_in=((0, 1),))
 
 
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return torch.mm(flat(x), w.to(x.dtype).t()).view(*x.shape[:-1], w.shape[0])
+    def forward(ctx: Any, x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w, offsets)
+        y = times(flat(x), w.to(x.dtype), offsets, transpose=True)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+        x, w, offsets = ctx.saved_tensors
         dy = dense_gradient(grads[0])
-        dx = torch.mm(dy, w.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = torch.mm(dy.t(), flat(x)).to(w.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dw
+        dx = times(dy, w.to(dy.dtype), offsets, transpose=False).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = factor_gradient(dy, flat(x), w, offsets).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
 
     @staticmethod
-    def spmd_typecheck(*, x: Tensor, w: Tensor) -> Any:
-        return rules.einsum("...i,oi->...o", x, w, linear_in=(0, 1))
+    def spmd_typecheck(*, x: Tensor, w: Tensor, offsets: Tensor | None) -> Any:
+        ignore_offsets(offsets)
+        return product_type(x, w)
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
+def product(x: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """x w^T in x's type, for factors in any state: x [*, in], w [out, in] -> [*, out].
+
+    With `offsets` w may be a stack [experts, out, in], one matrix for each group of rows of x [tokens, in].
 
     One of x and w may be a summand; a divided `in` gives a summand. (The type checker refuses summands in
     `F.linear`, for its optional bias, and divided leading dims in `matmul`.)
     """
-    out: Tensor = _Product.apply(x, w)
+    out: Tensor = _Product.apply(x, w, offsets)
     return out
 
 
@@ -182,6 +196,7 @@ def fused_lora(
     scale: float,
     dropped: Tensor | None = None,
     token_axis: ParallelAxis | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scale (x' A^T) B^T, with x' = `dropped` if it is given, else x.
 
@@ -189,14 +204,15 @@ def fused_lora(
 
     Args:
         x: [*, in], after the base's `enter`.
-        weight: W [out, in]; or a function that makes it, called again in the backward pass so that nothing keeps
-            it (dequantised weights).
-        a: A [r, in].
-        b: B [out, r].
+        weight: W [out, in], or [experts, out, in]; or a function that makes it, called again in the backward pass so
+            that nothing keeps it (dequantised weights).
+        a: A [r, in]; or, of grouped experts, [experts, r, in].
+        b: B [out, r]; or [experts, out, r].
         scale: s.
         dropped: [*, in], x after dropout.
         token_axis: keep only this axis' share of x' [N, .., in] for the backward pass, along dim 0, of a column whose
             input was gathered over it. One reduce-scatter of [tokens, r] in the backward pass.
+        offsets: [experts] int32, of grouped experts: the end of each one's rows in x [tokens, in].
 
     Returns:
         [*, out], before the base's `exit`. Gradients reach every tensor that requires one; the gradient of A or B
@@ -209,15 +225,24 @@ def fused_lora(
         x, stored = x.to(dtype), None if stored is None else stored.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _apply(x, dropped, stored, source, a, b, scale, token_axis)
-    return _apply(x, dropped, stored, source, a, b, scale, token_axis)
+            return _apply(x, dropped, stored, source, a, b, scale, token_axis, offsets)
+    return _apply(x, dropped, stored, source, a, b, scale, token_axis, offsets)
 
 
 def fused_lora_reference(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropped: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropped: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`fused_lora` in plain operations: what it computes, and what the type checker sees inside it."""
     adapter_input = x if dropped is None else dropped
+    if offsets is not None:
+        h = product(adapter_input, a.to(x.dtype), offsets)
+        return product(x, weight, offsets) + product(h * scale, b.to(x.dtype), offsets)
     # Products rather than F.linear, whose optional bias makes the checker refuse a summand.
     h = adapter_input @ a.to(x.dtype).t()
     return x @ weight.t() + (h * scale) @ b.to(x.dtype).t()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,27 +36,28 @@ class LowRankWrapper(AdapterWrapper):
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         a, b = self.factors()
-        adapter, source = self.one_adapter, self.weight_source()
+        adapter, source, offsets = self.one_adapter, self.weight_source(), self.offsets(args, kwargs)
         if adapter.drops_output:
             weight = source if isinstance(source, Tensor) else source()
-            return product(x, weight) + adapter.delta(x, a, b)
-        return fused_lora(x, source, a, b, adapter.scale, adapter.drop_input(x), adapter.token_axis)
+            return product(x, weight, offsets) + adapter.delta(x, a, b, offsets)
+        dropped = adapter.drop_input(x)
+        return fused_lora(x, source, a, b, adapter.scale, dropped, adapter.token_axis, offsets)
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus the adapter's."""
         base = self.base_linear_forward(x, *args, **kwargs)
-        delta = self.one_adapter.delta(x if base.layernorm is None else base.layernorm, *self.factors())
+        adapter_input = x if base.layernorm is None else base.layernorm
+        delta = self.one_adapter.delta(adapter_input, *self.factors(), self.offsets(args, kwargs))
         if self.gathers_now(kwargs):
             delta = mp_gather(delta, -1, self.one_adapter.layout.axis)
         return base.rebuild(base.linear + delta)
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + s B A, local, in float32 or wider."""
-        a, b = self.factors()
-        weight = self.layer_type.weight(self.to_wrap)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-        return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.one_adapter.scale)
+    def merged_weights(self) -> Iterator[Tensor]:
+        """W + s B A, local, in float32 or wider; of grouped experts one after the other."""
+        scale = self.one_adapter.scale
+        for weight, a, b in self.matrices(*self.factors()):
+            wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+            yield torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scale)
 
 
 class LoRALinear(LowRankWrapper):

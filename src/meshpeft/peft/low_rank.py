@@ -14,6 +14,7 @@ from meshpeft.peft.adapters import DropoutPosition, LinearAdapter, LowRankAdapte
 from meshpeft.peft.base import PEFT
 from meshpeft.peft.dtypes import adapter_dtype
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.initialization import init_method_of
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
@@ -129,6 +130,9 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             path: of the adapter below the layer's place.
         """
         options = self.adapter_options(base, full_name)
+        if (layout_of(base) if layout is None else layout).experts is not None:
+            shared, fused = self.share_expert_adapters, self.joins(base)
+            return GroupedExpertLinearAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)
         if self.joins(base):
             return LinearAdapter(base, layout=layout, path=path, **options)
         return ParallelLinearAdapter(**self.parallel_options(base, options, layout), path=path)
@@ -136,6 +140,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     def parallel_options(self, base: nn.Module, options: dict[str, Any], layout: LinearLayout | None) -> dict[str, Any]:
         """The options of an adapter module in the words of `ParallelLinearAdapter`."""
         layout = layout_of(base) if layout is None else layout
+        config = getattr(base, "config", None)
         renamed = {
             "name": "base_linear_name",
             "lora_A_init_method": "column_init_method",
@@ -147,7 +152,8 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             "out_features": layout.out_features,
             "activation": "identity",
             "layout": layout,
-            "model_parallel_config": getattr(base, "config", None),
+            # The config of a router of ours is of the experts alone, and says nothing of the mesh.
+            "model_parallel_config": config if hasattr(config, "sequence_parallel") else None,
             "a2a_experimental": self.a2a_experimental,
         }
 

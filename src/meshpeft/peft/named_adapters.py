@@ -97,10 +97,10 @@ class NamedLoRALinear(LowRankWrapper):
             return self.to_wrap(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + sum of s B A over the enabled adapters, local, in float32 or wider."""
+    def merged_weights(self) -> Iterator[Tensor]:
+        """W + sum of s B A over the enabled adapters, local, in float32 or wider; of grouped experts each."""
         if self._enabled():
-            return super().merged_weight()
-        weight = self.layer_type.weight(self.to_wrap)
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+            yield from super().merged_weights()
+            return
+        for (weight,) in self.matrices():
+            yield weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -179,6 +179,8 @@ class ParallelLinearAdapter(LowRankAdapter):
                 f"an adapter that joins its base needs the base's layout, and activation='identity' instead of "
                 f"{activation!r}: between its factors the values may be summands"
             )
+        if layout is not None and layout.experts is not None:
+            raise AdapterError("grouped experts get a GroupedExpertLinearAdapter")
         if not fused and layout is not None and layout.in_packing is not None:
             raise AdapterError("an adapter beside a row-parallel layer with a stride is not possible; use a fused one")
 
@@ -210,13 +212,8 @@ class ParallelLinearAdapter(LowRankAdapter):
         """
         return self.delta(x, self.linear_in.weight, self.linear_out.weight)
 
-    def delta(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The adapter's output for given local factors A [r, in] and B [out, r], this one's or several together."""
-        dropped = self.drop_input(x)
-        return self.drop_output(self.delta_of_dropped(x if dropped is None else dropped, a, b))
-
-    def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The same without dropout."""
+    def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The adapter's output for given local factors A [r, in] and B [out, r]; `offsets` is `None`."""
         padding = 0
         if self.is_expert:
             x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)

@@ -31,16 +31,23 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of a matrix, or some experts of a stack, at a time: nothing is made of the size of all of them."""
+    return weight.split(_ROWS if weight.dim() == 2 else max(1, _ROWS // weight.shape[1]))
+
+
 def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """|w_i|^2 [out], of the local columns."""
-    return torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(_ROWS)])
+    """|w_i|^2 [.., out], of the local columns."""
+    return torch.cat([rows.to(dtype).square().sum(-1) for rows in _pieces(weight)])
 
 
 def _products(weight: Tensor, a: Tensor) -> Tensor:
-    """A w_i for every row, [out, r], of the local columns; `a` has the wide type."""
+    """A w_i for every row, [.., out, r], of the local columns; `a` has the wide type."""
     if weight.dtype == a.dtype:
-        return weight @ a.t()
-    return torch.cat([rows.to(a.dtype) @ a.t() for rows in weight.split(_ROWS)])
+        return weight @ a.mT
+    pieces = _pieces(weight)
+    factors = a.split([len(piece) for piece in pieces]) if a.dim() == 3 else [a] * len(pieces)
+    return torch.cat([piece.to(a.dtype) @ factor.mT for piece, factor in zip(pieces, factors, strict=True)])
 
 
 @torch.no_grad()
@@ -50,22 +57,22 @@ def adapted_row_norms(
     """|w_i + s b_i A| for every local row.
 
     Args:
-        weight: W [out, in], local; S(1) on `axis`, if one is given.
-        a: A [r, in], S(1) likewise.
-        b: B [out, r], R on `axis`.
+        weight: W [out, in], local; S(-1) on `axis`, if one is given; or a stack [experts, out, in].
+        a: A [r, in], S(-1) likewise; of a stack, one or [experts, r, in].
+        b: B [out, r], R on `axis`; likewise.
         scale: s.
         axis: the axis that divides the input features, or `None`.
         squared: |w_i|^2 [out] of the local columns, if they are known.
 
     Returns:
-        [out], float32 or wider; the same on every rank of `axis`. A collective over it.
+        [out], or [experts, out], float32 or wider; the same on every rank of `axis`. A collective over it.
     """
     dtype = _wide(weight, a, b)
     a, b = a.to(dtype), b.to(dtype)
     if squared is None:
         squared = _squared_norms(weight, dtype)
     # s b_i . (2 A w_i + s (A A^T) b_i)
-    change = torch.addmm(_products(weight, a), b, a @ a.t(), beta=2, alpha=scale).mul_(b).sum(1)
+    change = _products(weight, a).mul_(2).add_(b @ (a @ a.mT), alpha=scale).mul_(b).sum(-1)
     total = torch.add(squared.to(dtype), change, alpha=scale)
     if axis is not None:
         total = all_reduce(total, axis)

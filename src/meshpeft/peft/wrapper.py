@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LayerType, layer_type_of, sharded_state_dict
+from meshpeft.parallel import LayerType, group_offsets, layer_type_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset
 from meshpeft.peft.errors import AdapterError
 
@@ -118,6 +118,18 @@ class AdapterWrapper(nn.Module):
         """The adapted output where the base's forward hides its collectives."""
         raise NotImplementedError(f"{type(self).__name__} cannot run its adapter beside the base")
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the base is a layer of grouped experts, with a weight [experts, out, in]."""
+        return self.layer_type.layout(self.to_wrap).experts is not None
+
+    def offsets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The end of each expert's rows, from a call of grouped experts, `layer(x, tokens_per_expert)`; else `None`."""
+        if not self.is_stacked:
+            return None
+        tokens_per_expert: Tensor = args[0] if args else kwargs["tokens_per_expert"]
+        return group_offsets(tokens_per_expert)
+
     def base_linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BaseOutput:
         """Call the base and take apart what it returns.
 
@@ -180,8 +192,23 @@ class AdapterWrapper(nn.Module):
         """Whether the adapter is part of the base's weight now."""
         return self._is_merged
 
-    def merged_weight(self) -> Tensor:
-        """The local weight of one linear layer that equals base and adapter, in float32 or the weight's wider type."""
+    def matrices(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The base's local weight and `tensors`; of grouped experts, one expert's matrices after the other's.
+
+        A tensor that is no stack [experts, .., ..] serves every expert.
+        """
+        weight = self.layer_type.weight(self.to_wrap).detach()
+        if not self.is_stacked:
+            yield weight, *(tensor.detach() for tensor in tensors)
+            return
+        for expert in range(weight.shape[0]):
+            yield weight[expert], *(tensor.detach()[expert] if tensor.dim() == 3 else tensor for tensor in tensors)
+
+    def merged_weights(self) -> Iterator[Tensor]:
+        """The local weight [out, in] that equals base and adapter, in float32 or the weight's wider type.
+
+        One; or, of grouped experts, one for each local expert, made when it is asked for.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
     @torch.no_grad()
@@ -189,6 +216,8 @@ class AdapterWrapper(nn.Module):
         """Give the base the merged weight: computed in float32 or wider, rounded once to the weight's type.
 
         The base's parameter is replaced, not overwritten: an embedding that shared it (tied) keeps its values.
+
+        Grouped experts are merged one after the other, and only one matrix at a time is widened.
 
         Args:
             keep_base: keep the base's own weight for an exact `unmerge` (a second weight in memory).
@@ -204,7 +233,10 @@ class AdapterWrapper(nn.Module):
                 f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
                 "dequantised copy of the base instead"
             )
-        self.to_wrap.weight = _parameter_like(weight, self.merged_weight().to(weight.dtype))
+        merged = torch.empty_like(weight)
+        for matrix, values in zip(merged if self.is_stacked else (merged,), self.merged_weights(), strict=True):
+            matrix.copy_(values)
+        self.to_wrap.weight = _parameter_like(weight, merged)
         self._unmerged_weight = (weight,) if keep_base else None
         self._is_merged = True
 

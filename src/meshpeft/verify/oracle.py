@@ -87,6 +87,7 @@ def trace_layout(
     clip: float = 0.0,
     router_aux_loss_coef: float = 0.0,
     seed: int = 0,
+    export: bool = True,
 ) -> Trace:
     """Fine-tune at one layout and keep what it computed.
 
@@ -100,6 +101,7 @@ def trace_layout(
         lr, weight_decay, clip: of AdamW.
         router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
         seed: of the data order and of dropout.
+        export: write the adapter as a file too; false for one that PEFT's format cannot hold.
     """
     trace = Trace()
     with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
@@ -126,7 +128,7 @@ def trace_layout(
                 trace.gradients.update(_whole(model, lambda parameter: parameter.grad))
         trace.weights.update(_whole(model, lambda parameter: parameter))
         # Ranks that hold different copies have no adapter to export; `compare` then finds none.
-        if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
+        if export and all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
             with tempfile.TemporaryDirectory() as directory:
                 export_peft_adapter(model, directory)
                 trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
@@ -184,15 +186,17 @@ def compare(expected: Trace, found: Trace) -> dict[str, float]:
     """The largest relative error of each quantity: `loss`, `grad_norm`, and `gradient`, `weight`, `export` tensors.
 
     A tensor's error is its largest difference over the largest magnitude of the expected tensor. A tensor that is
-    missing, unexpected, or not finite has an infinite error.
+    missing, unexpected, or not finite has an infinite error. `export` is left out where neither run wrote a file.
     """
-    return {
+    errors = {
         "loss": _scalars(expected.losses, found.losses),
         "grad_norm": _scalars(expected.grad_norms, found.grad_norms),
         "gradient": _tensors(expected.gradients, found.gradients),
         "weight": _tensors(expected.weights, found.weights),
-        "export": _tensors(expected.exported, found.exported),
     }
+    if expected.exported or found.exported:
+        errors["export"] = _tensors(expected.exported, found.exported)
+    return errors
 
 
 def _scalars(expected: list[float], found: list[float]) -> float:
@@ -208,7 +212,7 @@ def _tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     worst = 0.0
     for name, tensor in expected.items():
         other = found[name]
-        if other.shape != tensor.shape or not bool(other.isfinite().all()):
+        if other.shape != tensor.shape or not bool((tensor + other).isfinite().all()):
             return float("inf")
         scale = float(tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny))
         worst = max(worst, float((other - tensor).abs().max()) / scale)

@@ -1,0 +1,66 @@
+"""Adapters of grouped experts: a stack of factors, one pair for each expert; or one pair for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from meshpeft.parallel import LinearLayout, group_offsets, layout_of
+from meshpeft.peft.adapters import LinearAdapter
+from meshpeft.peft.errors import AdapterError
+
+__all__ = ["GroupedExpertLinearAdapter"]
+
+
+class GroupedExpertLinearAdapter(LinearAdapter):
+    """The adapter of `GroupedColumnParallelLinear` or `GroupedRowParallelLinear`: y_t += s (x_t A_e^T) B_e^T.
+
+    e is the expert that row t was sent to. Called as `adapter(x, tokens_per_expert)`.
+
+    | | A | B | on ep | gradient still partial |
+    |---|---|---|---|---|
+    | one per expert | [experts, r, in] | [experts, out, r] | S(0) | over etp: dA in a column, dB in a row |
+    | one for all experts | [r, in] | [out, r] | R | over etp likewise, and over ep: dA and dB |
+
+    B's rows in a column, and A's columns in a row, are divided over etp like the experts'; data parallel is `edp`.
+
+    Args:
+        base: the layer; its registered layout gives the shapes.
+        dim: r, the rank.
+        alpha: the output is scaled by alpha / dim; `None` means dim.
+        share_expert_adapters: one adapter for **all** experts, on whatever ranks they are; otherwise one for each.
+        layout: of the base, if it is not the registered one.
+        options: as in `LowRankAdapter`. Fans are those of one expert.
+
+    Raises:
+        AdapterError: the base is no layer of grouped experts; see `check_options`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        dim: int = 32,
+        alpha: float | None = None,
+        *,
+        share_expert_adapters: bool = True,
+        layout: LinearLayout | None = None,
+        **options: Any,
+    ) -> None:
+        layout = layout_of(base) if layout is None else layout
+        if layout.experts is None:
+            raise AdapterError(
+                f"a {type(base).__name__} is no layer of grouped experts; use LinearAdapter or ParallelLinearAdapter"
+            )
+        factors = layout.for_all_experts() if share_expert_adapters else layout
+        factor_layouts = factors.factor_a(dim), factors.factor_b(dim)
+        super().__init__(base, dim, alpha, layout=layout, factor_layouts=factor_layouts, **options)
+        self.share_expert_adapters = share_expert_adapters
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # as its base
+        """X [tokens, in], tokens_per_expert [local experts] -> the adapter's output [tokens, out]; see `delta`."""
+        return self.delta(x, self.linear_in.weight, self.linear_out.weight, group_offsets(tokens_per_expert))
+
+    def extra_repr(self) -> str:
+        """Rank, scale, dropout, and whom it serves."""
+        return f"{super().extra_repr()}, share_expert_adapters={self.share_expert_adapters}"
