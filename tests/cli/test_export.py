@@ -24,15 +24,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Two implementations in float64, a few layers deep.
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 PARTS = ("linear_q", "linear_v", "linear_fc1_up")
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "tp": 2, "sequence_parallel": True},
-    "canonical_lora": {
-        "method": "canonical_lora",
-        "tp": 2,
-        "target_modules": ("linear_q", "linear_v", "linear_fc1_up"),
-    },
-    "dora": {"method": "dora", "tp": 2},
-    "lora, data parallel": {"method": "lora", "dp": 2},
+METHODS: dict[str, list[str]] = {
+    "lora": ["--method", "lora", "--tp", "2", "--sequence-parallel"],
+    "canonical_lora": ["--method", "canonical_lora", "--tp", "2", "--target-modules", *PARTS],
+    "dora": ["--method", "dora", "--tp", "2"],
+    "lora, data parallel": ["--method", "lora", "--dp", "2"],
 }
 
 
@@ -60,9 +56,10 @@ def runs(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(name: str) -> Path:
         if name not in made:
-            options = {"model": str(base), "data": str(data), "output_dir": str(folder / name), "dtype": "float64"}
-            sizes = {"rank": 2, "seq_length": 48, "batch_size": 4, "micro_batch_size": 2, "steps": 3, "save_every": 2}
-            run_on_ranks(2, finetune_here, {**options, **sizes, "lr": 0.01, "eval_every": 0, **METHODS[name]})
+            options = ["--model", str(base), "--data", str(data), "--output-dir", str(folder / name)]
+            options += ["--dtype=float64", "--rank=2", "--seq-length=48", "--batch-size=4", "--micro-batch-size=2"]
+            options += ["--steps=3", "--save-every=2", "--lr=0.01", "--eval-every=0"]
+            run_on_ranks(2, finetune_here, [*options, *METHODS[name]])
             made[name] = folder / name
         return made[name]
 

@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.finetune_jobs import finetune_here, rows_of_each_step
+from helpers.workers import run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -224,8 +227,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, output = finish(start(options, "--output-dir", str(run), "--tp", "2"))
-    assert code == 0, output
+    run_on_ranks(2, finetune_here, [*options[1:], "--steps", str(LONG), "--output-dir", str(run), "--tp", "2"])
     return run
 
 
@@ -262,23 +264,25 @@ def test_a_signal_saves_and_ends_the_run_and_the_same_command_goes_on(
     same(run, undisturbed)
 
 
-def killed_and_restarted(options: list[str], run: Path, kills: int, seed: int) -> None:
-    """Kill -9 at random moments, now one worker, now all processes, until the run ends by itself."""
+def killed_and_restarted(options: list[str], run: Path, kills: int, seed: int, *, while_starting: bool = False) -> None:
+    """Kill -9 at random moments, now one worker, now all processes; then let the run end."""
     numbers = random.Random(seed)
     command = ("--output-dir", str(run), "--tp", "2", "--resume", "auto", "--save-every", "2")
     for kill in range(kills):
         process = start(options, *command)
-        wait_for_step(process, run, (kill + 1) * LONG // (kills + 2))
-        # Somewhere in the next steps and their saves.
-        time.sleep(numbers.random() * 0.2)
-        if numbers.random() < 0.5:
+        if kill == 0 and while_starting:
+            time.sleep(numbers.random() * 6)
+        else:
+            wait_for_step(process, run, (kill + 1) * LONG // (kills + 2))
+            # Somewhere in the next steps and their saves.
+            time.sleep(numbers.random() * 0.2)
+        alive = workers(process)
+        if not alive or numbers.random() < 0.5:
             os.killpg(process.pid, signal.SIGKILL)
-        elif process.poll() is None and (alive := workers(process)):
+        else:
             os.kill(numbers.choice(alive), signal.SIGKILL)
         code, output = finish(process)
-        if code == 0:
-            return
-        assert code in (1, -signal.SIGKILL), output
+        assert code in (1, -signal.SIGKILL), f"kill {kill + 1} of {kills} came too late: {output}"
     code, output = finish(start(options, *command))
     assert code == 0, output
 
@@ -295,23 +299,51 @@ def test_kill_9_at_random_moments_changes_nothing(options: list[str], undisturbe
 def test_kill_9_at_twenty_random_moments_changes_nothing(
     seed: int, options: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    killed_and_restarted(options, tmp_path / "run", kills=5, seed=seed)
+    killed_and_restarted(options, tmp_path / "run", kills=5, seed=seed, while_starting=True)
     same(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_at_another_layout(half: Path, options: list[str], straight: Path, tmp_path: Path) -> None:
+# -- another layout ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_at_another_layout(options: list[str], tmp_path: Path) -> None:
     """Without dropout, whose masks belong to a layout."""
-    run = ["--steps", str(STEPS), "--save-every", "4"]
-    assert main([*options, *run, "--output-dir", str(tmp_path / "one")]) == 0
-    source = tmp_path / "two" / "checkpoints" / "step-00000004"
-    shutil.copytree(tmp_path / "one" / "checkpoints" / "step-00000004", source)
-    command = [*options, "--output-dir", str(tmp_path / "two"), "--tp", "2", "--sequence-parallel", "--resume", "auto"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "meshpeft.cli.main", *command, *run], capture_output=True, text=True, timeout=240
-    )
-    assert ended.returncode == 0, ended.stderr
-    expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "two")
-    for name, value in expected.items():
-        # Sums in another order over 8 steps of AdamW in float64.
-        assert (found[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
+    run = [*options, "--steps", str(STEPS), "--save-every", "4"]
+    assert main([*run, "--output-dir", str(tmp_path / "one")]) == 0
+    for number, layout in enumerate((["--tp", "2", "--sequence-parallel"], ["--dp", "2"])):
+        other = tmp_path / str(number)
+        source = tmp_path / "one" / "checkpoints" / "step-00000004"
+        shutil.copytree(source, other / "checkpoints" / "step-00000004")
+        run_on_ranks(2, finetune_here, [*run[1:], *layout, "--output-dir", str(other), "--resume", "auto"])
+        expected, found = adapter(tmp_path / "one"), adapter(other)
+        for name, value in expected.items():
+            # Sums in another order over 8 steps of AdamW in float64.
+            assert (found[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
+
+
+def test_every_row_is_read_once_an_epoch_whatever_the_ranks_that_share_it(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two epochs in batches of 3 rows, at dp=1, then dp=2, then dp=1; 3 rows do not divide by 2."""
+    command = ["--model", str(base), "--data", str(data), "--dtype", "float64", "--rank", "2", "--seq-length", "48"]
+    command += ["--batch-size", "3", "--micro-batch-size", "1", "--epochs", "2", "--eval-every", "0", "--keep", "9"]
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+
+    def go_on(number: int) -> list[str]:
+        saved = sorted((runs[number - 1] / "checkpoints").iterdir())[number - 1]
+        return [*command, "--save-every", "3", "--output-dir", str(runs[number]), "--resume", str(saved)]
+
+    one = rows_of_each_step([*command, "--save-every", "3", "--output-dir", str(runs[0])])
+    assert sorted(one) == list(range(len(one))) and len(one) > 8
+    two = run_on_ranks(2, rows_of_each_step, [*go_on(1), "--dp", "2"])
+    three = rows_of_each_step(go_on(2))
+    assert [sorted(two[0]), sorted(three)] == [list(range(3, len(one))), list(range(9, len(one)))]
+    together = {step: rank_0 + two[1][step] for step, rank_0 in two[0].items()}
+    read = [*(one[step] for step in range(3)), *(together[step] for step in range(3, 9)), *three.values()]
+    assert [sorted(rows) for rows in read] == [sorted(rows) for rows in one.values()]
+    counts = Counter(row for rows in read for row in rows)
+    rows = max(counts) + 1
+    # The last of the steps reaches into the third epoch.
+    assert sorted(counts) == list(range(rows)) and 2 * rows <= sum(counts.values()) < 2 * rows + 3
+    assert all(count in (2, 3) for count in counts.values())
+    assert {len(two[0][step]) for step in two[0]} == {2} and {len(two[1][step]) for step in two[1]} == {1}

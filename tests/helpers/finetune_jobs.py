@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
+from meshpeft.cli.arguments import parse
+from meshpeft.training.batches import GlobalBatchSlice, RowSampler
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.finetune import finetune
+from meshpeft.training.packing import PackedRows
 
-__all__ = ["finetune_here"]
+__all__ = ["finetune_here", "rows_of_each_step"]
 
 
-def finetune_here(options: dict[str, Any]) -> None:
-    """What each worker of a run does: options by their names."""
-    paths = ("model", "data", "output_dir")
-    finetune(FinetuneConfig(**{**options, **{name: Path(options[name]) for name in paths}}).resolved())
+def finetune_here(arguments: list[str]) -> None:
+    """What each worker of `meshpeft finetune` does."""
+    config = parse(FinetuneConfig, arguments, "meshpeft finetune").resolved()
+    config.check()
+    finetune(config)
+
+
+def rows_of_each_step(arguments: list[str]) -> dict[int, list[int]]:
+    """The same; which rows of the training data this rank computed in each step."""
+    with _recorded() as rows:
+        finetune_here(arguments)
+    return rows
+
+
+@contextmanager
+def _recorded() -> Iterator[dict[int, list[int]]]:
+    micro_batches, gather = RowSampler.micro_batches, PackedRows.gather
+    rows: dict[int, list[int]] = {}
+    train: list[PackedRows] = []
+
+    def next_step(sampler: RowSampler, step: int) -> GlobalBatchSlice:
+        train[:], rows[step] = [sampler.rows], []
+        return micro_batches(sampler, step)
+
+    def read(source: PackedRows, numbers: Any, *more: Any) -> Any:
+        if train and source is train[0]:
+            rows[max(rows)] += [int(number) for number in np.asarray(numbers) if number >= 0]
+        return gather(source, numbers, *more)
+
+    RowSampler.micro_batches, PackedRows.gather = next_step, read  # type: ignore[method-assign]
+    try:
+        yield rows
+    finally:
+        RowSampler.micro_batches, PackedRows.gather = micro_batches, gather  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Incoming:
             self._compare_groups(self.state)
             for name, entries in self.state.entries.items():
                 self._expect_states(name, entries)
+            for group in self.state.groups():
+                self._compare_states(group["parameters"])
             self._nothing_else(OPTIMIZER)
             [generator] = sharded_tensors(RANDOM, torch.get_rng_state(), None)
             self._expect(RANDOM, generator, generator.dtype)
@@ -137,6 +139,15 @@ class Incoming:
                 continue
             self.states.setdefault(name, []).append(state)
 
+    def _compare_states(self, group: Sequence[str]) -> None:
+        """An optimizer has the same states of all parameters of a group that it has made a step with."""
+        wanted = max((self.states.get(name, []) for name in group), key=len, default=[])
+        for name in group:
+            for state in sorted(set(wanted) - set(self.states.get(name, wanted))):
+                raise CheckpointError(
+                    f"{self.path} lacks {state_key(state, name)}, a state that it has of other parameters"
+                )
+
     def _state_names(self) -> list[str]:
         keys = (key.removeprefix(OPTIMIZER) for key in self.manifest.tensors if key.startswith(OPTIMIZER))
         return sorted({key.partition(".")[0] for key in keys})
@@ -154,6 +165,7 @@ class Incoming:
             return take_over
         optimizer, state, torch_state = self.state.optimizer, self._optimizer_state(self.state), self.room[RANDOM, (0,)]
         check_random_state(self.manifest.random, torch_state)
+        _rehearse(optimizer, state)
 
         def take_over_all() -> None:
             take_over()
@@ -185,6 +197,19 @@ class Incoming:
     def _state(self, what: str, entries: list[ShardedTensor]) -> Tensor:
         [(_, value)] = _joined(entries, lambda entry: self.room[state_key(what, entry.key), entry.global_offset])
         return value
+
+
+def _rehearse(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state and take it back: an optimizer may refuse one, and has then changed itself already.
+
+    It replaces its containers when it loads, and does not write into them.
+    """
+    before = dict(vars(optimizer))
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(before)
 
 
 def _joined(entries: Iterable[ShardedTensor], values: Callable[[ShardedTensor], Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -105,6 +105,8 @@ class PeftConfig:
                 )
         if fields.get("bias", "none") != "none":
             raise CheckpointError(f"{path}: bias={fields['bias']!r} is not implemented; adapters here have no biases")
+        if not 0 <= _number(path, "lora_dropout", fields.get("lora_dropout", 0.0)) < 1:
+            raise CheckpointError(f"{path}: lora_dropout={fields['lora_dropout']!r}; expected a probability below 1")
         start = str(fields.get("init_lora_weights", True)).lower()
         if start.startswith(_CHANGES_BASE):
             raise CheckpointError(
