@@ -23,7 +23,7 @@ from meshpeft.quantization.full_matrices import full_matrices, of_local_experts
 __all__ = ["Blocks"]
 
 # Values that are packed at a time: the libraries make several temporary copies of them.
-_VALUES_AT_ONCE = 1 << 22
+_VALUES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)

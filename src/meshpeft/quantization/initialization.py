@@ -30,7 +30,7 @@ def svdquant_init(
     adapter_name: str | None = None,
     layers: Mapping[str, AdapterWrapper] | None = None,
     exact: bool = False,
-    power_iterations: int = 8,
+    power_iterations: int | None = None,
     oversampling: int = 16,
 ) -> None:
     """Start adapters from what quantising their layers' weights lost.
@@ -82,7 +82,7 @@ def pissa_init(
     adapter_name: str | None = None,
     layers: Mapping[str, AdapterWrapper] | None = None,
     exact: bool = False,
-    power_iterations: int = 8,
+    power_iterations: int | None = None,
     oversampling: int = 16,
 ) -> None:
     """Start adapters from the principal part of their layers' weights, which give it up (PiSSA, Meng et al. 2024).
