@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoint_jobs import (
+    FAST_MODELS,
     MODELS,
     At,
     build,
@@ -43,10 +44,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= TOLERANCE * value.abs().max(), name
-
-
-# The methods with their usual options.
-FAST_MODELS = [name for name in MODELS if name.count(",") == 1]
 
 
 @pytest.mark.parametrize("model", FAST_MODELS)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoint_jobs import (
+    FAST_MODELS,
     MODELS,
     At,
     StackedLayers,
@@ -34,10 +35,6 @@ EVERY = [
     At(tp=2, dp=2, ep=2, sequence_parallel=True),
     At(tp=2, dp=2, ep=4, etp=1),
 ]
-
-
-# The methods with their usual options.
-FAST_MODELS = [name for name in MODELS if name.count(",") == 1]
 
 
 def check_bytes(folder: Path, sizes: dict[str, int]) -> None:

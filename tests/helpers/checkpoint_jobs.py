@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers.adapters import adapted
-from helpers.oracle_runs import METHODS, OPTIONS, VOCAB_SIZE, make_model, rows
+from helpers.expert_oracle import METHODS as EXPERT_METHODS
+from helpers.oracle_runs import METHODS, make_model, moe_config, rows
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import Decoder
 from meshpeft.parallel import (
     ModelParallelConfig,
     RowParallelLinear,
@@ -27,7 +28,6 @@ from meshpeft.parallel import (
     sharded_state_dict,
 )
 from meshpeft.parallel.init import draw_full
-from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.training.batches import RowSampler
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.step import TrainStep
@@ -59,42 +59,27 @@ def on(at: At, job: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def make_moe(parallel: ModelParallelConfig) -> Decoder:
-    """A Qwen3-MoE of two layers of 8 experts, one of them beside a dense layer."""
-    sizes = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 4,
-        "vocab_size": VOCAB_SIZE,
-        "initializer_range": 0.3,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
-        "mlp_only_layers": [1],
-    }
-    return Decoder(DecoderConfig.from_hf(sizes), parallel, dtype=torch.float64)
+    """A layer of experts, and one without."""
+    return Decoder(moe_config(mlp_only_layers=[1]), parallel, dtype=torch.float64)
 
 
 # What is saved: name -> (the base, the adapters on it). "whole": every parameter is trained, experts too.
-DENSE = {f"dense, {name}": (make_model, method) for name, method in METHODS.items()}
-MOE: dict[str, tuple[Callable[[ModelParallelConfig], Decoder], Callable[[Any], nn.Module]]] = {
+MODELS: dict[str, tuple[Callable[[ModelParallelConfig], Decoder], Callable[[Any], nn.Module]]] = {
+    **{f"dense, {name}": (make_model, method) for name, method in METHODS.items()},
     "MoE, whole": (make_moe, lambda model: model),
-    "MoE, lora": (make_moe, lambda model: LoRA(["linear_qkv", "linear_proj", "router"], **OPTIONS)(model)),
-    "MoE, canonical_lora": (
-        make_moe,
-        lambda model: CanonicalLoRA(
-            ["*.linear_q", "*.linear_v", "*.linear_proj", "*.layers.1.*.linear_fc1_gate"], **OPTIONS
-        )(model),
-    ),
-    "MoE, dora": (
-        make_moe,
-        lambda model: DoRA(["linear_qkv", "linear_proj", "*.layers.1.*.linear_fc1"], **OPTIONS)(model),
-    ),
+    **{f"MoE, {name}": (make_moe, method) for name, method in EXPERT_METHODS.items()},
 }
-MODELS = DENSE | MOE
+# One of each kind.
+FAST_MODELS = [
+    *("dense, lora", "dense, canonical_lora", "dense, dora"),
+    *(
+        "MoE, whole",
+        "MoE, lora, shared",
+        "MoE, canonical_lora, per expert",
+        "MoE, dora, per expert",
+        "MoE, lora, routers",
+    ),
+]
 
 
 def export_and_fail(base: str, folder: str) -> str:

@@ -22,7 +22,7 @@ from meshpeft.parallel import (
     layout_of_tensor,
 )
 from meshpeft.parallel.init import draw_full
-from meshpeft.peft import DoRA
+from meshpeft.peft import DoRA, LoRA
 
 LAYERS, HIDDEN, WIDTH, EXPERTS = 3, 8, 24, 4
 QKV, GATED = Packing(("q", "k", "v"), (16, 4, 4), blocks=4), Packing(("gate", "up"), (12, 12))
@@ -128,6 +128,12 @@ def test_axes_in_front_that_make_no_sense_are_named(offsets: Any, message: str) 
 # -- experts one by one --------------------------------------------------------------------------------------------
 
 
+def make_experts() -> nn.Module:
+    """With an adapter for each expert."""
+    options: dict[str, Any] = {"share_expert_adapters": False, "lora_dtype": torch.float64}
+    return LoRA(["experts_in", "experts_out"], dim=2, **options)(Layer())
+
+
 def one_by_one(stacked: dict[str, Tensor], first: int = 0) -> dict[str, Tensor]:
     """A state dict as other systems write it: `weight0`, `weight1`, .. instead of stacked experts."""
     found = {}
@@ -142,12 +148,12 @@ def one_by_one(stacked: dict[str, Tensor], first: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("own", (False, True), ids=("all experts", "its own"))
 @pytest.mark.parametrize("form", ("stacked", "one by one"))
 def test_a_state_dict_has_its_experts_stacked_or_one_by_one(form: str, own: bool) -> None:
-    whole = Layer()
+    whole = make_experts()
     fill(whole, 0)
     for rank in range(2):
         with standing_at(rank, 2):
             init_parallelism(1, 1, 2)
-            layer, held = Layer(), whole.state_dict()
+            layer, held = make_experts(), whole.state_dict()
             share = {name: held[name][2 * rank : 2 * rank + 2] for name in held if name.startswith("experts")}
             state = {**held, **share}
             if form == "one by one":
@@ -157,13 +163,16 @@ def test_a_state_dict_has_its_experts_stacked_or_one_by_one(form: str, own: bool
 
 
 def test_simulated_ranks_take_their_own_of_all_experts() -> None:
-    whole = Layer()
+    whole = make_experts()
     fill(whole, 0)
     with simulate(dp=2, ep=2):
-        layer = Layer()
-        layer.load_state_dict(one_by_one(whole.state_dict()))
-        for rank, values in enumerate(rank_values(layer.experts_out.weight)):
-            assert torch.equal(values, whole.experts_out.weight[2 * rank : 2 * rank + 2])
+        layer, held = make_experts(), whole.state_dict()
+        layer.load_state_dict(one_by_one(held))
+        names = [name for name in held if name.startswith("experts")]
+        assert len(names) == 6
+        for name in names:
+            for rank, values in enumerate(rank_values(layer.state_dict()[name])):
+                assert torch.equal(values, held[name][2 * rank : 2 * rank + 2]), name
 
 
 def test_an_expert_that_is_missing_is_named() -> None:
