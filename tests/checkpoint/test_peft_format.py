@@ -113,6 +113,28 @@ def test_an_adapter_that_peft_made_gives_the_same_logits_here(
         load_peft_adapter(ours, tmp_path)
 
 
+@pytest.mark.parametrize("use_rslora", (False, True))
+def test_ranks_and_alphas_that_differ_within_a_fused_layer(use_rslora: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """peft's patterns speak of modules; q, k and v, or gate and up, are parts of one layer here."""
+    patterns = {
+        "rank_pattern": {"q_proj": 6, "up_proj": 3, "layers.1.self_attn.v_proj": 1},
+        "alpha_pattern": {"k_proj": 5, "layers.2.mlp.gate_proj": 7.5},
+    }
+    theirs = peft_adapted(reference(tiny("llama")), r=4, target_modules=LINEARS, use_rslora=use_rslora, **patterns)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ids = random_ids()
+    with simulate(tp=2):
+        ours = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path / "theirs")
+        torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **CLOSE)
+        adapters = ours.decoder.layers[1].self_attention.linear_qkv.adapters()
+        assert [adapter.dim for adapter in adapters.values()] == [6, 4, 1]
+        load_peft_adapter(ours, tmp_path / "theirs")
+        export_peft_adapter(ours, tmp_path / "ours")
+    written, expected = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
 def test_dora_whose_parts_do_not_share_a_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     theirs = peft_adapted(reference(tiny("llama")), r=4, use_dora=True, target_modules=["q_proj", "k_proj", "v_proj"])
     theirs.save_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """The linear layers of a model and the adapters on them, under the names of Hugging Face modules.
 
-A fused layer is one module of ours and several there. What each method's adapter consists of is said here once, in
-`adapted_linears`; export and import read it.
+A fused layer is one module of ours and several there; stacked experts are a parameter there. What each method's
+adapter consists of is said here once, in `adapted_linears`; export and import read it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linea
 
 @dataclass(frozen=True)
 class HubLinear:
-    """A linear layer as Hugging Face checkpoints have it.
+    """A linear layer, or a stack of experts, as the models of transformers have it.
 
     Attributes:
-        name: its full name there.
+        name: its full name there; of the parameter, for stacked experts.
         module: our module's full name.
         part: which part of our module it is; `None` where ours is not fused.
         layout: of our module.
@@ -44,6 +44,11 @@ class HubLinear:
     module: str
     part: str | None
     layout: LinearLayout
+
+    @property
+    def experts(self) -> int | None:
+        """Number of stacked experts; `None` for an ordinary layer."""
+        return self.layout.experts
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,13 @@ class AdaptedLinear:
 
     Attributes:
         module: full name of the layer.
-        names: the Hugging Face modules, in the canonical order of B's rows; they share A.
+        names: the Hugging Face modules, in the canonical order of B's rows; they share A. For stacked experts the
+            one parameter.
         a, b: the factors.
         magnitude: of DoRA, else `None`.
         shape, use_rslora, dropout: as in an `adapter_config.json`.
+        experts: number of stacked experts; `None` for an ordinary layer.
+        b_factor: what the values of B are multiplied with where they are written, for `shape` to be true of them.
     """
 
     module: str
@@ -86,13 +94,14 @@ class AdaptedLinear:
     shape: AdapterShape
     use_rslora: bool
     dropout: float
+    experts: int | None = None
+    b_factor: float = 1.0
 
 
 def hub_linears(model: nn.Module) -> list[HubLinear]:
-    """Every linear layer of a model that an adapter can be on, and that Hugging Face checkpoints have.
+    """Every linear layer, and stack of experts, that an adapter can be on and that Hugging Face models have.
 
-    Names are those of `meshpeft.models.hf_names` for a decoder; another model's own otherwise. Stacked experts are
-    parameters there, not layers, and are left out.
+    Names are those of `meshpeft.models.hf_names` for a decoder; another model's own otherwise.
     """
     found = []
     for name, module in _unwrapped(model):
@@ -100,9 +109,8 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
         if layer_type is None:
             continue
         layout = layer_type.layout(module)
-        if layout.experts is not None:
-            continue
-        parts: tuple[str | None, ...] = (None,) if layout.packing is None else layout.packing.names
+        packed = layout.packing is not None and layout.experts is None
+        parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
         for part in parts:
             hub_name = _hub_name(model, name, part)
             if hub_name is not None:
@@ -140,9 +148,9 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
     Raises:
         CheckpointError: an adapter has no counterpart in Hugging Face PEFT, or the model has none at all.
     """
-    parts: dict[str, dict[str | None, str]] = {}
+    parts: dict[str, dict[str | None, HubLinear]] = {}
     for linear in hub_linears(model):
-        parts.setdefault(linear.module, {})[linear.part] = linear.name
+        parts.setdefault(linear.module, {})[linear.part] = linear
     found = [
         adapted
         for name, wrapper in model.named_modules()
@@ -154,14 +162,14 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
     return found
 
 
-def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, str]) -> Iterator[AdaptedLinear]:
-    whole = tuple(parts.values())
+def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, HubLinear]) -> Iterator[AdaptedLinear]:
+    whole = list(parts.values())
     if parts and isinstance(wrapper, LoRALinear | DoRALinear) and is_linear(wrapper.adapter):
         magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
     elif parts and isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate):
         for part, adapter in wrapper.adapters().items():
-            yield _of_adapter(module, (parts[part],), adapter, None)
+            yield _of_adapter(module, [parts[part]], adapter, None)
     else:
         raise CheckpointError(
             f"{module}: a {type(wrapper).__name__} on a {type(wrapper.to_wrap).__name__} has no counterpart in "
@@ -170,17 +178,18 @@ def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, st
 
 
 def _of_adapter(
-    module: str, names: tuple[str, ...], adapter: LowRankAdapter, magnitude: Tensor | None
+    module: str, parts: list[HubLinear], adapter: LowRankAdapter, magnitude: Tensor | None
 ) -> AdaptedLinear:
     return AdaptedLinear(
         module,
-        names,
+        tuple(part.name for part in parts),
         Factor.of(adapter.linear_in.weight, module),
         Factor.of(adapter.linear_out.weight, module),
         None if magnitude is None else Factor.of(magnitude, module),
         AdapterShape(adapter.dim, adapter.alpha),
         adapter.use_rslora,
         adapter.dropout,
+        parts[0].experts,
     )
 
 

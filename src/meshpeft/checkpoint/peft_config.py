@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ FACTOR_A, FACTOR_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitud
 
 _READ = frozenset(
     {
-        "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-        "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias",
+        "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
+        "layers_to_transform", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias",
     }
 )  # fmt: skip
 # Fields that change no number of an adapter that is trained already.
@@ -60,6 +59,15 @@ class AdapterShape:
     rank: int
     alpha: float
 
+    @classmethod
+    def of_scale(cls, rank: int, scale: float, use_rslora: bool) -> AdapterShape:
+        """Of this rank, with the alpha that gives this scale."""
+        return cls(rank, scale * (math.sqrt(rank) if use_rslora else rank))
+
+    def scale(self, use_rslora: bool) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+
 
 @dataclass(frozen=True)
 class PeftConfig:
@@ -71,6 +79,7 @@ class PeftConfig:
         use_dora: the modules have magnitudes.
         dropout: on the adapters' input, in training.
         target_modules: names (the ends of full names), or one regular expression of full names.
+        target_parameters: names (the ends of full names) of parameters.
         exclude_modules: likewise.
         rank_pattern, alpha_pattern: regular expression of the end of a full name -> rank, alpha.
         some_layers_only: `target_modules` speak only of the layers that `layers_to_transform` numbers.
@@ -81,6 +90,7 @@ class PeftConfig:
     use_dora: bool
     dropout: float
     target_modules: list[str] | str
+    target_parameters: list[str]
     exclude_modules: list[str] | str | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
@@ -121,6 +131,7 @@ class PeftConfig:
             use_dora=bool(fields.get("use_dora")),
             dropout=_number(path, "lora_dropout", fields.get("lora_dropout", 0.0)),
             target_modules=_names(path, "target_modules", fields.get("target_modules")) or [],
+            target_parameters=_list(path, "target_parameters", fields.get("target_parameters")),
             exclude_modules=_names(path, "exclude_modules", fields.get("exclude_modules")),
             rank_pattern=_pattern(path, "rank_pattern", fields.get("rank_pattern"), int),
             alpha_pattern=_pattern(path, "alpha_pattern", fields.get("alpha_pattern"), float),
@@ -140,11 +151,17 @@ class PeftConfig:
         chosen = {name for name in modules if (name != "lm_head" if every else _matches(self.target_modules, name))}
         return {name for name in chosen if not _matches(self.exclude_modules or [], name)}
 
+    def parameters(self, names: Collection[str]) -> set[str]:
+        """Those of the full names of parameters that the adapter is said to be on."""
+        return {name for name in names if _matches(self.target_parameters, name)}
+
 
 def describe(
     adapted: Mapping[str, AdapterShape],
     modules: Collection[str],
+    parameters: Mapping[str, AdapterShape],
     *,
+    usual: AdapterShape,
     use_rslora: bool,
     use_dora: bool,
     dropout: float,
@@ -155,10 +172,12 @@ def describe(
     Args:
         adapted: full name of each adapted module -> its adapter.
         modules: full names of all modules that could have an adapter.
-        use_rslora, use_dora, dropout: of all of them.
+        parameters: full name of each parameter that is adapted as such -> its adapter.
+        usual: the shape that the others are exceptions to.
+        use_rslora, use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
         base_model_name_or_path: where the base model is to be found.
     """
-    usual = Counter(adapted.values()).most_common(1)[0][0]
+    shapes = {**adapted, **parameters}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -166,10 +185,11 @@ def describe(
         "inference_mode": True,
         "r": usual.rank,
         "lora_alpha": _plain(usual.alpha),
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if parameters else dropout,
         "target_modules": _short_names(adapted, modules),
-        "rank_pattern": {name: shape.rank for name, shape in adapted.items() if shape.rank != usual.rank},
-        "alpha_pattern": {name: _plain(shape.alpha) for name, shape in adapted.items() if shape.alpha != usual.alpha},
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        "rank_pattern": {name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
+        "alpha_pattern": {name: _plain(shape.alpha) for name, shape in shapes.items() if shape.alpha != usual.alpha},
         "bias": "none",
         "use_rslora": use_rslora,
         "use_dora": use_dora,
@@ -228,6 +248,13 @@ def _names(path: Path, name: str, value: Any) -> list[str] | str | None:
     if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         return value
     raise CheckpointError(f"{path}: {name}={value!r}; expected a list of names, or one regular expression")
+
+
+def _list(path: Path, name: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        raise CheckpointError(f"{path}: {name}={value!r}; expected a list of names")
+    found = _names(path, name, value)
+    return found if isinstance(found, list) else []
 
 
 def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """Adapters in the format of Hugging Face PEFT, which `peft` and serving systems load unchanged.
 
 A layer of ours that is fused is several modules there: LoRA or DoRA on `linear_qkv` is written as adapters of
-`q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes.
+`q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes. For the forms of
+stacked experts see `meshpeft.checkpoint.places`.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,9 +21,11 @@ from torch.distributed._local_tensor import LocalTensor
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, hub_linears
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, WEIGHTS_NAME, describe
+from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
+from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
 from meshpeft.checkpoint.staging import StagedFiles, write_flushed
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
+from meshpeft.models import Decoder
 from meshpeft.parallel.agreement import kept, raise_everywhere
 
 __all__ = ["export_peft_adapter"]
@@ -30,6 +37,7 @@ def export_peft_adapter(
     *,
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
+    format: AdapterFormat = "peft",
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`. A collective: every rank calls it.
 
@@ -41,14 +49,22 @@ def export_peft_adapter(
         directory: made if it does not exist; other files in it are left alone.
         base_model_name_or_path: where readers find the base model.
         overwrite: replace an adapter that is there.
+        format: how stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
+            `peft-per-expert`, every expert by itself under the names of the family's checkpoints on the hub, as
+            serving systems read them. Of models without experts both are the same.
 
     Raises:
         CheckpointError: there is no adapter, or one that the format cannot express; the directory holds an
             adapter; or it cannot be written.
     """
     directory = Path(directory)
+    if format not in get_args(AdapterFormat):
+        raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
     adapted = adapted_linears(model)
-    config = _config(model, adapted, base_model_name_or_path)
+    if format == "peft-per-expert":
+        adapted = _of_one_scale(adapted)
+    names = _names(model, adapted, format)
+    config = _config(model, adapted, names, base_model_name_or_path)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"writing {directory}"
@@ -60,12 +76,12 @@ def export_peft_adapter(
             if (directory / CONFIG_NAME).exists() and not overwrite:
                 raise CheckpointError(f"{directory} holds an adapter; choose another directory or overwrite it")
             staged = StagedFiles(directory, [WEIGHTS_NAME, CONFIG_NAME])
-            declared = [tensor for linear in adapted for tensor in _declared(linear)]
+            declared = [tensor for linear in adapted for tensor in _declared(linear, names)]
             writer = TensorFileWriter(staged.folder / WEIGHTS_NAME, declared)
     try:
         raise_everywhere(failures, what, CheckpointError)
         for linear in adapted:
-            for tensor in _gathered(linear):
+            for tensor in _gathered(linear, names):
                 with kept(failures):
                     if writer is not None and not failures:
                         writer.write(tensor)
@@ -82,51 +98,91 @@ def export_peft_adapter(
             staged.clean_up()
 
 
-def _config(model: nn.Module, adapted: list[AdaptedLinear], base_model_name_or_path: str | None) -> dict[str, object]:
+def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat) -> WrittenNames:
+    linears = {linear.name: linear for linear in hub_linears(model)}
+    stacks = {linear.names[0]: linears[linear.names[0]] for linear in adapted if linear.experts is not None}
+    return WrittenNames(format, linears, stacks, model.config.model_type if isinstance(model, Decoder) else None)
+
+
+def _config(
+    model: nn.Module, adapted: list[AdaptedLinear], names: WrittenNames, base_model_name_or_path: str | None
+) -> dict[str, object]:
     first = adapted[0]
+    use_dora = first.magnitude is not None
     for linear in adapted:
         for option, (a, b) in {
             "use_rslora": (first.use_rslora, linear.use_rslora),
-            "use_dora": (first.magnitude is not None, linear.magnitude is not None),
+            "use_dora": (use_dora, linear.magnitude is not None),
         }.items():
             if a != b:
                 raise CheckpointError(
                     f"{option} is {a} on {first.module}, {b} on {linear.module}; a file has one value"
                 )
+    modules: dict[str, AdapterShape] = {}
+    parameters: dict[str, AdapterShape] = {}
+    for linear in adapted:
+        for name in linear.names:
+            if names.per_expert:
+                written = [names.of_module(name)] if linear.experts is None else names.of_experts(name)
+                modules |= dict.fromkeys(written, linear.shape)
+            elif linear.experts is not None:
+                parameters[name] = linear.shape
+            elif is_adapted_as_parameter(model, name):
+                parameters[f"{name}.weight"] = linear.shape
+            else:
+                modules[name] = linear.shape
+    if use_dora and parameters:
+        raise CheckpointError(
+            f"{min(parameters)}: peft adapts this parameter with LoRA only, not with DoRA; export in the form "
+            "'peft-per-expert', or merge the adapter and save the model"
+        )
+    shapes = [*modules.values(), *parameters.values()]
     return describe(
-        {name: linear.shape for linear in adapted for name in linear.names},
-        [linear.name for linear in hub_linears(model)],
+        modules,
+        names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters}),
+        parameters,
+        # Servers allot room for the rank that stands there.
+        usual=max(shapes, key=attrgetter("rank")) if names.per_expert else Counter(shapes).most_common(1)[0][0],
         use_rslora=first.use_rslora,
-        use_dora=first.magnitude is not None,
+        use_dora=use_dora,
         dropout=first.dropout,
         base_model_name_or_path=base_model_name_or_path,
     )
 
 
-# The two below say the same in the same order: every A, then the parts of B, then those of the magnitude.
+def _of_one_scale(adapted: list[AdaptedLinear]) -> list[AdaptedLinear]:
+    """The same adapters, all scaled alike: what their scales differ by becomes part of B, when it is written.
+
+    Serving systems take one scale for the whole file, `lora_alpha / r`, whatever its patterns say.
+    """
+    largest = max(adapted, key=lambda linear: linear.shape.rank)
+    scale = largest.shape.scale(largest.use_rslora)
+    found = []
+    for linear in adapted:
+        own = linear.shape.scale(linear.use_rslora)
+        shape = AdapterShape.of_scale(linear.shape.rank, scale, linear.use_rslora)
+        found.append(linear if own == scale else replace(linear, shape=shape, b_factor=own / scale))
+    return found
 
 
-def _declared(linear: AdaptedLinear) -> Iterator[Declared]:
-    for name in linear.names:
-        yield Declared(f"{PREFIX}{name}.{FACTOR_A}", linear.a.values.dtype, linear.a.layout.global_shape)
-    for factor, suffix in _divided(linear):
-        for name, piece in zip(linear.names, factor.layout.pieces(), strict=True):
-            yield Declared(f"{PREFIX}{name}.{suffix}", factor.values.dtype, piece.global_shape)
+# The two below say the same in the same order: A, then B, then the magnitude.
 
 
-def _gathered(linear: AdaptedLinear) -> Iterator[Tensor]:
-    a = _plain(linear.a.layout.gather(linear.a.values))
-    for _ in linear.names:
-        yield a
-    for factor, _ in _divided(linear):
-        full, packing = _plain(factor.layout.gather(factor.values)), factor.layout.packing
-        yield from [full] if packing is None else full.split(list(packing.sizes), factor.layout.packed_dim)
+def _declared(linear: AdaptedLinear, names: WrittenNames) -> Iterator[Declared]:
+    for factor, stored in zip(_factors(linear), stored_factors(Place.of(linear), names), strict=True):
+        for key, shape in stored.declared():
+            yield Declared(key, factor.values.dtype, shape)
 
 
-def _divided(linear: AdaptedLinear) -> list[tuple[Factor, str]]:
-    """What has a part for each of the linear's names, and how it is called."""
-    magnitudes = [] if linear.magnitude is None else [(linear.magnitude, MAGNITUDE)]
-    return [(linear.b, FACTOR_B), *magnitudes]
+def _gathered(linear: AdaptedLinear, names: WrittenNames) -> Iterator[Tensor]:
+    for factor, stored in zip(_factors(linear), stored_factors(Place.of(linear), names), strict=True):
+        full = _plain(factor.layout.gather(factor.values))
+        changed = factor is linear.b and linear.b_factor != 1
+        yield from stored.split(full * linear.b_factor if changed else full)
+
+
+def _factors(linear: AdaptedLinear) -> list[Factor]:
+    return [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
 
 
 def _plain(full: Tensor) -> Tensor:

@@ -1,59 +1,33 @@
 """What of a Hugging Face PEFT adapter goes where in a model, and whether it fits.
 
 A layer that is fused here is several modules in the file. Where these are all there and share A, the adapter is LoRA
-(or DoRA) on the fused layer; otherwise it is Canonical LoRA, which has an adapter for each.
+(or DoRA) on the fused layer; otherwise it is Canonical LoRA, which has an adapter for each. Experts share one adapter
+where all of theirs in the file are equal; otherwise each has its own. Their gate and up projection have one A here: two
+different ones become one of the sum of their ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections import Counter
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear, adapted_linears, hub_linears, is_adapted
-from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape, PeftConfig
+from meshpeft.checkpoint.linears import HubLinear, adapted_linears, hub_linears, is_adapted
+from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, PREFIX, AdapterShape, PeftConfig
+from meshpeft.checkpoint.peft_names import FoundNames
+from meshpeft.checkpoint.places import Place, parts_of, stored_factors
+from meshpeft.checkpoint.stored_factors import SeparateA, SeparateB, StoredFactor
 from meshpeft.checkpoint.tensor_file import TensorFileReader
 from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.peft.canonical_lora import component_name, part_layout
 
-__all__ = ["AdapterPlan", "Place"]
+__all__ = ["AdapterPlan"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tensors of some of the file's modules go: one pair of factors of ours.
-
-    Attributes:
-        module: full name of our layer.
-        names: the file's modules; they share A.
-        a, b, magnitude: layouts of the parameters.
-        shape: rank and alpha.
-        use_rslora: how they scale.
-    """
-
-    module: str
-    names: tuple[str, ...]
-    a: TensorLayout
-    b: TensorLayout
-    magnitude: TensorLayout | None
-    shape: AdapterShape
-    use_rslora: bool
-
-    @classmethod
-    def of(cls, linear: AdaptedLinear) -> Place:
-        """That of an adapter which is there."""
-        magnitude = None if linear.magnitude is None else linear.magnitude.layout
-        return cls(
-            linear.module, linear.names, linear.a.layout, linear.b.layout, magnitude, linear.shape, linear.use_rslora
-        )
 
 
 class AdapterPlan:
@@ -66,8 +40,9 @@ class AdapterPlan:
     def __init__(self, model: nn.Module, config: PeftConfig, file: TensorFileReader) -> None:
         self.config, self.file = config, file
         self.linears = {linear.name: linear for linear in hub_linears(model)}
-        self.held = _modules_of(file, self.linears, use_dora=config.use_dora)
+        self.names = FoundNames(model, config, file, self.linears)
         self._compare_targets()
+        self.separate = self._separate_parts()
         self.canonical = False
         self.places = [Place.of(linear) for linear in adapted_linears(model)] if is_adapted(model) else self._new()
         self._compare_places()
@@ -75,69 +50,130 @@ class AdapterPlan:
             self._compare_tensors(place)
 
     def _compare_targets(self) -> None:
-        expected = self.config.targets(self.linears)
+        held, expected = self.names.held, self.names.targets()
         # Which layers are meant by number, only the file itself says.
-        for name in sorted(set() if self.config.some_layers_only else expected - self.held):
-            raise CheckpointError(f"{self.file.path} lacks {PREFIX}{name}.{FACTOR_A}, though its config targets {name}")
-        for name in sorted(self.held - expected):
+        for name in sorted(set() if self.config.some_layers_only else expected - held):
+            raise CheckpointError(
+                f"{self.file.path} lacks {PREFIX}{self.names.of_module(name)}.{FACTOR_A}, though its config targets "
+                f"{name}"
+            )
+        for name in sorted(held - expected):
             raise CheckpointError(f"{self.file.path} holds an adapter for {name}, which its config does not target")
+
+    def _separate_parts(self) -> dict[str, list[AdapterShape]]:
+        """The shapes of gate and up of those stacked experts that have two A, or two shapes, in the file."""
+        found = {}
+        for name in sorted(self.names.held):
+            linear = self.linears[name]
+            parts = parts_of(linear.layout)
+            if linear.experts is None or not self.names.per_expert or len(parts) == 1:
+                continue
+            shapes = [self.config.shape_of(self.names.of_expert(name, part, 0)) for part in parts]
+            if len(set(shapes)) > 1 or not self._share_a(name, linear):
+                if self.config.use_dora:
+                    raise CheckpointError(
+                        f"{self.file.path}: the A factors of the parts of {name} differ; they are one layer here, on "
+                        "which DoRA has one A"
+                    )
+                found[name] = shapes
+        return found
+
+    def _share_a(self, name: str, linear: HubLinear) -> bool:
+        def read(part: str | None, expert: int) -> Tensor:
+            return self.file.read(f"{PREFIX}{self.names.of_expert(name, part, expert)}.{FACTOR_A}")
+
+        first, *others = parts_of(linear.layout)
+        return all(
+            torch.equal(read(first, expert), read(other, expert))
+            for expert in range(linear.experts or 0)
+            for other in others
+        )
+
+    def _shape_of(self, name: str) -> AdapterShape:
+        """Rank and alpha of our adapter on what has this name in transformers."""
+        shapes = self.separate.get(name)
+        if shapes is None:
+            return self.config.shape_of(self.names.in_config(name))
+        rank, use_rslora = sum(shape.rank for shape in shapes), self.config.use_rslora
+        return AdapterShape.of_scale(rank, shapes[0].scale(use_rslora), use_rslora)
 
     def _new(self) -> list[Place]:
         """The places of adapters that are yet to be made, of the method that the file allows."""
         modules: dict[str, list[HubLinear]] = {}
         for linear in self.linears.values():
             modules.setdefault(linear.module, []).append(linear)
-        modules = {module: parts for module, parts in modules.items() if any(part.name in self.held for part in parts)}
+        held = self.names.held
+        modules = {module: parts for module, parts in modules.items() if any(part.name in held for part in parts)}
         reasons = [reason for parts in modules.values() if (reason := self._why_separate(parts))]
         if reasons and self.config.use_dora:
             raise CheckpointError(
                 f"{self.file.path}: {reasons[0]}; they are one layer here, on which DoRA has one A and needs all parts"
             )
         self.canonical = bool(reasons)
+        shared = self._experts_share()
         found = []
         for module, parts in modules.items():
-            groups = [[part] for part in parts if part.name in self.held] if self.canonical else [parts]
-            found += [self._place(module, group, separate=self.canonical) for group in groups]
+            groups = [[part] for part in parts if part.name in held] if self.canonical else [parts]
+            found += [self._place(module, group, shared=shared) for group in groups]
         return found
 
     def _why_separate(self, parts: list[HubLinear]) -> str | None:
         """Why the file's modules cannot share one adapter on the fused layer."""
-        held = [part.name for part in parts if part.name in self.held]
+        held = [part.name for part in parts if part.name in self.names.held]
         for part in parts:
-            if part.name not in self.held:
+            if part.name not in held:
                 return f"there is an adapter for {held[0]}, but none for {part.name}"
-        first = self.file.read(f"{PREFIX}{held[0]}.{FACTOR_A}") if len(held) > 1 else None
         for name in held[1:]:
-            if self.config.shape_of(name) != self.config.shape_of(held[0]):
+            if self._shape_of(name) != self._shape_of(held[0]):
                 return f"{held[0]} and {name} have different ranks or alphas"
-            if first is not None and not torch.equal(first, self.file.read(f"{PREFIX}{name}.{FACTOR_A}")):
+            if not torch.equal(self._a_of(held[0]), self._a_of(name)):
                 return f"the A factors of {held[0]} and {name} differ"
         return None
 
-    def _place(self, module: str, parts: list[HubLinear], *, separate: bool) -> Place:
+    def _a_of(self, name: str) -> Tensor:
+        return self.file.read(f"{PREFIX}{self.names.of_module(name)}.{FACTOR_A}")
+
+    def _experts_share(self) -> bool:
+        """Whether all adapters on stacked experts are the same for every expert."""
+        if self.separate:
+            return False
+        try:
+            for name in self.names.held:
+                if self.linears[name].experts is not None:
+                    place = self._place(self.linears[name].module, [self.linears[name]], shared=True)
+                    for stored in self._stored(place):
+                        self._compare_shapes(stored)
+                        stored.check_copies(self.file)
+        except CheckpointError:
+            return False
+        return True
+
+    def _place(self, module: str, parts: list[HubLinear], *, shared: bool) -> Place:
         layout: LinearLayout = parts[0].layout
-        if separate and parts[0].part is not None:
+        if self.canonical and parts[0].part is not None:
             layout = part_layout(layout, parts[0].part)
-        shape = self.config.shape_of(parts[0].name)
+        factors = layout.for_all_experts() if layout.experts is not None and shared else layout
+        shape = self._shape_of(parts[0].name)
         return Place(
             module,
             tuple(part.name for part in parts),
-            layout.factor_a(shape.rank),
-            layout.factor_b(shape.rank),
+            factors.factor_a(shape.rank),
+            factors.factor_b(shape.rank),
             layout.magnitude() if self.config.use_dora else None,
             shape,
             self.config.use_rslora,
+            parts[0].experts,
         )
 
     def _compare_places(self) -> None:
         """Whether the adapters of the model are the file's, but for their values."""
         placed = {name: place for place in self.places for name in place.names}
-        for name in sorted({*placed, *self.held}):
-            if name not in self.held:
+        for name in sorted({*placed, *self.names.held}):
+            if name not in self.names.held:
                 raise CheckpointError(f"the model has an adapter on {name}, {self.file.path} has none")
             if name not in placed:
                 raise CheckpointError(f"{self.file.path} has an adapter on {name}, the model has none")
-            place, wanted = placed[name], self.config.shape_of(name)
+            place, wanted = placed[name], self._shape_of(name)
             if place.shape != wanted:
                 raise CheckpointError(
                     f"{name}: the file's adapter has rank {wanted.rank} and alpha {wanted.alpha:g}, "
@@ -151,101 +187,65 @@ class AdapterPlan:
                     raise CheckpointError(f"{name}: {option} is {theirs} in the file, {ours} in the model")
 
     def _compare_tensors(self, place: Place) -> None:
-        for name in place.names:
-            self._compare_shape(f"{PREFIX}{name}.{FACTOR_A}", place.a.global_shape)
-        for layout, suffix in _divided(place):
-            for name, piece in zip(place.names, layout.pieces(), strict=True):
-                self._compare_shape(f"{PREFIX}{name}.{suffix}", piece.global_shape)
-        first = self.file.read(f"{PREFIX}{place.names[0]}.{FACTOR_A}")
-        for name in place.names[1:]:
-            if not torch.equal(first, self.file.read(f"{PREFIX}{name}.{FACTOR_A}")):
+        for stored in self._stored(place):
+            self._compare_shapes(stored)
+            try:
+                stored.check_copies(self.file)
+            except CheckpointError as error:
                 raise CheckpointError(
-                    f"{self.file.path}: the A factors of {place.names[0]} and {name} differ, but the model's adapter "
-                    f"on {place.module} has one A; load it into a model without adapters"
-                )
+                    f"{self.file.path}: {error}: the model's adapter on {place.module} has one; load it into a model "
+                    "without adapters"
+                ) from error
 
-    def _compare_shape(self, key: str, shape: tuple[int, ...]) -> None:
-        stored = self.file.tensors[key]
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{self.file.path}: {key} has shape {stored.shape}; the model and the config's rank say {shape}"
-            )
-        if not stored.dtype.is_floating_point:
-            raise CheckpointError(f"{self.file.path}: {key} is stored as {stored.dtype}; expected floating point")
+    def _compare_shapes(self, stored: StoredFactor) -> None:
+        for key, shape in stored.declared():
+            found = self.file.tensors.get(key)
+            if found is None:
+                raise CheckpointError(f"{self.file.path} lacks {key}")
+            if found.shape != shape:
+                raise CheckpointError(
+                    f"{self.file.path}: {key} has shape {found.shape}; the model and the config's rank say {shape}"
+                )
+            if not found.dtype.is_floating_point:
+                raise CheckpointError(f"{self.file.path}: {key} is stored as {found.dtype}; expected floating point")
+
+    def _stored(self, place: Place) -> list[StoredFactor]:
+        shapes = self.separate.get(place.names[0])
+        if shapes is None:
+            return stored_factors(place, self.names)
+        if not place.stacked:
+            raise CheckpointError(f"the parts of {place.names[0]} have different A factors")
+        ranks = [shape.rank for shape in shapes]
+        scales = [shape.scale(self.config.use_rslora) for shape in shapes]
+        a, b = (self.names.keys_by_part(place.names[0], suffix) for suffix in (FACTOR_A, FACTOR_B))
+        return [SeparateA(place.a, a, ranks), SeparateB(place.b, b, ranks, [scale / scales[0] for scale in scales])]
 
     def read(self, place: Place) -> tuple[Tensor | None, ...]:
         """This rank's slices of A, B and the magnitude, in packed order."""
-        key = f"{PREFIX}{place.names[0]}.{FACTOR_A}"
-        boxes = zip(place.a.pieces(), _starts(place.a), strict=True)
-        a = [self.file.read_box(key, _moved(place.a, piece.offset, start), piece.shape) for piece, start in boxes]
-        found: list[Tensor | None] = [place.a.join_parts(a)]
-        for layout, suffix in _divided(place):
-            parts = [
-                self.file.read_box(f"{PREFIX}{name}.{suffix}", piece.offset, piece.shape)
-                for name, piece in zip(place.names, layout.pieces(), strict=True)
-            ]
-            found.append(layout.join_parts(parts))
+        found: list[Tensor | None] = [stored.read(self.file) for stored in self._stored(place)]
         return (*found, None)[:3]
 
     def adapted(self, model: Model, dtype: torch.dtype, trainable: bool) -> Model:
         """The model with adapters of the file's method, ranks and targets."""
-        groups: dict[AdapterShape, list[str]] = {}
-        for place in self.places:
-            targets = groups.setdefault(place.shape, [])
-            targets += [self._target(place.module, name) for name in place.names]
-        for shape, targets in groups.items():
-            method = self._method()(
-                target_modules=list(dict.fromkeys(targets)),
-                dim=shape.rank,
-                alpha=shape.alpha,
-                dropout=self.config.dropout,
-                use_rslora=self.config.use_rslora,
-                lora_dtype=dtype,
-            )
-            model = method(model, training=trainable)
-        return model
+        shapes = {self._target(place.module, name): place.shape for place in self.places for name in place.names}
+        usual = Counter(shapes.values()).most_common(1)[0][0]
+        method = self._method()(
+            target_modules=list(shapes),
+            dim=usual.rank,
+            alpha=usual.alpha,
+            rank_pattern={name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
+            alpha_pattern={name: shape.alpha for name, shape in shapes.items() if shape.alpha != usual.alpha},
+            dropout=self.config.dropout,
+            use_rslora=self.config.use_rslora,
+            share_expert_adapters=not any(place.stacked for place in self.places),
+            lora_dtype=dtype,
+        )
+        return method(model, training=trainable)
 
     def _method(self) -> type[LowRankPEFT]:
         return DoRA if self.config.use_dora else CanonicalLoRA if self.canonical else LoRA
 
     def _target(self, module: str, name: str) -> str:
-        part = self.linears[name].part
+        linear = self.linears[name]
+        part = parts_of(linear.layout)[0] if linear.experts is not None else linear.part
         return component_name(module, part) if self.canonical and part is not None else module
-
-
-def _modules_of(file: TensorFileReader, linears: Collection[str], *, use_dora: bool) -> set[str]:
-    """The modules that the file has adapters for, each of them complete."""
-    wanted = [FACTOR_A, FACTOR_B, *([MAGNITUDE] if use_dora else [])]
-    found: dict[str, set[str]] = {}
-    for key in sorted(file.tensors):
-        suffix = next((suffix for suffix in wanted if key.endswith(f".{suffix}")), None)
-        if suffix is None or not key.startswith(PREFIX):
-            method = "DoRA" if use_dora else "LoRA"
-            raise CheckpointError(f"{file.path} holds {key!r}, which is not a tensor of a {method} adapter")
-        name = key.removeprefix(PREFIX).removesuffix(f".{suffix}")
-        if name not in linears:
-            raise CheckpointError(f"{file.path} holds {key!r}, but the model has no linear layer {name}")
-        found.setdefault(name, set()).add(suffix)
-    if not found:
-        raise CheckpointError(f"{file.path} holds no tensors")
-    for name, held in found.items():
-        for suffix in wanted:
-            if suffix not in held:
-                raise CheckpointError(f"{file.path} lacks {PREFIX}{name}.{suffix}")
-    return set(found)
-
-
-def _divided(place: Place) -> list[tuple[TensorLayout, str]]:
-    """What has a part for each of the place's names, and how it is called."""
-    return [(place.b, FACTOR_B), *([] if place.magnitude is None else [(place.magnitude, MAGNITUDE)])]
-
-
-def _starts(layout: TensorLayout) -> list[int]:
-    """Where each part begins in the global tensor."""
-    sizes = (0,) if layout.packing is None else layout.packing.sizes
-    return [sum(sizes[:number]) for number in range(len(sizes))]
-
-
-def _moved(layout: TensorLayout, offset: tuple[int, ...], start: int) -> tuple[int, ...]:
-    """An offset in a part as one in the global tensor."""
-    return tuple(place + start if dim == layout.packed_dim else place for dim, place in enumerate(offset))

@@ -178,12 +178,22 @@ class TensorFileReader:
         """A box of a tensor; nothing else is read. Offsets may be symbolic."""
         return _read_box(self._opened, name, list(offset), list(shape))
 
+    def read_stack(self, names: Sequence[str], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A box [matrices, ..] of the stack of these tensors, of which only those in the box are read."""
+        return _read_stack(self._opened, list(names), list(offset), list(shape))
+
 
 @on_each_rank
 def _read_box(opened: Any, name: str, offset: list[int], shape: list[int]) -> Tensor:
     return _copied(
         opened, name, tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
     )
+
+
+@on_each_rank
+def _read_stack(opened: Any, names: list[str], offset: list[int], shape: list[int]) -> Tensor:
+    box = tuple(slice(start, start + length) for start, length in zip(offset[1:], shape[1:], strict=True))
+    return torch.stack([_copied(opened, names[offset[0] + index], box) for index in range(shape[0])])
 
 
 def _copied(opened: Any, name: str, box: tuple[slice, ...] | None) -> Tensor:

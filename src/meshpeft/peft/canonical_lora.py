@@ -26,6 +26,7 @@ _COMPONENTS = {
     "linear_fc1_up": ("linear_fc1", "up"),
     "linear_fc1_gate": ("linear_fc1", "gate"),
 }
+_FUSED = tuple({fused for fused, _ in _COMPONENTS.values()})
 
 
 class ModuleDict(ShardedTensors, nn.ModuleDict):
@@ -167,7 +168,13 @@ class CanonicalLoRA(LowRankPEFT):
                 )
             return LoRALinear(base, self.make_adapter(base, full_name))
         adapters = {
-            f"adapter_{part}": self.make_adapter(base, full_name, part_layout(layout, part), f"adapter.adapter_{part}")
+            f"adapter_{part}": self.make_adapter(
+                base,
+                full_name,
+                part_layout(layout, part),
+                f"adapter.adapter_{part}",
+                component_name(full_name, part) if full_name.endswith(_FUSED) else None,
+            )
             for part in wrapper.parts
             if part in wanted
         }

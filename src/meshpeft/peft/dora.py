@@ -141,10 +141,15 @@ class DoRA(LowRankPEFT):
             raise AdapterError("a2a_experimental divides the rows of B, of which DoRA's norm needs all; leave it off")
 
     def make_adapter(
-        self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
+        self,
+        base: nn.Module,
+        full_name: str,
+        layout: LinearLayout | None = None,
+        path: str = "adapter",
+        target: str | None = None,
     ) -> AdapterWithMagnitude:
         """The adapter module for one layer; see `LowRankPEFT`."""
-        options = self.adapter_options(base, full_name)
+        options = self.adapter_options(base, full_name, target)
         if layout_of(base).experts is not None:
             shared, fused = self.share_expert_adapters, self.joins(base)
             return GroupedExpertDoRAAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from meshpeft.peft.dtypes import adapter_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.initialization import init_method_of
-from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router
+from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router, named_value
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.wrapper import AdapterWrapper
 
@@ -47,6 +47,8 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             [tokens, rank] in the backward pass.
         fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
         seed: with a parameter's name and global shape it decides the initial values.
+        rank_pattern, alpha_pattern: other ranks and alphas for some targets, by name or pattern as in
+            `target_modules`; the first that matches counts, and `normalize_moe_lora` leaves it alone.
     """
 
     dim: int = 32
@@ -64,10 +66,16 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     keep_token_shards: bool = False
     fused: bool = True
     seed: int = 0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self.dim, self.alpha, self.dropout, self.dropout_position)
+        for rank in self.rank_pattern.values():
+            check_options(rank, self.alpha, self.dropout, self.dropout_position)
+        for alpha in self.alpha_pattern.values():
+            check_options(self.dim, alpha, self.dropout, self.dropout_position)
         init_method_of(self.lora_A_init_method)
         init_method_of(self.lora_B_init_method)
         adapter_dtype(self.lora_dtype)
@@ -95,13 +103,21 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             return m
         return self.adapt_router(m, found[1]) if is_router(m) else self.adapt(m, found[1])
 
-    def rank_of(self, base: nn.Module, full_name: str) -> int:
-        """Rank of the adapter on one layer: `dim`, or its share for experts.
+    def rank_of(self, base: nn.Module, full_name: str, target: str | None = None) -> int:
+        """Rank of the adapter on one layer: `dim`, or its share for experts, or what `rank_pattern` says.
+
+        Args:
+            base: the layer.
+            full_name: its full name.
+            target: full name of what is adapted, if it is a part of the layer.
 
         Raises:
             AdapterError: `normalize_moe_lora` where the layer's config names no `moe_router_topk`, or one that
                 does not divide `dim`.
         """
+        named = named_value(self.rank_pattern, target or full_name)
+        if named is not None:
+            return named
         if not self.normalize_moe_lora or not (is_expert_linear(full_name) or layout_of(base).is_expert):
             return self.dim
         topk = getattr(getattr(base, "config", None), "moe_router_topk", None)
@@ -119,7 +135,12 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         return self.fused and layer_type is not None and layer_type.fused
 
     def make_adapter(
-        self, base: nn.Module, full_name: str, layout: LinearLayout | None = None, path: str = "adapter"
+        self,
+        base: nn.Module,
+        full_name: str,
+        layout: LinearLayout | None = None,
+        path: str = "adapter",
+        target: str | None = None,
     ) -> LowRankAdapter:
         """The adapter module for one layer.
 
@@ -128,8 +149,9 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             full_name: its full name.
             layout: of the part of the layer that is adapted, if it is not all of it.
             path: of the adapter below the layer's place.
+            target: full name of that part, by which patterns know it.
         """
-        options = self.adapter_options(base, full_name)
+        options = self.adapter_options(base, full_name, target)
         if (layout_of(base) if layout is None else layout).experts is not None:
             shared, fused = self.share_expert_adapters, self.joins(base)
             return GroupedExpertLinearAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)
@@ -157,12 +179,13 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             "a2a_experimental": self.a2a_experimental,
         }
 
-    def adapter_options(self, base: nn.Module, full_name: str) -> dict[str, Any]:
-        """Keyword arguments of an adapter module on one layer."""
+    def adapter_options(self, base: nn.Module, full_name: str, target: str | None = None) -> dict[str, Any]:
+        """Keyword arguments of an adapter module on one layer, or (`target`) on a part of it."""
         dtype, device = _compute_type(base)
+        alpha = named_value(self.alpha_pattern, target or full_name)
         return {
-            "dim": self.rank_of(base, full_name),
-            "alpha": self.alpha,
+            "dim": self.rank_of(base, full_name, target),
+            "alpha": self.alpha if alpha is None else alpha,
             "dropout": self.dropout,
             "dropout_position": self.dropout_position,
             "dropout_recompute": self.dropout_recompute,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 
 from meshpeft.parallel import layer_type_of
 from meshpeft.peft.errors import AdapterError
 
-__all__ = ["ModuleMatcher", "is_expert_linear", "nearest_names", "wildcard_match"]
+__all__ = ["ModuleMatcher", "is_expert_linear", "named_value", "nearest_names", "wildcard_match"]
+
+Value = TypeVar("Value")
 
 
 def wildcard_match(pattern: str, key: str | None) -> bool | None:
@@ -223,3 +226,9 @@ class ModuleMatcher:
 
 def _matches(pattern: str, name: str, full_name: str) -> bool:
     return name == pattern or bool(wildcard_match(pattern, full_name))
+
+
+def named_value(patterns: Mapping[str, Value], full_name: str) -> Value | None:
+    """The value of the first pattern that a full name matches, or `None`."""
+    name = full_name.rpartition(".")[2]
+    return next((value for pattern, value in patterns.items() if _matches(pattern, name, full_name)), None)

@@ -1,0 +1,330 @@
+"""Adapters of experts as files: peft's form and the per-expert form, of every layout, there and back."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers.adapters import adapted, peft_adapted
+from helpers.simulate import on_rank, simulate
+from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
+from meshpeft.models import Decoder, load_pretrained
+
+Tiny = Callable[[str], Path]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Both models compute in float64; sums are taken in another order.
+CLOSE = {"rtol": 0.0, "atol": 1e-11}
+IDS = random_ids()
+EVERYWHERE = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router"]
+TARGETS = {
+    "mixtral": EVERYWHERE,
+    "qwen2_moe": [*EVERYWHERE, "*.shared_experts.gate"],
+    "qwen3_moe": EVERYWHERE,
+}
+FORMATS = ["peft", "peft-per-expert"]
+LAYOUTS: list[dict[str, Any]] = [
+    {"dp": 2, "ep": 2},
+    {"tp": 2, "etp": 2},
+    {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+]
+
+
+def experts_adapted(base: Path, family: str, **options: Any) -> Decoder:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*shared_experts.gate: dim=")
+        return adapted(base, options.pop("targets", TARGETS[family]), **options)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return on_rank(model(ids, gather_logits=True), 0) if isinstance(model, Decoder) else model(ids).logits
+
+
+def with_peft(base: Path, adapter: Path) -> peft.PeftModel:
+    """The adapter on transformers' model; every key of the file has its place and every place its key."""
+    with warnings.catch_warnings():
+        # It looks for patterns among modules only, and then finds them among parameters all the same.
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match", category=RuntimeWarning)
+        model = peft.PeftModel.from_pretrained(reference(base), adapter)
+        result = model.load_adapter(adapter, "again")
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if ".lora_" in key and ".again." in key]
+    return model
+
+
+@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_peft_loads_the_export_and_gives_our_logits(family: str, share: bool, tiny: Tiny, tmp_path: Path) -> None:
+    model = experts_adapted(tiny(family), family, share_expert_adapters=share).eval()
+    export_peft_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(tiny(family)))
+    theirs = with_peft(tiny(family), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+    assert (logits(model) - logits(reference(tiny(family)))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+@pytest.mark.parametrize("family", ("mixtral", "qwen3_moe"))
+def test_peft_makes_the_per_expert_form_its_own(family: str, share: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """It stacks the experts itself, of these families; where an MLP beside them has an adapter, it is confused."""
+    targets = ["linear_qkv", "*.experts.*", "router"]
+    model = experts_adapted(tiny(family), family, targets=targets, share_expert_adapters=share).eval()
+    export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
+    theirs = with_peft(tiny(family), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_writes_the_same_bytes_and_reads_its_slices(
+    layout: dict[str, int], share: bool, format: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    base = tiny("qwen2_moe")
+    alone = experts_adapted(base, "qwen2_moe", share_expert_adapters=share).eval()
+    export_peft_adapter(alone, tmp_path / "alone", format=format)
+    with simulate(**layout):
+        export_peft_adapter(
+            experts_adapted(base, "qwen2_moe", share_expert_adapters=share), tmp_path / "mesh", format=format
+        )
+        loaded = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "alone")
+        torch.testing.assert_close(logits(loaded), logits(alone), **CLOSE)
+        export_peft_adapter(loaded, tmp_path / "again", format=format)
+        # Into adapters that are there, too; and what the experts share is shared again.
+        load_peft_adapter(loaded, tmp_path / "mesh")
+        experts = loaded.decoder.layers[1].mlp.experts.linear_fc1.adapter
+        assert experts.linear_in.weight.dim() == (2 if share else 3)
+    for name in (WEIGHTS, CONFIG):
+        expected = (tmp_path / "alone" / name).read_bytes()
+        assert (tmp_path / "mesh" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() == expected
+
+
+def test_the_per_expert_form_has_the_names_of_the_hub(tiny: Tiny, tmp_path: Path) -> None:
+    """What a server that looks for other names would leave out in silence."""
+    for family, layer, expected in (
+        ("qwen3_moe", 2, ["mlp.experts.7.gate_proj", "mlp.experts.7.up_proj", "mlp.experts.7.down_proj", "mlp.gate"]),
+        ("mixtral", 1, [f"block_sparse_moe.experts.7.{name}" for name in ("w1", "w2", "w3")]),
+        ("mixtral", 0, ["block_sparse_moe.gate", "self_attn.q_proj"]),
+    ):
+        model = experts_adapted(tiny(family), family)
+        export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert", overwrite=True)
+        keys = set(load_file(tmp_path / "adapter" / WEIGHTS))
+        for name in expected:
+            for factor in "AB":
+                assert f"base_model.model.model.layers.{layer}.{name}.lora_{factor}.weight" in keys
+        assert not [key for key in keys if ".experts.lora_" in key or "base_layer" in key]
+
+
+@pytest.mark.parametrize("targets", (["linear_fc1"], ["*.experts.linear_fc2"], ["*.layers.2.mlp.experts.*"]), ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_some_experts_alone(targets: list[str], format: Any, tiny: Tiny, tmp_path: Path) -> None:
+    """Of the two parameters of a module one alone has another name in peft, and not every layer has an adapter."""
+    model = experts_adapted(tiny("qwen3_moe"), "qwen3_moe", targets=targets, share_expert_adapters=False).eval()
+    export_peft_adapter(model, tmp_path / "adapter", format=format)
+    ours = load_peft_adapter(load_pretrained(tiny("qwen3_moe"), torch.float64), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(model), rtol=0.0, atol=0.0)
+    if format == "peft":
+        theirs = with_peft(tiny("qwen3_moe"), tmp_path / "adapter")
+        torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+
+
+def test_experts_of_another_rank_keep_their_scale(tiny: Tiny, tmp_path: Path) -> None:
+    model = experts_adapted(tiny("mixtral"), "mixtral", dim=4, normalize_moe_lora=True, share_expert_adapters=False)
+    export_peft_adapter(model.eval(), tmp_path / "adapter")
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    assert load_file(tmp_path / "adapter" / WEIGHTS)[key].shape == (8 * 2, 48)
+    theirs = with_peft(tiny("mixtral"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+    ours = load_peft_adapter(load_pretrained(tiny("mixtral"), torch.float64), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(model), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("use_rslora", (False, True))
+def test_the_per_expert_form_has_one_scale(use_rslora: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """vLLM scales every module by the file's alpha / r: an alpha of a module's own would be passed over in silence."""
+    options: dict[str, Any] = {"normalize_moe_lora": True, "share_expert_adapters": False, "use_rslora": use_rslora}
+    model = experts_adapted(tiny("mixtral"), "mixtral", dim=4, **options).eval()
+    export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
+    config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), load_file(tmp_path / "adapter" / WEIGHTS)
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2"
+    a, b = (tensors[f"{name}.lora_{factor}.weight"] for factor in "AB")
+    adapter = model.decoder.layers[1].mlp.experts.linear_fc2.adapter
+    expected = adapter.scale * adapter.linear_out.weight[3] @ adapter.linear_in.weight[3]
+    assert a.shape == (2, 48)
+    # As vLLM's peft_helper has it.
+    torch.testing.assert_close(8 / (4**0.5 if use_rslora else 4) * b @ a, expected.detach(), rtol=1e-14, atol=1e-15)
+    ours = load_peft_adapter(load_pretrained(tiny("mixtral"), torch.float64), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(model), **CLOSE)
+
+
+def test_dropout_that_is_over_is_written_as_none(tiny: Tiny, tmp_path: Path) -> None:
+    """peft refuses it on parameters; the adapter is the same."""
+    model = experts_adapted(tiny("mixtral"), "mixtral", dropout=0.5).eval()
+    export_peft_adapter(model, tmp_path / "adapter")
+    theirs = with_peft(tiny("mixtral"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+
+
+@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+def test_dora_goes_per_expert_or_merged(share: bool, tiny: Tiny, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"targets": EVERYWHERE[:-1], "method": "dora", "share_expert_adapters": share}
+    base = tiny("qwen2_moe")
+    model = experts_adapted(base, "qwen2_moe", **options).eval()
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight: peft adapts .* LoRA only, not with DoRA; .* 'peft-per-exp"
+    ):
+        export_peft_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
+    key = "base_model.model.model.layers.1.mlp.experts.5.up_proj.lora_magnitude_vector"
+    assert load_file(tmp_path / "adapter" / WEIGHTS)[key].shape == (20,)
+    with simulate(dp=2, ep=2):
+        ours = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "adapter")
+        torch.testing.assert_close(logits(ours), logits(model), **CLOSE)
+    expected = logits(model)
+    merge_adapter(model, tmp_path / "merged")
+    torch.testing.assert_close(logits(reference(tmp_path / "merged")), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_merged_model_computes_what_the_adapted_one_did(family: str, share: bool, tiny: Tiny, tmp_path: Path) -> None:
+    model = experts_adapted(tiny(family), family, share_expert_adapters=share).eval()
+    with simulate(tp=2, dp=2, ep=2, etp=1):
+        merge_adapter(experts_adapted(tiny(family), family, share_expert_adapters=share), tmp_path / "merged")
+    torch.testing.assert_close(logits(reference(tmp_path / "merged")), logits(model), **CLOSE)
+
+
+def peft_made(base: Path, to: Path, **options: Any) -> nn.Module:
+    parameters = [name for name, _ in reference(base).named_parameters() if name.endswith(("_up_proj", "down_proj"))]
+    theirs = peft_adapted(reference(base), r=4, target_parameters=parameters, target_modules=["q_proj"], **options)
+    theirs.eval().save_pretrained(to)
+    return theirs
+
+
+@pytest.mark.parametrize("options", ({}, {"use_rslora": True, "lora_alpha": 3}), ids=str)
+def test_an_adapter_that_peft_made_gives_the_same_logits_here(
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    theirs = peft_made(tiny("mixtral"), tmp_path / "theirs", **options)
+    with simulate(tp=2, dp=2, ep=2, etp=1):
+        ours = load_peft_adapter(load_pretrained(tiny("mixtral"), torch.float64), tmp_path / "theirs")
+        torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
+
+
+def test_experts_whose_gate_and_up_have_an_a_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    """As adapters made for experts that were modules: one of twice the rank is exactly the same."""
+    base, generator = tiny("qwen3_moe"), torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in (0, 2):
+        for expert in range(8):
+            for name, out, width in (("gate_proj", 20, 32), ("up_proj", 20, 32), ("down_proj", 32, 20)):
+                prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+                for factor, shape in (("A", (2, width)), ("B", (out, 2))):
+                    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+                    tensors[f"{prefix}.lora_{factor}.weight"] = 0.3 * noise
+    (tmp_path / "theirs").mkdir()
+    save_file(tensors, tmp_path / "theirs" / WEIGHTS)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
+    # In layer 1, which has an ordinary MLP, there is none.
+    exclude = [f"model.layers.1.mlp.{name}" for name in names]
+    (tmp_path / "theirs" / CONFIG).write_text(
+        json.dumps({**config, "target_modules": names, "exclude_modules": exclude})
+    )
+    theirs = with_peft(base, tmp_path / "theirs")
+    with simulate(dp=2, ep=2):
+        ours = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "theirs")
+        torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
+        load_peft_adapter(ours, tmp_path / "theirs")
+        export_peft_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(with_peft(base, tmp_path / "ours")), logits(theirs), **CLOSE)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+LAST = "base_model.model.model.layers.1.block_sparse_moe.experts.7.w3"
+BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a missing expert": (
+        "peft-per-expert",
+        lambda folder: edit_weights(folder, lambda t: [t.pop(f"{LAST}.lora_{x}.weight") for x in "AB"]),
+        r"lacks .*layers.1.mlp.experts.7.up_proj.lora_A.weight",
+    ),
+    "half an expert": (
+        "peft-per-expert",
+        lambda folder: edit_weights(folder, lambda t: t.pop(f"{LAST}.lora_B.weight")),
+        r"lacks .*layers.1.block_sparse_moe.experts.7.w3.lora_B.weight",
+    ),
+    "one expert too many": (
+        "peft-per-expert",
+        lambda folder: edit_weights(
+            folder,
+            lambda t: t.update({key.replace(".7.", ".8."): t[key].clone() for key in list(t) if LAST in key}),
+        ),
+        r"holds an adapter for .*experts.8.w3; the model has 8 experts",
+    ),
+    "nameless experts": (
+        "peft",
+        lambda folder: edit_config(folder, target_parameters=None),
+        r"has an adapter for .*mlp.experts.*, but its config's target_parameters do not say",
+    ),
+    "another rank": ("peft", lambda folder: edit_config(folder, r=8), r"has shape \(32, .*say \(64,"),
+    "parameters as a text": (
+        "peft",
+        lambda folder: edit_config(folder, target_parameters="down_proj"),
+        "expected a list of names",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_adapter_is_named_and_changes_nothing(case: str, tiny: Tiny, tmp_path: Path) -> None:
+    format, spoil, message = BAD[case]
+    made = experts_adapted(tiny("mixtral"), "mixtral", targets=["*.experts.*"], share_expert_adapters=False)
+    export_peft_adapter(made, tmp_path / "adapter", format=format)  # type: ignore[arg-type]  # one of the two
+    spoil(tmp_path / "adapter")
+    model = load_pretrained(tiny("mixtral"), torch.float64)
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        load_peft_adapter(model, tmp_path / "adapter")
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+
+
+def test_experts_that_differ_do_not_fit_a_shared_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    for number, format in enumerate(FORMATS):
+        folder = tmp_path / str(number)
+        each = experts_adapted(tiny("mixtral"), "mixtral", share_expert_adapters=False)
+        export_peft_adapter(each, folder, format=format)  # type: ignore[arg-type]  # one of the two
+        model = experts_adapted(tiny("mixtral"), "mixtral", seed=1)
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        with pytest.raises(CheckpointError, match="load it into a model without adapters"):
+            load_peft_adapter(model, folder)
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_an_unknown_format_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = experts_adapted(tiny("mixtral"), "mixtral")
+    with pytest.raises(CheckpointError, match="format='vllm': expected one of peft, peft-per-expert"):
+        export_peft_adapter(model, tmp_path / "adapter", format="vllm")  # type: ignore[arg-type]
