@@ -17,7 +17,14 @@ from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
+from meshpeft.checkpoint import (
+    CheckpointError,
+    export_peft_adapter,
+    load_checkpoint,
+    load_peft_adapter,
+    merge_adapter,
+    save_checkpoint,
+)
 from meshpeft.models import Decoder, load_pretrained
 
 Tiny = Callable[[str], Path]
@@ -322,6 +329,13 @@ def test_experts_that_differ_do_not_fit_a_shared_adapter(tiny: Tiny, tmp_path: P
         with pytest.raises(CheckpointError, match="load it into a model without adapters"):
             load_peft_adapter(model, folder)
         assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_a_checkpoint_knows_whether_the_experts_share(tiny: Tiny, tmp_path: Path) -> None:
+    save_checkpoint(experts_adapted(tiny("mixtral"), "mixtral"), tmp_path, step=1)
+    other = experts_adapted(tiny("mixtral"), "mixtral", share_expert_adapters=False)
+    with pytest.raises(CheckpointError, match=r"linear_fc1: share_expert_adapters is True in .*, False in the model"):
+        load_checkpoint(other, tmp_path)
 
 
 def test_an_unknown_format_is_refused(tiny: Tiny, tmp_path: Path) -> None:

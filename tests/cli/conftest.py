@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,21 @@ VOCABULARY = 264
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer of one token per byte."""
-    directory = save_tiny("llama", tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY)
+    return with_tokenizer(save_tiny("llama", tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY))
+
+
+@pytest.fixture(scope="session")
+def experts_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same of a family with experts; made once."""
+
+    @cache
+    def directory(family: str) -> Path:
+        return with_tokenizer(save_tiny(family, tmp_path_factory.mktemp(family), vocab_size=VOCABULARY))
+
+    return directory
+
+
+def with_tokenizer(directory: Path) -> Path:
     symbols = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

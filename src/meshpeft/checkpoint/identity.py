@@ -20,7 +20,7 @@ from meshpeft.checkpoint.storage import dtype_name
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 from meshpeft.parallel.sharded_tensor import ShardedTensor
-from meshpeft.peft import AdapterWrapper, LowRankAdapter
+from meshpeft.peft import AdapterWrapper, GroupedExpertLinearAdapter, LowRankAdapter
 
 __all__ = ["check_same_model", "describe_adapters", "describe_base"]
 
@@ -36,19 +36,26 @@ _known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = W
 
 
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
-    """Full name of each adapted layer -> its method, and rank and alpha of its parts."""
+    """Full name of each adapted layer -> its method, and the options of its parts that decide numbers."""
     found: dict[str, Any] = {}
     for name, wrapper in model.named_modules():
         if isinstance(wrapper, AdapterWrapper):
             if wrapper.is_merged:
                 raise CheckpointError(f"{name}: its adapter is merged into the base; unmerge it first")
             parts = {
-                part: {"rank": adapter.dim, "alpha": float(adapter.alpha), "use_rslora": adapter.use_rslora}
+                part: _options(adapter)
                 for part, adapter in wrapper.adapter.named_modules()
                 if isinstance(adapter, LowRankAdapter)
             }
             found[name] = {"method": type(wrapper).__name__, "parts": parts}
     return found
+
+
+def _options(adapter: LowRankAdapter) -> dict[str, Any]:
+    options = {"rank": adapter.dim, "alpha": float(adapter.alpha), "use_rslora": adapter.use_rslora}
+    if isinstance(adapter, GroupedExpertLinearAdapter):
+        options["share_expert_adapters"] = adapter.share_expert_adapters
+    return options
 
 
 def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:

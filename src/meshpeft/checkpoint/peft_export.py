@@ -28,7 +28,7 @@ from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.parallel.agreement import kept, raise_everywhere
 
-__all__ = ["export_peft_adapter"]
+__all__ = ["check_exportable", "export_peft_adapter"]
 
 
 def export_peft_adapter(
@@ -58,13 +58,7 @@ def export_peft_adapter(
             adapter; or it cannot be written.
     """
     directory = Path(directory)
-    if format not in get_args(AdapterFormat):
-        raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
-    adapted = adapted_linears(model)
-    if format == "peft-per-expert":
-        adapted = _of_one_scale(adapted)
-    names = _names(model, adapted, format)
-    config = _config(model, adapted, names, base_model_name_or_path)
+    adapted, names, config = _described(model, format, base_model_name_or_path)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"writing {directory}"
@@ -96,6 +90,28 @@ def export_peft_adapter(
             writer.abandon()
         if staged is not None:
             staged.clean_up()
+
+
+def check_exportable(model: nn.Module, format: AdapterFormat) -> None:
+    """Whether a format can express the adapters of a model; their values are not read.
+
+    Raises:
+        CheckpointError: it cannot; see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+    """
+    _described(model, format, None)
+
+
+def _described(
+    model: nn.Module, format: AdapterFormat, base_model_name_or_path: str | None
+) -> tuple[list[AdaptedLinear], WrittenNames, dict[str, object]]:
+    """The adapters as they are written, their names, and the content of `adapter_config.json`."""
+    if format not in get_args(AdapterFormat):
+        raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
+    adapted = adapted_linears(model)
+    if format == "peft-per-expert":
+        adapted = _of_one_scale(adapted)
+    names = _names(model, adapted, format)
+    return adapted, names, _config(model, adapted, names, base_model_name_or_path)
 
 
 def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat) -> WrittenNames:

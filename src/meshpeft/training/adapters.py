@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from meshpeft.checkpoint import CheckpointError, check_exportable
 from meshpeft.models import Decoder, DecoderConfig
-from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
+from meshpeft.peft import CanonicalLoRA, DoRA, GroupedExpertLinearAdapter, LoRA, LowRankPEFT
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer, check_started
 
-__all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_targets"]
+__all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_experts", "describe_targets"]
 
 _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
     "lora": LoRA,
@@ -40,7 +41,8 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
 
     Raises:
         AdapterError: a target matches no layer; a rank that does not divide.
-        ConfigError: an option for experts, and the model has none; an adapter that could not start as asked.
+        ConfigError: an option for experts, and the model has none; an adapter that could not start, or be written, as
+            asked.
         QuantizationError: the base cannot be packed as asked.
     """
     if not base.expert_layers:
@@ -53,6 +55,10 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapter_method(config)(model)
+    try:
+        check_exportable(model, config.adapter_format)
+    except CheckpointError as error:
+        raise ConfigError(f"adapter_format={config.adapter_format!r}: {error}") from error
     check_started(model, {id(layer) for layer in packed.values()}, config)
     if caught:
         others = len(caught) - 1
@@ -99,3 +105,13 @@ def describe_targets(config: FinetuneConfig) -> str:
     if config.exclude_modules:
         return f"every linear layer but {', '.join(config.exclude_modules)}"
     return ", ".join(adapter_method(config).target_modules)
+
+
+def describe_experts(model: Decoder) -> str | None:
+    """What the experts of a model got, for the report of a run; `None` where they have no adapter."""
+    moe = model.config.moe
+    found = next((module for module in model.modules() if isinstance(module, GroupedExpertLinearAdapter)), None)
+    if moe is None or found is None:
+        return None
+    adapters = "one adapter for all" if found.share_expert_adapters else "an adapter each"
+    return f"{moe.num_experts} a layer, {moe.moe_router_topk} a token; {adapters}, rank {found.dim}"

@@ -131,6 +131,8 @@ class FinetuneConfig(LayoutConfig):
     """Adapters of experts get the rank --rank / (experts per token), which must divide."""
     router_aux_loss_coef: float = 0.0
     """Add this times the routers' load-balancing loss to the loss that is trained. 0: leave it out."""
+    adapter_format: Literal["peft", "peft-per-expert"] = "peft"
+    """How the adapter of experts is written: as peft reads it, or every expert by itself, as serving systems do."""
     fused: bool = True
     """Run adapters inside their layers' products; --no-fused runs them beside, as on other engines' layers."""
     a2a_experimental: bool = False

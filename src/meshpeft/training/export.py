@@ -68,8 +68,9 @@ class ExportConfig:
     """A checkpoint, or a directory of them, of which the newest whole one is taken; or a run's output directory."""
     to: Path
     """Where the files go."""
-    format: Literal["peft", "merged"] = "peft"
-    """peft: an adapter for Hugging Face PEFT, from the checkpoint alone. merged: a Hugging Face model."""
+    format: Literal["peft", "peft-per-expert", "merged"] = "peft"
+    """peft: an adapter for Hugging Face PEFT, from the checkpoint alone. peft-per-expert: the same, with every expert
+    written by itself, as serving systems read it. merged: a Hugging Face model."""
     model: Annotated[Path | None, OptionalField] = None
     """Base model, if it is not where it was when the run was started."""
     overwrite: bool = False
@@ -145,10 +146,12 @@ def export(config: ExportConfig) -> str:
     load_checkpoint(model, found.path, check_base=False)
     options = run.as_json() | {"model": None if run.model is None else str(base.resolve())}
     record = {"options": options, "results": {"steps": found.step}}
+    named, overwrite = str(base.resolve()), config.overwrite
     with _all_or_nothing(config.to):
-        export_peft_adapter(model, config.to, base_model_name_or_path=str(base.resolve()), overwrite=config.overwrite)
+        export_peft_adapter(model, config.to, base_model_name_or_path=named, overwrite=overwrite, format=config.format)
         (config.to / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return f"wrote {config.to}: the adapter after step {found.step} (PEFT format)"
+    per_expert = ", every expert by itself" if config.format == "peft-per-expert" else ""
+    return f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"
 
 
 def _without_base(base: Path, run: FinetuneConfig) -> Decoder:

@@ -10,7 +10,7 @@ from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
-from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
+from meshpeft.training.adapters import add_adapter, check_adapter, describe_experts, describe_targets
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch
@@ -78,6 +78,9 @@ def finetune(config: FinetuneConfig) -> None:
     loop = TrainingLoop(config, model, inputs, info)
     report.say(f"model: {short_path(base_directory(config.model))}, {config.dtype}")
     report.say(f"{config.method}: rank {config.rank} on {describe_targets(config)}")
+    experts = describe_experts(model)
+    if experts is not None:
+        report.say(f"experts: {experts}")
     report.say(str(parameters))
     if config.quantize is not None:
         report.say(f"packed: {packed_size(model)}")
@@ -91,7 +94,12 @@ def finetune(config: FinetuneConfig) -> None:
         loop.run(log, TrainingProgress(loop.steps, report.console))
         after = continuation(model, tokenizer, prompt)
         log.close()
-        export_peft_adapter(model, output.stage, base_model_name_or_path=str(base_directory(config.model)))
+        export_peft_adapter(
+            model,
+            output.stage,
+            base_model_name_or_path=str(base_directory(config.model)),
+            format=config.adapter_format,
+        )
         held_out = log.series("held_out_loss")[1]
         tokens, seconds = round(sum(log.series("tokens")[1])), sum(log.series("seconds")[1])
         if report.speaks:
