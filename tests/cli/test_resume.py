@@ -276,6 +276,7 @@ def killed_and_restarted(options: list[str], run: Path, kills: int, seed: int, *
             wait_for_step(process, run, (kill + 1) * LONG // (kills + 2))
             # Somewhere in the next steps and their saves.
             time.sleep(numbers.random() * 0.2)
+        assert process.poll() is None, f"ended before kill {kill + 1} of {kills}: {finish(process)[1]}"
         alive = workers(process)
         if not alive or numbers.random() < 0.5:
             os.killpg(process.pid, signal.SIGKILL)
