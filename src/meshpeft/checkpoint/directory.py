@@ -67,7 +67,12 @@ class CheckpointDirectory:
         """Give the folder of a save, whose files are flushed, its name; replaces a checkpoint of the same step."""
         flush_directory(self.partial(step))
         self._hide(step)
-        self.partial(step).rename(self.of_step(step))
+        try:
+            self.partial(step).rename(self.of_step(step))
+        except OSError:
+            if self._hidden(step).exists():
+                self._hidden(step).rename(self.of_step(step))
+            raise
         flush_directory(self.path)
         shutil.rmtree(self._hidden(step), ignore_errors=True)
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -114,7 +114,8 @@ class TensorFileWriter:
 
     def abandon(self) -> None:
         """Let the file go as it is, if it is not closed yet."""
-        self._file.close()
+        with suppress(OSError):  # on a full disk what is still to be written fails once more
+            self._file.close()
 
 
 class TensorFileReader:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
@@ -138,7 +139,10 @@ class _Writer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / _partial(len(self.shards)), metadata={"format": "pt"})
+        try:
+            save_file(self.pending, self.folder / _partial(len(self.shards)), metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise ModelError(f"saving to {self.directory}: {error}") from error
         self.shards.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 
