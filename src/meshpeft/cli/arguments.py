@@ -19,17 +19,18 @@ __all__ = ["parse"]
 T = TypeVar("T")
 
 
-def parse(options: type[T], argv: Sequence[str], prog: str) -> T:
+def parse(options: type[T], argv: Sequence[str], prog: str, description: str | None = None) -> T:
     """Read `options`, a dataclass, from the command line.
 
     A field called `config` names a YAML file whose values stand before those of the command line, which therefore
-    override them.
+    override them. `description` stands above the options in the help; by default the dataclass's docstring does.
 
     Raises:
         ConfigError: the YAML file cannot be read, or has a key that is no option.
         SystemExit: the command line is wrong (code 2, explained on stderr), or asks for help (code 0).
     """
-    return tyro.cli(options, args=[*_yaml_arguments(options, argv), *argv], prog=prog, config=(tyro.conf.DisallowNone,))
+    arguments = [*_yaml_arguments(options, argv), *argv]
+    return tyro.cli(options, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
 
 
 def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue a prompt with or without an adapter",
     "export": "write a checkpoint as an adapter or as a model",
     "merge": "write a base model with an adapter merged into it",
+    "verify": "prove that a layout trains the adapter of one process, before it is run",
 }
 
 USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(

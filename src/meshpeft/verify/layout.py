@@ -4,8 +4,12 @@ Two checks, both in this process and without a GPU:
 
 1. the states of the model at its real size and the full number of ranks ([`typecheck_layout`]);
 2. a few optimizer steps of a scaled-down model of the same structure, in float64, on simulated ranks, against one
-   rank ([`trace_layout`]). Scaled down are widths, layers and vocabulary; heads, query groups, biases, norms,
-   windows and the adapter are the model's own. Data parallel is cut to 2: more ranks add no other arithmetic.
+   rank ([`trace_layout`]). Scaled down are widths, layers, vocabulary and the number of experts; heads, query groups,
+   biases, norms, windows, the router and the adapter are the model's own. Data parallel is cut to 2 and expert
+   parallel to 4: more ranks add no other arithmetic.
+
+The states of experts are not followed (the checker has none for tokens that choose their rank): the numbers are all
+that is known of a model with experts.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from meshpeft.models import Decoder, DecoderConfig, check_divisible
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.training.documents import Document
 from meshpeft.training.packing import PackedRows, pack_documents
-from meshpeft.verify.oracle import Layout, compare, trace_layout
+from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
 from meshpeft.verify.typecheck import typecheck_layout
 
-__all__ = ["TOLERANCE", "Verdict", "scaled_down", "verify_layout"]
+__all__ = ["TOLERANCE", "Verdict", "first_layers", "scaled_down", "verify_layout"]
 
 TOLERANCE = 1e-10
 """Largest relative error, in float64, that two orders of summation explain; measured errors are below 1e-11."""
+
+_MOST_RANKS = 16
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,17 @@ class Verdict:
     """What was found.
 
     Attributes:
-        states: the loss's state per axis, from the type check.
-        errors: largest relative error of loss, gradient norm, gradients, weights and exported adapter.
+        states: the loss's state per axis, from the type check; `None` for a model with experts.
+        errors: largest relative error of loss, gradient norm, gradients, weights, and of the exported adapter
+            of a dense model.
         layout: the simulated layout.
+        model: the scaled-down model.
     """
 
-    states: dict[str, str]
+    states: dict[str, str] | None
     errors: dict[str, float]
     layout: Layout
+    model: DecoderConfig
 
     @property
     def is_exact(self) -> bool:
@@ -57,8 +66,12 @@ def verify_layout(
     *,
     tp: int = 1,
     dp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
     sequence_parallel: bool = False,
     activation_checkpointing: bool = False,
+    router_aux_loss_coef: float = 0.0,
+    all_layers: bool = False,
     steps: int = 3,
 ) -> Verdict:
     """Check a model, an adapter and a layout together.
@@ -67,40 +80,73 @@ def verify_layout(
         config: of the model, at its real size.
         adapt: adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
-        tp, dp: sizes of the axes.
-        sequence_parallel, activation_checkpointing: as the run will have them.
+        tp, dp, ep, etp: sizes of the axes; `etp=None` means `tp`.
+        sequence_parallel, activation_checkpointing, router_aux_loss_coef: as the run will have them.
+        all_layers: keep all layers instead of two, for adapters that name layers by their number.
         steps: optimizer steps to compare.
 
     Raises:
         MeshPEFTError: the sizes do not divide, or a state is wrong.
     """
-    check_divisible(config, ModelParallelConfig(tp, sequence_parallel=sequence_parallel))
-    # Two layers show what any number does.
-    states = typecheck_layout(_layers(config, 2), adapt, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
-    small = scaled_down(config, tp)
-    layout = Layout(
-        tp=tp,
-        dp=min(dp, 2),
+    parallel = ModelParallelConfig(
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        sequence_parallel=sequence_parallel,
+    )
+    check_divisible(config, parallel)
+    structure = config if all_layers else first_layers(config, 2)  # two show what any number does
+    states = None
+    if config.moe is None:
+        states = typecheck_layout(structure, adapt, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
+    layout = replace(
+        _fewer_ranks(tp, dp, ep, tp if etp is None else etp),
         sequence_parallel=sequence_parallel,
         activation_checkpointing=activation_checkpointing,
         micro_batch_size=2,
     )
+    small = scaled_down(structure, layout)
 
-    def make_model(parallel: ModelParallelConfig) -> Decoder:
-        return Decoder(small, parallel, dtype=torch.float64)
+    def run(at: Layout) -> Trace:
+        return trace_layout(
+            at,
+            lambda parallel: Decoder(small, parallel, dtype=torch.float64),
+            adapt,
+            _rows(small.vocab_size),
+            steps=steps,
+            router_aux_loss_coef=router_aux_loss_coef,
+            # Not every adapter of experts has a form that PEFT reads.
+            export=config.moe is None,
+        )
 
-    rows = _rows(small.vocab_size)
-    alone, spread = (trace_layout(one, make_model, adapt, rows, steps=steps) for one in (Layout(), layout))
-    return Verdict(states, compare(alone, spread), layout)
+    return Verdict(states, compare(run(Layout()), run(layout)), layout, small)
 
 
-def scaled_down(config: DecoderConfig, tp: int) -> DecoderConfig:
-    """A model of the same structure that takes seconds: two layers, narrow heads, a small vocabulary."""
-    heads = config.num_attention_heads
-    two = _layers(config, 2)
-    windows = two.sliding_windows
+def _fewer_ranks(tp: int, dp: int, ep: int, etp: int) -> Layout:
+    """The layout with as few ranks as show all of its arithmetic."""
+    few_ep = min(ep, 4)
+    ranks = math.lcm(tp, few_ep * etp)
+    # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
+    if dp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
+        ranks *= 2
+    return Layout(tp=tp, dp=ranks // tp, ep=few_ep, etp=None if etp == tp else etp)
+
+
+def scaled_down(config: DecoderConfig, layout: Layout) -> DecoderConfig:
+    """A model of the same structure that takes seconds: narrow heads, small widths and vocabulary, few experts."""
+    heads, tp = config.num_attention_heads, layout.tp
+    windows, moe = config.sliding_windows, config.moe
+    if moe is not None:
+        etp = tp if layout.etp is None else layout.etp
+        per_rank = math.ceil((moe.moe_router_topk + 1) / layout.ep)  # so that some expert may get no token
+        moe = replace(
+            moe,
+            num_experts=min(moe.num_experts, layout.ep * per_rank),
+            intermediate_size=8 * etp,
+            shared_intermediate_size=None if moe.shared_intermediate_size is None else 8 * tp,
+        )
     return replace(
-        two,
+        config,
         hidden_size=math.lcm(heads * 4, 4 * tp) if config.hidden_size == heads * config.head_dim else 8 * tp,
         head_dim=4,
         intermediate_size=8 * tp,
@@ -109,16 +155,20 @@ def scaled_down(config: DecoderConfig, tp: int) -> DecoderConfig:
         sliding_windows=None if windows is None else tuple(None if window is None else 4 for window in windows),
         # Large enough that softmax and the nonlinearities are not linear.
         initializer_range=0.3,
+        moe=moe,
     )
 
 
-def _layers(config: DecoderConfig, count: int) -> DecoderConfig:
-    """The first `count` layers; of layers with and without a window, one of each."""
-    windows = config.sliding_windows
+def first_layers(config: DecoderConfig, count: int) -> DecoderConfig:
+    """A model of `count` layers; of layers with and without a window, or experts, one of each."""
+    windows, moe = config.sliding_windows, config.moe
     if windows is not None:
         kinds = list(dict.fromkeys(windows))
         windows = tuple((kinds * count)[:count])
-    return replace(config, num_layers=count, sliding_windows=windows)
+    if moe is not None:
+        mixed = len(config.expert_layers) < config.num_layers
+        moe = replace(moe, sparse_step=1, dense_layers=(0,) if mixed else ())
+    return replace(config, num_layers=count, sliding_windows=windows, moe=moe)
 
 
 def _rows(vocab_size: int) -> PackedRows:

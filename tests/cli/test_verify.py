@@ -1,0 +1,77 @@
+"""`meshpeft verify`: the options of a fine-tune, proven right or wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import save_tiny
+
+from meshpeft.cli.main import main
+from meshpeft.parallel import gradients
+from meshpeft.parallel.layer_layout import LinearLayout
+
+
+def errors_in(printed: str) -> dict[str, float]:
+    return {
+        name: float(value) for name, value in re.findall(r"^  ([a-z ]+?)\s+(\d\.\de[-+]\d+|inf)", printed, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        ["--method", "dora", "--tp", "4", "--dp", "64", "--sequence-parallel", "--keep-token-shards"],
+        [
+            "--method",
+            "canonical_lora",
+            "--tp",
+            "2",
+            "--target-modules",
+            "*.layers.2.*.linear_q",
+            "*.layers.0.*.linear_v",
+        ],
+    ),
+    ids=("dora", "layers by number"),
+)
+def test_a_layout_of_the_embedded_model_is_exact(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("exact:")
+    errors = errors_in(printed)
+    assert set(errors) == {"loss", "grad norm", "gradient", "weight", "export"}
+    assert max(errors.values()) < 1e-10
+
+
+def test_a_layout_of_experts_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_tiny("qwen2_moe", tmp_path / "base")
+    options = ["--tp", "2", "--ep", "2", "--etp", "1", "--rank", "4", "--router-aux-loss-coef", "0.1"]
+    assert main(["verify", "--model", str(base), *options]) == 0
+    errors = errors_in(capsys.readouterr().out)
+    assert max(errors.values()) < 1e-10
+
+
+@pytest.mark.parametrize("fault", ("sum of dA dropped", "sum over data parallel dropped"))
+def test_a_wrong_layout_is_refused_with_its_errors(
+    fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "sum of dA dropped":
+        monkeypatch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+        # The states would already say so; here the numbers are asked.
+        monkeypatch.setattr("meshpeft.verify.layout.typecheck_layout", lambda *args, **kwargs: {})
+    else:
+        right = gradients.gradient_axes
+        monkeypatch.setattr(gradients, "gradient_axes", lambda layout: right(layout)[:-1])
+    assert main(["verify", "--tp", "2", "--dp", "2"]) == 2
+    printed = capsys.readouterr().err
+    assert "does not train the adapter of one process" in printed
+    assert errors_in(printed)["gradient"] > 1e-3
+    assert re.search(r"gradient .*<- wrong", printed)
+
+
+def test_options_that_make_no_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--tp", "3"]) == 2
+    assert "query groups" in capsys.readouterr().err
+    assert main(["verify", "--target-modules", "linear_qvk"]) == 2
+    assert "nearest: linear_qkv" in capsys.readouterr().err
