@@ -32,13 +32,12 @@ class Experts(nn.Module):
         experts = nn.Module()
         experts.linear_fc1 = GroupedColumnParallelLinear(4, 128, 128, perform_initialization=False)
         experts.linear_fc2 = GroupedRowParallelLinear(4, 128, 128, perform_initialization=False)
-        self.experts = experts
+        self.experts, self.local = experts, experts.linear_fc1.num_local_experts
         for name, parameter in self.named_parameters():
             named_init_(parameter, lambda full: full.normal_(std=0.1), 0, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        local = self.experts.linear_fc1.num_local_experts
-        tokens = torch.full((local,), x.shape[0] // local)
+        tokens = torch.full((self.local,), x.shape[0] // self.local)
         return self.experts.linear_fc2(torch.relu(self.experts.linear_fc1(x, tokens)), tokens)
 
 
