@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-from helpers.simulate import simulate, the_same
+from helpers.simulate import rank_values, simulate, the_same
 from torch import nn
 
 from meshpeft.parallel import (
@@ -27,6 +27,7 @@ from meshpeft.peft import (
     AdapterError,
     LoRA,
     ParallelLinearAdapter,
+    ParallelLinearDoRAAdapter,
     get_adapter_attributes_from_linear,
     init_method_const,
     init_method_kaiming_uniform,
@@ -153,6 +154,42 @@ def test_the_signature_is_the_documented_one():
     }
     assert list(parameters)[: len(documented)] == list(documented)
     assert {name: parameters[name].default for name in documented} == documented
+
+
+@dataclass
+class Ungated(ModelParallelConfig):
+    """As Megatron's, which says whether MLPs are gated."""
+
+    gated_linear_unit: bool = False
+
+
+def made_by_flags(tp, name, config=None, method=ParallelLinearAdapter):
+    """Checkpoint key -> global shape of an adapter made by flags, and the rows of B on each rank."""
+    with simulate(tp=tp):
+        module = method(IN, OUT, DIM, name, row_init_method="normal", model_parallel_config=config)
+        if method is ParallelLinearDoRAAdapter:
+            module.init_weight_magnitude(torch.ones(OUT // tp))
+        shapes = {key: entry.global_shape for key, entry in module.sharded_state_dict("a.").items()}
+        return shapes, rank_values(module.linear_out.weight)
+
+
+def test_gate_and_up_of_linear_fc1_are_divided_and_stored_separately():
+    fc1 = "decoder.layers.0.mlp.linear_fc1"
+    shapes, shards = made_by_flags(2, fc1, method=ParallelLinearDoRAAdapter)
+    assert shapes == {
+        "a.linear_in.weight": (DIM, IN),
+        "a.linear_out.gate.weight": (OUT // 2, DIM),
+        "a.linear_out.up.weight": (OUT // 2, DIM),
+        "a.gate.weight_magnitude": (OUT // 2,),
+        "a.up.weight_magnitude": (OUT // 2,),
+    }
+    [whole] = made_by_flags(1, fc1)[1]
+    first, second = (torch.cat([shard.chunk(2)[part] for shard in shards]) for part in range(2))
+    assert torch.equal(torch.cat([first, second]), whole)
+    for name, config in ((fc1, Ungated()), ("decoder.layers.0.mlp.linear_fc2", None)):
+        shapes, shards = made_by_flags(2, name, config)
+        assert shapes["a.linear_out.weight"] == (OUT, DIM)
+        assert torch.equal(torch.cat(shards), made_by_flags(1, name, config)[1][0])
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import product
 from meshpeft.peft.initialization import InitMethod, init_method_of
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
-from meshpeft.peft.standalone_layout import layout_of_flags, parameter_type, place
+from meshpeft.peft.standalone_layout import gate_and_up, layout_of_flags, parameter_type, place
 
 __all__ = ["ParallelLinearAdapter"]
 
@@ -62,7 +62,8 @@ class ParallelLinearAdapter(LowRankAdapter):
     Args:
         in_features, out_features: of the unsharded base layer.
         dim: adapter bottleneck dimension (rank).
-        base_linear_name: full name of the base layer; with the seed it decides the initial values.
+        base_linear_name: full name of the base layer; with the seed it decides the initial values. B of a `linear_fc1`
+            is divided, and stored, as two matrices, gate and up (unless the config says `gated_linear_unit=False`).
         activation: `identity relu gelu swish silu tanh sigmoid`; another name is the identity, with a warning.
         column_init_method: of linear_in, `xavier normal kaiming zero`.
         row_init_method: of linear_out.
@@ -135,6 +136,7 @@ class ParallelLinearAdapter(LowRankAdapter):
                 config.sequence_parallel,
                 disable_sequence_parallel_comm,
                 base_linear_is_parallel,
+                gate_and_up(base_linear_name, out_features, config),
             )
         row_of_sequence = layout.shard == "in" and layout.sequence_parallel and not layout.output_is_partial
         use_a2a = a2a_experimental and row_of_sequence and not fused
