@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import peft
 import pytest
 import torch
 from helpers.adapters import adapted, peft_adapted
-from helpers.simulate import on_rank, simulate
+from helpers.simulate import on_rank, simulate, standing_at
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,8 +25,12 @@ from meshpeft.checkpoint import (
     load_peft_adapter,
     merge_adapter,
     save_checkpoint,
+    tensor_file,
 )
+from meshpeft.checkpoint.peft_config import PeftConfig
+from meshpeft.checkpoint.peft_plan import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
+from meshpeft.parallel import ModelParallelConfig, init_parallelism
 
 Tiny = Callable[[str], Path]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -39,9 +44,10 @@ TARGETS = {
     "qwen3_moe": EVERYWHERE,
 }
 FORMATS = ["peft", "peft-per-expert"]
-LAYOUTS: list[dict[str, Any]] = [
+LAYOUTS = [
     {"dp": 2, "ep": 2},
-    {"tp": 2, "etp": 2},
+    pytest.param({"tp": 2, "etp": 2}, marks=pytest.mark.slow),
+    pytest.param({"tp": 2, "ep": 2, "etp": 1}, marks=pytest.mark.slow),
     {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
 ]
 
@@ -163,6 +169,7 @@ def test_the_per_expert_form_has_one_scale(use_rslora: bool, tiny: Tiny, tmp_pat
     export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
     config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), load_file(tmp_path / "adapter" / WEIGHTS)
     assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert len(config["rank_pattern"]) == 2 * 3  # of layers and projections, not of every expert
     name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2"
     a, b = (tensors[f"{name}.lora_{factor}.weight"] for factor in "AB")
     adapter = model.decoder.layers[1].mlp.experts.linear_fc2.adapter
@@ -229,26 +236,32 @@ def test_an_adapter_that_peft_made_gives_the_same_logits_here(
         torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
 
-def test_experts_whose_gate_and_up_have_an_a_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
-    """As adapters made for experts that were modules: one of twice the rank is exactly the same."""
-    base, generator = tiny("qwen3_moe"), torch.Generator().manual_seed(0)
+def separate_experts(to: Path, up_rank: int, **fields: Any) -> dict[str, Tensor]:
+    """An adapter of the small Qwen3-MoE's experts whose gate and up projection have an A each."""
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for layer in (0, 2):
         for expert in range(8):
             for name, out, width in (("gate_proj", 20, 32), ("up_proj", 20, 32), ("down_proj", 32, 20)):
                 prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
-                for factor, shape in (("A", (2, width)), ("B", (out, 2))):
+                rank = up_rank if name == "up_proj" else 2
+                for factor, shape in (("A", (rank, width)), ("B", (out, rank))):
                     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
                     tensors[f"{prefix}.lora_{factor}.weight"] = 0.3 * noise
-    (tmp_path / "theirs").mkdir()
-    save_file(tensors, tmp_path / "theirs" / WEIGHTS)
+    to.mkdir()
+    save_file(tensors, to / WEIGHTS)
     names = ["gate_proj", "up_proj", "down_proj"]
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
     # In layer 1, which has an ordinary MLP, there is none.
     exclude = [f"model.layers.1.mlp.{name}" for name in names]
-    (tmp_path / "theirs" / CONFIG).write_text(
-        json.dumps({**config, "target_modules": names, "exclude_modules": exclude})
-    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": names}
+    (to / CONFIG).write_text(json.dumps({**config, "exclude_modules": exclude, **fields}))
+    return tensors
+
+
+def test_experts_whose_gate_and_up_have_an_a_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    """As adapters made for experts that were modules: one of twice the rank is exactly the same."""
+    base = tiny("qwen3_moe")
+    separate_experts(tmp_path / "theirs", up_rank=2)
     theirs = with_peft(base, tmp_path / "theirs")
     with simulate(dp=2, ep=2):
         ours = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "theirs")
@@ -256,6 +269,48 @@ def test_experts_whose_gate_and_up_have_an_a_of_their_own(tiny: Tiny, tmp_path: 
         load_peft_adapter(ours, tmp_path / "theirs")
         export_peft_adapter(ours, tmp_path / "ours")
     torch.testing.assert_close(logits(with_peft(base, tmp_path / "ours")), logits(theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("use_rslora", (False, True))
+def test_gate_and_up_of_other_ranks_and_scales(use_rslora: bool, tiny: Tiny, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 5}, "use_rslora": use_rslora}
+    tensors = separate_experts(tmp_path / "theirs", up_rank=3, **patterns)
+    ours = load_peft_adapter(load_pretrained(tiny("qwen3_moe"), torch.float64), tmp_path / "theirs")
+    scales = {"gate_proj": 6 / (2**0.5 if use_rslora else 2), "up_proj": 5 / (3**0.5 if use_rslora else 3)}
+    adapter = ours.decoder.layers[2].mlp.experts.linear_fc1.adapter
+    changes = adapter.scale * adapter.linear_out.weight @ adapter.linear_in.weight
+    for expert in range(8):
+        prefix = f"base_model.model.model.layers.2.mlp.experts.{expert}"
+        expected = [
+            scale * tensors[f"{prefix}.{name}.lora_B.weight"] @ tensors[f"{prefix}.{name}.lora_A.weight"]
+            for name, scale in scales.items()
+        ]
+        torch.testing.assert_close(changes[expert], torch.cat(expected), rtol=1e-13, atol=1e-14)
+
+
+def test_a_rank_reads_its_own_part_of_the_file(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = experts_adapted(tiny("mixtral"), "mixtral", targets=["*.experts.*"], share_expert_adapters=False)
+    for format in FORMATS:
+        export_peft_adapter(made, tmp_path / format, format=format)  # type: ignore[arg-type]  # one of the two
+    read: list[Tensor] = []
+    copied = tensor_file._copied
+    monkeypatch.setattr(tensor_file, "_copied", lambda *args: read.append(copied(*args)) or read[-1])
+    with standing_at(rank=3, world_size=4):
+        init_parallelism(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
+        parallel = ModelParallelConfig(2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+        model = Decoder(made.config, parallel, device="meta")
+        for format in FORMATS:
+            config = PeftConfig.read(tmp_path / format / CONFIG)
+            with tensor_file.TensorFileReader(tmp_path / format / WEIGHTS) as file:
+                plan = AdapterPlan(model, config, file)
+                for place in plan.places:
+                    read.clear()
+                    a, b, _ = plan.read(place)
+                    assert a is not None and b is not None
+                    assert sum(box.numel() for box in read) == a.numel() + b.numel()
+                    # Half of the experts; and of one factor half of each.
+                    whole = math.prod(place.a.global_shape) + math.prod(place.b.global_shape)
+                    assert whole / 4 < a.numel() + b.numel() < whole / 2
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -138,6 +138,21 @@ def test_a_default_list_may_match_partly_with_one_warning():
         LoRA(dim=2)(nn.ModuleDict({"other": nn.Linear(4, 4)}))
 
 
+def test_patterns_give_some_targets_another_rank_and_alpha():
+    model = Model()
+    patterns = {"rank_pattern": {"*.0.*.linear_qkv": 3, "linear_qkv": 1}, "alpha_pattern": {"linear_fc2": 5}}
+    LoRA(dim=2, alpha=4, **patterns)(model)
+    first, second = (layer.self_attention["linear_qkv"].adapter for layer in model.decoder["layers"])
+    assert (first.dim, second.dim, second.scale) == (3, 1, 4)
+    assert model.decoder["layers"][1].mlp["linear_fc2"].adapter.scale == 2.5
+    with pytest.raises(AdapterError, match=r"rank_pattern: 'linear_q' matches no target; nearest: linear_qkv"):
+        LoRA(dim=2, rank_pattern={"linear_q": 3})(Model())
+    with pytest.raises(AdapterError, match=r"alpha_pattern: 'linear_fc2' matches no target; nearest: linear_qkv"):
+        LoRA(target_modules=["linear_qkv"], dim=2, alpha_pattern={"linear_fc2": 3})(Model())
+    with pytest.raises(AdapterError, match="dim=0"):
+        LoRA(rank_pattern={"linear_q": 0})
+
+
 def test_an_exclusion_that_matches_nothing_is_warned_about():
     with pytest.warns(UserWarning, match="'outptu_layer' matches no layer; nearest: output_layer"):
         LoRA(exclude_modules=["outptu_layer"], dim=2)(Model())

@@ -157,9 +157,10 @@ class PeftConfig:
 
 
 def describe(
-    adapted: Mapping[str, AdapterShape],
+    adapted: Collection[str],
     modules: Collection[str],
-    parameters: Mapping[str, AdapterShape],
+    parameters: Collection[str],
+    shapes: Mapping[str, AdapterShape],
     *,
     usual: AdapterShape,
     use_rslora: bool,
@@ -170,14 +171,14 @@ def describe(
     """The content of an `adapter_config.json`.
 
     Args:
-        adapted: full name of each adapted module -> its adapter.
+        adapted: full name of each adapted module.
         modules: full names of all modules that could have an adapter.
-        parameters: full name of each parameter that is adapted as such -> its adapter.
+        parameters: full name of each parameter that is adapted as such.
+        shapes: full name, or a regular expression of full names -> the adapters there.
         usual: the shape that the others are exceptions to.
         use_rslora, use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
         base_model_name_or_path: where the base model is to be found.
     """
-    shapes = {**adapted, **parameters}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

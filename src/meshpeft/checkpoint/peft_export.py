@@ -134,36 +134,48 @@ def _config(
                 raise CheckpointError(
                     f"{option} is {a} on {first.module}, {b} on {linear.module}; a file has one value"
                 )
-    modules: dict[str, AdapterShape] = {}
-    parameters: dict[str, AdapterShape] = {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    shapes: dict[str, AdapterShape] = {}
     for linear in adapted:
-        for name in linear.names:
-            if names.per_expert:
-                written = [names.of_module(name)] if linear.experts is None else names.of_experts(name)
-                modules |= dict.fromkeys(written, linear.shape)
-            elif linear.experts is not None:
-                parameters[name] = linear.shape
-            elif is_adapted_as_parameter(model, name):
-                parameters[f"{name}.weight"] = linear.shape
-            else:
-                modules[name] = linear.shape
+        own_modules, own_parameters, patterns = _addressed(model, linear, names)
+        modules += own_modules
+        parameters += own_parameters
+        shapes |= dict.fromkeys(patterns, linear.shape)
     if use_dora and parameters:
         raise CheckpointError(
             f"{min(parameters)}: peft adapts this parameter with LoRA only, not with DoRA; export in the form "
             "'peft-per-expert', or merge the adapter and save the model"
         )
-    shapes = [*modules.values(), *parameters.values()]
+    # Servers allot room for the rank that stands there.
+    largest, most = max(shapes.values(), key=attrgetter("rank")), Counter(shapes.values()).most_common(1)[0][0]
     return describe(
         modules,
         names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters}),
         parameters,
-        # Servers allot room for the rank that stands there.
-        usual=max(shapes, key=attrgetter("rank")) if names.per_expert else Counter(shapes).most_common(1)[0][0],
+        shapes,
+        usual=largest if names.per_expert else most,
         use_rslora=first.use_rslora,
         use_dora=use_dora,
         dropout=first.dropout,
         base_model_name_or_path=base_model_name_or_path,
     )
+
+
+def _addressed(model: nn.Module, linear: AdaptedLinear, names: WrittenNames) -> tuple[list[str], list[str], list[str]]:
+    """The modules, and the parameters, that a reader is to adapt; and the patterns by which it knows their shape."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name in linear.names:
+        if linear.experts is not None and names.per_expert:
+            return names.of_experts(name), [], names.patterns_of_experts(name)
+        if linear.experts is not None:
+            parameters.append(name)
+        elif is_adapted_as_parameter(model, name) and not names.per_expert:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(names.of_module(name))
+    return modules, parameters, [*modules, *parameters]
 
 
 def _of_one_scale(adapted: list[AdaptedLinear]) -> list[AdaptedLinear]:

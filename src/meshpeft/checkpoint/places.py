@@ -151,6 +151,11 @@ class WrittenNames:
             self.of_expert(name, part, expert) for expert in range(layout.experts or 0) for part in parts_of(layout)
         ]
 
+    def patterns_of_experts(self, name: str) -> list[str]:
+        """Regular expressions, each of one part in every expert."""
+        parts = [self.of_expert(name, part, 0) for part in parts_of(self.linears[name].layout)]
+        return [r"{}.\d+.{}".format(*first.rsplit(".0.", 1)) for first in parts]
+
     def of_all(self, skip: Collection[str]) -> list[str]:
         """Of every layer that is a module, but for `skip`: those that are adapted by their parameter."""
         found: list[str] = []

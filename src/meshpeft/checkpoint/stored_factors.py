@@ -100,13 +100,14 @@ class StoredMatrices(StoredFactor):
 
     def check_copies(self, file: TensorFileReader) -> None:
         """Compare what is repeated."""
-        first: dict[tuple[int | None, int | None], tuple[str, Tensor]] = {}
+        same: dict[tuple[int | None, int | None], list[str]] = {}
         for matrix in self.matrices:
-            held = (matrix.part, matrix.expert if self.stacked else None)
-            if held not in first:
-                first[held] = matrix.key, file.read(matrix.key)
-            elif not torch.equal(first[held][1], file.read(matrix.key)):
-                raise CheckpointError(f"{first[held][0]} and {matrix.key} differ, but one parameter holds both")
+            same.setdefault((matrix.part, matrix.expert if self.stacked else None), []).append(matrix.key)
+        for first, *others in same.values():
+            expected = file.read(first) if others else None
+            for other in others:
+                if expected is not None and not torch.equal(expected, file.read(other)):
+                    raise CheckpointError(f"{first} and {other} differ, but one parameter holds both")
 
     def read(self, file: TensorFileReader) -> Tensor:
         """This rank's slice."""

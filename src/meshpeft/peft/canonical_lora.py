@@ -180,6 +180,10 @@ class CanonicalLoRA(LowRankPEFT):
         }
         return wrapper(base, ModuleDict(adapters))
 
+    def _targets_of(self, full_name: str) -> list[str]:
+        parts = [name for name, (fused, _) in _COMPONENTS.items() if full_name.endswith(fused)]
+        return [full_name, *(full_name.rpartition(".")[0] + f".{part}" for part in parts)]
+
     def _wanted_parts(self, full_name: str) -> set[str]:
         """The parts that the patterns together ask for, of a fused layer; all, if one names the layer itself."""
         every = {part for _, part in _COMPONENTS.values()}

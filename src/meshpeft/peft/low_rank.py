@@ -16,7 +16,7 @@ from meshpeft.peft.dtypes import adapter_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.initialization import init_method_of
-from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router, named_value
+from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router, named_value, nearest_names
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.wrapper import AdapterWrapper
 
@@ -83,6 +83,19 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             raise AdapterError(
                 "keep_token_shards goes with dropout on an adapter's input: use dropout_position='pre', or turn it off"
             )
+
+    def _targets_of(self, full_name: str) -> list[str]:
+        """The names by which patterns know what is adapted of one layer."""
+        return [full_name]
+
+    def _check_matches(self) -> None:
+        super()._check_matches()
+        names = [target for name in self._chosen for target in self._targets_of(name)]
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
+                if not any(named_value({pattern: True}, name) for name in names):
+                    nearest = ", ".join(nearest_names(pattern, names))
+                    raise AdapterError(f"{option}: {pattern!r} matches no target; nearest: {nearest}")
 
     @abstractmethod
     def adapt(self, base: nn.Module, full_name: str) -> nn.Module:

@@ -115,6 +115,7 @@ class ModuleMatcher:
     exclude_modules: list[str] = field(default_factory=list, kw_only=True)
     canonical_mapping: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _adaptable: dict[str, None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _chosen: dict[str, None] = field(default_factory=dict, init=False, repr=False, compare=False)
     _met: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _refused: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -147,7 +148,7 @@ class ModuleMatcher:
     def _init_target_match_state(self) -> None:
         """Forget what was matched, and read the options anew: they may have changed since construction."""
         self._check_targets()
-        self._adaptable, self._met, self._refused = {}, set(), {}
+        self._adaptable, self._chosen, self._met, self._refused = {}, {}, set(), {}
 
     def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
         """Whether a module is to be adapted.
@@ -170,7 +171,10 @@ class ModuleMatcher:
         if self.exclude_modules:
             excluded = [pattern for pattern in self.exclude_modules if _matches(pattern, name, full_name)]
             self._met.update(excluded)
-            return (name, full_name) if adaptable and not excluded and not decides else None
+            if not adaptable or excluded or decides:
+                return None
+            self._chosen[full_name] = None
+            return name, full_name
         matching = [
             pattern
             for pattern in self._patterns()
@@ -178,7 +182,10 @@ class ModuleMatcher:
         ]
         if adaptable:
             self._met.update(matching)
-            return (matching[0], full_name) if matching else None
+            if not matching:
+                return None
+            self._chosen[full_name] = None
+            return matching[0], full_name
         for pattern in matching:
             self._refused.setdefault(pattern, f"{full_name} ({type(m).__name__})")
         return None
