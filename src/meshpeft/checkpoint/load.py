@@ -139,14 +139,14 @@ def _choose(
     broken: list[str] = []
     for path in agreed(candidates, f"reading {checkpoints.path}", group):
         try:
-            with all_or_none(f"checking {path}", CheckpointError):
+            with all_or_none("checking", CheckpointError):  # every message names its file
                 manifest = Manifest.read(path)
                 for number, name in enumerate(manifest.files):
                     manifest.check_file(path, name, values=number % world_size == rank)
         except CheckpointError as error:
             broken.append(str(error))
         else:
-            for text in broken:
+            for text in broken if rank == 0 else ():
                 warnings.warn(f"{text}; {path.name} is taken instead", stacklevel=3)
             return path, manifest, tuple(broken)
     if len(broken) == 1:

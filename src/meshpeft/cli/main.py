@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Sequence
 
 __all__ = ["main"]
 
@@ -53,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from meshpeft.parallel.errors import MeshPEFTError
     from meshpeft.training.interruption import RunInterrupted
     from meshpeft.training.launch import WorkerDied, speaks_for_all
+    from meshpeft.training.plain_warnings import plain_warnings
 
     try:
-        with _plain_warnings(command):
+        with plain_warnings(f"meshpeft {command}"):
             importlib.import_module(f"meshpeft.cli.{command}").run(arguments)
     except MeshPEFTError as error:
         if speaks_for_all():
@@ -68,29 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meshpeft {command}: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-@contextmanager
-def _plain_warnings(command: str) -> Iterator[None]:
-    """Our warnings as one sentence each, without the place in the source, and from one process."""
-    show = warnings.showwarning
-
-    def show_plainly(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if category is not UserWarning:
-            show(message, category, filename, lineno, file, line)
-        elif int(os.environ.get("RANK", "0")) == 0:
-            print(f"meshpeft {command}: warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show_plainly
-        yield
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.mesh import destroy_parallelism
 from meshpeft.training.interruption import RunInterrupted
+from meshpeft.training.plain_warnings import plain_warnings
 
 __all__ = ["LaunchError", "WorkerDied", "is_joined", "launch", "number_of_workers", "speaks_for_all"]
 
@@ -192,7 +193,8 @@ def _work(function: Callable[..., object], *arguments: Any) -> None:
 
 def _reporting_work(reports: Path, function: Callable[..., object], *arguments: Any) -> None:
     try:
-        _work(function, *arguments)
+        with plain_warnings("meshpeft"):
+            _work(function, *arguments)
     except Exception as error:
         report = _Report(
             rank=int(os.environ["RANK"]),
