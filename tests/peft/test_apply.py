@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from meshpeft.parallel import ShardedTensor
 from meshpeft.peft import (
@@ -168,6 +169,17 @@ def test_state_dict_hides_the_wrapping_and_loads_back():
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     missing, unexpected = other.load_state_dict(Net().state_dict(), strict=False)
     assert not unexpected and all(".adapter." in name for name in missing)
+
+
+def test_pytorchs_distributed_state_dicts_have_the_same_names():
+    net, _ = make(DoRA)
+    state = get_model_state_dict(net)
+    assert {name: value.data_ptr() for name, value in state.items()} == {
+        name: value.data_ptr() for name, value in net.state_dict().items()
+    }
+    other, _ = make(DoRA, seed=5)
+    set_model_state_dict(other, state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
 def test_sharded_state_dict_names_the_base_and_the_adapter():

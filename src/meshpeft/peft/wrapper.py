@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import LayerType, group_offsets, layer_type_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.wrapped_keys import hide_wrapping, inside_wrapper, restore_wrapping
 
 __all__ = ["AdapterWrapper", "BaseOutput"]
 
@@ -50,8 +51,8 @@ class AdapterWrapper(nn.Module):
         self._is_merged = False
         self._weight_is_stored = False
         self._stored_weight_of: type[nn.Module] | None = None
-        self.register_state_dict_post_hook(_hide_wrapping)
-        self.register_load_state_dict_pre_hook(_restore_wrapping)
+        self.register_state_dict_post_hook(hide_wrapping)
+        self.register_load_state_dict_pre_hook(restore_wrapping)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,6 +64,9 @@ class AdapterWrapper(nn.Module):
                 f"{type(self).__name__} has no attribute {name!r}: code that multiplies by a layer's {name} itself "
                 f"would silently leave out its adapter. Call the layer, or read .to_wrap.{name} on purpose"
             ) from None
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return inside_wrapper(self.to_wrap)
 
     @property
     def layer_type(self) -> LayerType:
@@ -288,19 +292,3 @@ def _described(
 ) -> Mapping[str, Any]:
     described = getattr(module, "sharded_state_dict", None) or partial(sharded_state_dict, module)
     return described(prefix, sharded_offsets, metadata)
-
-
-# A wrapped layer's checkpoint keys are those of the layer: wrapping must not rename the base model.
-
-
-def _hide_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    inner = f"{prefix}to_wrap."
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        # Every key is taken out and put back, so that the order is kept.
-        state_dict[prefix + key.removeprefix(inner) if key.startswith(inner) else key] = state_dict.pop(key)
-
-
-def _restore_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_args: Any) -> None:
-    kept = (f"{prefix}to_wrap.", f"{prefix}adapter.")
-    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(kept)]:
-        state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
