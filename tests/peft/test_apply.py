@@ -10,17 +10,21 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from meshpeft.parallel import ShardedTensor
+from meshpeft.parallel import LayerType, LinearLayout, ShardedTensor, register_layer_type
 from meshpeft.peft import (
     PEFT,
     AdapterError,
     AdapterWrapper,
     CanonicalLoRA,
     DoRA,
+    DoRALinear,
     LoRA,
     LoRALinear,
     LoRATopKRouter,
+    ParallelLinearAdapter,
+    ParallelLinearDoRAAdapter,
     adapter_wrappers,
+    disable_adapters,
     lora_plus_parameter_groups,
     trainable_parameters,
 )
@@ -235,6 +239,63 @@ def test_merging_gives_the_same_output_and_unmerging_the_same_bits(method):
     peft.merge(net, keep_base=False)
     with pytest.raises(AdapterError, match="keep_base=False"):
         peft.unmerge(net)
+
+
+class Rounded(nn.Linear):
+    """Makes its weight anew, so that nothing can be merged into it."""
+
+
+register_layer_type(
+    Rounded,
+    LayerType(
+        layout=lambda m: LinearLayout(m.in_features, m.out_features),
+        weight=lambda m: m.weight.round(),
+        enter=lambda m, x: x,
+        exit=lambda m, y: y,
+    ),
+)
+
+
+def test_switching_and_merging_is_done_on_every_layer_or_on_none():
+    net = Net()
+    net.linear_fc2 = Rounded(12, 4)
+    peft = LoRA(target_modules=TARGETS, dim=2)
+    peft(net)
+    with pytest.raises(AdapterError, match="linear_fc2: Rounded stores its weight in another form"):
+        peft.merge(net)
+    assert not net.linear_qkv.is_merged
+    net, peft = make()
+    net.linear_fc2.merge(keep_base=False)
+    for disable in (peft.disable_adapter_layers, disable_adapters):
+        with pytest.raises(AdapterError, match="unmerge before switching"):
+            disable(net)
+        assert net.linear_qkv.adapter_enabled
+    with pytest.raises(AdapterError, match="unmerge"), peft.disable_adapter(net):
+        pass
+    assert net.linear_qkv.adapter_enabled
+    net.linear_qkv.merge()
+    with pytest.raises(AdapterError, match=r"linear_fc2: .*keep_base=False"):
+        peft.unmerge(net)
+    assert net.linear_qkv.is_merged
+
+
+def test_an_adapter_that_is_switched_off_is_not_merged():
+    net, peft = make()
+    net.eval()
+    net.linear_qkv.disable_adapter_layers()
+    before = net(X)
+    with pytest.raises(AdapterError, match="linear_qkv: the adapter is switched off"):
+        peft.merge(net)
+    assert torch.equal(net(X), before)
+
+
+def test_an_activation_between_the_factors_is_no_change_of_the_weight():
+    linear, options = nn.Linear(8, 8), {"base_linear_is_parallel": False, "dropout_position": "pre"}
+    wrapper = LoRALinear(linear, ParallelLinearAdapter(8, 8, 2, "x", row_init_method="normal", **options))
+    with pytest.raises(AdapterError, match="activation between its factors"):
+        wrapper.merge()
+    with pytest.raises(AdapterError, match="DoRA needs activation='identity'"):
+        DoRALinear(linear, ParallelLinearDoRAAdapter(8, 8, 2, "x", **options))
 
 
 def test_merging_a_bfloat16_base_rounds_once():

@@ -157,6 +157,11 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the adapter is a change of its layer's weight: nothing is between its factors."""
+        return True
+
+    @property
     def token_axis(self) -> ParallelAxis | None:
         """The axis over which each rank keeps its own tokens of the adapter's input; `None` where it keeps all."""
         layout = self.layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -166,9 +166,13 @@ class PEFT(ABC):
             wrapper.enable_adapter_layers()
 
     def disable_adapter_layers(self, model: nn.Module | list[nn.Module]) -> None:
-        """Make the model the base model, until the adapters are enabled again."""
-        for _, wrapper in adapter_wrappers(model):
-            wrapper.disable_adapter_layers()
+        """Make the model the base model, until the adapters are enabled again.
+
+        Raises:
+            AdapterError: an adapter is merged into its layer's weight; nothing is changed.
+        """
+        _for_every(model, AdapterWrapper.check_switchable)
+        _for_every(model, AdapterWrapper.disable_adapter_layers)
 
     @contextmanager
     def disable_adapter(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
@@ -183,18 +187,44 @@ class PEFT(ABC):
                     wrapper.enable_adapter_layers()
 
     def merge(self, model: nn.Module | list[nn.Module], *, keep_base: bool = True) -> None:
-        """Give every adapted layer its merged weight; see `AdapterWrapper.merge`."""
+        """Give every adapted layer its merged weight; see `AdapterWrapper.merge`.
+
+        Raises:
+            AdapterError: an adapter is switched off, or cannot be merged; nothing is changed.
+        """
+        _for_every(model, _check_mergeable)
         for _, wrapper in adapter_wrappers(model):
             wrapper.merge(keep_base=keep_base)
 
     def unmerge(self, model: nn.Module | list[nn.Module]) -> None:
-        """Undo `merge`, bit for bit."""
-        for _, wrapper in adapter_wrappers(model):
-            wrapper.unmerge()
+        """Undo `merge`, bit for bit.
+
+        Raises:
+            AdapterError: the base's weight was not kept; nothing is changed.
+        """
+        _for_every(model, lambda wrapper: wrapper.is_merged and wrapper.check_unmergeable())
+        _for_every(model, AdapterWrapper.unmerge)
 
     def print_trainable_parameters(self, model: nn.Module | list[nn.Module]) -> None:
         """Print how many parameters train, in all ranks together (on rank 0; chunks of other stages not counted)."""
         trainable_parameters(model).print()
+
+
+def _for_every(model: nn.Module | list[nn.Module], action: Callable[[AdapterWrapper], object]) -> None:
+    """Do something with every adapted layer; an error names the layer."""
+    for name, wrapper in adapter_wrappers(model):
+        try:
+            action(wrapper)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+
+
+def _check_mergeable(wrapper: AdapterWrapper) -> None:
+    if wrapper.is_merged:
+        return
+    if not wrapper.adapter_enabled:
+        raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
+    wrapper.check_mergeable()
 
 
 def _chunks(model: Any) -> list[nn.Module]:

@@ -42,6 +42,11 @@ class DoRALinear(AdapterWrapper):
             raise AdapterError("DoRA beside a layer that gathers its output is not possible; use gather_output=False")
         if adapter.dropout_position != "pre":
             raise AdapterError("DoRA needs dropout_position='pre': its formula drops the input")
+        if not adapter.is_linear:
+            raise AdapterError(
+                "DoRA needs activation='identity': it takes the norm of W + s B A, a sum that an activation between A "
+                "and B is not part of"
+            )
         self._norm_axis = layout.axis if layout.shard == "in" else None
         self._norms = RowNorms()
         adapter.init_weight_magnitude(self._get_weight_norm())

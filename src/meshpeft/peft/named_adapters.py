@@ -61,8 +61,7 @@ class NamedLoRALinear(LowRankWrapper):
         Raises:
             AdapterError: adapters are merged into the base's weight.
         """
-        if self._is_merged:
-            raise AdapterError("the adapters are merged into their layer's weight; unmerge before switching them")
+        self.check_switchable()
         (self._disabled.discard if enabled else self._disabled.add)(name)
 
     def is_enabled(self, name: str) -> bool:

@@ -186,6 +186,11 @@ class ParallelLinearAdapter(LowRankAdapter):
         if not fused and layout is not None and layout.in_packing is not None:
             raise AdapterError("an adapter beside a row-parallel layer with a stride is not possible; use a fused one")
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the activation is the identity."""
+        return isinstance(self.activation, nn.Identity)
+
     def _mark(self, parameter: nn.Parameter) -> None:
         """Tell the engine's gradient finalisation which parameters it has to sum over tensor parallel."""
         layout = layout_of_tensor(parameter)

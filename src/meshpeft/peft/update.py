@@ -109,18 +109,22 @@ def _switch(
         if not isinstance(pattern, str):
             raise AdapterError(f"adapter names are matched by strings, not by {pattern!r}")
     _check_met(adapter_patterns, every_name, "adapter")
-    for name, wrapper in wrappers.items():
-        if layer_patterns is not None and not any(matches(pattern, name) for pattern in layer_patterns):
-            continue
-        for adapter in names[name]:
-            if adapter_patterns is not None and not any(matches(pattern, adapter) for pattern in adapter_patterns):
-                continue
-            if isinstance(wrapper, NamedLoRALinear):
-                wrapper.set_enabled(adapter, enabled)
-            elif enabled:
-                wrapper.enable_adapter_layers()
-            else:
-                wrapper.disable_adapter_layers()
+    meant = [
+        (wrapper, adapter)
+        for name, wrapper in wrappers.items()
+        if layer_patterns is None or any(matches(pattern, name) for pattern in layer_patterns)
+        for adapter in names[name]
+        if adapter_patterns is None or any(matches(pattern, adapter) for pattern in adapter_patterns)
+    ]
+    for wrapper, _ in meant:  # before the first one is switched
+        wrapper.check_switchable()
+    for wrapper, adapter in meant:
+        if isinstance(wrapper, NamedLoRALinear):
+            wrapper.set_enabled(adapter, enabled)
+        elif enabled:
+            wrapper.enable_adapter_layers()
+        else:
+            wrapper.disable_adapter_layers()
 
 
 def _names_of(wrapper: nn.Module) -> list[str]:
