@@ -29,6 +29,8 @@ _SPREAD = -7046029254386353131
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ELEMENTS_AT_ONCE = 1 << 22
 
+_CHANGED = "less its principal part"
+
 # What was computed of a model, with the tensors that it was computed of and their versions. The references are weak:
 # the number of a tensor that is gone may be another's by now.
 _Versions = list[tuple["ref[Tensor]", int]]
@@ -61,6 +63,8 @@ def _options(adapter: LowRankAdapter) -> dict[str, Any]:
 def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
     """Key of each frozen tensor -> `[type, global shape, checksum]`. A collective.
 
+    Of a weight that gave a part up to its adapter there is no checksum; that of the other tensors tells the base.
+
     Args:
         model: whose tensors these are: what was computed is kept until one of them changes.
         frozen: this rank's slices of them, the same keys in the same order on every rank.
@@ -69,7 +73,23 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
     if known is None or not _still_true(known[0], frozen):
         versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(frozen))
-    return known[1]
+    changed = _changed_by_adapters(model)
+    return {
+        entry.key: [*known[1][entry.key][:2], _CHANGED] if id(entry.source) in changed else known[1][entry.key]
+        for entry in frozen
+    }
+
+
+def _changed_by_adapters(model: nn.Module) -> set[int]:
+    """The weights that gave a part up to their adapters (pissa), computed anew and rounded anew in every run."""
+    found = set()
+    for wrapper in model.modules():
+        if isinstance(wrapper, AdapterWrapper) and any(
+            isinstance(adapter, LowRankAdapter) and adapter.linear_in.start is not None
+            for adapter in wrapper.adapter.modules()
+        ):
+            found.add(id(wrapper.stored_weight()))
+    return found
 
 
 def _still_true(versions: _Versions, frozen: Sequence[ShardedTensor]) -> bool:

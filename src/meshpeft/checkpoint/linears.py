@@ -7,8 +7,9 @@ adapter consists of is said here once, in `adapted_linears`; export and import r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
@@ -69,6 +70,12 @@ class Factor:
         if layout is None:
             raise CheckpointError(f"an adapter parameter of {name} has no layout; set it with set_layout")
         return cls(parameter, layout)
+
+    def beside(self, others: Tensor, dim: int) -> Factor:
+        """These values and as many others, along the dim of the rank."""
+        shape = list(self.layout.global_shape)
+        shape[dim] *= 2
+        return Factor(torch.cat([self.values, others], dim), replace(self.layout, global_shape=tuple(shape)))
 
 
 @dataclass(frozen=True)
@@ -180,13 +187,20 @@ def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, Hu
 def _of_adapter(
     module: str, parts: list[HubLinear], adapter: LowRankAdapter, magnitude: Tensor | None
 ) -> AdaptedLinear:
+    a, b = Factor.of(adapter.linear_in.weight, module), Factor.of(adapter.linear_out.weight, module)
+    shape = AdapterShape(adapter.dim, adapter.alpha)
+    start_a, start_b = adapter.linear_in.start, adapter.linear_out.start
+    if start_a is not None and start_b is not None:
+        # On the base as its files have it, the adapter is what it has become, less what the base gave up.
+        a, b = a.beside(start_a, -2), b.beside(-start_b, -1)
+        shape = AdapterShape.of_scale(2 * adapter.dim, adapter.scale, adapter.use_rslora)
     return AdaptedLinear(
         module,
         tuple(part.name for part in parts),
-        Factor.of(adapter.linear_in.weight, module),
-        Factor.of(adapter.linear_out.weight, module),
+        a,
+        b,
         None if magnitude is None else Factor.of(magnitude, module),
-        AdapterShape(adapter.dim, adapter.alpha),
+        shape,
         adapter.use_rslora,
         adapter.dropout,
         parts[0].experts,

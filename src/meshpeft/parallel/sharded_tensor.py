@@ -129,14 +129,15 @@ class ShardedTensors:
 
 
 def _layouts(module: Any) -> dict[str, TensorLayout]:
-    """The layouts of a module's own parameters."""
-    found = {name: None if tensor is None else layout_of_tensor(tensor) for name, tensor in module._parameters.items()}
+    """The layouts of a module's own parameters and buffers."""
+    own = {**module._parameters, **module._buffers}
+    found = {name: None if tensor is None else layout_of_tensor(tensor) for name, tensor in own.items()}
     return {name: layout for name, layout in found.items() if layout is not None}
 
 
 def _mark(module: Any, layouts: Mapping[str, TensorLayout]) -> None:
     for name, layout in layouts.items():
-        set_layout(module._parameters[name], layout)
+        set_layout(module._parameters[name] if name in module._parameters else module._buffers[name], layout)
 
 
 def expert_key(key: str, expert: int) -> str:

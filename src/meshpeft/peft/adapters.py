@@ -16,6 +16,7 @@ from meshpeft.parallel import (
     TensorLayout,
     dropout,
     layout_of,
+    layout_of_tensor,
     named_init_,
     parallel_group_info,
     set_layout,
@@ -71,8 +72,18 @@ class LowRankFactor(ShardedTensors, nn.Module):
         init_fn = init_method_of(init_method)
         self.weight = nn.Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
         set_layout(self.weight, layout)
+        self.start: Tensor | None
+        self.register_buffer("start", None)
         if initialize:
             named_init_(self.weight, init_fn, seed, name)
+
+    def keep_start(self) -> None:
+        """Keep the values of now as `start`, also in checkpoints: the base gave up what they make."""
+        layout = layout_of_tensor(self.weight)
+        start = self.weight.detach().clone()
+        if layout is not None:
+            set_layout(start, layout)
+        self.start = start
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T, in x's type."""
@@ -167,6 +178,11 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         layout = self.layout
         gathered = self.fused and layout.shard == "out" and layout.sequence_parallel and layout.axis.world_size > 1
         return layout.axis if self.keep_token_shards and gathered else None
+
+    def keep_start(self) -> None:
+        """The base's weight gave up s B A of now: what the adapter changes is s (B A - start B start A)."""
+        self.linear_in.keep_start()
+        self.linear_out.keep_start()
 
     def delta(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
         """s (x' A^T) B^T in plain operations, for factors that may be those of several adapters together.

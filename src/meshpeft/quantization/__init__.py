@@ -2,7 +2,7 @@
 
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
-from meshpeft.quantization.initialization import check_start, pissa_init, svdquant_init
+from meshpeft.quantization.initialization import check_start, keep_starts, pissa_init, svdquant_init
 from meshpeft.quantization.layers import PackedLayer, ResidualFactors
 from meshpeft.quantization.quantize import (
     BaseQuantizer,
@@ -25,6 +25,7 @@ __all__ = [
     "check_start",
     "dequantize_base",
     "forget_residuals",
+    "keep_starts",
     "low_rank_part",
     "packed_size",
     "pissa_init",

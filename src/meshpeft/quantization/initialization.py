@@ -17,7 +17,7 @@ from meshpeft.quantization.layers import PackedLayer
 from meshpeft.quantization.sites import AdapterSite, adapter_sites
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
-__all__ = ["check_start", "pissa_init", "svdquant_init"]
+__all__ = ["check_start", "keep_starts", "pissa_init", "svdquant_init"]
 
 # Bytes of full matrices that wait to be decomposed together.
 _WAITING_BYTES = 1 << 28
@@ -88,8 +88,9 @@ def pissa_init(
     """Start adapters from the principal part of their layers' weights, which give it up (PiSSA, Meng et al. 2024).
 
     With the rank-r decomposition U S V^T of W: A = sqrt(S) V^T, B = U sqrt(S) / s, and W becomes W - s B A, so that
-    the model computes what it did. Its base is no longer the one that was loaded: save the adapter together with it,
-    or merge. To quantise the remainder, call `quantize_base` afterwards.
+    the model computes what it did. Its base is no longer the one that was loaded; the adapter keeps the factors of the
+    part that was taken, so that it is exported (at twice its rank) as the change of the base as it was. To quantise the
+    remainder, call `quantize_base` afterwards.
 
     Args:
         model: with adapters on layers whose weights are stored as they are used.
@@ -112,6 +113,17 @@ def pissa_init(
     for site in sites:
         site.subtract_from(_stored(site))
         site.reset_magnitude()
+        site.adapter.keep_start()
+
+
+def keep_starts(model: nn.Module) -> None:
+    """Make room for what `pissa_init` keeps, in a model whose adapters are about to be loaded.
+
+    Raises:
+        QuantizationError: the model has no adapter.
+    """
+    for site in adapter_sites(model):
+        site.adapter.keep_start()
 
 
 class _Waiting:

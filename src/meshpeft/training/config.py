@@ -116,9 +116,9 @@ class FinetuneConfig(LayoutConfig):
     """First values of A: xavier, normal, kaiming or zero."""
     lora_b_init_method: InitMethod = "zero"
     """First values of B; zero lets training start from the base model."""
-    lora_init_method: Annotated[Literal["kaiming_zeros", "svdquant"] | None, OptionalField] = None
-    """Instead of the two above: A by kaiming and B zero (kaiming_zeros), or both from what quantising each layer lost
-    (svdquant, with --quantize)."""
+    lora_init_method: Annotated[Literal["kaiming_zeros", "svdquant", "pissa"] | None, OptionalField] = None
+    """Instead of the two above: A by kaiming and B zero (kaiming_zeros); both from what quantising each layer lost
+    (svdquant, with --quantize); or from the principal part of each weight, which gives it up (pissa)."""
     target_modules: Annotated[tuple[str, ...] | None, OptionalField] = None
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
     (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
@@ -217,6 +217,11 @@ class FinetuneConfig(LayoutConfig):
             raise ConfigError(
                 "lora_init_method=svdquant starts from what quantising the base lost, and it is not quantised, so the "
                 "adapter could not train; add --quantize nf4 (or int4, int8, fp8)"
+            )
+        if self.lora_init_method == "pissa" and self.quantize is not None:
+            raise ConfigError(
+                f"lora_init_method=pissa changes the weights, which quantize={self.quantize} packs as they are read; "
+                "use svdquant, which starts from what packing loses"
             )
 
     def resolved(self) -> Self:

@@ -27,7 +27,7 @@ from meshpeft.training.adapters import add_adapter
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
 from meshpeft.training.output import RECORD, OutputError
-from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.quantized_base import base_quantizer, reserve_start, start_adapter
 from meshpeft.training.setup import base_directory, load_base
 
 __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
@@ -138,6 +138,8 @@ def export(config: ExportConfig) -> str:
         _check_free(config.to, config.overwrite)
         model = load_base(base, run.dtype, quantize=base_quantizer(run), sequence_parallel=False)
         add_adapter(model, run)
+        if run.lora_init_method == "pissa":  # the base gives its part up again
+            start_adapter(model, run)
         load_checkpoint(model, found.path)
         dequantize_base(model)
         _write_merged(model, tensor_type(run.dtype), base, config.to, config.overwrite)
@@ -159,6 +161,7 @@ def _without_base(base: Path, run: FinetuneConfig) -> Decoder:
     config = DecoderConfig.from_hf(read_json(base / "config.json"))
     model = Decoder(config, device="meta", dtype=tensor_type(run.dtype))
     add_adapter(model, run)
+    reserve_start(model, run)
     for _, wrapper in adapter_wrappers(model):
         wrapper.adapter.to_empty(device="cpu")
     return model

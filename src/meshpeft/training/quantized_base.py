@@ -1,14 +1,14 @@
-"""A base stored in few bits, as the options ask for it, and adapters that start from what that lost."""
+"""A base stored in few bits, as the options ask for it, and adapters that start from the base's weights."""
 
 from __future__ import annotations
 
 from meshpeft.models import Decoder
 from meshpeft.parallel import layout_of
 from meshpeft.peft import LoRATopKRouter, adapter_wrappers
-from meshpeft.quantization import BaseQuantizer, forget_residuals, svdquant_init
+from meshpeft.quantization import BaseQuantizer, forget_residuals, keep_starts, pissa_init, svdquant_init
 from meshpeft.training.config import ConfigError, FinetuneConfig
 
-__all__ = ["base_quantizer", "check_started", "start_adapter"]
+__all__ = ["base_quantizer", "check_started", "reserve_start", "start_adapter"]
 
 
 def base_quantizer(run: FinetuneConfig, *, residuals: bool = False) -> BaseQuantizer | None:
@@ -32,10 +32,18 @@ def start_adapter(model: Decoder, run: FinetuneConfig) -> None:
     if run.lora_init_method == "svdquant":
         svdquant_init(model)
         forget_residuals(model)
+    elif run.lora_init_method == "pissa":
+        pissa_init(model)
+
+
+def reserve_start(model: Decoder, run: FinetuneConfig) -> None:
+    """Make room for what `start_adapter` would give an adapter beside its factors, where a checkpoint holds it."""
+    if run.lora_init_method == "pissa":
+        keep_starts(model)
 
 
 def check_started(model: Decoder, packed: set[int], run: FinetuneConfig) -> None:
-    """Whether every adapter can start from a residual.
+    """Whether every adapter can start from its layer's weight, or from its residual.
 
     Args:
         model: with its adapters, on the meta device.
@@ -46,18 +54,18 @@ def check_started(model: Decoder, packed: set[int], run: FinetuneConfig) -> None
         ConfigError: an adapter that starts from what quantising lost, on a layer that stays as it is or for all
             experts together.
     """
-    if run.lora_init_method != "svdquant":
+    if run.lora_init_method not in ("svdquant", "pissa"):
         return
     for name, wrapper in adapter_wrappers(model):
         if isinstance(wrapper, LoRATopKRouter):
             continue
-        if id(wrapper.to_wrap) not in packed:
+        if run.lora_init_method == "svdquant" and id(wrapper.to_wrap) not in packed:
             raise ConfigError(
                 f"lora_init_method=svdquant: {name} is not quantised, and its adapter could not train; leave it out "
                 "of the adapted layers"
             )
         if run.share_expert_adapters and layout_of(wrapper.to_wrap).experts is not None:
             raise ConfigError(
-                f"lora_init_method=svdquant: {name} has one adapter for all experts, and each lost something else; "
-                "give each its own with --no-share-expert-adapters"
+                f"lora_init_method={run.lora_init_method}: {name} has one adapter for all experts, whose weights "
+                "differ; give each its own with --no-share-expert-adapters"
             )
