@@ -63,7 +63,7 @@ def run(
     make: Callable[[ModelParallelConfig], Decoder] = make_model,
 ) -> Trace:
     """One fine-tune; the clip is below the first gradient norms, so that clipping is compared too."""
-    return trace_layout(layout, make, METHODS[method], rows(), steps=steps, clip=0.5, export=False)
+    return trace_layout(layout, make, METHODS[method], rows(), steps=steps, clip=0.5)
 
 
 @cache

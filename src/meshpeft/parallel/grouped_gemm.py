@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from meshpeft.parallel.mesh import on_each_rank
+from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["group_of_rows", "group_offsets", "grouped_add_mm_", "grouped_linear", "grouped_mm", "grouped_outer"]
 
@@ -25,6 +26,7 @@ _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes, of every row
 
 
+@typed_as(lambda tokens_per_expert: dims_follow(tokens_per_expert))
 def group_offsets(tokens_per_expert: Tensor) -> Tensor:
     """tokens_per_expert [E] of counts -> [E] int32, the end of each group."""
     return tokens_per_expert.cumsum(0).to(torch.int32)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from spmd_types import rules
+from spmd_types.types import PartitionSpec, V
 from torch import Tensor
 
 from meshpeft.parallel import group_of_rows, grouped_add_mm_, grouped_mm, grouped_outer
+from meshpeft.parallel.typing import SpmdTypeOf, dims_follow, typed_as
 
 __all__ = ["add_times_", "factor_gradient", "ignore_offsets", "product_type", "rows_for", "sum_of_rows", "times"]
 
@@ -43,6 +45,18 @@ def factor_gradient(dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor | None) ->
     return torch.mm(dy.t(), x)
 
 
+def _type_of_rows(values: Tensor, like: Tensor, offsets: Tensor | None) -> SpmdTypeOf:
+    """Divided like the rows of `like`, and like the values; otherwise in the values' state."""
+    if values.dim() == 1:
+        return dims_follow(values)
+    (rows, _), (_, columns) = dims_follow(like).spec or (None, None), dims_follow(values).spec or (None, None)
+    local = dict(dims_follow(values).local)
+    for axis in rows if isinstance(rows, tuple) else () if rows is None else (rows,):
+        local[axis] = V
+    return SpmdTypeOf(local, PartitionSpec(rows, columns))
+
+
+@typed_as(_type_of_rows)
 def rows_for(values: Tensor, like: Tensor, offsets: Tensor | None) -> Tensor:
     """What multiplies the rows of `like` [T, N]: values [N] as they are, or of [E, N] each row's. Differentiable."""
     return values if values.dim() == 1 else values.index_select(0, group_of_rows(like, _ends(offsets)))

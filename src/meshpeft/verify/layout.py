@@ -43,8 +43,7 @@ class Verdict:
 
     Attributes:
         states: the loss's state per axis, from the type check; `None` for a model with experts.
-        errors: largest relative error of loss, gradient norm, gradients, weights, and of the exported adapter
-            of a dense model.
+        errors: largest relative error of loss, gradient norm, gradients, weights, and of the exported adapter.
         layout: the simulated layout.
         model: the scaled-down model.
     """
@@ -115,8 +114,6 @@ def verify_layout(
             _rows(small.vocab_size),
             steps=steps,
             router_aux_loss_coef=router_aux_loss_coef,
-            # Not every adapter of experts has a form that PEFT reads.
-            export=config.moe is None,
         )
 
     return Verdict(states, compare(run(Layout()), run(layout)), layout, small)

@@ -87,7 +87,6 @@ def trace_layout(
     clip: float = 0.0,
     router_aux_loss_coef: float = 0.0,
     seed: int = 0,
-    export: bool = True,
 ) -> Trace:
     """Fine-tune at one layout and keep what it computed.
 
@@ -101,7 +100,6 @@ def trace_layout(
         lr, weight_decay, clip: of AdamW.
         router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
         seed: of the data order and of dropout.
-        export: write the adapter as a file too; false for one that PEFT's format cannot hold.
     """
     trace = Trace()
     with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
@@ -128,9 +126,10 @@ def trace_layout(
                 trace.gradients.update(_whole(model, lambda parameter: parameter.grad))
         trace.weights.update(_whole(model, lambda parameter: parameter))
         # Ranks that hold different copies have no adapter to export; `compare` then finds none.
-        if export and all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
+        if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
             with tempfile.TemporaryDirectory() as directory:
-                export_peft_adapter(model, directory)
+                # The form that holds every method's adapters on experts; of other layers there is one form.
+                export_peft_adapter(model, directory, format="peft-per-expert")
                 trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
     return trace
 
@@ -186,17 +185,15 @@ def compare(expected: Trace, found: Trace) -> dict[str, float]:
     """The largest relative error of each quantity: `loss`, `grad_norm`, and `gradient`, `weight`, `export` tensors.
 
     A tensor's error is its largest difference over the largest magnitude of the expected tensor. A tensor that is
-    missing, unexpected, or not finite has an infinite error. `export` is left out where neither run wrote a file.
+    missing, unexpected, or not finite has an infinite error.
     """
-    errors = {
+    return {
         "loss": _scalars(expected.losses, found.losses),
         "grad_norm": _scalars(expected.grad_norms, found.grad_norms),
         "gradient": _tensors(expected.gradients, found.gradients),
         "weight": _tensors(expected.weights, found.weights),
+        "export": _tensors(expected.exported, found.exported),
     }
-    if expected.exported or found.exported:
-        errors["export"] = _tensors(expected.exported, found.exported)
-    return errors
 
 
 def _scalars(expected: list[float], found: list[float]) -> float:
