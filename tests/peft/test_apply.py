@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from meshpeft.parallel import LayerType, LinearLayout, ShardedTensor, register_layer_type
@@ -128,6 +129,59 @@ def test_a_shared_layer_keeps_one_adapter():
     LoRA(target_modules=["linear_qkv"], dim=2)(model)
     assert model["linear_qkv"] is model["again"]["linear_qkv"]
     assert isinstance(model["linear_qkv"], LoRALinear) and isinstance(model["linear_qkv"].to_wrap, nn.Linear)
+
+
+@pytest.mark.parametrize("target", ("first", "second"))
+def test_a_shared_layer_is_adapted_where_it_is_a_target(target):
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    LoRA(target_modules=[target], dim=2)(model)
+    assert [name for name, _ in adapter_wrappers(model)] == [target]
+    assert model[target].to_wrap is shared
+
+
+WRAPPERS = {
+    "data parallel": nn.DataParallel,
+    "data parallel of mixed precision": lambda net: nn.DataParallel(nn.DataParallel(net)),
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrappers_change_no_name(wrap):
+    """Neither what patterns match, nor what initial values depend on, nor what is switched."""
+    plain = make()[0]
+    net = WRAPPERS[wrap](Net())
+    LoRA(target_modules=TARGETS, dim=2, lora_B_init_method="normal")(net)
+    for (_, mine), (_, other) in zip(adapter_wrappers(net), adapter_wrappers(plain), strict=True):
+        assert torch.equal(mine.adapter.linear_in.weight, other.adapter.linear_in.weight)
+    torch.testing.assert_close(net(X), plain(X))
+    disable_adapters(net, layers_to_disable="linear_qkv")
+    assert [wrapper.adapter_enabled for _, wrapper in adapter_wrappers(net)] == [False, True]
+    inside = nn.ModuleDict({"block": WRAPPERS["checkpointed"](Net())})
+    LoRA(target_modules=["block.linear_qkv"], dim=2)(inside)
+    assert [wrapper.adapter.base_name for _, wrapper in adapter_wrappers(inside)] == ["block.linear_qkv"]
+
+
+def test_a_layer_that_is_compiled_by_itself_cannot_be_adapted():
+    # `torch.compile` holds on to what it was given: it would call the layer alone, in silence.
+    for model in (
+        nn.ModuleDict({"x": torch.compile(nn.Linear(8, 8), backend="eager")}),
+        torch.compile(nn.Linear(8, 8), backend="eager"),
+    ):
+        with pytest.raises(AdapterError, match="compiled by itself"):
+            LoRA(target_modules=["*"], dim=2)(model)
+        assert not list(adapter_wrappers(model))
+
+
+def test_only_models_are_adapted():
+    chunks = (Net(), Net())
+    adapted = LoRA(target_modules=TARGETS, dim=2)(chunks)
+    assert isinstance(adapted, tuple) and len(list(adapter_wrappers(adapted))) == 4
+    for wrong in ("a path", [Net(), None]):
+        with pytest.raises(AdapterError, match="expected a model"):
+            LoRA(target_modules=TARGETS, dim=2)(wrong)
 
 
 def test_initial_values_depend_on_name_and_seed_alone():

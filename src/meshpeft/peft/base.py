@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -15,26 +15,27 @@ from meshpeft.parallel import container_type_of, describe_layers, global_names
 from meshpeft.peft.counting import trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import ModuleMatcher
+from meshpeft.peft.walk import COMPILED, Place, chunks_of, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["PEFT", "adapter_wrappers"]
 
-Model = TypeVar("Model", bound="nn.Module | list[nn.Module]")
+Model = TypeVar("Model", bound="nn.Module | list[nn.Module] | tuple[nn.Module, ...]")
 
 
 def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
     """Every adapted layer of a model or of its chunks, with its full name."""
-    for chunk in _chunks(model):
+    for chunk in chunks_of(model):
         for name, module in chunk.named_modules():
             if isinstance(module, AdapterWrapper):
                 yield name, module
 
 
 @dataclass
-class _Walk:
-    """What a pass over a model found: modules by identity with what takes their place, and the places to change."""
+class _Found:
+    """What a pass over a model found: modules with what takes their place, and the places to change."""
 
-    seen: dict[int, nn.Module] = field(default_factory=dict)
+    adapted: dict[nn.Module, nn.Module] = field(default_factory=dict)
     replacements: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
 
@@ -66,7 +67,7 @@ class PEFT(ABC):
         """Apply the method.
 
         Args:
-            model: a module, or a list of model chunks; changed in place.
+            model: a module, or a list (or tuple) of model chunks; changed in place.
             training: leave the adapters trainable and put the model in training mode. Otherwise everything is
                 frozen and the model is in evaluation mode.
 
@@ -74,17 +75,18 @@ class PEFT(ABC):
             The model (the chunks), with adapters.
 
         Raises:
-            AdapterError: a target matched nothing; a layer carries an adapter made with other options.
+            AdapterError: a target matched nothing; a layer carries an adapter made with other options, or is compiled
+                by itself. The model is as it was then.
         """
-        chunks = _chunks(model)
+        chunks = chunks_of(model)
         for chunk in chunks:
             describe_layers(chunk)
         self._survey(chunks)
-        walk = _Walk()
-        chunks = [self._visit(chunk, "", "", global_names(chunk), walk) for chunk in chunks]
+        found = _Found()
+        chunks = [self._visit(chunk, Place(), global_names(chunk), found) for chunk in chunks]
         # Only now: an error before this leaves the model as it was.
-        for parent, child_name, module in walk.replacements:
-            setattr(parent, child_name, module)
+        for parent, attribute, module in found.replacements:
+            setattr(parent, attribute, module)
         for chunk in chunks:
             self.freeze_model(chunk, training=training)
             chunk.train(training)
@@ -93,6 +95,8 @@ class PEFT(ABC):
         if isinstance(model, list):
             model[:] = chunks
             return model
+        if isinstance(model, tuple):
+            return tuple(chunks)  # type: ignore[return-value]
         return chunks[0]  # type: ignore[return-value]  # a module that was adapted itself is of another class
 
     def _survey(self, chunks: list[nn.Module]) -> None:
@@ -101,9 +105,9 @@ class PEFT(ABC):
             return
         self._init_target_match_state()
         for chunk in chunks:
-            for prefix, name, module in _walk(chunk, global_names(chunk)):
+            for place, module in walk(chunk):
                 base = module.to_wrap if isinstance(module, AdapterWrapper) else module
-                found = self.match(base, name, prefix)
+                found = self.match(base, place.name, place.prefix)
                 made_by = module.applied_by if isinstance(module, AdapterWrapper) else None
                 if found is not None and made_by is not None and made_by != self:
                     raise AdapterError(
@@ -112,24 +116,30 @@ class PEFT(ABC):
                     )
         self._check_matches()
 
-    def _visit(self, m: nn.Module, name: str, prefix: str, names: Mapping[nn.Module, str], walk: _Walk) -> nn.Module:
+    def _visit(self, m: nn.Module, place: Place, names: Mapping[nn.Module, str], found: _Found) -> nn.Module:
         """What takes the place of `m`; if `m` stays, its children are visited and their replacements noted."""
-        if id(m) in walk.seen:  # shared between two parents
-            return walk.seen[id(m)]
-        result = m if isinstance(m, AdapterWrapper) else self.transform(m, name, prefix)
-        walk.seen[id(m)] = walk.seen[id(result)] = result
-        if isinstance(result, AdapterWrapper):
-            if result is not m:
+        if isinstance(m, AdapterWrapper):
+            return m
+        if m in found.adapted:  # it is in several places: it has one adapter, in those that are targets
+            wanted = not isinstance(self, ModuleMatcher) or self.match(m, place.name, place.prefix) is not None
+            return found.adapted[m] if wanted else m
+        result = self.transform(m, place.name, place.prefix)
+        if result is not m:
+            found.adapted[m] = result
+            if isinstance(result, AdapterWrapper):
                 # A copy: the options at this time, whatever becomes of `self`.
                 result.applied_by = copy.copy(self)
-        elif result is m:
-            for child_name, child in m._modules.items():
-                if child is not None:
-                    own_name = names.get(child, child_name)
-                    new = self._visit(child, own_name, _full_name(prefix, name), names, walk)
-                    if new is not child:
-                        walk.replacements.append((m, child_name, new))
-        return result
+            return result
+        for attribute, child_place, child in place.children(m, names):
+            new = self._visit(child, child_place, names, found)
+            if new is not child:
+                if attribute == COMPILED:
+                    raise AdapterError(
+                        f"{child_place.full_name or 'the model'} is a layer compiled by itself, which would be called "
+                        "without its adapter; adapt the model before compiling it"
+                    )
+                found.replacements.append((m, attribute, new))
+        return m
 
     def freeze_model(self, model: nn.Module, training: bool = True) -> None:
         """Freeze every parameter but the adapters'; those too, if not training."""
@@ -141,7 +151,7 @@ class PEFT(ABC):
     def set_params_to_save(self, model: nn.Module | list[nn.Module]) -> None:
         """Note what belongs into an adapter checkpoint: trainable parameters, and running statistics."""
         self.params_to_save = set()
-        for chunk in _chunks(model):
+        for chunk in chunks_of(model):
             adapters = {f"{name}.".lstrip(".") + "adapter." for name, _ in adapter_wrappers(chunk)}
             for name, parameter in chunk.named_parameters():
                 if parameter.requires_grad or name.startswith(tuple(adapters)):
@@ -225,28 +235,6 @@ def _check_mergeable(wrapper: AdapterWrapper) -> None:
     if not wrapper.adapter_enabled:
         raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
     wrapper.check_mergeable()
-
-
-def _chunks(model: Any) -> list[nn.Module]:
-    return list(model) if isinstance(model, (list, tuple)) else [model]
-
-
-def _full_name(prefix: str, name: str) -> str:
-    # `module` at the root is how wrappers (data parallel, mixed precision) call what they hold: not part of a name.
-    if not prefix:
-        return "" if name == "module" else name
-    return f"{prefix}.{name}"
-
-
-def _walk(
-    m: nn.Module, names: Mapping[nn.Module, str], name: str = "", prefix: str = ""
-) -> Iterator[tuple[str, str, nn.Module]]:
-    """(Parent's full name, own name, module) of a module and all below it, but for what is inside adapted layers."""
-    yield prefix, name, m
-    if not isinstance(m, AdapterWrapper):
-        for child_name, child in m._modules.items():
-            if child is not None:
-                yield from _walk(child, names, names.get(child, child_name), _full_name(prefix, name))
 
 
 def _tell_containers(chunks: list[nn.Module]) -> None:

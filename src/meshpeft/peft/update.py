@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from meshpeft.parallel import global_names, layer_type_of, named_init_
-from meshpeft.peft.base import PEFT, _full_name, _walk, adapter_wrappers
+from meshpeft.parallel import layer_type_of, named_init_
+from meshpeft.peft.base import PEFT, adapter_wrappers
 from meshpeft.peft.config import LayerPattern, LoRAInitMethod, PEFTConfig, matches
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora import LoRA
 from meshpeft.peft.matching import is_router, nearest_names
 from meshpeft.peft.named_adapters import NamedLoRALinear
+from meshpeft.peft.walk import Place, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["disable_adapters", "enable_adapters", "is_peft_model", "update_model"]
@@ -99,7 +100,7 @@ def _switch(
     adapters: str | Iterable[str] | None,
 ) -> None:
     layer_patterns, adapter_patterns = _patterns(layers), _patterns(adapters)
-    wrappers = dict(adapter_wrappers(model))
+    wrappers = {place.full_name: module for place, module in walk(model) if isinstance(module, AdapterWrapper)}
     if not wrappers:
         raise AdapterError("the model has no adapters; call update_model first")
     names = {name: _names_of(wrapper) for name, wrapper in wrappers.items()}
@@ -188,7 +189,7 @@ class _PatternLoRA(PEFT):
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Put an adapter on a layer that a pattern matches; other modules are returned as they are."""
-        full_name = _full_name(prefix or "", name or "")
+        full_name = Place(prefix or "", name or "").full_name
         if not _is_adaptable(m) or self.config.attributes_of(full_name) is None:
             return m
         wrapper = NamedLoRALinear(m)
@@ -255,7 +256,7 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 def _adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Full name and module of every layer that can carry an adapter, or does."""
-    for prefix, name, module in _walk(model, global_names(model)):
+    for place, module in walk(model):
         base = module.to_wrap if isinstance(module, AdapterWrapper) else module
         if _is_adaptable(base):
-            yield _full_name(prefix, name), module
+            yield place.full_name, module

@@ -1,0 +1,77 @@
+"""The modules of a model and their full names, which no wrapper around the model or a part of it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from meshpeft.parallel import global_names
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.wrapper import AdapterWrapper
+
+__all__ = ["COMPILED", "Place", "chunks_of", "walk"]
+
+COMPILED = "_orig_mod"
+"""What `torch.compile` calls the module that it wraps."""
+
+# What wrappers call the module they hold: compilation, activation checkpointing, sharded data parallel.
+_HELD = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+class Place(NamedTuple):
+    """Where a module is: its parent's full name, and its own. Both are empty for the model."""
+
+    prefix: str = ""
+    name: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """Of the module there."""
+        return f"{self.prefix}.{self.name}" if self.prefix else self.name
+
+    def children(self, m: nn.Module, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Place, nn.Module]]:
+        """(Attribute, place, module) of every child of `m`, which is here.
+
+        A module that a wrapper holds is in the wrapper's place. Data parallel and mixed precision call it `module`,
+        which is such a name only at the root.
+
+        Args:
+            names: own names that are not those of attributes, see `global_names`.
+        """
+        for attribute, child in m._modules.items():
+            if child is None:
+                continue
+            if attribute in _HELD or (attribute == "module" and not self.full_name):
+                yield attribute, self, child
+            else:
+                yield attribute, Place(self.full_name, names.get(child, attribute)), child
+
+
+def walk(model: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
+    """Every module of a model, from above, but for those inside adapted layers."""
+    names = global_names(model)
+
+    def below(place: Place, m: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
+        yield place, m
+        if not isinstance(m, AdapterWrapper):
+            for _, child_place, child in place.children(m, names):
+                yield from below(child_place, child)
+
+    return below(Place(), model)
+
+
+def chunks_of(model: Any) -> list[nn.Module]:
+    """A model, or its chunks, as a list.
+
+    Raises:
+        AdapterError: it is neither a module, nor modules.
+    """
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    for chunk in chunks:
+        if not isinstance(chunk, nn.Module):
+            raise AdapterError(
+                f"expected a model (torch.nn.Module) or a list of its chunks, got {type(chunk).__name__}"
+            )
+    return chunks
