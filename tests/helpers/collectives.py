@@ -32,7 +32,13 @@ OPERATORS = {
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "alltoall_base_": ("alltoall", 1),
     "all_to_all_single": ("alltoall", 0),
+    # The functional ones, which DTensors make.
+    "all_reduce": ("allreduce", 0),
+    "all_gather_into_tensor": ("allgather", 0),
+    "reduce_scatter_tensor": ("reduce_scatter", 0),
 }
+# Not collectives themselves: what the functional ones hand their results on with.
+WAITS = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 class _Recorder(TorchDispatchMode):
@@ -42,7 +48,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operator = func.overloadpacket.__name__
-        if func.namespace in ("c10d", "_c10d_functional") and operator != "wait_tensor":
+        if func.namespace in ("c10d", "_c10d_functional") and operator not in WAITS:
             name, own = OPERATORS[operator]  # an operator that is not here is to be added
             given = [leaf for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
             (itemsize,) = {tensor.element_size() for tensor in given}

@@ -66,11 +66,32 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 6,
     },
 }
+# Families that our decoder does not know. Between them: packed q, k, v in both orders, packed gate and up, biases,
+# norms and activations of other kinds, heads wider than the hidden size, tied and not.
+FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 6, "tie_word_embeddings": True, "num_hidden_layers": 2},
+    "phi3": {"num_hidden_layers": 2, "tie_word_embeddings": False},
+    "gpt_neox": {"num_attention_heads": 4, "num_hidden_layers": 2},
+    # Latent attention: one projection is not divided, and only part of its output's gradient is.
+    "deepseek_v2": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+        "num_key_value_heads": 8,
+        "n_routed_experts": 2,
+    },
+}
 
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
     """Write a small float32 model of `family` whose every parameter is random, biases and norms too."""
-    config = AutoConfig.for_model(family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES)[family], **overrides})
+    config = AutoConfig.for_model(
+        family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES | FOREIGN_FAMILIES)[family], **overrides}
+    )
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -4,6 +4,7 @@
 |---|---|
 | `megatron.core` | `meshpeft.engines.megatron_core` |
 | `modelopt.torch.quantization` | `meshpeft.engines.modelopt`, imported right after it |
+| `torch.nn`, divided by `transformers` | `meshpeft.engines.transformers_tp`, imported right after what divides |
 
 Importing this package imports none of them.
 """
@@ -22,3 +23,5 @@ def register_engines() -> None:
     register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
     # It quantises layers only if it knew their classes before.
     import_after("modelopt.torch.quantization", "meshpeft.engines.modelopt")
+    # The layers keep the class that PyTorch gave them.
+    import_after("transformers.distributed.tensor_parallel", "meshpeft.engines.transformers_tp")

@@ -45,7 +45,7 @@ from meshpeft.parallel.layer_layout import (
     layout_of,
     register_layer_type,
 )
-from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear, gather_features
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import (
     ParallelAxis,
@@ -95,6 +95,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "finalize_gradients",
+    "gather_features",
     "global_names",
     "gradient_axes",
     "gradient_norm",

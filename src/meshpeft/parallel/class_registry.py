@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -60,19 +60,29 @@ def _is_inside(module: str, package: str) -> bool:
 
 
 class ClassRegistry(Generic[T]):
-    """One entry per class of modules; a subclass without one has that of its nearest base."""
+    """One entry per class of modules; a subclass without one has that of its nearest base.
+
+    A class may have further entries for those of its instances that something was done to.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[type[nn.Module], T] = {}
+        self._changed: dict[type[nn.Module], list[tuple[Callable[[nn.Module], bool], T]]] = {}
 
-    def add(self, cls: type[nn.Module], entry: T) -> None:
-        """Set the entry of a class."""
-        self._entries[cls] = entry
+    def add(self, cls: type[nn.Module], entry: T, when: Callable[[nn.Module], bool] | None = None) -> None:
+        """Set the entry of a class, or of its instances for which `when` holds."""
+        if when is None:
+            self._entries[cls] = entry
+        else:
+            self._changed.setdefault(cls, []).append((when, entry))
 
     def find(self, module: nn.Module) -> T | None:
         """The entry of the nearest class of `module` that has one, or `None`."""
         _load_engines(type(module))
         for cls in type(module).__mro__:
+            for when, entry in self._changed.get(cls, ()):
+                if when(module):
+                    return entry
             if cls in self._entries:
                 return self._entries[cls]
         return None

@@ -189,6 +189,7 @@ class LayerType:
         enter: the collective before the GEMM; `None` where the forward hides its collectives, so that adapters
             run beside the layer instead of inside it.
         exit: adds the bias and makes the collective after the GEMM, given the GEMM's output.
+        bias: the layer's local bias, where that is not its attribute `bias` as it is.
         gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
             its layout alone does not decide that.
         checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
@@ -200,6 +201,7 @@ class LayerType:
     weight: Callable[[Any], Tensor]
     enter: Callable[[Any, Tensor], Tensor] | None = None
     exit: Callable[[Any, Tensor], Any] | None = None
+    bias: Callable[[Any], Tensor | None] = lambda module: getattr(module, "bias", None)
     gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
     decides: bool = False
@@ -213,9 +215,17 @@ class LayerType:
 _LAYER_TYPES: ClassRegistry[LayerType] = ClassRegistry()
 
 
-def register_layer_type(cls: type[nn.Module], layer_type: LayerType) -> None:
-    """State how layers of `cls`, and of its subclasses that do not say otherwise, lie on the mesh."""
-    _LAYER_TYPES.add(cls, layer_type)
+def register_layer_type(
+    cls: type[nn.Module], layer_type: LayerType, when: Callable[[nn.Module], bool] | None = None
+) -> None:
+    """State how layers of `cls`, and of its subclasses that do not say otherwise, lie on the mesh.
+
+    Args:
+        cls: the class.
+        layer_type: its entry.
+        when: the entry is only for the instances for which this holds, such as those that an engine divided in place.
+    """
+    _LAYER_TYPES.add(cls, layer_type, when)
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:

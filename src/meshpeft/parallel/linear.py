@@ -26,7 +26,15 @@ from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, TensorLayout, layout_of_tensor, set_layout
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear"]
+__all__ = ["ColumnParallelLinear", "RowParallelLinear", "gather_features"]
+
+
+def gather_features(divided: Tensor, layout: LinearLayout, dim: int = -1) -> Tensor:
+    """The output features of a column-parallel layer along `dim`, in canonical order. S(dim) -> I."""
+    axis, packing = layout.axis, layout.packing
+    if packing is None or packing.keeps_order(axis.world_size):
+        return mp_gather(divided, dim, axis)
+    return torch.cat([mp_gather(part, dim, axis) for part in packing.unpack(divided, dim, axis.world_size)], dim)
 
 
 class _ParallelLinear(ShardedTensors, nn.Module):
@@ -177,13 +185,7 @@ class ColumnParallelLinear(_ParallelLinear):
         return self._collect(F.linear(self.enter(x), self.weight, self.bias))
 
     def _collect(self, y: Tensor) -> Tensor:
-        axis, packing = self.layout.axis, self.layout.packing
-        if not self.layout.gather_output:
-            return y
-        if packing is None or packing.keeps_order(axis.world_size):
-            return mp_gather(y, -1, axis)
-        parts = packing.unpack(y, -1, axis.world_size)
-        return torch.cat([mp_gather(part, -1, axis) for part in parts], -1)
+        return gather_features(y, self.layout) if self.layout.gather_output else y
 
 
 class RowParallelLinear(_ParallelLinear):

@@ -232,13 +232,13 @@ class LowRankAdapter(ShardedTensors, nn.Module):
 
     def _input_is_divided(self) -> bool:
         if self.layout.shard == "in":
-            return True
+            return self.fused or self.layout.input_is_parallel
         tokens_are_divided = self.layout.sequence_parallel and not self.layout.input_grad_is_reduced_outside
         return tokens_are_divided and not (self.fused and self.layout.shard == "out")
 
     def _output_is_divided(self) -> bool:
         if self.layout.shard == "out":
-            return True
+            return self.fused or not self.layout.gather_output
         return self.layout.sequence_parallel and not (self.fused and self.layout.shard == "in")
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LinearLayout, layout_of
+from meshpeft.parallel import LinearLayout, gather_features, layout_of
 from meshpeft.peft.dora_functional import fused_dora, magnitude_scale, scale_of
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import WeightSource
@@ -38,8 +38,6 @@ class DoRALinear(AdapterWrapper):
     def __init__(self, to_wrap: nn.Module, adapter: AdapterWithMagnitude) -> None:
         super().__init__(to_wrap, adapter)
         layout = adapter.layout
-        if not adapter.fused and layout.gather_output:
-            raise AdapterError("DoRA beside a layer that gathers its output is not possible; use gather_output=False")
         if adapter.dropout_position != "pre":
             raise AdapterError("DoRA needs dropout_position='pre': its formula drops the input")
         if not adapter.is_linear:
@@ -106,14 +104,20 @@ class DoRALinear(AdapterWrapper):
                 )
             adapter_input = dropped
             again = self.base_linear_forward(dropped, *args, **kwargs).linear
-        bias = getattr(self.to_wrap, "bias", None)
+        bias = self.layer_type.bias(self.to_wrap)
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
-            again = again - bias  # the base added it itself
+            again = again - self._as_output(bias)  # the base added it itself
         a, b, offsets = adapter.linear_in.weight, adapter.linear_out.weight, self.offsets(args, kwargs)
         delta = adapter.delta_of_dropped(adapter_input, a, b, offsets)
-        g = rows_for(scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms), delta, offsets)
+        g = self._as_output(scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms))
+        g = rows_for(g, delta, offsets)
         # In the type of g, and rounded once; see dora_functional.
         return base.rebuild((base.linear + (g - 1) * again + g * delta).to(base.linear.dtype))
+
+    def _as_output(self, local: Tensor) -> Tensor:
+        """What multiplies the output features beside the base, or is added to them: whole where the base gathers."""
+        layout = self.adapter.layout
+        return gather_features(local, layout) if layout.gather_output else local
 
     def merged_weights(self) -> Iterator[Tensor]:
         """m / |W + s B A| * (W + s B A), local, in float32 or wider; of grouped experts one after the other."""

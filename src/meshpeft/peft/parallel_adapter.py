@@ -1,11 +1,13 @@
-"""The adapter beside a base layer whose forward hides its collectives: its own communication, on [tokens, r].
+"""The adapter beside a base layer whose forward hides its collectives: its own communication, on tensors of rank size.
 
 | base | forward | backward | gradient still partial |
 |---|---|---|---|
 | column | h = x A^T, A replicated; h passes through `mp_copy`; Delta = h B^T, B S(0) | all-reduce of dh | none |
 | column, sequence parallel | h on local tokens, all-gather h | reduce-scatter dh | dA |
 | column whose dx the producer reduces | h = x A^T, no collective | none | dA |
+| column, output gathered | Delta = x A^T B^T, B gathered | dB is sliced | none |
 | row | h = x A^T, A S(1), all-reduce h; Delta = h B^T, B replicated | dh is complete | none |
+| row, input whole | Delta = x A^T B^T, A gathered | dA is sliced | none |
 | row, sequence parallel | reduce-scatter h along tokens | all-gather dh | dB |
 | row whose base leaves a partial | no reduction: Delta is a partial too | | dB |
 | the same, activation not identity | all-reduce h, each rank takes its columns of B | all-reduce dh | dB |
@@ -25,6 +27,7 @@ from meshpeft.parallel import (
     ParallelAxis,
     TensorLayout,
     all2all_hp2sp,
+    gather_features,
     layout_of_tensor,
     mp_copy,
     mp_gather,
@@ -226,24 +229,38 @@ class ParallelLinearAdapter(LowRankAdapter):
             x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)
         a = a if self._copy_a is None else mp_copy(a, axis=self._copy_a)
         b = b if self._copy_b is None else mp_copy(b, axis=self._copy_b)
+        layout = self.layout
+        whole = self._is_whole_outside
+        if whole and layout.shard == "in":
+            a = mp_gather(a, -1, layout.axis)
+        if whole and layout.shard == "out":
+            b = gather_features(b, layout, 0)
         h = self._bottleneck(x, a) * self.scale
         delta = product(h, b)
         if self._a2a:
             delta = all2all_hp2sp(delta, self.layout.axis)
-        if self.layout.gather_output:
-            delta = self._gather(delta)
+        if layout.gather_output and not whole:
+            delta = gather_features(delta, layout)
         return unpad_seq_to_mult(delta, padding)
+
+    @property
+    def _is_whole_outside(self) -> bool:
+        """Whether input and output are the same on every rank, so that whole factors serve, and no activation moves."""
+        layout = self.layout
+        if layout.sequence_parallel or layout.input_grad_is_reduced_outside or layout.output_is_partial:
+            return False
+        return layout.gather_output if layout.shard == "out" else layout.shard == "in" and not layout.input_is_parallel
 
     def _bottleneck(self, x: Tensor, a: Tensor) -> Tensor:
         """act(x A^T) [*, r], in the state in which B takes it; the collectives are on [tokens, r]."""
         layout, axis = self.layout, self.layout.axis
+        if self._is_whole_outside or layout.shard is None:
+            return self.activation(product(x, a))
         if layout.shard == "out":
             h: Tensor = self.activation(product(x, a))
             if layout.input_grad_is_reduced_outside:
                 return h
             return sp_gather(h, 0, axis) if layout.sequence_parallel else mp_copy(h, axis=axis)
-        if layout.shard is None:
-            return self.activation(product(x, a))
         h = product(x if layout.input_is_parallel else mp_scatter(x, -1, axis), a)
         if layout.output_is_partial:
             if isinstance(self.activation, nn.Identity):
@@ -252,12 +269,6 @@ class ParallelLinearAdapter(LowRankAdapter):
         if self._a2a:
             return mp_copy(self.activation(mp_reduce(h, axis=axis)), axis=axis)
         return self.activation(sp_reduce_scatter(h, 0, axis) if layout.sequence_parallel else mp_reduce(h, axis=axis))
-
-    def _gather(self, delta: Tensor) -> Tensor:
-        """S(-1) -> I, in canonical order. The one collective that is as large as the output."""
-        axis, packing = self.layout.axis, self.layout.packing
-        parts = [delta] if packing is None else packing.unpack(delta, -1, axis.world_size)
-        return torch.cat([mp_gather(part, -1, axis) for part in parts], -1)
 
 
 def _own_columns(h: Tensor, axis: ParallelAxis) -> Tensor:

@@ -1,0 +1,275 @@
+"""transformers models with our parallel layers in the place of their linear ones.
+
+Their own tensor-parallel plan says which linear layer is divided how. Unlike layers that transformers divides itself
+(`tp_plan="auto"`, see `transformers_tp`) these let adapters join between their collectives, and add none; and layers
+that pack q, k, v or gate and up are divided part by part, where the plan gathers their whole output. So architectures
+that `meshpeft.models` does not know are fine-tuned like those that it knows: gradients are summands until
+`finalize_gradients`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.engines.transformers_packed import PackedLayer, packed_layers
+from meshpeft.parallel import (
+    ColumnParallelLinear,
+    Packing,
+    ParallelAxis,
+    ParallelError,
+    RowParallelLinear,
+    TensorLayout,
+    VocabParallelEmbedding,
+    layout_of_tensor,
+    parallel_group_info,
+    set_layout,
+)
+
+__all__ = ["parallelize"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_COLUMN = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
+_ROW = {"rowwise": True, "rowwise_split_input": False, "rowwise_rep": False}
+
+
+@dataclass
+class _Changes:
+    """What is to be done to the model, all of it known to be possible before the first change."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    layouts: list[tuple[nn.Parameter, TensorLayout]] = field(default_factory=list)
+    local: list[tuple[PackedLayer, nn.Module]] = field(default_factory=list)
+
+
+def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits: bool = True) -> Model:
+    """Divide a transformers model over tensor parallel, in place. No collective.
+
+    Linear layers and the embedding that the model's `tp_plan` names become `ColumnParallelLinear`,
+    `RowParallelLinear` and `VocabParallelEmbedding`; each rank keeps its slices, and the rest is freed. Tied weights
+    stay tied. An embedding and head whose vocabulary does not divide stay whole. The model then takes the same inputs
+    on every rank and gives the same outputs. Apply adapters afterwards.
+
+    Args:
+        model: as `from_pretrained` gives it, or on the meta device, the same on every rank.
+        axis: that divides it; tensor parallel by default.
+        gather_logits: otherwise the model returns its rank's slice of the vocabulary [*, vocab / world_size], for
+            `vocab_parallel_cross_entropy`, where the vocabulary divides.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ParallelError: the model has no plan, or one with a style that has no counterpart here (experts); a layer's
+            size or its attention heads do not divide. The model is unchanged then.
+    """
+    axis = parallel_group_info().tp if axis is None else axis
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    if not plan:
+        raise ParallelError(
+            f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be divided is not known"
+        )
+    changes = _planned(model, plan, axis, gather_logits)
+    for packed, holder in changes.local:
+        packed.localise(holder, axis.world_size)
+    for name, layer in changes.layers.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
+    for parameter, layout in changes.layouts:
+        set_layout(parameter, layout)
+    return model
+
+
+def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gather_logits: bool) -> _Changes:
+    changes, made = _Changes(), dict[int, nn.Parameter]()
+    styles = {name: style for name, _ in model.named_modules() if (style := _style_of(name, plan)) is not None}
+    for name, module in model.named_modules():
+        # Plans leave out an embedding that is not called embed_tokens.
+        if module is getattr(model, "get_input_embeddings", lambda: None)():
+            styles[name] = "embedding_rowwise"
+    for name, _ in model.named_parameters():
+        if (style := _style_of(name, plan)) is not None:
+            raise _unsupported(name, style)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    packed = packed_layers(model, styles)
+    partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in packed.items()}
+    changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in packed.items()]
+    whole = _embedding_stays_whole(model, axis)
+    for name, style in styles.items():
+        module = model.get_submodule(name)
+        if style in _COLUMN:
+            linear = _linear(module, name, style)
+            if module is head and (linear.out_features % axis.world_size or linear.weight is whole):
+                continue
+            gather = _COLUMN[style] and name not in packed and (gather_logits or module is not head)
+            packing = None
+            if name in packed:
+                packing = packed[name].packing(model.get_submodule(name.rpartition(".")[0]))
+            if not gather and module is not head:
+                _check_heads(model, name, linear, packing, axis)
+            changes.layers[name] = _column(linear, name, packing, gather, axis, made)
+        elif style in _ROW:
+            parallel = _ROW[style] or name in partners
+            changes.layers[name] = _row(_linear(module, name, style), name, parallel, axis, made)
+        elif style == "embedding_rowwise":
+            if module.weight is not whole:
+                changes.layers[name] = _embedding(module, axis, made)
+        elif style == "replicated_with_grad_allreduce":
+            # A norm of each head: its own rank's heads are all that it sees.
+            changes.layouts += [
+                (parameter, TensorLayout(tuple(parameter.shape), grad_partial=(axis,) if axis.world_size > 1 else ()))
+                for parameter in module.parameters()
+            ]
+        elif style != "replicate":
+            raise _unsupported(name, style)
+    return changes
+
+
+def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
+    for pattern, style in plan.items():
+        if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name):
+            return style
+    return None
+
+
+def _unsupported(name: str, style: str) -> ParallelError:
+    return ParallelError(
+        f"{name}: the plan's style {style!r} has no counterpart among this package's layers; let transformers divide "
+        "the model (tp_plan='auto'), or use meshpeft.models for the architectures with experts that it reads"
+    )
+
+
+def _linear(module: nn.Module, name: str, style: str) -> nn.Linear:
+    if not isinstance(module, nn.Linear) or hasattr(module, "_is_hooked"):
+        raise ParallelError(
+            f"{name}: the plan divides it {style}, which needs a plain nn.Linear; found a {type(module).__name__}. "
+            "Call parallelize before adapters are applied, on a model that transformers did not divide or quantise"
+        )
+    return module
+
+
+def _check_heads(model: nn.Module, name: str, linear: nn.Linear, packing: Packing | None, axis: ParallelAxis) -> None:
+    """Whether every rank gets whole heads: code between a column and a row counts them."""
+    holder: Any = model.get_submodule(name.rpartition(".")[0])
+    head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
+    if not isinstance(head_dim, int):
+        return
+    parts = packing.sizes if packing is not None else (linear.out_features,)
+    for size in parts:
+        heads = size // head_dim
+        if heads % axis.world_size:
+            fitting = " or ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+            raise ParallelError(
+                f"{name}: {heads} heads of {head_dim} features cannot be split over {axis.name}={axis.world_size}; "
+                f"use {fitting}"
+            )
+
+
+def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
+    return {"device": module.weight.device, "dtype": module.weight.dtype, "perform_initialization": False}
+
+
+def _column(
+    module: nn.Linear,
+    name: str,
+    packing: Packing | None,
+    gather: bool,
+    axis: ParallelAxis,
+    made: dict[int, nn.Parameter],
+) -> ColumnParallelLinear:
+    with _naming(name):
+        layer = ColumnParallelLinear(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            gather,
+            packing=packing,
+            axis=axis,
+            **_options(module),
+        )
+    layer.weight = _kept(layer.weight, module.weight, made)
+    if layer.bias is not None:
+        layer.bias = _kept(layer.bias, module.bias, made)
+    return layer
+
+
+def _row(
+    module: nn.Linear, name: str, input_is_parallel: bool, axis: ParallelAxis, made: dict[int, nn.Parameter]
+) -> RowParallelLinear:
+    with _naming(name):
+        layer = RowParallelLinear(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            input_is_parallel,
+            axis=axis,
+            **_options(module),
+        )
+    layer.weight = _kept(layer.weight, module.weight, made)
+    if layer.bias is not None:
+        layer.bias = _kept(layer.bias, module.bias, made)
+    return layer
+
+
+class _ScaledEmbedding(VocabParallelEmbedding):
+    """Embeddings times a number that the architecture fixes (Gemma)."""
+
+    embed_scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*] of indices -> [*, embedding_dim]."""
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("TextScaledWordEmbedding") and hasattr(module, "embed_scale")
+
+
+def _embedding_stays_whole(model: nn.Module, axis: ParallelAxis) -> Tensor | None:
+    """The weight of the input embedding, if it is not one that can be divided."""
+    module: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if type(module) is nn.Embedding or _is_scaled(module):
+        return module.weight if module.num_embeddings % axis.world_size else None
+    return getattr(module, "weight", None)
+
+
+def _embedding(module: Any, axis: ParallelAxis, made: dict[int, nn.Parameter]) -> VocabParallelEmbedding:
+    cls = _ScaledEmbedding if _is_scaled(module) else VocabParallelEmbedding
+    layer = cls(module.num_embeddings, module.embedding_dim, axis=axis, **_options(module))
+    if isinstance(layer, _ScaledEmbedding):
+        layer.register_buffer("embed_scale", module.embed_scale, persistent=False)
+    layer.weight = _kept(layer.weight, module.weight, made)
+    return layer
+
+
+@torch.no_grad()
+def _kept(new: nn.Parameter, whole: Tensor, made: dict[int, nn.Parameter]) -> nn.Parameter:
+    """`new` with this rank's slice of a whole parameter; where that is tied to one before it, the one made of it."""
+    if id(whole) in made:
+        return made[id(whole)]
+    layout = layout_of_tensor(new)
+    assert layout is not None
+    if not new.is_meta:
+        canonical = whole
+        if layout.packing is not None and layout.packed_dim == 0:
+            canonical = torch.cat(layout.packing.unpack(whole, 0, 1))
+        new.copy_(layout.slice(canonical))
+    new.requires_grad_(whole.requires_grad)
+    made[id(whole)] = new
+    return new
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which layer an error is about."""
+    try:
+        yield
+    except ParallelError as error:
+        raise ParallelError(f"{name}: {error}") from error

@@ -1,0 +1,75 @@
+"""Layers of transformers models that pack several parts, and the code around them that takes the parts apart.
+
+Divided part by part, each rank's output holds its slice of every part, and its code finds them there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from meshpeft.parallel import Packing
+
+__all__ = ["PackedLayer", "packed_layers"]
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer whose output packs several parts, in a module whose code takes them apart.
+
+    Attributes:
+        packing: made from the module that holds the layer.
+        partner: the layer after it, which then takes its input divided.
+        localise: lets the holder's code count the heads of one rank.
+    """
+
+    packing: Callable[[Any], Packing]
+    partner: str
+    localise: Callable[[Any, int], None] = lambda holder, shards: None
+
+
+def _qkv_of_phi3(attention: Any) -> Packing:
+    q, kv = (
+        heads * attention.head_dim for heads in (attention.config.num_attention_heads, attention.num_key_value_heads)
+    )
+    return Packing(("q", "k", "v"), (q, kv, kv))
+
+
+def _local_heads_of_phi3(attention: Any, shards: int) -> None:
+    # It finds the end of the queries by its config, which it shares with the whole model.
+    attention.config = copy.copy(attention.config)
+    attention.config.num_attention_heads //= shards
+    attention.num_key_value_heads //= shards
+
+
+def _qkv_of_neox(attention: Any) -> Packing:
+    # Head after head: its query, its key, its value.
+    size = attention.query_key_value.out_features // 3
+    return Packing(("q", "k", "v"), (size,) * 3, blocks=size // attention.head_size)
+
+
+def _gate_up(mlp: Any) -> Packing:
+    size = mlp.gate_up_proj.out_features // 2
+    return Packing(("gate", "up"), (size, size))
+
+
+# (Class of the module that holds the layer, the layer) -> how it is packed.
+_PACKED: dict[tuple[str, str], PackedLayer] = {
+    ("Phi3Attention", "qkv_proj"): PackedLayer(_qkv_of_phi3, "o_proj", _local_heads_of_phi3),
+    ("GPTNeoXAttention", "query_key_value"): PackedLayer(_qkv_of_neox, "dense"),
+} | {(f"{family}MLP", "gate_up_proj"): PackedLayer(_gate_up, "down_proj") for family in ("Phi3", "Glm", "Glm4")}
+
+
+def packed_layers(model: nn.Module, styles: Mapping[str, str]) -> dict[str, PackedLayer]:
+    """Those of the layers named in `styles` whose packing is known, by full name."""
+    found = {}
+    for name in styles:
+        parent, _, own = name.rpartition(".")
+        for cls in type(model.get_submodule(parent)).__mro__:
+            if (cls.__name__, own) in _PACKED:
+                found[name] = _PACKED[cls.__name__, own]
+    return found

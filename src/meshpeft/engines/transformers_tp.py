@@ -1,0 +1,179 @@
+"""Linear layers of models that transformers itself sharded, by their tensor-parallel plan.
+
+Such layers stay `nn.Linear`: their parameters become DTensors, and their `forward` is replaced by one that makes the
+collectives of a *style* from the plan. Adapters run beside that forward. Activations are plain tensors between layers.
+
+| style | layout |
+|---|---|
+| `colwise` | divided along out, the output stays divided |
+| `colwise_gather_output`, `colwise_rep` | the same, the output is gathered |
+| `packed_colwise` | divided along out part by part (gate, up) |
+| `rowwise` | divided along in, the input comes divided |
+| `rowwise_split_input`, `rowwise_rep` | the same, the input comes whole |
+| any on an undivided weight (`mla_kv_a_proj`, `replicate`, ..) | a plain linear whose adapter joins inside the style |
+
+The layout is read from what is installed (placements, mesh and style of each layer), not from the plan's patterns: a
+plan can be overridden when the model is loaded. Gradients are complete after the backward pass, as the optimizer loop
+of such a model expects. It is imported by itself: as soon as `transformers.distributed.tensor_parallel` is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.tensor_parallel import (
+    ColwiseParallel,
+    PackedColwiseParallel,
+    RowwiseParallel,
+    TensorParallelLayer,
+)
+
+from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.parallel import (
+    LayerType,
+    LinearLayout,
+    Packing,
+    ParallelAxis,
+    ParallelError,
+    parallel_group_info,
+    register_layer_type,
+)
+from meshpeft.parallel.init import stride_packing
+
+__all__: list[str] = []
+
+
+class _Installed(NamedTuple):
+    """What transformers put on a layer."""
+
+    style: TensorParallelLayer
+    mesh: DeviceMesh
+
+
+def _installed(module: nn.Module) -> _Installed | None:
+    """The style in the closure of the layer's own `forward`; there is no other record of it on the layer."""
+    forward = vars(module).get("forward")
+    if not inspect.isfunction(forward):
+        return None
+    held = inspect.getclosurevars(forward).nonlocals
+    style, mesh = held.get("self"), held.get("mesh")
+    if isinstance(style, TensorParallelLayer) and isinstance(mesh, DeviceMesh):
+        return _Installed(style, mesh)
+    return None
+
+
+def _style_of(module: nn.Module) -> _Installed:
+    found = _installed(module)
+    if found is None:
+        raise ParallelError(
+            f"a {type(module).__name__} whose weight is a DTensor, or whose forward is replaced, not by a style of "
+            "transformers' tensor-parallel plan: how it communicates is not known. Load the model with tp_plan='auto', "
+            "or apply adapters before it is sharded"
+        )
+    return found
+
+
+def _is_divided(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("_parameters", {}).get("weight"), DTensor)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    return "_is_hooked" in vars(module) and not _is_divided(module)
+
+
+def _axis(group: ProcessGroup) -> ParallelAxis:
+    """The mesh's tensor parallel, if it is over the same ranks."""
+    info = parallel_group_info()
+    ranks = dist.get_process_group_ranks(group)
+    if info.tp.group is not None and dist.get_process_group_ranks(info.tp.group) == ranks:
+        return info.tp
+    if len(ranks) < dist.get_world_size() and info.world.world_size == 1:
+        raise ParallelError(
+            f"the model is divided over {len(ranks)} of {dist.get_world_size()} processes, and the mesh does not say "
+            f"what the others do; call meshpeft.parallel.init_parallelism(tensor_parallel={len(ranks)}) first"
+        )
+    return axis_of_group("tp", group)
+
+
+def _divided_layout(module: nn.Linear) -> LinearLayout:
+    weight, style = module.weight, _style_of(module).style
+    assert isinstance(weight, DTensor)
+    divided = [(index, place) for index, place in enumerate(weight.placements) if not isinstance(place, Replicate)]
+    if not divided:
+        return LinearLayout(module.in_features, module.out_features)
+    if len(divided) > 1:
+        raise ParallelError(
+            f"a weight with placements {weight.placements}: expected one that a single axis, tensor parallel, divides"
+        )
+    [(index, place)] = divided
+    axis = _axis(weight.device_mesh.get_group(index))
+    rows = isinstance(place, Shard) and place.dim % weight.dim() == 0
+    options: dict[str, Any]
+    if isinstance(style, ColwiseParallel) and rows and style.input_layouts == Replicate():
+        options = {"shard": "out", "gather_output": style.output_layouts == Replicate()}
+        supported = options["gather_output"] or style.output_layouts == Shard(-1)
+    elif isinstance(style, PackedColwiseParallel):
+        options = {"shard": "out", "packing": _packing(module.out_features, style.split_factor, axis)}
+        supported = True
+    elif isinstance(style, RowwiseParallel) and not rows and style.output_layouts == Replicate():
+        options = {"shard": "in", "input_is_parallel": style.input_layouts == Shard(-1)}
+        supported = options["input_is_parallel"] or style.input_layouts == Replicate()
+    else:
+        supported = False
+    if not supported or not getattr(style, "use_local_output", True):
+        raise ParallelError(
+            f"a weight placed {place} under the style {type(style).__name__}({vars(style)}) cannot carry an adapter; "
+            "expected colwise, colwise_gather_output, packed_colwise, rowwise or rowwise_split_input"
+        )
+    return LinearLayout(module.in_features, module.out_features, axis=axis, **options)
+
+
+def _packing(size: int, parts: int, axis: ParallelAxis) -> Packing | None:
+    if parts == 2:
+        return Packing(("gate", "up"), (size // 2, size // 2))
+    return stride_packing(size, parts, axis)
+
+
+def _local(parameter: Tensor | None) -> Tensor | None:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _local_weight(module: nn.Linear) -> Tensor:
+    weight = _local(module.weight)
+    assert weight is not None
+    return weight
+
+
+def _enter(module: nn.Linear, x: Tensor) -> Tensor:
+    style, mesh = _style_of(module)
+    (entered,), _ = style.transform_inputs_pre_forward(module, (x,), {}, mesh)
+    return entered
+
+
+def _exit(module: nn.Linear, y: Tensor) -> Tensor:
+    style, mesh = _style_of(module)
+    left: Tensor = style.transform_output_post_forward(module, y if module.bias is None else y + module.bias, mesh)
+    return left
+
+
+register_layer_type(
+    nn.Linear,
+    LayerType(layout=_divided_layout, weight=_local_weight, bias=lambda module: _local(module.bias)),
+    when=_is_divided,
+)
+register_layer_type(
+    nn.Linear,
+    LayerType(
+        layout=lambda module: LinearLayout(module.in_features, module.out_features),
+        weight=lambda module: module.weight,
+        enter=_enter,
+        exit=_exit,
+    ),
+    when=_is_whole,
+)

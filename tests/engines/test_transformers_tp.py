@@ -1,0 +1,120 @@
+"""Adapters on models that transformers itself sharded, in two processes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import save_tiny
+from helpers.transformers_runs import (
+    TARGETS,
+    Run,
+    collectives_of,
+    describe,
+    largest_error,
+    logits_with_dropout,
+    train,
+)
+from helpers.workers import run_on_ranks
+
+from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
+
+# Float64, two orders of summation, two steps: some 1e-14.
+TOLERANCE = 1e-10
+# B starts at random: with the usual zeros the first step would not see A at all.
+OPTIONS: dict[str, Any] = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
+METHODS = {"lora": LoRA, "dora": DoRA, "canonical": CanonicalLoRA}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def directory(family: str) -> Path:
+        return save_tiny(family, tmp_path_factory.mktemp(family))
+
+    return directory
+
+
+def method_of(name: str, family: str) -> PEFT:
+    method: PEFT = METHODS[name](target_modules=TARGETS[family], **OPTIONS)
+    return method
+
+
+@cache
+def one_process(directory: Path, family: str, method: str) -> Run:
+    return train(directory, "none", method_of(method, family))
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("gemma", "lora"),
+        ("gemma", "dora"),
+        ("phi3", "lora"),
+        ("phi3", "dora"),
+        ("gpt_neox", "lora"),
+        ("gpt_neox", "dora"),
+        ("gpt_neox", "canonical"),
+        ("llama", "dora"),
+        ("deepseek_v2", "lora"),
+    ],
+)
+def test_gradients_are_those_of_one_process(directories: Any, family: str, method: str) -> None:
+    directory = directories(family)
+    want = one_process(directory, family, method)
+    for got in run_on_ranks(2, train, directory, "tp_plan", method_of(method, family)):
+        assert largest_error(got, want) < TOLERANCE
+
+
+def test_adapters_have_the_layout_of_the_layers_that_transformers_divided(directories: Any) -> None:
+    # Hidden size 32, MLP 48. (shard, gathers its output or takes it divided, weight, A, B), local.
+    phi3 = {
+        "self_attn.qkv_proj": ("out", True, (32, 32), (4, 32), (32, 4)),
+        "self_attn.o_proj": ("in", False, (32, 16), (4, 16), (32, 4)),
+        "mlp.gate_up_proj": ("out", True, (48, 32), (4, 32), (48, 4)),
+        "mlp.down_proj": ("in", False, (32, 24), (4, 24), (32, 4)),
+    }
+    neox = {
+        "attention.query_key_value": ("out", False, (48, 32), (4, 32), (48, 4)),
+        "attention.dense": ("in", True, (32, 16), (4, 16), (32, 4)),
+        "mlp.dense_h_to_4h": ("out", False, (24, 32), (4, 32), (24, 4)),
+        "mlp.dense_4h_to_h": ("in", True, (32, 24), (4, 24), (32, 4)),
+    }
+    for family, want in (("phi3", phi3), ("gpt_neox", neox)):
+        for got in run_on_ranks(2, describe, directories(family), "tp_plan"):
+            assert got == want
+
+
+def test_the_mesh_may_be_made_by_init_parallelism_too(directories: Any) -> None:
+    directory, method = directories("gemma"), method_of("lora", "gemma")
+    want = one_process(directory, "gemma", "lora")
+    for got in run_on_ranks(2, train, directory, "tp_plan", method, True):
+        assert largest_error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+@pytest.mark.parametrize("family", ["gemma", "phi3"])
+def test_dropout_leaves_equal_on_all_ranks_what_the_layers_leave_equal(
+    directories: Any, family: str, position: Any
+) -> None:
+    method = LoRA(target_modules=TARGETS[family], dropout=0.5, dropout_position=position, **OPTIONS)
+    one, other = run_on_ranks(2, logits_with_dropout, directories(family), "tp_plan", method)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi3"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_communicate_only_tensors_of_rank_size(directories: Any, family: str, method: str) -> None:
+    tokens, rank, widest = 26, 4, 96
+    largest = rank * widest if family == "phi3" else tokens * rank
+    for with_adapters, without in run_on_ranks(
+        2, collectives_of, directories(family), "tp_plan", method_of(method, family)
+    ):
+        added = list(with_adapters)
+        for call in without:
+            added.remove(call)
+        assert added
+        assert max(call.elements for call in added) <= largest
