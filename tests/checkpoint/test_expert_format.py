@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from helpers.adapters import adapted, peft_adapted
 from helpers.simulate import on_rank, simulate, standing_at
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -236,10 +240,14 @@ def test_an_adapter_that_peft_made_gives_the_same_logits_here(
         torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
 
-def separate_experts(to: Path, up_rank: int, **fields: Any) -> dict[str, Tensor]:
-    """An adapter of the small Qwen3-MoE's experts whose gate and up projection have an A each."""
+def separate_experts(to: Path, up_rank: int, attention: bool = False, **fields: Any) -> dict[str, Tensor]:
+    """An adapter of the small Qwen3-MoE's experts whose gate and up projection have an A each; and q and k likewise."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
+    for layer, (name, out) in itertools.product(range(3) if attention else (), (("q_proj", 48), ("k_proj", 24))):
+        for factor, shape in (("A", (2, 32)), ("B", (out, 2))):
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensors[f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{factor}.weight"] = 0.3 * noise
     for layer in (0, 2):
         for expert in range(8):
             for name, out, width in (("gate_proj", 20, 32), ("up_proj", 20, 32), ("down_proj", 32, 20)):
@@ -253,15 +261,17 @@ def separate_experts(to: Path, up_rank: int, **fields: Any) -> dict[str, Tensor]
     names = ["gate_proj", "up_proj", "down_proj"]
     # In layer 1, which has an ordinary MLP, there is none.
     exclude = [f"model.layers.1.mlp.{name}" for name in names]
+    names += ["q_proj", "k_proj"] if attention else []
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": names}
     (to / CONFIG).write_text(json.dumps({**config, "exclude_modules": exclude, **fields}))
     return tensors
 
 
-def test_experts_whose_gate_and_up_have_an_a_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", (False, True), ids=["LoRA", "Canonical LoRA"])
+def test_experts_whose_gate_and_up_have_an_a_of_their_own(attention: bool, tiny: Tiny, tmp_path: Path) -> None:
     """As adapters made for experts that were modules: one of twice the rank is exactly the same."""
     base = tiny("qwen3_moe")
-    separate_experts(tmp_path / "theirs", up_rank=2)
+    separate_experts(tmp_path / "theirs", up_rank=2, attention=attention)
     theirs = with_peft(base, tmp_path / "theirs")
     with simulate(dp=2, ep=2):
         ours = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "theirs")
@@ -372,6 +382,45 @@ def test_a_bad_adapter_is_named_and_changes_nothing(case: str, tiny: Tiny, tmp_p
     with pytest.raises(CheckpointError, match=message):
         load_peft_adapter(model, tmp_path / "adapter")
     assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both forms of one adapter."""
+    folder = tmp_path_factory.mktemp("exported")
+    made = experts_adapted(tiny("mixtral"), "mixtral", targets=["router", "*.experts.*"], share_expert_adapters=False)
+    for format in FORMATS:
+        export_peft_adapter(made, folder / format, format=format)  # type: ignore[arg-type]  # one of the two
+    return folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_an_error_and_never_another_adapter(
+    data: st.DataObject, exported: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    """One byte of the names or of the config; values have a checksum, whose test is that of ordinary layers."""
+    folder, format = tmp_path / "adapter", data.draw(st.sampled_from(FORMATS))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(exported / format, folder)
+    file = folder / data.draw(st.sampled_from([WEIGHTS, CONFIG]))
+    content = bytearray(file.read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little") if file.name == WEIGHTS else len(content)
+    content[data.draw(st.integers(0, end - 1))] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    model = load_pretrained(tiny("mixtral"), torch.float64)
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    try:
+        load_peft_adapter(model, folder)
+    except CheckpointError:
+        assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+    else:
+        # Some bytes mean nothing, as a space; in the config one may mean another alpha.
+        expected = load_file(exported / format / WEIGHTS)
+        export_peft_adapter(model, tmp_path / "again", overwrite=True, format=format)
+        found = load_file(tmp_path / "again" / WEIGHTS)
+        assert found.keys() == expected.keys()
+        assert file.name == CONFIG or all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_experts_that_differ_do_not_fit_a_shared_adapter(tiny: Tiny, tmp_path: Path) -> None:

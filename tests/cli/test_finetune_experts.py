@@ -116,6 +116,8 @@ def test_the_per_expert_form_is_evaluated_merged_and_exported_again(
     capfd.readouterr()
     assert main(["evaluate", "--adapter", str(run), "--ep", "2"]) == 0
     assert f"loss: {results['held_out_loss_after']:.4f} nats" in capfd.readouterr().out
+    assert main(["generate", "--adapter", str(run), "--ep", "2", "--prompt", "1 + 1 =", "--max-new-tokens", "4"]) == 0
+    assert capfd.readouterr().out
     arguments = ["--checkpoint", str(run), "--to", str(tmp_path / "again"), "--format", "peft-per-expert"]
     assert main(["export", *arguments]) == 0
     assert "(PEFT format, every expert by itself)" in capfd.readouterr().out
@@ -125,6 +127,18 @@ def test_the_per_expert_form_is_evaluated_merged_and_exported_again(
     with torch.no_grad():
         ours = load_peft_adapter(load_pretrained(base, torch.float64), run)(ids)
         torch.testing.assert_close(reference(tmp_path / "merged")(ids).logits, ours, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_another_expert_parallel_size(experts_base: Base, data: Path, tmp_path: Path) -> None:
+    base, options = experts_base("mixtral"), [*ROUTED, "--save-every", "2"]
+    finetune(base, data, tmp_path / "whole", *options, "--ep", "2")
+    for number, layout in enumerate((["--tp", "2", "--etp", "1"], ["--dp", "2"])):
+        run = tmp_path / str(number)
+        half = "checkpoints/step-00000002"
+        shutil.copytree(tmp_path / "whole" / half, run / half)
+        finetune(base, data, run, *options, "--resume", "auto", *layout)
+        assert_one_adapter(run, tmp_path / "whole")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -53,10 +53,9 @@ class AdapterPlan:
         held, expected = self.names.held, self.names.targets()
         # Which layers are meant by number, only the file itself says.
         for name in sorted(set() if self.config.some_layers_only else expected - held):
-            raise CheckpointError(
-                f"{self.file.path} lacks {PREFIX}{self.names.of_module(name)}.{FACTOR_A}, though its config targets "
-                f"{name}"
-            )
+            stacked = self.linears[name].experts is not None
+            path = self.names.of_stack(name) if stacked else self.names.of_module(name)
+            raise CheckpointError(f"{self.file.path} lacks {PREFIX}{path}.{FACTOR_A}, though its config targets {name}")
         for name in sorted(held - expected):
             raise CheckpointError(f"{self.file.path} holds an adapter for {name}, which its config does not target")
 
@@ -227,10 +226,16 @@ class AdapterPlan:
 
     def adapted(self, model: Model, dtype: torch.dtype, trainable: bool) -> Model:
         """The model with adapters of the file's method, ranks and targets."""
-        shapes = {self._target(place.module, name): place.shape for place in self.places for name in place.names}
+        targets = [self._target(place.module, name) for place in self.places for name in place.names]
+        # Experts are one target as a whole, whatever parts of them were named.
+        shapes = {
+            place.module if place.experts is not None else self._target(place.module, name): place.shape
+            for place in self.places
+            for name in place.names
+        }
         usual = Counter(shapes.values()).most_common(1)[0][0]
         method = self._method()(
-            target_modules=list(shapes),
+            target_modules=list(dict.fromkeys(targets)),
             dim=usual.rank,
             alpha=usual.alpha,
             rank_pattern={name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
