@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
-from meshpeft.peft import AdapterError, LoRA, is_expert_linear, wildcard_match
+from meshpeft.peft import AdapterError, CanonicalLoRA, LoRA, is_expert_linear, wildcard_match
 
 
 class Layer(nn.Module):
@@ -129,6 +130,23 @@ def test_a_target_that_cannot_carry_an_adapter_says_so():
         LoRA(target_modules=["norm"], dim=2)(Model())
 
 
+@pytest.mark.parametrize("method", (LoRA, CanonicalLoRA))
+def test_a_target_that_lost_its_star_is_told_once_and_as_it_was_given(method):
+    leaf = "linear_q" if method is CanonicalLoRA else "linear_qkv"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AdapterError, match=re.escape(f"Perhaps '*.layers.0.*.{leaf}' was meant")):
+            method(target_modules=[f".layers.0..{leaf}"], dim=2)(Model())
+
+
+def test_parts_of_fused_layers_are_no_exclusions():
+    message = r"'\*\.linear_q' is a part of linear_qkv.*exclude '\*\.linear_qkv', or name the parts to adapt"
+    with pytest.warns(UserWarning, match=message), pytest.raises(AdapterError, match="packed"):
+        CanonicalLoRA(exclude_modules=["*.linear_q"], dim=2)(Model())
+    with pytest.raises(AdapterError, match="'linear_q' means a part of linear_qkv, and is a layer of its own"):
+        CanonicalLoRA(target_modules=["linear_q"], dim=2)(nn.ModuleDict({"linear_q": nn.Linear(4, 4)}))
+
+
 def test_a_default_list_may_match_partly_with_one_warning():
     model = nn.ModuleDict({"linear_qkv": nn.Linear(4, 4), "linear_fc1": nn.Linear(4, 4)})
     with pytest.warns(UserWarning, match="linear_proj.*linear_fc2") as caught:
@@ -164,7 +182,14 @@ def test_an_exclusion_that_matches_nothing_is_warned_about():
         ({"target_modules": ["linear_qkv"], "exclude_modules": ["x"]}, "leave the other empty"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": "linear_qkv"}, r"give a list of patterns: \['linear_qkv'\]"),
+        ({"target_modules": [4]}, "4 is no pattern of layer names"),
+        ({"target_modules": None}, "target_modules is empty"),
         ({"dim": 0}, "at least 1"),
+        ({"dim": 4.0}, "dim=4.0: expected an integer"),
+        ({"dim": True}, "dim=True: expected an integer"),
+        ({"dim": "4"}, "dim='4': expected an integer"),
+        ({"alpha": None}, "alpha=None: expected a number"),
+        ({"dropout": "0.1"}, "dropout='0.1': expected a number"),
         ({"dropout": -0.1}, "below 1"),
         ({"dropout": 1.0}, "below 1"),
         ({"alpha": float("nan")}, "finite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -34,8 +35,17 @@ def check_options(dim: int, alpha: float, dropout: float, dropout_position: str)
     """Refuse what no low-rank adapter can be made with.
 
     Raises:
-        AdapterError: a rank below 1, a non-finite alpha, a dropout outside [0, 1), an unknown position.
+        AdapterError: a rank that is no integer or below 1, a non-finite alpha, a dropout outside [0, 1), an unknown
+            position.
     """
+    given: tuple[tuple[str, Any, type, str], ...] = (
+        ("dim", dim, Integral, "an integer, the rank"),
+        ("alpha", alpha, Real, "a number"),
+        ("dropout", dropout, Real, "a number"),
+    )
+    for name, value, kind, expected in given:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise AdapterError(f"{name}={value!r}: expected {expected}")
     if dim < 1:
         raise AdapterError(f"dim={dim}: the rank of an adapter is at least 1")
     if not math.isfinite(alpha):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
@@ -156,6 +157,20 @@ class CanonicalLoRA(LowRankPEFT):
     def _patterns(self) -> dict[str, list[str]]:
         return self._requests
 
+    def _reason(self, pattern: str, names: Sequence[str]) -> str:
+        leaf = pattern.rpartition(".")[2].lstrip("*")
+        if leaf not in _COMPONENTS:
+            return super()._reason(pattern, names)
+        fused = _COMPONENTS[leaf][0]
+        if self.exclude_modules:
+            return (
+                f"{pattern!r} is a part of {fused}, and layers are left alone as a whole: exclude "
+                f"{pattern.removesuffix(leaf) + fused!r}, or name the parts to adapt in target_modules"
+            )
+        if any(name.rpartition(".")[2] == leaf for name in names):
+            return f"{pattern!r} means a part of {fused}, and is a layer of its own in this model; use LoRA"
+        return super()._reason(pattern, names)
+
     def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
         """One adapter per requested part of a fused layer, or one `LoRALinear` adapter on another."""
         layout = layout_of(base)
@@ -164,7 +179,7 @@ class CanonicalLoRA(LowRankPEFT):
         if wrapper is None or layout.experts is not None or _should_treat_linear_fc1_as_unfused(full_name):
             if full_name.endswith("linear_qkv"):
                 raise AdapterError(
-                    f"{full_name}: the layout of {type(base).__name__} does not say how q, k, v are packed"
+                    f"{full_name}: the layout of {type(base).__name__} does not say how q, k, v are packed; use LoRA"
                 )
             return LoRALinear(base, self.make_adapter(base, full_name))
         adapters = {

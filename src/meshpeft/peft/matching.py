@@ -38,15 +38,22 @@ def wildcard_match(pattern: str, key: str | None) -> bool | None:
     """
     if key is None:
         return None
-    if "" in pattern.split("."):
-        repaired = ".".join(part or "*" for part in pattern.split("."))
-        warnings.warn(
-            f"pattern {pattern!r} has an empty name between its dots and matches nothing; "
-            f"did it lose its '*'? Perhaps {repaired!r} was meant",
-            stacklevel=2,
-        )
+    if _lost_its_star(pattern):
+        warnings.warn(f"pattern {_advice_on_lost_star(pattern)}", stacklevel=2)
         return False
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), key, re.DOTALL) is not None
+
+
+def _lost_its_star(pattern: str) -> bool:
+    return "" in pattern.split(".")
+
+
+def _advice_on_lost_star(pattern: str) -> str:
+    repaired = ".".join(part or "*" for part in pattern.split("."))
+    return (
+        f"{pattern!r} has an empty name between its dots and matches nothing; did it lose its '*'? Perhaps "
+        f"{repaired!r} was meant"
+    )
 
 
 def is_expert_linear(fqn: str) -> bool:
@@ -120,12 +127,16 @@ class ModuleMatcher:
     _refused: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for option in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, option), str):
-                raise AdapterError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
         self._check_targets()
 
     def _check_targets(self) -> None:
+        for option in ("target_modules", "exclude_modules"):
+            patterns = getattr(self, option)
+            if isinstance(patterns, str):
+                raise AdapterError(f"{option} is a string; give a list of patterns: [{patterns!r}]")
+            for pattern in patterns or ():
+                if not isinstance(pattern, str):
+                    raise AdapterError(f"{option}: {pattern!r} is no pattern of layer names; give strings")
         if self.exclude_modules and self.target_modules and not self._targets_are_default:
             raise AdapterError(
                 f"target_modules={list(self.target_modules)} and exclude_modules={list(self.exclude_modules)} were "
@@ -218,21 +229,21 @@ class ModuleMatcher:
         names = list(self._adaptable)
         if not names:
             return f"{', '.join(map(repr, unmet))} match nothing: the model has no layer that can carry an adapter"
-        reasons = []
-        for pattern in unmet:
-            refused = self._refused.get(pattern)
-            if refused is None:
-                reasons.append(f"{pattern!r} matches no layer; nearest: {', '.join(nearest_names(pattern, names))}")
-            else:
-                reasons.append(
-                    f"{pattern!r} matches only {refused}, which cannot carry an adapter; layers that can: "
-                    f"{', '.join(nearest_names(pattern, names))}"
-                )
-        return "; ".join(reasons)
+        return "; ".join(self._reason(pattern, names) for pattern in unmet)
+
+    def _reason(self, pattern: str, names: Sequence[str]) -> str:
+        """Why a pattern matches none of these layers, and what would."""
+        if _lost_its_star(pattern):
+            return _advice_on_lost_star(pattern)
+        nearest = ", ".join(nearest_names(pattern, names))
+        if pattern in self._refused:
+            refused = self._refused[pattern]
+            return f"{pattern!r} matches only {refused}, which cannot carry an adapter; layers that can: {nearest}"
+        return f"{pattern!r} matches no layer; nearest: {nearest}"
 
 
 def _matches(pattern: str, name: str, full_name: str) -> bool:
-    return name == pattern or bool(wildcard_match(pattern, full_name))
+    return name == pattern or (not _lost_its_star(pattern) and bool(wildcard_match(pattern, full_name)))
 
 
 def named_value(patterns: Mapping[str, Value], full_name: str) -> Value | None:
