@@ -143,3 +143,14 @@ def test_kaiming_zeros_starts_from_the_base(options: list[str], tmp_path: Path) 
     assert 0.9 < float(a.abs().max()) * 128**0.5 <= 1.001
     b = tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
     assert float(b.abs().max()) < 1e-8
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_as_much_on_a_packed_base(tmp_path: Path) -> None:
+    for name, quantize in (("full", []), ("nf4", ["--quantize", "nf4"])):
+        arguments = ["finetune", "--tp", "2", "--steps", "40", "--eval-every", "0", *quantize]
+        assert main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
+    full, nf4 = results(tmp_path / "full"), results(tmp_path / "nf4")
+    assert nf4["packed"]["bytes"] <= 0.6 * nf4["packed"]["parameters"] and nf4["packed"]["layers"] == 16
+    assert full["held_out_loss_after"] < 0.9 * full["held_out_loss_before"]
+    assert nf4["held_out_loss_after"] < 1.03 * full["held_out_loss_after"]
