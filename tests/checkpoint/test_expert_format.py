@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from helpers.adapters import adapted, peft_adapted
+from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, with_peft
 from helpers.simulate import on_rank, simulate, standing_at
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from hypothesis import HealthCheck, given, settings
@@ -37,7 +37,6 @@ from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
 
 Tiny = Callable[[str], Path]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Both models compute in float64; sums are taken in another order.
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 IDS = random_ids()
@@ -65,18 +64,6 @@ def experts_adapted(base: Path, family: str, **options: Any) -> Decoder:
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
         return on_rank(model(ids, gather_logits=True), 0) if isinstance(model, Decoder) else model(ids).logits
-
-
-def with_peft(base: Path, adapter: Path) -> peft.PeftModel:
-    """The adapter on transformers' model; every key of the file has its place and every place its key."""
-    with warnings.catch_warnings():
-        # It looks for patterns among modules only, and then finds them among parameters all the same.
-        warnings.filterwarnings("ignore", message=".*pattern keys did not match", category=RuntimeWarning)
-        model = peft.PeftModel.from_pretrained(reference(base), adapter)
-        result = model.load_adapter(adapter, "again")
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if ".lora_" in key and ".again." in key]
-    return model
 
 
 @pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
@@ -324,17 +311,6 @@ def test_a_rank_reads_its_own_part_of_the_file(tiny: Tiny, tmp_path: Path, monke
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 LAST = "base_model.model.model.layers.1.block_sparse_moe.experts.7.w3"

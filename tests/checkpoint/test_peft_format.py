@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from helpers.adapters import EVERYTHING, METHODS, adapted, peft_adapted, share_a
 from helpers.checkpoint_jobs import export_and_fail
+from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, with_peft
 from helpers.simulate import simulate, the_same
 from helpers.tiny_models import random_ids, reference
 from helpers.workers import run_on_ranks
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
@@ -26,7 +26,6 @@ from meshpeft.models import Decoder, load_pretrained
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, adapter_wrappers
 
 Tiny = Callable[[str], Path]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Both models compute in float64; sums are taken in another order.
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 
@@ -35,15 +34,6 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         found = model(ids, gather_logits=True) if isinstance(model, Decoder) else model(ids).logits
     return the_same(found)
-
-
-def with_peft(base: Path, adapter: Path) -> peft.PeftModel:
-    """The adapter on transformers' model; every key of the file has its place and every place its key."""
-    model = peft.PeftModel.from_pretrained(reference(base), adapter)
-    result = model.load_adapter(adapter, "again")
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if ".lora_" in key and ".again." in key]
-    return model
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,17 +185,6 @@ def test_a_loaded_adapter_trains_only_if_asked(tiny: Tiny, tmp_path: Path) -> No
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
