@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.collectives import Collective
 from helpers.workers import run_on_ranks
 
 from meshpeft.peft import DoRA, LoRA
+from meshpeft.verify.collectives import Collective
 
 pytest.importorskip("megatron.core")
 from helpers import megatron_models as models

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from helpers.collectives import Collective, count_collectives
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_gpt import DENSE, logits_of, loss_of, make_decoder, make_gpt, token_ids
 from megatron.core import parallel_state
@@ -20,6 +19,7 @@ from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import finalize_gradients, gradient_norm, layout_of_tensor, parallel_group_info
 from meshpeft.peft import PEFT, adapter_wrappers
+from meshpeft.verify.collectives import Collective, count_collectives
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.collectives import Collective, count_collectives
 from helpers.simulate import per_rank, rank_values, simulate
 from helpers.workers import run_on_ranks
 from torch import Tensor
@@ -29,6 +28,7 @@ from meshpeft.parallel import (
     sp_gather,
     sp_reduce_scatter,
 )
+from meshpeft.verify.collectives import Collective, count_collectives
 
 DUAL = {"I": "I", "R": "P", "P": "R", "S": "S"}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.collectives import count_collectives
 from helpers.simulate import per_rank, rank_values, simulate, the_same
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from meshpeft.parallel import (
     gradient_norm,
     layout_of_tensor,
 )
+from meshpeft.verify.collectives import count_collectives
 
 VOCABULARY, WIDTH = 12, 8
 INDICES = torch.tensor([[0, 3, 3, 11], [5, 3, 11, 7]])

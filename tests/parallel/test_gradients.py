@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.collectives import Collective, count_collectives
 from helpers.ranks import expected_group
 from helpers.simulate import per_rank, rank_values, simulate, the_same
 from helpers.small_network import SmallNetwork
@@ -24,6 +23,7 @@ from meshpeft.parallel import (
     layout_of_tensor,
     set_layout,
 )
+from meshpeft.verify.collectives import Collective, count_collectives
 
 DENSE = {"pp": 1, "dp": 4, "tp": 2}
 EXPERT = {"pp": 1, "edp": 2, "ep": 2, "etp": 2}

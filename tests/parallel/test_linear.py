@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.collectives import count_collectives
 from helpers.simulate import simulate, the_same
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from meshpeft.parallel import (
     parallel_group_info,
     register_layer_type,
 )
+from meshpeft.verify.collectives import count_collectives
 
 IN, OUT = 16, 32
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.adapted_block import BATCH, SEQ, local_input, make_block
-from helpers.collectives import Collective, count_collectives
 from helpers.simulate import simulate, the_same
 
 from meshpeft.models import DecoderConfig
@@ -13,6 +12,7 @@ from meshpeft.parallel import ParallelError, finalize_gradients, layout_of_tenso
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, fused_lora, fused_lora_reference
 from meshpeft.peft import lora_linear as lora_linear_module
 from meshpeft.peft.functional import product
+from meshpeft.verify.collectives import Collective, count_collectives
 from meshpeft.verify.typecheck import typecheck_layout
 
 TP, DIM = 2, 4

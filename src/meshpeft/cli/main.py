@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write a checkpoint as an adapter or as a model",
     "merge": "write a base model with an adapter merged into it",
     "verify": "prove that a layout trains the adapter of one process, before it is run",
+    "plan": "count what one process of a fine-tune will hold and send",
 }
 
 USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(

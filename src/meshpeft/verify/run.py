@@ -1,10 +1,11 @@
-"""`meshpeft verify`: the proof for a run, from the run's own options."""
+"""`meshpeft verify` and `meshpeft plan`: the proof and the costs of a run, from the run's own options."""
 
 from __future__ import annotations
 
 import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -12,12 +13,14 @@ from torch import nn
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
-from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.report import short_path
 from meshpeft.training.setup import base_directory, check_base, workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
+from meshpeft.verify.plan import Plan, plan
 
-__all__ = ["NotExact", "verify_run"]
+__all__ = ["NotExact", "plan_run", "verify_run"]
 
 
 class NotExact(MeshPEFTError):
@@ -41,15 +44,11 @@ def verify_run(config: FinetuneConfig) -> str:
         NotExact: an error above the tolerance, with the same lines.
         MeshPEFTError: options, model and layout do not fit together; a state is wrong.
     """
-    config = config.resolved()
-    config.check()
-    world = workers_for(config)
-    base = check_base(config.model, config)
-    check_adapter(base, config)
+    config, base, world = _checked(config)
     start = time.perf_counter()
     verdict = verify_layout(
         base,
-        _Adapter(config),
+        _quietly(_at_random(config)),
         tp=config.tp,
         dp=world // config.tp,
         ep=config.ep,
@@ -60,8 +59,7 @@ def verify_run(config: FinetuneConfig) -> str:
         all_layers=_names_layers(config),
     )
     lines = [
-        f"model: {short_path(base_directory(config.model))}, {_structure(base)}",
-        f"{config.method}: rank {config.rank} on {describe_targets(config)}",
+        *_subject(config, base),
         *_findings(verdict, world, config),
         f"in {time.perf_counter() - start:.1f} s, without a GPU",
     ]
@@ -70,19 +68,118 @@ def verify_run(config: FinetuneConfig) -> str:
     return "\n".join([*lines, "exact: this layout trains the adapter of one process"])
 
 
-class _Adapter:
-    """Puts the run's adapter on a model, in float64, with a B that does not hide A, and without dropout."""
+def plan_run(config: FinetuneConfig) -> str:
+    """What one rank of the run with these options would hold and send.
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = replace(
-            config, dtype="float64", dropout=0.0, lora_b_init_method="normal", lora_init_method=None, quantize=None
-        )
+    Args:
+        config: of the run; one that could not be started is refused as `finetune` refuses it.
 
-    def __call__(self, model: Decoder) -> nn.Module:
+    Returns:
+        Tables, in lines.
+
+    Raises:
+        MeshPEFTError: options, model and layout do not fit together.
+    """
+    config, base, world = _checked(config)
+    dtype = tensor_type(config.dtype)
+    found = plan(
+        base,
+        _quietly(config),
+        tp=config.tp,
+        dp=world // config.tp,
+        ep=config.ep,
+        etp=config.etp,
+        sequence_parallel=config.sequence_parallel,
+        activation_checkpointing=config.activation_checkpointing,
+        micro_batch_size=config.micro_batch_size,
+        seq_length=config.seq_length,
+        dtype=dtype,
+    )
+    quantizer = base_quantizer(config)
+    packed = None if quantizer is None else quantizer.format
+    return "\n".join([*_subject(config, base), f"layout: {_layout(config, world)}", "", *_costs(found, config, packed)])
+
+
+def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, DecoderConfig, int]:
+    """The options as `finetune` would take them, the model's structure, and the number of processes."""
+    config = config.resolved()
+    config.check()
+    world = workers_for(config)
+    base = check_base(config.model, config)
+    check_adapter(base, config)
+    return config, base, world
+
+
+def _subject(config: FinetuneConfig, base: DecoderConfig) -> list[str]:
+    return [
+        f"model: {short_path(base_directory(config.model))}, {_structure(base)}",
+        f"{config.method}: rank {config.rank} on {describe_targets(config)}",
+    ]
+
+
+def _layout(config: FinetuneConfig, world: int) -> str:
+    sizes = {"tp": config.tp, "dp": world // config.tp, "ep": config.ep, "etp": config.etp or config.tp}
+    words = [f"{name}={size}" for name, size in sizes.items() if size > 1 and not (name == "etp" and size == config.tp)]
+    words += ["sequence parallel"] * config.sequence_parallel + ["recompute"] * config.activation_checkpointing
+    return f"{world:,} processes ({', '.join(words)})" if words else "1 process"
+
+
+def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]:
+    rows = f"{config.micro_batch_size} rows of {config.seq_length} tokens"
+    held = {
+        f"base, frozen, {config.dtype}": found.base,
+        "adapter": found.adapter,
+        "its gradients": found.gradients,
+        "its optimizer states": found.optimizer,
+    }
+    if found.activations is not None:
+        held[f"kept for the backward pass, {rows}"] = found.activations
+    lines = ["one process holds", *(f"  {name:<58}{_size(size):>12}" for name, size in held.items())]
+    lines += [f"  {'together':<58}{_size(sum(held.values())):>12}"]
+    if packed is not None:
+        lines.append(f"  (the base before it is packed as {packed})")
+    if found.micro_batch is None or found.added is None or found.step is None:
+        return [*lines, "", "what a model with experts keeps and exchanges depends on where its tokens go: not counted"]
+    parts = {
+        f"one process sends, forward and backward of {rows}": found.micro_batch,
+        "  of that for the adapter": found.added,
+        "one process sends, once per optimizer step": found.step,
+    }
+    for title, traffic in parts.items():
+        lines += ["", title] if not title.startswith(" ") else [title]
+        lines += [
+            f"    {one.axis:<8}{one.name.replace('_', '-'):<16}{one.calls:>6,} x {_size(one.bytes // one.calls):>11}"
+            for one in traffic
+        ] or ["    nothing"]
+    return lines
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _quietly(config: FinetuneConfig) -> Callable[[Decoder], nn.Module]:
+    """What puts the run's adapter on a model; the warnings about it have been given."""
+
+    def adapt(model: Decoder) -> nn.Module:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a rank above the sides of a scaled-down layer
-            add_adapter(model, self.config)
+            warnings.simplefilter("ignore", UserWarning)
+            add_adapter(model, config)
         return model
+
+    return adapt
+
+
+def _at_random(config: FinetuneConfig) -> FinetuneConfig:
+    """The run's adapter in float64, with a B that does not hide A, and without dropout."""
+    return replace(
+        config, dtype="float64", dropout=0.0, lora_b_init_method="normal", lora_init_method=None, quantize=None
+    )
 
 
 def _names_layers(config: FinetuneConfig) -> bool:

@@ -1,11 +1,14 @@
-"""Which collectives a piece of code makes, simulated or real, and how much each rank puts in."""
+"""Which collectives a piece of code makes, simulated, pretended or real, and how much each rank puts in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,15 +16,25 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Collective", "count_collectives"]
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Collective:
     """One call: `allreduce allgather reduce_scatter alltoall broadcast`, and what one rank puts in.
 
-    `elements` of `itemsize` bytes each; most tests run in float64.
+    Attributes:
+        name: the kind.
+        elements, itemsize: how many, of how many bytes each.
+        group: name of the process group; not compared.
     """
 
     name: str
     elements: int
     itemsize: int = 8
+    group: str = field(default="", compare=False)
+
+    @property
+    def bytes(self) -> int:
+        """What one rank puts in."""
+        return self.elements * self.itemsize
 
 
 # The operators, and which argument is a rank's own: collectives into a buffer name their result first.
@@ -52,8 +65,17 @@ class _Recorder(TorchDispatchMode):
             name, own = OPERATORS[operator]  # an operator that is not here is to be added
             given = [leaf for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
             (itemsize,) = {tensor.element_size() for tensor in given}
-            self.calls.append(Collective(name, sum(tensor.numel() for tensor in given), itemsize))
+            elements = sum(tensor.numel() for tensor in given)
+            self.calls.append(Collective(name, elements, itemsize, _group_name(args)))
         return func(*args, **(kwargs or {}))
+
+
+def _group_name(args: Any) -> str:
+    """Name of the group that an operator of c10d was given as an object, or a functional one by its name."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().qualified_name():
+            return dist.ProcessGroup.unbox(arg).group_name
+    return next((arg for arg in reversed(args) if isinstance(arg, str)), "")
 
 
 @contextmanager
