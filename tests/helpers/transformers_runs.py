@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from helpers.collectives import Collective, count_collectives
 from helpers.tiny_models import random_ids
 from helpers.transformers_float64 import in_float64
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.parallel import finalize_gradients, init_parallelism, layout_of_tensor, set_seed
 from meshpeft.peft import PEFT, LoRA, adapter_wrappers
+from meshpeft.verify.collectives import Collective, count_collectives
 
 # Not at all, by transformers itself, by us.
 Division = Literal["none", "tp_plan", "parallelize"]
