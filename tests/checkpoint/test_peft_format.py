@@ -155,6 +155,32 @@ def test_the_head_of_a_tied_model_keeps_its_adapter(tiny: Tiny, tmp_path: Path) 
     torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_weight_of_the_head_that_peft_writes_beside_its_adapter_must_be_the_bases(
+    family: str, tp: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    """qwen2's head is tied, qwen3's is not."""
+    options = {"r": 4, "use_rslora": True, "target_modules": ["lm_head", "o_proj"]}
+    theirs = peft_adapted(reference(tiny(family)), **options).eval()
+    theirs.save_pretrained(tmp_path)
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert copy in load_file(tmp_path / WEIGHTS)
+    edit_weights(tmp_path, lambda tensors: tensors.update({copy: tensors[copy].float()}))  # of float32, as the base's
+    ids = random_ids()
+    with simulate(tp=tp):
+        ours = load_peft_adapter(load_pretrained(tiny(family), torch.float64), tmp_path)
+        torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **CLOSE)
+        edit_weights(tmp_path, lambda tensors: tensors[copy][::48].add_(1))  # on every rank
+        with pytest.raises(
+            CheckpointError, match=r"lm_head.base_layer.weight has other values than the model's lm_head"
+        ):
+            load_peft_adapter(load_pretrained(tiny(family), torch.float64), tmp_path)
+        edit_weights(tmp_path, lambda tensors: tensors.update({copy: tensors[copy][1:].clone()}))
+        with pytest.raises(CheckpointError, match=r"base_layer.weight has shape \(95, 32\), the model's .* \(96, 32\)"):
+            load_peft_adapter(load_pretrained(tiny(family), torch.float64), tmp_path)
+
+
 def test_transformers_models_exchange_adapters_under_their_own_names(tiny: Tiny, tmp_path: Path) -> None:
     ids = random_ids()
     theirs = peft_adapted(reference(tiny("llama")), r=4, target_modules=["q_proj", "up_proj"]).eval()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
+from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.parallel import (
     ModelParallelConfig,
@@ -146,14 +149,32 @@ def save_known(at: At, method: str, folder: str, asynchronous: bool = False) -> 
     for what, (value, layout) in _each(model, optimizer).items():
         value.copy_(layout.slice(_drawn(what, layout.global_shape)))
         sizes[what] = value.element_size() * torch.Size(layout.global_shape).numel()
-    save = save_checkpoint(
-        model, folder, step=7, optimizer=optimizer, extra={"at": list(at)}, asynchronous=asynchronous
-    )
-    if asynchronous:
-        # Training goes on, in the same process groups' world, while the files are written.
-        train(model, optimizer, range(2))
-        save.wait()
+    with _writes_held() if asynchronous else nullcontext():
+        save = save_checkpoint(
+            model, folder, step=7, optimizer=optimizer, extra={"at": list(at)}, asynchronous=asynchronous
+        )
+        if asynchronous:
+            # Training goes on, in the same process groups' world, before the first byte is written.
+            train(model, optimizer, range(2))
+    save.wait()
     return sizes
+
+
+@contextmanager
+def _writes_held() -> Iterator[None]:
+    """Nothing is written into a file before the end."""
+    go_on, written = Event(), TensorFileWriter.write
+
+    def write(writer: TensorFileWriter, tensor: Tensor) -> None:
+        assert go_on.wait(60)
+        written(writer, tensor)
+
+    TensorFileWriter.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TensorFileWriter.write = written  # type: ignore[method-assign]
+        go_on.set()
 
 
 def load_known(at: At, method: str, folders: list[str]) -> list[tuple[str, str]]:
@@ -312,23 +333,17 @@ def failing_save(folder: str) -> list[str]:
     return [*heard, str(loaded.step)]
 
 
-class _no_space_on:
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+@contextmanager
+def _no_space_on(rank: int) -> Iterator[None]:
+    written = TensorFileWriter.write
 
-    def __enter__(self) -> None:
-        from meshpeft.checkpoint.tensor_file import TensorFileWriter
+    def write(writer: TensorFileWriter, tensor: Tensor) -> None:
+        if parallel_group_info().world.rank == rank:
+            raise OSError(28, "No space left on device")
+        written(writer, tensor)
 
-        self.written: Callable[..., None] = TensorFileWriter.write
-
-        def write(writer: TensorFileWriter, tensor: Tensor) -> None:
-            if parallel_group_info().world.rank == self.rank:
-                raise OSError(28, "No space left on device")
-            self.written(writer, tensor)
-
-        TensorFileWriter.write = write  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        from meshpeft.checkpoint.tensor_file import TensorFileWriter
-
-        TensorFileWriter.write = self.written  # type: ignore[method-assign]
+    TensorFileWriter.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TensorFileWriter.write = written  # type: ignore[method-assign]

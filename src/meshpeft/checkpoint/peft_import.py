@@ -47,7 +47,7 @@ def load_peft_adapter(
             file.check_values()
             plan = AdapterPlan(model, config, file)
             values = {(place.module, place.names): plan.read(place) for place in plan.places}
-            types = {tensor.dtype for tensor in file.tensors.values()}
+            types = {file.tensors[key].dtype for key in file.tensors.keys() - set(plan.names.base_copies.values())}
             if dtype is None and len(types) > 1:
                 raise CheckpointError(
                     f"{file.path} holds several types ({', '.join(sorted(map(str, types)))}); choose one with dtype="

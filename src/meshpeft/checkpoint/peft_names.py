@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from meshpeft.checkpoint.base_copies import BASE_COPY
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import HubLinear
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, PeftConfig
@@ -27,6 +28,7 @@ class FoundNames:
         held: the layers, and parameters of stacked experts, that the file has adapters for, by their names in
             transformers.
         per_expert: whether experts have tensors of their own.
+        base_copies: layers whose own weight is in the file, with its key.
 
     Raises:
         CheckpointError: a tensor is of no layer of the model, or is missing.
@@ -38,6 +40,7 @@ class FoundNames:
         self._linears, self._config, self._file = linears, config, file
         self._is_decoder = isinstance(model, Decoder)
         self._modules: dict[str, str] = {}
+        self.base_copies: dict[str, str] = {}
         self._experts: dict[tuple[str, str | None, int], str] = {}
         stacks = [name for name, linear in linears.items() if linear.experts is not None]
         self._stacks = config.parameters(stacks)
@@ -58,6 +61,10 @@ class FoundNames:
         """Every module that has tensors in the file, with how they are called."""
         found: dict[str, set[str]] = {}
         for key in sorted(self._file.tensors):
+            module = key.removeprefix(PREFIX).removesuffix(f".{BASE_COPY}")
+            if module in self._linears and key == f"{PREFIX}{module}.{BASE_COPY}":
+                self.base_copies[module] = key
+                continue
             suffix = next((suffix for suffix in suffixes if key.endswith(f".{suffix}")), None)
             if suffix is None or not key.startswith(PREFIX):
                 method = "DoRA" if self._config.use_dora else "LoRA"

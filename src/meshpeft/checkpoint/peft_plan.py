@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from meshpeft.checkpoint.base_copies import compare_base_copies
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import HubLinear, adapted_linears, hub_linears, is_adapted
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, PREFIX, AdapterShape, PeftConfig
@@ -48,6 +49,7 @@ class AdapterPlan:
         self._compare_places()
         for place in self.places:
             self._compare_tensors(place)
+        compare_base_copies(model, self.linears, self.names.base_copies, file)
 
     def _compare_targets(self) -> None:
         held, expected = self.names.held, self.names.targets()
