@@ -88,6 +88,24 @@ def test_another_optimizer_is_refused(saved: Path, tmp_path: Path) -> None:
         load_checkpoint(model, tmp_path, optimizer=torch.optim.AdamW(parameters))
 
 
+class Refusing(torch.optim.AdamW):
+    """Changes itself, and then finds the state wanting, as torch's own do without a `step`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        raise KeyError("momentum")
+
+
+def test_an_optimizer_that_refuses_its_state_leaves_everything_as_it_was(saved: Path) -> None:
+    model = adapted(seed=1)
+    optimizer = Refusing([parameter for parameter in model.parameters() if parameter.requires_grad])
+    before, generator = state(model), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=r"manifest.json is inconsistent: KeyError: 'momentum'"):
+        load_checkpoint(model, saved, optimizer=optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert not optimizer.state and torch.equal(torch.get_rng_state(), generator)
+
+
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = adapted()
     stranger = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_a_tied_head_gets_its_own_weight(tiny: Tiny, tmp_path: Path) -> None:
     before = model.embedding.weight.detach().clone()
     merge_adapter(model, tmp_path / "merged")
     assert torch.equal(model.embedding.weight, before)
+    # transformers would find out by itself, other readers would tie them again.
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     with torch.no_grad():
         theirs = reference(tmp_path / "merged")(ids).logits
     torch.testing.assert_close(theirs, expected, rtol=0.0, atol=1e-11)
@@ -85,6 +88,7 @@ def test_the_tied_head_of_a_transformers_model_gets_its_own_weight(tiny: Tiny, t
         merge_adapter(model).save_pretrained(tmp_path / "merged")
         theirs = reference(tmp_path / "merged")(ids).logits
     torch.testing.assert_close(theirs, expected, rtol=0.0, atol=1e-11)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_what_cannot_be_merged_is_left_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
