@@ -3,6 +3,7 @@
 | classes of | described by |
 |---|---|
 | `megatron.core` | `meshpeft.engines.megatron_core` |
+| `transformer_engine` | `meshpeft.engines.transformer_engine`, `meshpeft.engines.te_layers` |
 | `modelopt.torch.quantization` | `meshpeft.engines.modelopt`, imported right after it |
 | `torch.nn`, divided by `transformers` | `meshpeft.engines.transformers_tp`, imported right after what divides |
 
@@ -20,6 +21,7 @@ __all__ = ["register_engines"]
 def register_engines() -> None:
     """Let the classes of every engine's package be described by the engine, once they are met."""
     register_engine("megatron.core", "meshpeft.engines.megatron_core")
+    register_engine("transformer_engine", "meshpeft.engines.transformer_engine")
     register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
     # It quantises layers only if it knew their classes before.
     import_after("modelopt.torch.quantization", "meshpeft.engines.modelopt")

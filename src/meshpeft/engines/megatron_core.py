@@ -47,7 +47,7 @@ from meshpeft.parallel import (
 )
 from meshpeft.parallel.init import stride_packing
 
-__all__: list[str] = []
+__all__ = ["megatron_marks"]
 
 
 def _model_axis(layer: Any) -> ParallelAxis:
@@ -74,7 +74,7 @@ def _reduced_as_dense(layer: Any) -> bool:
     return not layer.expert_parallel and _data_axis(True).world_size == _data_axis(False).world_size
 
 
-def _marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
+def megatron_marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
     """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters."""
     dims = [dim for dim, axis in layout.shards if axis.name in ("tp", "etp")]
     packing = layout.packing
@@ -102,7 +102,7 @@ def _column(layer: ColumnParallelLinear) -> LinearLayout:
         input_grad_is_reduced_outside=not sequence_parallel
         and (layer.explicit_expert_comm or layer.disable_grad_reduce),
         data_axis=_data_axis(layer.is_expert),
-        marks=partial(_marks, allreduce=_reduced_as_dense(layer)),
+        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
 
 
@@ -118,7 +118,7 @@ def _row(layer: RowParallelLinear) -> LinearLayout:
         in_packing=_stride_packing(layer, layer.input_size, axis),
         output_is_partial=layer.explicit_expert_comm,
         data_axis=_data_axis(layer.is_expert),
-        marks=partial(_marks, allreduce=_reduced_as_dense(layer)),
+        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
 
 
@@ -129,7 +129,7 @@ def _router(router: TopKRouter) -> LinearLayout:
         axis=_model_axis(router),
         sequence_parallel=router.config.sequence_parallel,
         data_axis=_data_axis(expert=False),
-        marks=partial(_marks, allreduce=True),
+        marks=partial(megatron_marks, allreduce=True),
     )
 
 

@@ -1,7 +1,7 @@
 """Whether Transformer Engine's layers are there, as Megatron-Core wraps them.
 
 `TECL` and `TERL` are its column- and row-parallel linear classes; empty where Transformer Engine or Megatron-Core is
-not installed.
+not installed. Where both are, importing this file enters Transformer Engine's layers into the registry.
 """
 
 from __future__ import annotations
@@ -37,3 +37,14 @@ def _classes(names: tuple[str, ...]) -> tuple[type[nn.Module], ...]:
 
 TECL: tuple[type[nn.Module], ...] = _classes(_COLUMN)
 TERL: tuple[type[nn.Module], ...] = _classes(_ROW)
+
+
+def _register() -> None:
+    from meshpeft.engines.te_layers import register_te_layers
+
+    te = importlib.import_module("transformer_engine.pytorch")
+    register_te_layers([te.Linear, te.LayerNormLinear, te.GroupedLinear], columns=TECL, rows=TERL)
+
+
+if HAVE_TE:
+    _register()

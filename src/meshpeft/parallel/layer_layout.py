@@ -193,6 +193,8 @@ class LayerType:
         gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
             its layout alone does not decide that.
         checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
+        call: calls the layer as an adapter beside it needs it, so that it returns also the output of a layer norm that
+            it contains; `None` where it is called as it is.
         decides: the layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
             who names it means it.
     """
@@ -204,6 +206,7 @@ class LayerType:
     bias: Callable[[Any], Tensor | None] = lambda module: getattr(module, "bias", None)
     gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
+    call: Callable[..., Any] | None = None
     decides: bool = False
 
     @property

@@ -126,9 +126,10 @@ class AdapterWrapper(WrappedLayer):
         """Call the base and take apart what it returns.
 
         A base returns a tensor; `(output, bias)`; or, where it contains a layer norm whose output was asked for,
-        `((output, layernorm_output), bias)`.
+        `((output, layernorm_output), bias)` or `(output, bias, layernorm_output)`.
         """
-        returned = self.to_wrap(x, *args, **kwargs)
+        call = self.layer_type.call
+        returned = self.to_wrap(x, *args, **kwargs) if call is None else call(self.to_wrap, x, *args, **kwargs)
         if isinstance(returned, Tensor):
             return BaseOutput(returned, None, None, lambda y: y)
         if isinstance(returned, tuple) and len(returned) == 2:
@@ -137,9 +138,12 @@ class AdapterWrapper(WrappedLayer):
                 return BaseOutput(output, bias, None, lambda y: (y, bias))
             linear, layernorm = output
             return BaseOutput(linear, bias, layernorm, lambda y: (y, bias))
+        if isinstance(returned, tuple) and len(returned) == 3:
+            linear, bias, layernorm = returned
+            return BaseOutput(linear, bias, layernorm, lambda y: (y, bias))
         raise AdapterError(
             f"{type(self.to_wrap).__name__} returned {type(returned).__name__}; expected a tensor, (output, bias), "
-            "or ((output, layernorm_output), bias)"
+            "((output, layernorm_output), bias), or (output, bias, layernorm_output)"
         )
 
     def gathers_now(self, kwargs: Mapping[str, Any]) -> bool:

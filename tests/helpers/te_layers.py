@@ -1,0 +1,112 @@
+"""Stand-ins for Transformer Engine's layers as Megatron-Core wraps them, which can't be installed here.
+
+They have the attributes that `meshpeft.engines.te_layers` reads, make the same collectives in the same places, and
+return the same tuples. Sizes are this rank's, as theirs are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines.te_layers import register_te_layers
+from meshpeft.parallel import mp_copy, mp_reduce, sp_gather, sp_reduce_scatter
+
+
+class StandInLinear(nn.Module):
+    """As `TELinear`: undivided, with `parallel_mode=None`."""
+
+    mode: str | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        config: Any,
+        init_method: Any,
+        bias: bool,
+        skip_bias_add: bool = False,
+        is_expert: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._tp_group = self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.axis = axis_of_group("etp" if is_expert else "tp", self._tp_group)
+        self.in_features = in_features // (self.axis.world_size if "Row" in type(self).__name__ else 1)
+        self.out_features = out_features // (self.axis.world_size if "Column" in type(self).__name__ else 1)
+        # Their collectives are off where a dispatcher makes them.
+        self.parallel_mode = None if is_expert else self.mode
+        self.sequence_parallel = config.sequence_parallel and self.parallel_mode is not None
+        self.te_return_bias = skip_bias_add and bias
+        self.weight = nn.Parameter(torch.zeros(self.out_features, self.in_features, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=config.params_dtype)) if bias else None
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.parallel_mode != "column":
+            return x
+        return sp_gather(x, 0, self.axis) if self.sequence_parallel else mp_copy(x, axis=self.axis)
+
+    def exit(self, y: Tensor) -> Tensor:
+        if self.parallel_mode == "row":
+            y = sp_reduce_scatter(y, 0, self.axis) if self.sequence_parallel else mp_reduce(y, axis=self.axis)
+        return y if self.bias is None or self.te_return_bias else y + self.bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.exit(F.linear(self.enter(x), self.weight))
+        return y, self.bias if self.te_return_bias else None
+
+
+class StandInColumn(StandInLinear):
+    mode = "column"
+
+
+class StandInRow(StandInLinear):
+    mode = "row"
+
+
+class StandInLayerNormColumn(StandInLinear):
+    """As `TELayerNormColumnParallelLinear`; the norm has no weights."""
+
+    mode = "column"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.return_layernorm_output = False
+        self.return_layernorm_output_gathered = False
+
+    def forward(self, x: Tensor) -> Any:
+        normalised = F.layer_norm(x, x.shape[-1:])
+        entered = self.enter(normalised)
+        y = self.exit(F.linear(entered, self.weight))
+        if not self.return_layernorm_output:
+            return y, self.bias if self.te_return_bias else None
+        seen = entered if self.return_layernorm_output_gathered else normalised
+        return (y, self.bias, seen) if self.te_return_bias else ((y, seen), None)
+
+
+class StandInGrouped(nn.Module):
+    """As `TEGroupedLinear` in its attributes only."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.num_gemms, self.in_features, self.out_features = experts, in_features, out_features
+        self.parallel_mode, self.sequence_parallel, self._tp_group = None, False, None
+        for index in range(experts):
+            self.register_parameter(f"weight{index}", nn.Parameter(torch.randn(out_features, in_features)))
+
+
+class StandInColumnGrouped(StandInGrouped):
+    pass
+
+
+register_te_layers(
+    [StandInLinear, StandInGrouped],
+    columns=[StandInColumn, StandInLayerNormColumn, StandInColumnGrouped],
+    rows=[StandInRow],
+)
