@@ -164,6 +164,38 @@ def test_wrappers_change_no_name(wrap):
     assert [wrapper.adapter.base_name for _, wrapper in adapter_wrappers(inside)] == ["block.linear_qkv"]
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled_by(kind):
+    """A layer that returns twice what an `nn.Linear` does."""
+    if kind == "subclass":
+        return Doubled(8, 4)
+    layer = nn.Linear(8, 4)
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, args, y: 2 * y)
+    elif kind == "input hook":
+        layer.register_forward_pre_hook(lambda module, args: tuple(2 * x for x in args))
+    else:
+        own = layer.forward
+        layer.forward = lambda x: 2 * own(x)
+    return layer
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ("subclass", "hook", "input hook", "instance"))
+def test_what_a_layer_does_beyond_its_product_is_not_left_out(method, kind):
+    model = nn.ModuleDict({"x": doubled_by(kind)})
+    before = model["x"](X)
+    method(target_modules=["x"], dim=2)(model)
+    torch.testing.assert_close(model["x"](X), before)
+    with torch.no_grad():
+        model["x"].adapter.linear_out.weight.normal_()
+    assert not torch.allclose(model["x"](X), before)
+
+
 def test_a_layer_that_is_compiled_by_itself_cannot_be_adapted():
     # `torch.compile` holds on to what it was given: it would call the layer alone, in silence.
     for model in (

@@ -41,6 +41,7 @@ from meshpeft.parallel.init import (
 from meshpeft.parallel.layer_layout import (
     LayerType,
     LinearLayout,
+    does_more_than_its_type,
     layer_type_of,
     layout_of,
     register_layer_type,
@@ -90,6 +91,7 @@ __all__ = [
     "container_type_of",
     "describe_layers",
     "destroy_parallelism",
+    "does_more_than_its_type",
     "dispatch_tokens",
     "draw_seed",
     "dropout",

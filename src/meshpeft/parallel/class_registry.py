@@ -78,13 +78,22 @@ class ClassRegistry(Generic[T]):
 
     def find(self, module: nn.Module) -> T | None:
         """The entry of the nearest class of `module` that has one, or `None`."""
+        found = self._nearest(module)
+        return None if found is None else found[1]
+
+    def class_of(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class whose entry `module` has; `None` for no entry, or one of what was done to the instance."""
+        found = self._nearest(module)
+        return None if found is None else found[0]
+
+    def _nearest(self, module: nn.Module) -> tuple[type[nn.Module] | None, T] | None:
         _load_engines(type(module))
         for cls in type(module).__mro__:
             for when, entry in self._changed.get(cls, ()):
                 if when(module):
-                    return entry
+                    return None, entry
             if cls in self._entries:
-                return self._entries[cls]
+                return cls, self._entries[cls]
         return None
 
     def classes(self) -> Iterable[type[nn.Module]]:

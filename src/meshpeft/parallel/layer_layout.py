@@ -22,7 +22,7 @@ from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.parallel.tensor_layout import Packing, ParameterMarks, TensorLayout
 
-__all__ = ["LayerType", "LinearLayout", "layer_type_of", "layout_of", "register_layer_type"]
+__all__ = ["LayerType", "LinearLayout", "does_more_than_its_type", "layer_type_of", "layout_of", "register_layer_type"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ class LayerType:
         layout: reads a layer's [`LinearLayout`][meshpeft.parallel.LinearLayout].
         weight: the layer's local weight, in its compute type (dequantised if it is stored otherwise).
         enter: the collective before the GEMM; `None` where the forward hides its collectives, so that adapters
-            run beside the layer instead of inside it.
+            run beside the layer instead of inside it (as they do on layers that do more, see
+            `does_more_than_its_type`).
         exit: adds the bias and makes the collective after the GEMM, given the GEMM's output.
         bias: the layer's local bias, where that is not its attribute `bias` as it is.
         gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
@@ -234,6 +235,18 @@ def register_layer_type(
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """The entry of the nearest registered class of `module`, or `None`."""
     return _LAYER_TYPES.find(module)
+
+
+def does_more_than_its_type(module: nn.Module) -> bool:
+    """Whether a call of the layer is more than `enter`, the GEMM and `exit` of its entry.
+
+    So it is with a `forward` of its own, of a subclass without an entry or of the instance, and with hooks. An
+    adapter between `enter` and `exit` would leave that out.
+    """
+    cls = _LAYER_TYPES.class_of(module)
+    own_forward = cls is not None and (type(module).forward is not cls.forward or "forward" in vars(module))
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return own_forward or any(hooks)
 
 
 def layout_of(module: nn.Module) -> LinearLayout:

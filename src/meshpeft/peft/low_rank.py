@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshpeft.parallel import LinearLayout, layer_type_of, layout_of
+from meshpeft.parallel import LinearLayout, does_more_than_its_type, layer_type_of, layout_of
 from meshpeft.peft.adapters import DropoutPosition, LinearAdapter, LowRankAdapter, check_options
 from meshpeft.peft.base import PEFT
 from meshpeft.peft.dtypes import adapter_dtype
@@ -145,7 +145,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     def joins(self, base: nn.Module) -> bool:
         """Whether the adapter on this layer runs between its `enter` and `exit`."""
         layer_type = layer_type_of(base)
-        return self.fused and layer_type is not None and layer_type.fused
+        return self.fused and layer_type is not None and layer_type.fused and not does_more_than_its_type(base)
 
     def make_adapter(
         self,
