@@ -35,6 +35,7 @@ from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.checkpoint.peft_plan import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
+from meshpeft.peft import LoRA
 
 Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
@@ -208,6 +209,15 @@ def test_a_merged_model_computes_what_the_adapted_one_did(family: str, share: bo
     with simulate(tp=2, dp=2, ep=2, etp=1):
         merge_adapter(experts_adapted(tiny(family), family, share_expert_adapters=share), tmp_path / "merged")
     torch.testing.assert_close(logits(reference(tmp_path / "merged")), logits(model), **CLOSE)
+
+
+def test_an_mlp_beside_experts_of_transformers_model_is_not_taken_for_them(tiny: Tiny, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dim": 2, "lora_B_init_method": "normal", "lora_dtype": torch.float64}
+    model = LoRA(["*.layers.1.mlp.up_proj", "q_proj"], **options)(reference(tiny("qwen3_moe"))).eval()
+    export_peft_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(with_peft(tiny("qwen3_moe"), tmp_path / "adapter")), logits(model), **CLOSE)
+    ours = load_peft_adapter(load_pretrained(tiny("qwen3_moe"), torch.float64), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(model), **CLOSE)
 
 
 def peft_made(base: Path, to: Path, **options: Any) -> nn.Module:

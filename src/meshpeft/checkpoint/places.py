@@ -21,7 +21,7 @@ from torch import nn
 from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
 from meshpeft.checkpoint.stored_factors import Matrix, StackedA, StackedB, StoredFactor, StoredMatrices
-from meshpeft.models import Decoder
+from meshpeft.models import DecoderConfig
 from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.tensor_layout import TensorLayout
@@ -185,7 +185,11 @@ def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
     Routers are no linear layers in transformers; and peft (0.21) takes any target that ends like a projection of the
     experts for the experts themselves.
     """
-    has_experts = isinstance(model, Decoder) and model.config.moe is not None
+    config = getattr(model, "config", None)
+    if isinstance(config, DecoderConfig):
+        has_experts = config.moe is not None
+    else:  # a model of transformers
+        has_experts = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
     return has_experts and name.rpartition(".")[2] in ("gate", "gate_proj", "up_proj", "down_proj")
 
 
