@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from helpers.checkpoint_jobs import (
     save_known,
     save_stacked_layers,
 )
+from torch import Tensor
 
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.parallel import RowParallelLinear
 
 FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(dp=2, ep=2)]
 EVERY = [
@@ -100,4 +103,16 @@ def test_a_base_whose_layers_are_stored_stacked_is_known_by_each_of_them(layer: 
     before = describe_base(model, entries)
     with torch.no_grad():
         model.layers[layer].weight[0, 0] += 1
+    assert describe_base(model, entries) != before
+
+
+@pytest.mark.parametrize(
+    "change", (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.roll(1, 1)), ids=("rows", "columns", "moved")
+)
+def test_a_base_with_the_same_values_in_other_places_is_another(change: Callable[[Tensor], Tensor]) -> None:
+    model = RowParallelLinear(8, 4, input_is_parallel=True)
+    entries = list(model.sharded_state_dict().values())
+    before = describe_base(model, entries)
+    with torch.no_grad():
+        model.weight.copy_(change(model.weight).clone())
     assert describe_base(model, entries) != before
