@@ -203,6 +203,21 @@ def test_nothing_of_the_size_of_all_experts_is_made() -> None:
     assert max(made) == whole
 
 
+@pytest.mark.parametrize("shared", (False, True), ids=("per expert", "shared"))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_asks_the_device_for_no_value(method: str, shared: bool) -> None:
+    """On a device whose values cannot be read at all: a loop over experts would have to know where each one ends."""
+    options: dict[str, Any] = {"device": "meta", "perform_initialization": False}
+    packing = Packing(("gate", "up"), (16, 16))
+    base = Experts(GroupedColumnParallelLinear(EXPERTS, 8, 32, packing=packing, dtype=torch.bfloat16, **options))
+    targets = ["linear_fc1_up"] if method == "canonical_lora" else ["linear_fc1"]
+    layer = METHODS[method](targets, dim=8, share_expert_adapters=shared)(base).layer
+    x = torch.empty(9, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    layer(x, torch.empty(EXPERTS, dtype=torch.long, device="meta")).sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is not None for parameter in layer.adapter.parameters())
+
+
 def test_fans_are_those_of_one_expert_and_every_expert_starts_differently() -> None:
     layer = GroupedColumnParallelLinear(32, 64, 48, dtype=torch.float64)
     each = GroupedExpertLinearAdapter(layer, 16, share_expert_adapters=False, name="x", lora_A_init_method="xavier")

@@ -31,6 +31,7 @@ from meshpeft.parallel.grouped_gemm import (
     grouped_linear,
     grouped_mm,
     grouped_outer,
+    grouped_sum,
 )
 from meshpeft.parallel.init import (
     InitializationType,
@@ -107,6 +108,7 @@ __all__ = [
     "grouped_linear",
     "grouped_mm",
     "grouped_outer",
+    "grouped_sum",
     "init_parallelism",
     "initialize_",
     "initialize_model_parallel_affine_weight_",

@@ -20,7 +20,15 @@ from torch.autograd import Function
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.typing import dims_follow, typed_as
 
-__all__ = ["group_of_rows", "group_offsets", "grouped_add_mm_", "grouped_linear", "grouped_mm", "grouped_outer"]
+__all__ = [
+    "group_of_rows",
+    "group_offsets",
+    "grouped_add_mm_",
+    "grouped_linear",
+    "grouped_mm",
+    "grouped_outer",
+    "grouped_sum",
+]
 
 _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes, of every row
@@ -78,6 +86,14 @@ def _aligned(t: Tensor, dim: int) -> Tensor:
     if missing == 0:
         return t.contiguous()
     return F.pad(t, (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
+@on_each_rank
+def grouped_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, N] -> [E, N], the sum of each group's rows; zero for an empty group. No gradient."""
+    bounds = torch.cat((offsets.new_zeros(1), offsets)).long()
+    # `unsafe`: without a look at the bounds, which would wait for the device.
+    return torch.segment_reduce(x, "sum", offsets=bounds, initial=0, unsafe=True)
 
 
 @on_each_rank

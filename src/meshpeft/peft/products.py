@@ -14,7 +14,7 @@ from spmd_types import rules
 from spmd_types.types import PartitionSpec, V
 from torch import Tensor
 
-from meshpeft.parallel import group_of_rows, grouped_add_mm_, grouped_mm, grouped_outer
+from meshpeft.parallel import group_of_rows, grouped_add_mm_, grouped_mm, grouped_outer, grouped_sum
 from meshpeft.parallel.typing import SpmdTypeOf, dims_follow, typed_as
 
 __all__ = ["add_times_", "factor_gradient", "ignore_offsets", "product_type", "rows_for", "sum_of_rows", "times"]
@@ -66,8 +66,7 @@ def sum_of_rows(t: Tensor, like: Tensor, offsets: Tensor | None) -> Tensor:
     """The sum of the rows of t [T, N] in the type of `like`: [N] as `like` is, or [E, N], of each group's."""
     if like.dim() == 1:
         return t.sum(0, dtype=like.dtype)
-    t = t.to(like.dtype)
-    return grouped_outer(t.new_ones((t.shape[0], 1)), t, _ends(offsets)).squeeze(1)
+    return grouped_sum(t.to(like.dtype), _ends(offsets))
 
 
 def product_type(x: Any, w: Tensor) -> Any:
