@@ -28,6 +28,7 @@ from meshpeft.parallel import (
     sp_gather,
     sp_reduce_scatter,
 )
+from meshpeft.parallel.collectives import _All2AllHp2Sp
 from meshpeft.verify.collectives import Collective, count_collectives
 
 DUAL = {"I": "I", "R": "P", "P": "R", "S": "S"}
@@ -168,11 +169,12 @@ def test_what_is_sent(name: str) -> None:
 
 @pytest.mark.parametrize("tp", (2, 4))
 @pytest.mark.parametrize("shape", ((4, 8), (4, 3, 8)))
-def test_hidden_to_sequence_parallel(tp: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("exchange", (all2all_hp2sp, _All2AllHp2Sp.apply))
+def test_hidden_to_sequence_parallel(tp: int, shape: tuple[int, ...], exchange: Callable[[Tensor], Tensor]) -> None:
     """S(-1) -> S(0), and the gradient goes back the way it came."""
     with simulate(tp=tp):
         x = local("S", -1, 0, shape, torch.float64, tp).requires_grad_()
-        y = all2all_hp2sp(x)
+        y = exchange(x)
         assert torch.equal(whole("S", 0, rank_values(y)), whole("S", -1, rank_values(x)))
         y_grad = local("S", 0, 1, shape, torch.float64, tp)
         with count_collectives() as calls:

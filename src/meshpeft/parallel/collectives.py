@@ -149,20 +149,20 @@ class _SequenceReduceScatter(Function):
         return rules.reduce_scatter(x, axis.process_group, src=P, dst=S(dim % x.dim()))
 
 
-class _HiddenToSequence(Function):
+class _All2AllHp2Sp(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: ParallelAxis) -> Tensor:
-        ctx.axis = axis
-        return all_to_all(x, axis, split_dim=0, concat_dim=-1)
+    def forward(ctx: Any, input_: Tensor, axis: ParallelAxis | None = None) -> Tensor:
+        ctx.axis = _tensor_parallel(axis)
+        return all_to_all(input_, ctx.axis, split_dim=0, concat_dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return all_to_all(grads[0], ctx.axis, split_dim=-1, concat_dim=0), None
+    def backward(ctx: Any, *grad_output: Any) -> tuple[Tensor, None]:
+        return all_to_all(grad_output[0], ctx.axis, split_dim=-1, concat_dim=0), None
 
     @staticmethod
-    def spmd_typecheck(*, x: Tensor, axis: ParallelAxis) -> Any:
-        return rules.all_to_all(x, axis.process_group, src=S(x.dim() - 1), dst=S(0))
+    def spmd_typecheck(*, input_: Tensor, axis: ParallelAxis | None = None) -> Any:
+        return rules.all_to_all(input_, _tensor_parallel(axis).process_group, src=S(input_.dim() - 1), dst=S(0))
 
 
 def mp_copy(x: Tensor, op: Any = _SUM, axis: ParallelAxis | None = None) -> Tensor:
@@ -281,7 +281,7 @@ def all2all_hp2sp(input_: Tensor, axis: ParallelAxis | None = None) -> Tensor:
         ParallelError: N is not divisible.
     """
     axis = _tensor_parallel(axis)
-    return input_ if axis.world_size == 1 else _apply(_HiddenToSequence, input_, axis)
+    return input_ if axis.world_size == 1 else _apply(_All2AllHp2Sp, input_, axis)
 
 
 def _apply(function: type[Function], *args: Any) -> Tensor:

@@ -25,7 +25,7 @@ class ModelParallelConfig:
         bf16, fp16: compute in that type. Not both.
         use_cpu_initialization: draw new parameters on the CPU (this package always does).
         perform_initialization: draw new parameters at all; `False` leaves them uninitialised, to be loaded.
-        cpu_offloading: the engine moves activations to the CPU; adapters then keep no second copy of theirs.
+        cpu_offloading: an engine's layers move activations to the CPU; nothing here reads it.
     """
 
     tensor_model_parallel_size: int = 1
