@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from dataclasses import replace
@@ -12,7 +13,9 @@ from helpers.gated_mlp import INPUT, GatedMLP, adapters_of, full_weight, train
 from helpers.simulate import simulate, the_same
 from torch import Tensor, nn
 
-from meshpeft.parallel import layout_of
+from meshpeft.checkpoint.content import ModelContent
+from meshpeft.checkpoint.identity import describe_base
+from meshpeft.parallel import layout_of, layout_of_tensor, sharded_state_dict
 from meshpeft.peft import CanonicalLoRA, DoRA, DoRALinear, LoRA, LowRankPEFT
 from meshpeft.quantization import QuantizationError, pissa_init, quantize_base, svdquant_init
 
@@ -160,6 +163,35 @@ def test_pissa_moves_the_principal_part_into_the_adapter(method):
     _, divided, divided_output = run(4)
     assert all((divided[name] - products[name]).abs().max() < 1e-12 for name in TARGETS)
     assert (divided_output - output).norm() < 1e-10 * output.norm()
+
+
+def test_a_base_that_gave_up_its_principal_part_is_told_by_its_other_tensors():
+    """Another machine rounds the remainder otherwise; another base model has other biases, norms and embeddings."""
+    model = LoRA(["linear_fc1"], dim=RANK)(GatedMLP())
+    pissa_init(model)
+
+    def description() -> dict[str, list[object]]:
+        return describe_base(model, ModelContent.of(model, full_model=False).frozen)
+
+    before = description()
+    with torch.no_grad():
+        model.linear_fc1.to_wrap.weight.add_(1e-9)
+    assert description() == before
+    with torch.no_grad():
+        model.linear_fc2.weight.add_(1e-9)
+    assert {key for key, value in description().items() if value != before[key]} == {"linear_fc2.weight"}
+
+
+def test_what_the_base_gave_up_keeps_its_layout_in_copies_and_casts():
+    with simulate(tp=2):
+        model = LoRA(TARGETS, dim=RANK)(GatedMLP())
+        pissa_init(model)
+        for changed in (copy.deepcopy(model), model.to(torch.float32)):
+            adapter = changed.linear_fc1.adapter
+            for factor in (adapter.linear_in, adapter.linear_out):
+                assert layout_of_tensor(factor.start) == layout_of_tensor(factor.weight)
+            entries = sharded_state_dict(changed)
+            assert entries["linear_fc2.adapter.linear_in.start"].global_shape == (RANK, 256)
 
 
 def test_pissa_then_packing_keeps_less_error_than_packing():

@@ -116,7 +116,7 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
     m = matrices.shape[-2]
     generator = torch.Generator().manual_seed(seed)
     # M M^T is made once where that is cheaper than multiplying by M and M^T each time.
-    gram = matrices @ matrices.mT if m <= 2 * width * max(1, products) else None
+    gram = _gram(matrices) if m <= 2 * width * max(1, products) else None
     start = matrices if gram is None else gram
     block = start @ torch.randn(start.shape[-1], width, generator=generator, dtype=start.dtype).to(start.device)
     # Products are relative to |M|^2, so that no size of M leaves float32.
@@ -141,6 +141,17 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
     values = torch.linalg.vector_norm(right, dim=-1)
     safe = values.clamp_min(torch.finfo(values.dtype).tiny)
     return LowRank(left * values.unsqueeze(-2), right / safe.unsqueeze(-1))
+
+
+def _gram(matrices: Tensor) -> Tensor:
+    """M M^T [.., m, m]; of the two quarters that mirror each other, one is computed."""
+    half = matrices.shape[-2] // 2
+    top, bottom = matrices[..., :half, :], matrices[..., half:, :]
+    gram = matrices.new_empty(*matrices.shape[:-1], matrices.shape[-2])
+    gram[..., :half, :half] = top @ top.mT
+    gram[..., half:, :] = bottom @ matrices.mT
+    gram[..., :half, half:] = gram[..., half:, :half].mT
+    return gram
 
 
 def _ritz_vectors(basis: Tensor, square: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
