@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import layout_of, parallel_group_info
 from meshpeft.parallel.sharded_tensor import expert_key
-from meshpeft.peft import LoRA, NamedLoRALinear, adapter_wrappers, disable_adapters, enable_adapters, update_model
-from meshpeft.quantization import QuantizationError, pissa_init, quantize_base, svdquant_init
+from meshpeft.peft import DoRA, LoRA, NamedLoRALinear, adapter_wrappers, disable_adapters, enable_adapters, update_model
+from meshpeft.quantization import QuantizationError, dequantize_base, pissa_init, quantize_base, svdquant_init
 
 X = INPUT.flatten(0, 1)
 RANK = 8
@@ -149,6 +149,25 @@ def test_pissa_leaves_what_experts_compute() -> None:
     pissa_init(model)
     assert (model(X) - exact).norm() < 1e-12 * exact.norm()
     assert all(bool(factor.any()) for _, wrapper in adapter_wrappers(model) for factor in wrapper.factors())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_adapters_of_packed_experts_compute_what_they_do_on_the_dequantised_weights(method: Any, shared: bool) -> None:
+    def run(packed: bool) -> list[Tensor]:
+        model = quantize_base(Experts().double(), "nf4")
+        model = method(["linear_fc1", "linear_fc2"], dim=4, lora_B_init_method="normal", share_expert_adapters=shared)(
+            model if packed else dequantize_base(model)
+        )
+        x = X.clone().requires_grad_()
+        y = model(x)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y.square().mean(), [x, *trained])]
+
+    found, want = run(True), run(False)
+    assert len(found) == len(want) == 2 + (6 if method is DoRA else 4)
+    # The packed weight is the same; its products may sum in another order.
+    assert all((a - b).norm() < 1e-12 * b.norm() for a, b in zip(found, want, strict=True))
 
 
 def adapted_experts() -> nn.Module:
