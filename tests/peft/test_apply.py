@@ -211,6 +211,8 @@ def test_only_models_are_adapted():
     chunks = (Net(), Net())
     adapted = LoRA(target_modules=TARGETS, dim=2)(chunks)
     assert isinstance(adapted, tuple) and len(list(adapter_wrappers(adapted))) == 4
+    assert trainable_parameters(adapted).trainable == 2 * trainable_parameters(adapted[0]).trainable
+    assert [len(group["params"]) for group in lora_plus_parameter_groups(adapted, lr=1e-3)] == [4, 4]
     for wrong in ("a path", [Net(), None]):
         with pytest.raises(AdapterError, match="expected a model"):
             LoRA(target_modules=TARGETS, dim=2)(wrong)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meshpeft.parallel import layout_of_tensor
+from meshpeft.peft.walk import chunks_of
 
 __all__ = ["ParameterCount", "print_trainable_parameters", "trainable_parameters"]
 
@@ -33,8 +34,7 @@ def trainable_parameters(model: nn.Module | list[nn.Module]) -> ParameterCount:
 
     A packed weight counts as the parameters that it stores, not as its bytes.
     """
-    chunks = model if isinstance(model, list) else [model]
-    parameters = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters()}
+    parameters = {id(parameter): parameter for chunk in chunks_of(model) for parameter in chunk.parameters()}
     sizes = []
     for parameter in parameters.values():
         layout = layout_of_tensor(parameter)

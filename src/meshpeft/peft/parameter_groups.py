@@ -9,6 +9,7 @@ from torch import nn
 
 from meshpeft.peft.base import adapter_wrappers
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.walk import chunks_of
 
 __all__ = ["lora_plus_parameter_groups"]
 
@@ -32,14 +33,13 @@ def lora_plus_parameter_groups(
     """
     if not math.isfinite(lr_ratio) or lr_ratio <= 0:
         raise AdapterError(f"lr_ratio={lr_ratio}: expected a positive number, for instance 16")
-    chunks = model if isinstance(model, list) else [model]
     outputs = {
         id(parameter)
         for _, wrapper in adapter_wrappers(model)
         for name, parameter in wrapper.adapter.named_parameters()
         if "linear_out" in name.split(".")
     }
-    trainable = {id(p): p for chunk in chunks for p in chunk.parameters() if p.requires_grad}
+    trainable = {id(p): p for chunk in chunks_of(model) for p in chunk.parameters() if p.requires_grad}
     if not trainable:
         raise AdapterError("no parameter requires a gradient; apply an adapter method to the model first")
     groups = (
