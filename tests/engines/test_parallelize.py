@@ -11,12 +11,20 @@ import peft
 import pytest
 import torch
 from helpers.tiny_models import random_ids, reference, save_tiny
-from helpers.transformers_runs import TARGETS, Run, collectives_of, largest_error, load, train
+from helpers.transformers_runs import (
+    TARGETS,
+    Run,
+    adapter_parameters,
+    collectives_of,
+    largest_error,
+    load,
+    train,
+)
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from meshpeft.checkpoint import export_peft_adapter
+from meshpeft.checkpoint import export_peft_adapter, load_peft_adapter
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.parallel import (
     ParallelAxis,
@@ -122,12 +130,16 @@ def exported(directory: Path, to: Path, family: str, method: PEFT) -> Tensor:
     init_parallelism(tensor_parallel=2)
     model = method(load(directory, "parallelize")).eval()
     export_peft_adapter(model, to, base_model_name_or_path=str(directory))
+    again = load_peft_adapter(load(directory, "parallelize"), to)
+    values = adapter_parameters(again)
+    for name, parameter in adapter_parameters(model).items():
+        torch.testing.assert_close(values[name], parameter, rtol=0, atol=0)
     logits: Tensor = model(random_ids()).logits
     return logits.detach()
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("family", ["gemma"])
+@pytest.mark.parametrize("family", ["gemma", "phi3", "gpt_neox"])
 def test_peft_loads_the_exported_adapter(directories: Any, tmp_path: Path, family: str, method: str) -> None:
     got = run_on_ranks(2, exported, directories(family), tmp_path, family, method_of(method, family))
     base = reference(directories(family))

@@ -116,7 +116,7 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
         if layer_type is None:
             continue
         layout = layer_type.layout(module)
-        packed = layout.packing is not None and layout.experts is None
+        packed = layout.packing is not None and layout.experts is None and not _is_transformers(model)
         parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
         for part in parts:
             hub_name = _hub_name(model, name, part)
@@ -142,6 +142,11 @@ def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
         return hf_module_name(name, part)
     except ModelError:
         return None
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, whose layers have the names and the form that its files have."""
+    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -174,7 +179,9 @@ def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, Hu
     if parts and isinstance(wrapper, LoRALinear | DoRALinear) and is_linear(wrapper.adapter):
         magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
-    elif parts and isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate):
+    elif (
+        isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate) and parts.keys() >= wrapper.adapters().keys()
+    ):
         for part, adapter in wrapper.adapters().items():
             yield _of_adapter(module, [parts[part]], adapter, None)
     else:

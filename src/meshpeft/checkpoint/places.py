@@ -212,7 +212,8 @@ def stored_factors(place: Place, names: Names) -> list[StoredFactor]:
 
 
 def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredMatrices:
-    divided = suffix != FACTOR_A and layout.packing is not None
+    # A layer of transformers' own that packs its parts is one module there, too.
+    divided = suffix != FACTOR_A and layout.packing is not None and len(place.names) > 1
     return StoredMatrices(
         layout,
         [

@@ -12,7 +12,7 @@ the experts share has the first. A magnitude is [out], or [experts, out].
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,8 +94,10 @@ class StoredMatrices(StoredFactor):
         """The tensors of the whole parameter."""
         sizes = None if self.layout.packing is None else list(self.layout.packing.sizes)
         parts = (full,) if sizes is None else full.split(sizes, self.layout.packed_dim)
+        packing = self.layout.packing
+        whole = full if packing is None else packing.pack(parts, self.layout.packed_dim, 1)
         for matrix in self.matrices:
-            values = full if matrix.part is None else parts[matrix.part]
+            values = whole if matrix.part is None else parts[matrix.part]
             yield values[matrix.expert] if self.stacked and matrix.expert is not None else values
 
     def check_copies(self, file: TensorFileReader) -> None:
@@ -111,6 +113,11 @@ class StoredMatrices(StoredFactor):
 
     def read(self, file: TensorFileReader) -> Tensor:
         """This rank's slice."""
+        packing = self.layout.packing
+        if packing is not None and packing.blocks is not None and [matrix.part for matrix in self.matrices] == [None]:
+            # Blocks lie one after the other in the file's matrix as they do here.
+            (box,) = replace(self.layout, packing=None).pieces()
+            return file.read_box(self.matrices[0].key, box.offset, box.shape)
         keys: dict[tuple[int | None, int | None], str] = {}
         for matrix in self.matrices:
             keys.setdefault((matrix.part, matrix.expert if self.stacked else None), matrix.key)
