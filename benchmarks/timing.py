@@ -42,7 +42,11 @@ def measure(candidates: dict[str, Callable[[], object]], repeats: int = 30, warm
 
 def ratio(seconds: dict[str, list[float]], over: str, base: str) -> Ratio:
     """Median and quartiles of `over` / `base`, repeat by repeat."""
-    ratios = [a / b for a, b in zip(seconds[over], seconds[base], strict=True)]
+    return quartiles([a / b for a, b in zip(seconds[over], seconds[base], strict=True)])
+
+
+def quartiles(ratios: list[float]) -> Ratio:
+    """The median of some ratios, with the quartiles around it."""
     low, median, high = statistics.quantiles(ratios, n=4)
     return Ratio(median, low, high)
 
