@@ -37,10 +37,16 @@ MATRIX = tuple(
     for recompute in ((False, True) if sizes in ((1, 2, 1, 4), (2, 2, 2, 2)) else (False,))
 )
 FUSED = [name for name in METHODS if "standalone" not in name]
+# On experts Canonical LoRA is LoRA: once is enough.
+FAST = [
+    (layout, method)
+    for layout in CROSS_SECTION
+    for method in FUSED
+    if "canonical" not in method or (layout is CROSS_SECTION[1] and "shared" in method)
+]
 
 
-@pytest.mark.parametrize("method", FUSED)
-@pytest.mark.parametrize("layout", CROSS_SECTION, ids=str)
+@pytest.mark.parametrize(("layout", "method"), FAST, ids=str)
 def test_the_fine_tune_does_not_depend_on_the_layout(layout: Layout, method: str) -> None:
     errors = compare(one_rank(method, 2), run(layout, method, steps=2))
     assert max(errors.values()) < TOLERANCE, errors
