@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,7 @@ def test_every_option_reaches_the_method(name: str, method: type) -> None:
     assert (found.normalize_moe_lora, found.share_expert_adapters) == (True, False)
     assert found.exclude_modules == ["linear_fc2"]
     assert found.lora_dtype is torch.float64
+    assert adapter_method(replace(config, lora_dtype="bf16")).lora_dtype == "bf16"
     assert describe_targets(config) == "every linear layer but linear_fc2"
 
 

@@ -25,7 +25,7 @@ _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
 def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
     """Freeze `model` and put adapters on the layers that match, in place.
 
-    The adapters are float32, or float64 on a float64 base. Warnings are left to
+    The adapters are of `config.lora_dtype`; by default float32, or float64 on a float64 base. Warnings are left to
     [`check_adapter`][meshpeft.training.adapters.check_adapter], which gives each once and not on every worker.
 
     Raises:
@@ -95,7 +95,7 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
         share_expert_adapters=config.share_expert_adapters,
         fused=config.fused,
         a2a_experimental=config.a2a_experimental,
-        lora_dtype=torch.promote_types(tensor_type(config.dtype), torch.float32),
+        lora_dtype=config.lora_dtype or torch.promote_types(tensor_type(config.dtype), torch.float32),
         seed=config.seed,
     )
 

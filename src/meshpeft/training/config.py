@@ -161,7 +161,10 @@ class FinetuneConfig(LayoutConfig):
     clip: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it. 0: no limit."""
     dtype: TensorType = "float32"
-    """Type of the base model and its activations. The adapter is float32, or float64 with a float64 base."""
+    """Type of the base model and its activations."""
+    lora_dtype: Annotated[Literal["fp32", "bf16"] | None, OptionalField] = None
+    """Type of the adapter's parameters: bf16 halves their memory, and rounds small updates away (float16 would lose
+    AdamW's epsilon, and fail). Default: fp32, or float64 with a float64 base."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     eval_every: int = 50
