@@ -176,6 +176,16 @@ def test_narrow_types_give_the_same_to_rounding(dtype: torch.dtype, tolerance: f
         assert (factor.grad - right).abs().max() < tolerance * right.abs().max()
 
 
+@pytest.mark.parametrize("options", ({}, {"fused": False}, {"dropout": 0.1, "dropout_position": "post"}), ids=str)
+def test_autocast_trains_adapters_on_experts(options: dict[str, Any]) -> None:
+    wrapper = adapted(dtype=torch.float32, lora_dtype="fp32", **options).layer
+    x = torch.randn(9, INNER)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wrapper(x, torch.tensor(COUNTS[0]))
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapper.adapter.parameters())
+
+
 def test_nothing_of_the_size_of_all_experts_is_made() -> None:
     """Neither in the step, nor for DoRA's norms: a product of the factors of all experts would cost what PEFT pays."""
     experts, inner, outer = 256, 32, 48  # norms are made of 4,096 rows at a time

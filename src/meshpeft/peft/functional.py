@@ -177,13 +177,18 @@ class _Product(Function):
 
 
 def product(x: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """x w^T in x's type, for factors in any state: x [*, in], w [out, in] -> [*, out].
+    """x w^T in x's type (under autocast in its), for factors in any state: x [*, in], w [out, in] -> [*, out].
 
     With `offsets` w may be a stack [experts, out, in], one matrix for each group of rows of x [tokens, in].
 
     One of x and w may be a summand; a divided `in` gives a summand. (The type checker refuses summands in
     `F.linear`, for its optional bias, and divided leading dims in `matmul`.)
     """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            cast: Tensor = _Product.apply(x.to(torch.get_autocast_dtype(device)), w, offsets)
+            return cast
     out: Tensor = _Product.apply(x, w, offsets)
     return out
 
