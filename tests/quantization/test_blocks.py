@@ -140,4 +140,5 @@ def test_dequantising_gives_the_layers_back():
     for name, weight in want.items():
         layer = model.get_submodule(name)
         assert torch.equal(layer.weight, weight) and not layer.weight.requires_grad and not list(layer.buffers())
+        assert not hasattr(layer, "storage") and not hasattr(layer, "compute_dtype")
         assert layout_of_tensor(layer.weight) == layout_of_tensor(GatedMLP().get_submodule(name).weight)
