@@ -106,4 +106,7 @@ def test_what_cannot_be_merged_is_left_as_it_is(tiny: Tiny, tmp_path: Path) -> N
     model = adapted(tiny("llama"))
     with pytest.raises(CheckpointError, match="holds a model"):
         merge_adapter(model, tiny("llama"))
+    LoRA().disable_adapter_layers(model)
+    with pytest.raises(CheckpointError, match="switched off"):
+        merge_adapter(model)
     assert list(adapter_wrappers(model))

@@ -27,7 +27,7 @@ from meshpeft.peft import (
     LowRankAdapter,
 )
 
-__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted", "is_linear"]
+__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
 
 def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, HubLinear]) -> Iterator[AdaptedLinear]:
     whole = list(parts.values())
-    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and is_linear(wrapper.adapter):
+    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and wrapper.adapter.is_linear:
         magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
     elif (
@@ -212,8 +212,3 @@ def _of_adapter(
         adapter.dropout,
         parts[0].experts,
     )
-
-
-def is_linear(adapter: nn.Module) -> bool:
-    """Whether nothing happens between the factors."""
-    return isinstance(getattr(adapter, "activation", None), nn.Identity | None)

@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import is_linear
 from meshpeft.models import Decoder, save_pretrained
 from meshpeft.parallel.agreement import all_or_none
-from meshpeft.peft import AdapterWrapper
+from meshpeft.peft import AdapterError, AdapterWrapper
 
 __all__ = ["merge_adapter"]
 
@@ -39,7 +38,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
 
     Raises:
         CheckpointError: there is no adapter, or one that a weight cannot take (a quantised weight, an activation
-            between the factors), or the directory holds a model; nothing is changed.
+            between the factors) or that is switched off, or the directory holds a model; nothing is changed.
         ModelError: the directory cannot be written.
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
@@ -62,13 +61,13 @@ def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
     if not wrappers:
         raise CheckpointError("the model carries no adapter")
     for name, wrapper in wrappers.items():
-        if not wrapper.is_merged and wrapper.stored_weight() is None:
-            raise CheckpointError(
-                f"{name}: a {type(wrapper.to_wrap).__name__} stores its weight in another form than it uses, so an "
-                "adapter cannot be merged into it; load the base without quantisation first"
-            )
-        if not all(is_linear(adapter) for adapter in wrapper.adapter.modules()):
-            raise CheckpointError(f"{name}: an adapter with an activation between its factors is no change of a weight")
+        try:
+            if not wrapper.is_merged:
+                wrapper.check_mergeable()
+        except AdapterError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if not wrapper.adapter_enabled:
+            raise CheckpointError(f"{name}: its adapter is switched off; switch it on, or take it off the model")
 
 
 def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
