@@ -66,8 +66,6 @@ def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
                 wrapper.check_mergeable()
         except AdapterError as error:
             raise CheckpointError(f"{name}: {error}") from error
-        if not wrapper.adapter_enabled:
-            raise CheckpointError(f"{name}: its adapter is switched off; switch it on, or take it off the model")
 
 
 def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:

@@ -35,6 +35,7 @@ from meshpeft.parallel import (
 __all__ = ["parallelize"]
 
 Model = TypeVar("Model", bound=nn.Module)
+_Linear = TypeVar("_Linear", ColumnParallelLinear, RowParallelLinear)
 
 _COLUMN = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
 _ROW = {"rowwise": True, "rowwise_split_input": False, "rowwise_rep": False}
@@ -176,6 +177,14 @@ def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
     return {"device": module.weight.device, "dtype": module.weight.dtype, "perform_initialization": False}
 
 
+def _filled(layer: _Linear, module: nn.Linear, made: dict[int, nn.Parameter]) -> _Linear:
+    """The layer with the weight and bias of the module in whose place it comes."""
+    layer.weight = _kept(layer.weight, module.weight, made)
+    if layer.bias is not None:
+        layer.bias = _kept(layer.bias, module.bias, made)
+    return layer
+
+
 def _column(
     module: nn.Linear,
     name: str,
@@ -194,10 +203,7 @@ def _column(
             axis=axis,
             **_options(module),
         )
-    layer.weight = _kept(layer.weight, module.weight, made)
-    if layer.bias is not None:
-        layer.bias = _kept(layer.bias, module.bias, made)
-    return layer
+    return _filled(layer, module, made)
 
 
 def _row(
@@ -212,10 +218,7 @@ def _row(
             axis=axis,
             **_options(module),
         )
-    layer.weight = _kept(layer.weight, module.weight, made)
-    if layer.bias is not None:
-        layer.bias = _kept(layer.bias, module.bias, made)
-    return layer
+    return _filled(layer, module, made)
 
 
 class _ScaledEmbedding(VocabParallelEmbedding):

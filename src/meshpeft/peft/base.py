@@ -202,7 +202,7 @@ class PEFT(ABC):
         Raises:
             AdapterError: an adapter is switched off, or cannot be merged; nothing is changed.
         """
-        _for_every(model, _check_mergeable)
+        _for_every(model, lambda wrapper: wrapper.is_merged or wrapper.check_mergeable())
         for _, wrapper in adapter_wrappers(model):
             wrapper.merge(keep_base=keep_base)
 
@@ -227,14 +227,6 @@ def _for_every(model: nn.Module | list[nn.Module], action: Callable[[AdapterWrap
             action(wrapper)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from error
-
-
-def _check_mergeable(wrapper: AdapterWrapper) -> None:
-    if wrapper.is_merged:
-        return
-    if not wrapper.adapter_enabled:
-        raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
-    wrapper.check_mergeable()
 
 
 def _tell_containers(chunks: list[nn.Module]) -> None:

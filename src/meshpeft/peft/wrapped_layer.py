@@ -93,9 +93,11 @@ class WrappedLayer(nn.Module):
         """The base's weight, if the adapter can become part of it.
 
         Raises:
-            AdapterError: the weight is not stored in the type it is used in (quantised); an activation between the
-                factors.
+            AdapterError: the adapter is switched off; the weight is not stored in the type it is used in (quantised);
+                an activation between the factors.
         """
+        if not self.adapter_enabled:
+            raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
         weight = self.stored_weight()
         if weight is None:
             raise AdapterError(

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,32 @@ from meshpeft.training.documents import Document
 from meshpeft.training.output import RECORD
 from meshpeft.training.prompts import decoded, prompt_of
 
-__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "short_path", "write_record"]
+__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "describe_processes", "short_path", "write_record"]
 
 METRICS, CURVE = "metrics.jsonl", "loss.png"
 PROMPT_LINES = 12
 
 
+def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: bool) -> str:
+    """`2 processes (tp=2, sequence parallel)`.
+
+    Args:
+        count: of all.
+        sizes: of `tp dp ep etp`.
+        sequence_parallel: whether the run asked for it.
+    """
+    words = [f"{axis}={sizes[axis]}" for axis in ("tp", "dp", "ep") if sizes[axis] > 1]
+    if sizes["etp"] != sizes["tp"]:
+        words.append(f"etp={sizes['etp']}")
+    if sequence_parallel and sizes["tp"] > 1:
+        words.append("sequence parallel")
+    return "1 process" if count == 1 else f"{count:,} processes ({', '.join(words)})"
+
+
 def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
     """`2 processes (tp=2, sequence parallel) on CPU`; how experts are divided, where that is not like the rest."""
-    sizes = [f"{axis}={info.axis(axis).world_size}" for axis in ("tp", "dp", "ep") if info.axis(axis).world_size > 1]
-    if info.etp.world_size != info.tp.world_size:
-        sizes.append(f"etp={info.etp.world_size}")
-    if sequence_parallel and info.tp.world_size > 1:
-        sizes.append("sequence parallel")
-    count = info.world.world_size
-    processes = "1 process" if count == 1 else f"{count} processes ({', '.join(sizes)})"
+    sizes = {axis: info.axis(axis).world_size for axis in ("tp", "dp", "ep", "etp")}
+    processes = describe_processes(info.world.world_size, sizes, sequence_parallel)
     return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
 
 

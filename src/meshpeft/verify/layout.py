@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig, check_divisible
-from meshpeft.parallel import ModelParallelConfig
 from meshpeft.training.documents import Document
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
@@ -87,23 +86,13 @@ def verify_layout(
     Raises:
         MeshPEFTError: the sizes do not divide, or a state is wrong.
     """
-    parallel = ModelParallelConfig(
-        tensor_model_parallel_size=tp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        sequence_parallel=sequence_parallel,
-    )
-    check_divisible(config, parallel)
+    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing)
+    check_divisible(config, asked.parallel_config())
     structure = config if all_layers else first_layers(config, 2)  # two show what any number does
     states = None
     if config.moe is None:
         states = typecheck_layout(structure, adapt, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
-    layout = replace(
-        _fewer_ranks(tp, dp, ep, tp if etp is None else etp),
-        sequence_parallel=sequence_parallel,
-        activation_checkpointing=activation_checkpointing,
-        micro_batch_size=2,
-    )
+    layout = replace(_fewer_ranks(asked), micro_batch_size=2)
     small = scaled_down(structure, layout)
 
     def run(at: Layout) -> Trace:
@@ -119,14 +108,14 @@ def verify_layout(
     return Verdict(states, compare(run(Layout()), run(layout)), layout, small)
 
 
-def _fewer_ranks(tp: int, dp: int, ep: int, etp: int) -> Layout:
+def _fewer_ranks(layout: Layout) -> Layout:
     """The layout with as few ranks as show all of its arithmetic."""
-    few_ep = min(ep, 4)
-    ranks = math.lcm(tp, few_ep * etp)
+    tp, ep, few_ep = layout.tp, layout.ep, min(layout.ep, 4)
+    ranks = math.lcm(tp, few_ep * (tp if layout.etp is None else layout.etp))
     # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
-    if dp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
+    if layout.dp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
         ranks *= 2
-    return Layout(tp=tp, dp=ranks // tp, ep=few_ep, etp=None if etp == tp else etp)
+    return replace(layout, dp=ranks // tp, ep=few_ep)
 
 
 def scaled_down(config: DecoderConfig, layout: Layout) -> DecoderConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,15 @@ class Layout:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     micro_batch_size: int = 1
+
+    def parallel_config(self) -> ModelParallelConfig:
+        """What a decoder is told of this layout."""
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.tp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+            sequence_parallel=self.sequence_parallel,
+        )
 
     def __str__(self) -> str:
         words = [f"tp={self.tp}", f"dp={self.dp}"]
@@ -104,14 +113,7 @@ def trace_layout(
     trace = Trace()
     with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
         set_seed(seed)
-        parallel = ModelParallelConfig(
-            tensor_model_parallel_size=layout.tp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            sequence_parallel=layout.sequence_parallel,
-            params_dtype=torch.float64,
-        )
-        model = make_model(parallel)
+        model = make_model(replace(layout.parallel_config(), params_dtype=torch.float64))
         model.set_activation_checkpointing(layout.activation_checkpointing)
         adapt(model)
         optimizer = adamw(model, lr=lr, weight_decay=weight_decay)

@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshpeft.models import Decoder, DecoderConfig, check_divisible
-from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, init_parallelism
+from meshpeft.parallel import ParallelGroupInfo, init_parallelism
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.packing import MicroBatch
 from meshpeft.training.step import TrainStep, summed_loss
 from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.oracle import Layout
 from meshpeft.verify.simulation import fake_world
 
 __all__ = ["Plan", "Traffic", "plan"]
@@ -106,12 +107,7 @@ def plan(
     Raises:
         MeshPEFTError: sizes that do not divide; the process has a process group already.
     """
-    parallel = ModelParallelConfig(
-        tensor_model_parallel_size=tp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        sequence_parallel=sequence_parallel,
-    )
+    parallel = Layout(tp, dp, ep, etp, sequence_parallel).parallel_config()
     check_divisible(config, parallel)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_world(tp * dp))
@@ -129,6 +125,7 @@ def plan(
 
         model = make(True)
         if config.moe is not None:
+            # No step can run; AdamW keeps two numbers for each.
             return _weights(model, 2 * _bytes(p for p in model.parameters() if p.requires_grad))
         batch = _micro_batch(micro_batch_size, seq_length)
         activations, micro_batch = _forward_and_backward(model, batch)

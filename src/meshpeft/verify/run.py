@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from meshpeft.parallel import MeshPEFTError
 from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer
-from meshpeft.training.report import short_path
+from meshpeft.training.report import describe_processes, short_path
 from meshpeft.training.setup import base_directory, check_base, workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
@@ -49,12 +50,7 @@ def verify_run(config: FinetuneConfig) -> str:
     verdict = verify_layout(
         base,
         _quietly(_at_random(config)),
-        tp=config.tp,
-        dp=world // config.tp,
-        ep=config.ep,
-        etp=config.etp,
-        sequence_parallel=config.sequence_parallel,
-        activation_checkpointing=config.activation_checkpointing,
+        **_layout(config, world),
         router_aux_loss_coef=config.router_aux_loss_coef,
         all_layers=_names_layers(config),
     )
@@ -85,19 +81,16 @@ def plan_run(config: FinetuneConfig) -> str:
     found = plan(
         base,
         _quietly(config),
-        tp=config.tp,
-        dp=world // config.tp,
-        ep=config.ep,
-        etp=config.etp,
-        sequence_parallel=config.sequence_parallel,
-        activation_checkpointing=config.activation_checkpointing,
+        **_layout(config, world),
         micro_batch_size=config.micro_batch_size,
         seq_length=config.seq_length,
         dtype=dtype,
     )
     quantizer = base_quantizer(config)
     packed = None if quantizer is None else quantizer.format
-    return "\n".join([*_subject(config, base), f"layout: {_layout(config, world)}", "", *_costs(found, config, packed)])
+    sizes = {"tp": config.tp, "dp": world // config.tp, "ep": config.ep, "etp": config.etp or config.tp}
+    layout = describe_processes(world, sizes, config.sequence_parallel)
+    return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
 def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, DecoderConfig, int]:
@@ -117,11 +110,16 @@ def _subject(config: FinetuneConfig, base: DecoderConfig) -> list[str]:
     ]
 
 
-def _layout(config: FinetuneConfig, world: int) -> str:
-    sizes = {"tp": config.tp, "dp": world // config.tp, "ep": config.ep, "etp": config.etp or config.tp}
-    words = [f"{name}={size}" for name, size in sizes.items() if size > 1 and not (name == "etp" and size == config.tp)]
-    words += ["sequence parallel"] * config.sequence_parallel + ["recompute"] * config.activation_checkpointing
-    return f"{world:,} processes ({', '.join(words)})" if words else "1 process"
+def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
+    """The layout of the run, as `verify_layout` and `plan` take it."""
+    return {
+        "tp": config.tp,
+        "dp": world // config.tp,
+        "ep": config.ep,
+        "etp": config.etp,
+        "sequence_parallel": config.sequence_parallel,
+        "activation_checkpointing": config.activation_checkpointing,
+    }
 
 
 def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]:
