@@ -16,9 +16,12 @@ from helpers.transformers_runs import (
     describe,
     largest_error,
     logits_with_dropout,
+    merge,
     train,
 )
 from helpers.workers import run_on_ranks
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
@@ -118,3 +121,48 @@ def test_adapters_communicate_only_tensors_of_rank_size(directories: Any, family
             added.remove(call)
         assert added
         assert max(call.elements for call in added) <= largest
+
+
+def saved_weights(directory: Path) -> dict[str, Tensor]:
+    """A saved model's weights as one process reads them; a weight of two names under both."""
+    return dict(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).state_dict())
+
+
+def check_merging(ranks: int, directory: Path, method: PEFT, tmp_path: Path) -> None:
+    merge(directory, "none", method, tmp_path / "one")
+    for got in run_on_ranks(ranks, merge, directory, "tp_plan", method, tmp_path / "divided"):
+        torch.testing.assert_close(got.merged, got.adapted, rtol=0, atol=1e-11)
+        assert got.base_is_back and torch.equal(got.unmerged, got.adapted)
+    want, merged, base = (
+        saved_weights(tmp_path / "one"),
+        saved_weights(tmp_path / "divided"),
+        saved_weights(directory),
+    )
+    assert merged.keys() == want.keys()
+    changed = {name for name in want if not torch.equal(want[name], base[name])}
+    assert len(changed) == len(want) - sum("norm" in name or "embed" in name or "bias" in name for name in want)
+    for name, weight in want.items():
+        # One addition of products to each weight, and DoRA's norm over divided rows.
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-13 * float(weight.abs().max()))
+
+
+# Between them: every style, parts that are divided each, a head of its own and a tied one.
+MERGED = [("phi3", "lora"), ("phi3", "dora"), ("gemma", "dora")]
+
+
+@pytest.mark.parametrize(("family", "method"), MERGED)
+def test_adapters_are_merged_into_divided_weights_as_into_those_of_one_process(
+    directories: Any, family: str, method: str, tmp_path: Path
+) -> None:
+    targets = sorted({*TARGETS[family], "lm_head"})
+    check_merging(2, directories(family), METHODS[method](target_modules=targets, **OPTIONS), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(("family", "method"), [*MERGED, ("gpt_neox", "lora"), ("gpt_neox", "dora"), ("llama", "lora")])
+def test_adapters_are_merged_at_other_sizes(
+    directories: Any, family: str, method: str, ranks: int, tmp_path: Path
+) -> None:
+    targets = sorted({*TARGETS[family], "lm_head"})
+    check_merging(ranks, directories(family), METHODS[method](target_modules=targets, **OPTIONS), tmp_path)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from meshpeft.checkpoint import merge_adapter
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.parallel import finalize_gradients, init_parallelism, layout_of_tensor, set_seed
 from meshpeft.peft import PEFT, LoRA, adapter_wrappers
@@ -98,6 +99,38 @@ def largest_error(got: Run, want: Run) -> float:
     for name, theirs in want.gradients.items():
         errors.append(float((got.gradients[name] - theirs).abs().max() / theirs.abs().max()))
     return max(float("inf") if error != error else error for error in errors)
+
+
+@dataclass
+class Merges:
+    """Logits of one model before its adapters were merged, with them merged, and after they were taken out again."""
+
+    adapted: Tensor
+    merged: Tensor
+    unmerged: Tensor
+    base_is_back: bool
+
+
+@torch.no_grad()
+def merge(directory: Path, division: Division, method: PEFT, merged: Path) -> Merges:
+    """Merge, unmerge, merge for good, and save the model as transformers does."""
+    model, ids = method(load(directory, division)).eval(), random_ids()
+
+    def weights() -> list[nn.Parameter]:
+        return [wrapper.to_wrap.weight for _, wrapper in adapter_wrappers(model)]
+
+    def placements() -> list[Any]:
+        return [getattr(parameter, "placements", None) for parameter in weights()]
+
+    adapted, base, placed = model(ids).logits, weights(), placements()
+    method.merge(model)
+    logits = model(ids).logits
+    assert placements() == placed
+    method.unmerge(model)
+    back = all(mine is theirs for mine, theirs in zip(weights(), base, strict=True))
+    unmerged = model(ids).logits
+    merge_adapter(model).save_pretrained(merged)
+    return Merges(adapted, logits, unmerged, back)
 
 
 def describe(directory: Path, division: Division) -> dict[str, tuple[Any, ...]]:

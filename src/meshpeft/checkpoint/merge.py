@@ -70,7 +70,10 @@ def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
 
 def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
     if not isinstance(model, Decoder):
-        raise CheckpointError(f"a {type(model).__name__} has its own way of being saved; merge it without a directory")
+        raise CheckpointError(
+            f"a {type(model).__name__} has its own way of being saved: merge it without a directory, then call that "
+            "(model.save_pretrained of transformers, on every rank; megatron.core.dist_checkpointing)"
+        )
     if (directory / "config.json").exists() and not overwrite:
         raise CheckpointError(f"{directory} holds a model; choose another directory or overwrite it")
 

@@ -150,6 +150,15 @@ def _local_weight(module: nn.Linear) -> Tensor:
     return weight
 
 
+def _store(module: nn.Linear, local: Tensor) -> dict[str, Tensor]:
+    weight = module.weight
+    assert isinstance(weight, DTensor)
+    divided = DTensor.from_local(
+        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+    return {"weight": divided}
+
+
 def _enter(module: nn.Linear, x: Tensor) -> Tensor:
     style, mesh = _style_of(module)
     (entered,), _ = style.transform_inputs_pre_forward(module, (x,), {}, mesh)
@@ -164,7 +173,7 @@ def _exit(module: nn.Linear, y: Tensor) -> Tensor:
 
 register_layer_type(
     nn.Linear,
-    LayerType(layout=_divided_layout, weight=_local_weight, bias=lambda module: _local(module.bias)),
+    LayerType(layout=_divided_layout, weight=_local_weight, store=_store, bias=lambda module: _local(module.bias)),
     when=_is_divided,
 )
 register_layer_type(

@@ -190,6 +190,8 @@ class LayerType:
             run beside the layer instead of inside it (as they do on layers that do more, see
             `does_more_than_its_type`).
         exit: adds the bias and makes the collective after the GEMM, given the GEMM's output.
+        store: the layer's parameters, by name, that hold a given local weight, where that is not one parameter `weight`
+            as it is (a DTensor, one for each expert).
         bias: the layer's local bias, where that is not its attribute `bias` as it is.
         gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
             its layout alone does not decide that.
@@ -204,6 +206,7 @@ class LayerType:
     weight: Callable[[Any], Tensor]
     enter: Callable[[Any, Tensor], Tensor] | None = None
     exit: Callable[[Any, Tensor], Any] | None = None
+    store: Callable[[Any, Tensor], Mapping[str, Tensor]] | None = None
     bias: Callable[[Any], Tensor | None] = lambda module: getattr(module, "bias", None)
     gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None

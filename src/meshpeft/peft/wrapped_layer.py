@@ -26,8 +26,8 @@ class WrappedLayer(nn.Module):
         super().__init__()
         self.to_wrap = to_wrap
         self.adapter = adapter
-        # In a tuple, for a parameter that is an attribute becomes one of this module's.
-        self._unmerged_weight: tuple[nn.Parameter] | None = None
+        # In a dict, for a parameter that is an attribute becomes one of this module's.
+        self._unmerged: dict[str, nn.Parameter] | None = None
         self._is_merged = False
         self._weight_is_stored = False
         self._stored_weight_of: type[nn.Module] | None = None
@@ -89,8 +89,8 @@ class WrappedLayer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
-    def check_mergeable(self) -> nn.Parameter:
-        """The base's weight, if the adapter can become part of it.
+    def check_mergeable(self) -> None:
+        """Raise what there is to raise before the adapter becomes part of the base's weight.
 
         Raises:
             AdapterError: the adapter is switched off; the weight is not stored in the type it is used in (quantised);
@@ -98,15 +98,13 @@ class WrappedLayer(nn.Module):
         """
         if not self.adapter_enabled:
             raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
-        weight = self.stored_weight()
-        if weight is None:
+        if self.stored_weight() is None and self.layer_type.store is None:
             raise AdapterError(
                 f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
                 "dequantised copy of the base instead"
             )
         if not all(getattr(adapter, "is_linear", True) for adapter in self.adapter.modules()):
             raise AdapterError("an adapter with an activation between its factors is no change of a weight")
-        return weight
 
     @torch.no_grad()
     def merge(self, *, keep_base: bool = True) -> None:
@@ -124,24 +122,27 @@ class WrappedLayer(nn.Module):
         """
         if self._is_merged:
             return
-        weight = self.check_mergeable()
-        merged = torch.empty_like(weight)
+        self.check_mergeable()
+        merged = torch.empty_like(self.layer_type.weight(self.to_wrap))
         for matrix, values in zip(merged if self.is_stacked else (merged,), self.merged_weights(), strict=True):
             matrix.copy_(values)
-        self.to_wrap.weight = _parameter_like(weight, merged)
-        self._unmerged_weight = (weight,) if keep_base else None
+        store = self.layer_type.store
+        new = {"weight": merged} if store is None else store(self.to_wrap, merged)
+        base = {name: self.to_wrap.get_parameter(name) for name in new}
+        for name, parameter in base.items():
+            setattr(self.to_wrap, name, _parameter_like(parameter, new[name]))
+        self._unmerged = base if keep_base else None
         self._is_merged = True
 
-    def check_unmergeable(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The merged weight, and the base's own.
+    def check_unmergeable(self) -> dict[str, nn.Parameter]:
+        """The base's own parameters, by their names.
 
         Raises:
             AdapterError: it was merged with `keep_base=False`.
         """
-        weight = self.stored_weight()
-        if self._unmerged_weight is None or weight is None:
+        if self._unmerged is None:
             raise AdapterError("the base's weight was not kept when the adapter was merged (keep_base=False)")
-        return weight, self._unmerged_weight[0]
+        return self._unmerged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -152,11 +153,13 @@ class WrappedLayer(nn.Module):
         """
         if not self._is_merged:
             return
-        weight, base = self.check_unmergeable()
-        if (base.dtype, base.device) != (weight.dtype, weight.device):  # the model was cast or moved meanwhile
-            base = _parameter_like(weight, base.to(weight.device, weight.dtype))
-        self.to_wrap.weight = base
-        self._unmerged_weight, self._is_merged = None, False
+        for name, base in self.check_unmergeable().items():
+            merged = self.to_wrap.get_parameter(name)
+            moved = (base.dtype, base.device) != (merged.dtype, merged.device)  # the model was, meanwhile
+            setattr(
+                self.to_wrap, name, _parameter_like(merged, base.to(merged.device, merged.dtype)) if moved else base
+            )
+        self._unmerged, self._is_merged = None, False
 
 
 def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
