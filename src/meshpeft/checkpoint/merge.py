@@ -62,8 +62,7 @@ def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
         raise CheckpointError("the model carries no adapter")
     for name, wrapper in wrappers.items():
         try:
-            if not wrapper.is_merged:
-                wrapper.check_mergeable()
+            wrapper.check_mergeable()
         except AdapterError as error:
             raise CheckpointError(f"{name}: {error}") from error
 

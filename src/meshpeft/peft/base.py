@@ -202,7 +202,7 @@ class PEFT(ABC):
         Raises:
             AdapterError: an adapter is switched off, or cannot be merged; nothing is changed.
         """
-        _for_every(model, lambda wrapper: wrapper.is_merged or wrapper.check_mergeable())
+        _for_every(model, AdapterWrapper.check_mergeable)
         for _, wrapper in adapter_wrappers(model):
             wrapper.merge(keep_base=keep_base)
 

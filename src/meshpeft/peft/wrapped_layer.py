@@ -90,12 +90,14 @@ class WrappedLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
     def check_mergeable(self) -> None:
-        """Raise what there is to raise before the adapter becomes part of the base's weight.
+        """Raise what there is to raise before the adapter becomes part of the base's weight; nothing, if it is already.
 
         Raises:
             AdapterError: the adapter is switched off; the weight is not stored in the type it is used in (quantised);
                 an activation between the factors.
         """
+        if self._is_merged:
+            return
         if not self.adapter_enabled:
             raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
         if self.stored_weight() is None and self.layer_type.store is None:
