@@ -6,6 +6,7 @@ from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.hf_names import hf_module_name, hf_tensor_names, our_module_name
+from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.load import load_pretrained, stored_dtype
 from meshpeft.models.moe import MoELayer
 from meshpeft.models.router import Routing, TopKRouter
@@ -15,6 +16,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "LanguageModel",
     "MoEConfig",
     "MoELayer",
     "ModelError",

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PretrainedConfig
 
 from meshpeft.models.attention import AttentionContext
 from meshpeft.models.attention_mask import attention_masks, positions_in_documents
@@ -19,6 +20,8 @@ from meshpeft.models.block import DecoderBlock
 from meshpeft.models.cache import KVCache
 from meshpeft.models.config import DecoderConfig, check_divisible
 from meshpeft.models.errors import ModelError
+from meshpeft.models.hf_names import StoredPart, stored_forms
+from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.moe import rows_of_tokens
 from meshpeft.models.rotary import rotary_tables
 from meshpeft.parallel.collectives import mp_gather, mp_scatter
@@ -27,12 +30,12 @@ from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.init import named_init_
 from meshpeft.parallel.linear import ColumnParallelLinear
 from meshpeft.parallel.mesh import ParallelGroupInfo, parallel_group_info
-from meshpeft.parallel.tensor_layout import layout_of_tensor, set_layout
+from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = ["Decoder"]
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A decoder-only language model, divided over the tensor-parallel axis of the mesh; experts over their own.
 
     Its weights are a function of a seed and the layout-free shapes, see
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         _check_mesh(config, parallel, info)
         self.config = config
         self.parallel = parallel
-        self.tp = tp
+        self.tp = self.vocab_axis = tp
         self.sequence_parallel = parallel.sequence_parallel and tp.world_size > 1
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = parallel.dtype if dtype is None else dtype
@@ -105,16 +108,27 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.output_layer.weight = self.embedding.weight
 
-    def assign_parameter(self, name: str, value: Tensor) -> None:
-        """Replace a parameter, on whatever device it is, by this rank's slice `value`; its layout is kept."""
-        module_name, _, attribute = name.rpartition(".")
-        module = self.get_submodule(module_name)
-        old = getattr(module, attribute)
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-        layout = layout_of_tensor(old)
-        if layout is not None:
-            set_layout(new, layout)
-        setattr(module, attribute, new)
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills rows, if the configuration names one."""
+        found: int | None = self.config.other.get("pad_token_id")
+        return found
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of keys and values."""
+        return KVCache()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
+        self.decoder.activation_checkpointing = enabled
+
+    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
+        """See [`stored_forms`][meshpeft.models.hf_names.stored_forms]."""
+        return stored_forms(parameter, layout, self.config.model_type)
+
+    def hub_config(self) -> PretrainedConfig:
+        """The content of `config.json`."""
+        return self.config.to_hf()
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Draw the weights from N(0, initializer_range), zero the biases, set norms to one.
@@ -131,10 +145,6 @@ class Decoder(nn.Module):
 
     def _draw(self, full: Tensor) -> None:
         nn.init.normal_(full, std=self.config.initializer_range)
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
-        self.decoder.activation_checkpointing = enabled
 
     def forward(
         self,

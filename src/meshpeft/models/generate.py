@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshpeft.models.cache import KVCache
-from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
+from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import parallel_group_info
 
@@ -25,7 +24,7 @@ __all__ = ["generate"]
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
+    model: LanguageModel,
     input_ids: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -39,7 +38,7 @@ def generate(
     """Continue each row of `input_ids`. A collective: every rank of the world calls it.
 
     Args:
-        decoder: with or without adapters; put in evaluation mode meanwhile.
+        model: with or without adapters; put in evaluation mode meanwhile.
         input_ids: [batch, seq], the same on every rank of the tensor-parallel axis.
         max_new_tokens: at most so many are added; fewer when every row, on every rank, has ended.
         temperature: 0 takes the likeliest token; above it, tokens are drawn from softmax(logits / temperature).
@@ -59,16 +58,16 @@ def generate(
     _check_options(max_new_tokens, temperature, top_k, top_p)
     documents, positions = _padded_prompt(input_ids, attention_mask)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    pad = decoder.config.other.get("pad_token_id")
+    pad = model.pad_token_id
     numbers = random.Random(seed)
-    cache = KVCache()
+    cache = model.new_cache()
     tokens, new = input_ids, input_ids
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-    was_training = decoder.training
-    decoder.eval()
+    was_training = model.training
+    model.eval()
     try:
         for step in range(max_new_tokens):
-            logits = decoder(new, positions, documents, cache, gather_logits=True, last_token_only=True)[:, 0]
+            logits = model(new, positions, documents, cache, gather_logits=True, last_token_only=True)[:, 0]
             chosen = _choose(logits, temperature, top_k, top_p, numbers).to(input_ids.dtype)
             if ends:
                 chosen = chosen.masked_fill(finished, ends[0] if pad is None else pad)
@@ -81,7 +80,7 @@ def generate(
             if ends and step + 1 < max_new_tokens and _all_finished(finished):
                 break
     finally:
-        decoder.train(was_training)
+        model.train(was_training)
     return tokens
 
 

@@ -12,12 +12,21 @@ projections, by names of their own.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from typing import NamedTuple
 
 from meshpeft.models.errors import ModelError
 from meshpeft.parallel.tensor_layout import TensorLayout
 
-__all__ = ["OurModule", "StoredPart", "hf_module_name", "hf_tensor_names", "our_module_name", "stored_forms"]
+__all__ = [
+    "OurModule",
+    "StoredPart",
+    "hf_module_name",
+    "hf_tensor_names",
+    "our_module_name",
+    "packed_form",
+    "stored_forms",
+]
 
 _GLOBAL: dict[tuple[str, str | None], str] = {
     ("embedding", None): "model.embed_tokens",
@@ -155,12 +164,14 @@ class StoredPart(NamedTuple):
         per_expert: whether it is one for each expert.
         shape: global, of each of these tensors.
         start: where the piece begins in it, along the packed dim.
+        blocks: in how many runs it lies there: equally long, equally far from one to the next.
     """
 
     names: tuple[str, ...]
     per_expert: bool
     shape: tuple[int, ...]
     start: int = 0
+    blocks: int = 1
 
 
 def stored_forms(parameter: str, layout: TensorLayout, model_type: str) -> list[list[StoredPart]]:
@@ -175,7 +186,10 @@ def stored_forms(parameter: str, layout: TensorLayout, model_type: str) -> list[
     # Some files use the names of the modules of transformers where the family has others.
     families = [model_type, None] if model_type in _OTHERWISE else [None]
     if f".{_EXPERTS}." in module:
-        return [*(_each_expert(module, attribute, layout, family) for family in families), _stacked(module, layout)]
+        return [
+            *(_each_expert(module, attribute, layout, family) for family in families),
+            packed_form(hf_module_name(module), layout),
+        ]
 
     def name(part: str | None, family: str | None) -> str:
         return f"{hf_module_name(module, part, model_type=family)}.{attribute}"
@@ -197,12 +211,16 @@ def _each_expert(module: str, attribute: str, layout: TensorLayout, family: str 
     return stored
 
 
-def _stacked(module: str, layout: TensorLayout) -> list[StoredPart]:
-    stored, start = [], 0
-    for piece in layout.pieces():
-        stored.append(StoredPart((hf_module_name(module),), False, layout.global_shape, start))
-        start += piece.global_shape[layout.packed_dim]
-    return stored
+def packed_form(name: str, layout: TensorLayout) -> list[StoredPart]:
+    """A parameter as one tensor, whose parts are packed as one rank would hold them."""
+    packing = layout.packing
+    if packing is None:
+        return [StoredPart((name,), False, layout.global_shape)]
+    starts = accumulate(packing.chunks(1), initial=0)
+    return [
+        StoredPart((name,), False, layout.global_shape, start, packing.local_blocks(1))
+        for start, _ in zip(starts, packing.names, strict=False)
+    ]
 
 
 def hf_tensor_names(parameter: str, layout: TensorLayout, model_type: str = "") -> list[str]:

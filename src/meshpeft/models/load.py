@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart, stored_forms
+from meshpeft.models.hf_names import StoredPart
+from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import on_each_rank
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_pretrained", "stored_dtype"]
@@ -57,23 +58,52 @@ def load_pretrained(
     """
     directory = Path(directory)
     config = DecoderConfig.from_hf(read_json(directory / "config.json"))
-    target = torch.get_default_device() if device is None else torch.device(device)
     with WeightFiles(directory) as files:
         decoder = Decoder(config, parallel, device="meta", dtype=dtype)
         stored = _stored_parts(decoder, files)
         names = {name for parts in stored.values() for part in parts for name in part.names}
         _check_tensors(files, names, config, directory)
-        dtype = _common_dtype(files, names) if dtype is None else dtype
-        packed = {} if quantize is None else quantize.layers_of(decoder)
-        for parameter, parts in stored.items():
-            layout = _layout(decoder, parameter)
-            decoder.assign_parameter(parameter, _read(files, parts, layout, dtype, target))
-            layer, _, attribute = parameter.rpartition(".")
-            if quantize is not None and layer in packed and attribute == "weight":
-                quantize.pack_(packed[layer], layer)
-    decoder.tie_weights()
+        fill(decoder, files, stored, common_dtype(files, names) if dtype is None else dtype, device, quantize)
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
+
+
+def fill(
+    model: LanguageModel,
+    files: WeightFiles,
+    stored: Mapping[str, list[StoredPart]],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    quantize: BaseQuantizer | None,
+) -> None:
+    """Read every parameter and persistent buffer of a model on the meta device, one after the other.
+
+    Args:
+        model: tied parameters stay tied.
+        files: which hold them.
+        stored: where they hold each.
+        dtype: of those that are of a floating type.
+        device: where they go; torch's default device by default.
+        quantize: packs each layer as soon as its weight is there.
+
+    Raises:
+        ModelError, QuantizationError: see [`load_pretrained`][meshpeft.models.load_pretrained].
+    """
+    target = torch.get_default_device() if device is None else torch.device(device)
+    packed = {} if quantize is None else quantize.layers_of(model)
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for name, empty in model.stored_tensors().items():
+        kind = dtype if empty.is_floating_point() else empty.dtype
+        value = _read(files, stored[name], layout_or_whole(empty), kind, target)
+        new = model.assign_parameter(name, value)
+        for other in tied.get(id(empty), [name])[1:]:
+            module, _, attribute = other.rpartition(".")
+            setattr(model.get_submodule(module), attribute, new)
+        layer, _, attribute = name.rpartition(".")
+        if quantize is not None and layer in packed and attribute == "weight":
+            quantize.pack_(packed[layer], layer)
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype:
@@ -83,46 +113,39 @@ def stored_dtype(directory: str | Path) -> torch.dtype:
         ModelError: a file is missing or truncated; the weights are of several types.
     """
     with WeightFiles(Path(directory)) as files:
-        return _common_dtype(files, (name for name in files.names() if not _IGNORED.fullmatch(name)))
-
-
-def _layout(decoder: Decoder, parameter: str) -> TensorLayout:
-    layout = layout_of_tensor(decoder.get_parameter(parameter))
-    if layout is None:
-        raise ModelError(f"{parameter} has no layout")
-    return layout
+        return common_dtype(files, (name for name in files.names() if not _IGNORED.fullmatch(name)))
 
 
 def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
     """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
     held = files.names()
 
-    def form(parameter: str) -> list[StoredPart]:
-        forms = stored_forms(parameter, _layout(decoder, parameter), decoder.config.model_type)
+    def form(name: str, tensor: Tensor) -> list[StoredPart]:
+        forms = decoder.stored_forms(name, layout_or_whole(tensor))
         return next((form for form in forms if all(held.issuperset(part.names) for part in form)), forms[0])
 
-    return {parameter: form(parameter) for parameter, _ in decoder.named_parameters()}
+    return {name: form(name, tensor) for name, tensor in decoder.stored_tensors().items()}
 
 
 def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig, directory: Path) -> None:
     missing = sorted(expected - files.names())
     if missing:
-        raise ModelError(f"{directory} lacks {_some(missing)}, which a {config.model_type} model of its config has")
+        raise ModelError(f"{directory} lacks {some(missing)}, which a {config.model_type} model of its config has")
     extra = {name for name in files.names() - expected if not _IGNORED.fullmatch(name)}
     if config.tie_word_embeddings:
         extra.discard("lm_head.weight")
     if extra:
         raise ModelError(
-            f"{directory} holds {_some(sorted(extra))}, which a {config.model_type} model of its config does not have"
+            f"{directory} holds {some(sorted(extra))}, which a {config.model_type} model of its config does not have"
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
 
 
-def _common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
+def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
     dtypes = {files.dtype(name) for name in names}
     if len(dtypes) > 1:
         stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -132,9 +155,33 @@ def _common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
 
 @on_each_rank
 def _read_box(
-    files: WeightFiles, name: str, offset: list[int], shape: list[int], dtype: torch.dtype, device: torch.device
+    files: WeightFiles,
+    part: StoredPart,
+    offset: list[int],
+    shape: list[int],
+    dim: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    return files.read(name, tuple(offset), tuple(shape), dtype, device)
+    """A box of a piece of `size` along `dim`, from the runs of the tensor in which the piece lies."""
+    run, stride = size // part.blocks, part.shape[dim] // part.blocks
+    box = torch.empty(shape, dtype=dtype, device=device)
+    done = 0
+    while done < shape[dim]:
+        block, within = divmod(offset[dim] + done, run)
+        length = min(run - within, shape[dim] - done)
+        start = block * stride + part.start + within
+        files.read(
+            part.names[0],
+            (*offset[:dim], start, *offset[dim + 1 :]),
+            (*shape[:dim], length, *shape[dim + 1 :]),
+            dtype,
+            device,
+            box.narrow(dim, done, length),
+        )
+        done += length
+    return box
 
 
 @on_each_rank
@@ -162,7 +209,9 @@ def _read(
         offset, shape = list(piece.offset), list(piece.shape)
         if part.per_expert:
             parts.append(_read_experts(files, list(part.names), offset, shape, dtype, device))
+        elif not shape:
+            parts.append(files.read(part.names[0], (), (), dtype, device))
         else:
-            offset[layout.packed_dim] = offset[layout.packed_dim] + part.start
-            parts.append(_read_box(files, part.names[0], offset, shape, dtype, device))
+            size = piece.global_shape[layout.packed_dim]
+            parts.append(_read_box(files, part, offset, shape, layout.packed_dim, size, dtype, device))
     return layout.join_parts(parts)

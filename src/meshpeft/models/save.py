@@ -1,10 +1,11 @@
-"""Writing a decoder as a Hugging Face directory, in the same form at every layout."""
+"""Writing a model as a Hugging Face directory, in the same form at every layout."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
 
-from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart, stored_forms
+from meshpeft.models.hf_names import StoredPart
+from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.agreement import kept, raise_everywhere
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.parallel.tensor_layout import TensorLayout
+from meshpeft.peft import AdapterWrapper
 
 __all__ = ["save_pretrained"]
 
@@ -26,7 +28,7 @@ _CONFIG_NAME = "config.json"
 
 
 def save_pretrained(
-    decoder: Decoder,
+    model: LanguageModel,
     directory: str | Path,
     *,
     overwrite: bool = False,
@@ -38,22 +40,21 @@ def save_pretrained(
     than its share. The files are written aside and renamed: a directory with a `config.json` is whole.
 
     Args:
-        decoder: without adapters; merge them first.
+        model: without adapters; merge them first.
         directory: made if it does not exist; other files in it are left alone.
         overwrite: replace a model that is there.
         max_shard_bytes: size of a weights file at which the next one begins.
 
     Raises:
-        ModelError: the decoder holds parameters that the format has no name for, the directory holds a model, or
-            (on the other ranks) the writing process failed.
+        ModelError: the model carries adapters, or parameters that the format has no name for; the directory holds a
+            model; (on the other ranks) the writing process failed.
     """
     directory = Path(directory)
-    parameters = [
-        (parameter, *_storage(name, parameter, decoder.config.model_type))
-        for name, parameter in decoder.named_parameters()
-    ]
-    config = decoder.config.to_hf()
-    config.dtype = decoder.embedding.weight.dtype
+    if any(isinstance(module, AdapterWrapper) for module in model.modules()):
+        raise ModelError("the model carries adapters; merge them before saving it")
+    tensors = [(tensor, *_storage(model, name, tensor)) for name, tensor in model.stored_tensors().items()]
+    config = model.hub_config()
+    config.dtype = next(model.parameters()).dtype
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"saving to {directory}"
@@ -62,13 +63,12 @@ def save_pretrained(
     with kept(failures):
         writer = _Writer(directory, overwrite, max_shard_bytes) if writes else None
     raise_everywhere(failures, what, ModelError)
-    for parameter, layout, stored in parameters:
-        full = layout.gather(parameter)
+    for tensor, layout, stored in tensors:
+        full = layout.gather(tensor)
         with kept(failures):
             if writer is not None and not failures:
-                for part, values in zip(stored, _canonical_parts(full, layout), strict=True):
-                    for name, tensor in zip(part.names, values if part.per_expert else [values], strict=True):
-                        writer.add(name, tensor)
+                for name, values in _named_parts(full, layout, stored):
+                    writer.add(name, values)
     with kept(failures):
         if writer is not None and not failures:
             config.to_json_file(writer.folder / _CONFIG_NAME)
@@ -78,21 +78,23 @@ def save_pretrained(
     raise_everywhere(failures, what, ModelError)
 
 
-def _storage(name: str, parameter: Tensor, model_type: str) -> tuple[TensorLayout, list[StoredPart]]:
-    layout = layout_of_tensor(parameter)
-    if layout is None:
-        raise ModelError(f"{name} has no layout, so it cannot be saved")
+def _storage(model: LanguageModel, name: str, tensor: Tensor) -> tuple[TensorLayout, list[StoredPart]]:
+    layout = layout_or_whole(tensor)
     try:
-        return layout, stored_forms(name, layout, model_type)[0]
+        return layout, model.stored_forms(name, layout)[0]
     except ModelError as error:
-        raise ModelError(f"{error}; merge adapters before saving the model") from error
+        raise ModelError(f"{name}: {error}") from error
 
 
-def _canonical_parts(full: Tensor, layout: TensorLayout) -> list[Tensor]:
+def _named_parts(full: Tensor, layout: TensorLayout, stored: list[StoredPart]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file that a canonical global one becomes."""
     plain = full.reconcile() if isinstance(full, LocalTensor) else full
-    if layout.packing is None:
-        return [plain]
-    return list(plain.split(list(layout.packing.sizes), layout.packed_dim))
+    parts = [plain] if layout.packing is None else list(plain.split(list(layout.packing.sizes), layout.packed_dim))
+    if layout.packing is not None and len({part.names for part in stored}) == 1:
+        yield stored[0].names[0], layout.packing.pack(parts, layout.packed_dim, 1)
+        return
+    for part, values in zip(stored, parts, strict=True):
+        yield from zip(part.names, values if part.per_expert else [values], strict=True)
 
 
 class _Writer:

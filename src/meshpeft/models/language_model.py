@@ -1,0 +1,85 @@
+"""What training, generation and files ask of a language model, whichever package wrote its layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from meshpeft.models.hf_names import StoredPart
+from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
+
+__all__ = ["LanguageModel", "layout_or_whole"]
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model, divided over the mesh.
+
+    A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, gather_logits=False,
+    last_token_only=False)`, as [`Decoder`][meshpeft.models.Decoder] has it, and gives logits
+    [batch, seq, vocab_size / vocab_axis.world_size].
+
+    Attributes:
+        vocab_axis: divides the vocabulary of the logits; of one rank where they are whole.
+    """
+
+    vocab_axis: ParallelAxis
+
+    @property
+    @abstractmethod
+    def pad_token_id(self) -> int | None:
+        """The token that fills rows, if the configuration names one."""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values, for calls that continue a sequence."""
+
+    @abstractmethod
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
+
+    @abstractmethod
+    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
+        """The forms in which files may hold a parameter or persistent buffer; the first is the one that is written.
+
+        Raises:
+            ModelError: it has no name there (an adapter's, for instance).
+        """
+
+    @abstractmethod
+    def hub_config(self) -> PretrainedConfig:
+        """The content of `config.json`; the caller's own."""
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, tied ones once: what files hold."""
+        buffers = {
+            f"{prefix}{'.' if prefix else ''}{name}": buffer
+            for prefix, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
+        return dict(self.named_parameters()) | buffers
+
+    def assign_parameter(self, name: str, value: Tensor) -> Tensor:
+        """Replace a parameter or buffer, on whatever device it is, by this rank's slice `value`; its layout is kept.
+
+        Returns:
+            The new parameter or buffer. Where the old one was tied to another, that other is still the old one.
+        """
+        module_name, _, attribute = name.rpartition(".")
+        module = self.get_submodule(module_name)
+        old = getattr(module, attribute)
+        new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+        layout = layout_of_tensor(old)
+        if layout is not None:
+            set_layout(new, layout)
+        setattr(module, attribute, new)
+        return new
+
+
+def layout_or_whole(tensor: Tensor) -> TensorLayout:
+    """The layout that a tensor states; one without is the same on every rank."""
+    return layout_of_tensor(tensor) or TensorLayout(tuple(tensor.shape))

@@ -1,0 +1,121 @@
+"""Reading a transformers model of any architecture; each rank reads its own slices."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from meshpeft.models.errors import ModelError
+from meshpeft.models.language_model import layout_or_whole
+from meshpeft.models.load import common_dtype, fill, some
+from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
+from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.quantization import BaseQuantizer
+
+__all__ = ["load_transformers", "transformers_config"]
+
+
+def transformers_config(directory: str | Path) -> PretrainedConfig:
+    """The configuration in a directory, without asking the network.
+
+    Raises:
+        ModelError: it cannot be read; transformers does not know the architecture; the weights are quantised.
+    """
+    directory = Path(directory)
+    read_json(directory / "config.json")  # says better what is wrong with the file
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{directory / 'config.json'}: {reason[0]}") from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{directory} holds weights that are quantised already; give the model in full, and --quantize"
+        )
+    found: PretrainedConfig = config
+    return found
+
+
+def load_transformers(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    activation_checkpointing: bool = False,
+    *,
+    device: torch.device | str | None = None,
+    quantize: BaseQuantizer | None = None,
+) -> TransformersModel:
+    """Load a model of transformers as it is, divided over tensor parallel by its architecture's plan.
+
+    Memory, files, and whether it is a collective: as for [`load_pretrained`][meshpeft.models.load_pretrained].
+
+    Args:
+        directory: holds `config.json` and safetensors weights in one or several files.
+        dtype: of the parameters and activations; by default that of the weights in the files.
+        activation_checkpointing: compute each layer again in the backward pass.
+        device: of the parameters; torch's default device by default.
+        quantize: pack each layer as soon as it is read.
+
+    Raises:
+        QuantizationError: see [`quantize_base`][meshpeft.quantization.quantize_base].
+        ModelError: a file is missing, truncated, or holds tensors other than the model has; transformers does not know
+            the architecture.
+        ParallelError: the model cannot be divided over so many ranks.
+    """
+    directory = Path(directory)
+    config = transformers_config(directory)
+    target = torch.get_default_device() if device is None else torch.device(device)
+    with WeightFiles(directory) as files:
+        if dtype is None:
+            dtype = common_dtype(files, files.names())
+        model = make_transformers_model(config, dtype, device=target)
+        model.stored_names = _stored_names(model, files)
+        stored = {
+            name: model.stored_forms(name, layout_or_whole(tensor))[0]
+            for name, tensor in model.stored_tensors().items()
+        }
+        fill(model, files, stored, dtype, target, quantize)
+    if activation_checkpointing:
+        model.set_activation_checkpointing(True)
+    return model
+
+
+def _stored_names(model: Any, files: WeightFiles) -> dict[str, str]:
+    """Under which name the files hold each parameter and persistent buffer, by transformers' table of old names."""
+    own = set(model.state_dict())
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    conversions: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    found: dict[str, str] = {}
+    for name in sorted(files.names()):
+        ours, conversion = rename_source_key(
+            name, renamings, conversions, model.base_model_prefix, dict.fromkeys(own, True)
+        )
+        if conversion is not None:
+            raise ModelError(
+                f"{files.directory} holds {name} in another form than the {model.config.model_type} model has it, "
+                "which is not implemented"
+            )
+        found[ours] = name
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    extra = [name for name in found if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
+    if extra:
+        raise ModelError(f"{files.directory} holds {some(extra)}, which a {model.config.model_type} model has not")
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(tensor), []).append(name)
+    names, missing = {}, []
+    for name, tensor in model.stored_tensors().items():
+        held = next((found[other] for other in (name, *tied.get(id(tensor), ())) if other in found), None)
+        if held is None:
+            missing.append(name)
+        else:
+            names[name] = held
+    if missing:
+        raise ModelError(f"{files.directory} lacks {some(missing)}, which a {model.config.model_type} model has")
+    return names

@@ -1,0 +1,238 @@
+"""Models of transformers, of any architecture, in the place of the decoder.
+
+The layers are divided by the plan of their architecture, see [`parallelize`][meshpeft.engines.parallelize.parallelize];
+the call is the decoder's; everything else, names too, stays as transformers has it. At one rank an architecture whose
+plan cannot be followed here, or that has none, keeps its own layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from meshpeft.engines.parallelize import parallelize
+from meshpeft.models.attention_mask import positions_in_documents
+from meshpeft.models.errors import ModelError
+from meshpeft.models.hf_names import StoredPart, packed_form
+from meshpeft.models.language_model import LanguageModel
+from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, TensorLayout, layout_of, mp_gather
+from meshpeft.parallel.mesh import parallel_group_info
+
+__all__ = ["TransformersModel", "make_transformers_model"]
+
+
+class TransformersCache:
+    """Keys and values of the tokens seen so far, and which of these are padding."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.past = DynamicCache(config=config)
+        self.real: Tensor | None = None
+
+    def extended(self, document_ids: Tensor) -> Tensor:
+        """Which tokens are real, with those that come: [batch, all]."""
+        new = document_ids != -1
+        self.real = new if self.real is None else torch.cat((self.real, new), dim=1)
+        return self.real
+
+
+class TransformersModel(LanguageModel):
+    """What is added to the class of a transformers model; made by `make_transformers_model`.
+
+    Attributes:
+        stored_names: name of a parameter -> its name in the files, where that is another.
+    """
+
+    stored_names: dict[str, str]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: TransformersCache | None = None,
+        *,
+        gather_logits: bool = False,
+        last_token_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token at every position; see [`Decoder.forward`][meshpeft.models.Decoder.forward].
+
+        Documents in a row are told apart by positions that begin anew, as transformers does; that the architecture
+        sees to it is for [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart] to find
+        out. With a cache, documents only say which tokens are padding.
+        """
+        options: dict[str, Any] = {}
+        if cache is not None:
+            options["past_key_values"] = cache.past
+            if document_ids is not None:
+                options["attention_mask"] = cache.extended(document_ids)
+        elif document_ids is not None and position_ids is None:
+            position_ids = positions_in_documents(document_ids)
+        accepted = _parameters_of(type(self))
+        if position_ids is not None and "position_ids" in accepted:
+            options["position_ids"] = position_ids
+        if last_token_only and "logits_to_keep" in accepted:
+            options["logits_to_keep"] = 1
+        theirs: Any = super().forward  # LanguageModel has none
+        logits: Tensor = theirs(input_ids=input_ids, use_cache=cache is not None, **options).logits
+        if last_token_only:
+            logits = logits[:, -1:]
+        return mp_gather(logits, -1, self.vocab_axis) if gather_logits else logits
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills rows, if the configuration names one."""
+        found: int | None = getattr(self._text_config(), "pad_token_id", None)
+        return found
+
+    def new_cache(self) -> TransformersCache:
+        """An empty cache of keys and values."""
+        return TransformersCache(self.hub_config())
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether training keeps only each layer's input and computes the layer again in the backward pass.
+
+        Raises:
+            ModelError: the architecture cannot.
+        """
+        model: Any = self
+        if not enabled:
+            model.activation_checkpointing_disable()
+            return
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"activation_checkpointing: {type(self).__name__} of transformers does not support it")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
+        """One tensor, as one rank would hold it."""
+        return [packed_form(self.stored_names.get(parameter, parameter), layout)]
+
+    def hub_config(self) -> PretrainedConfig:
+        """The content of `config.json`."""
+        config: Any = self.config
+        copied: PretrainedConfig = copy.deepcopy(config)
+        return copied
+
+    def _text_config(self) -> Any:
+        config: Any = self.config
+        return config.get_text_config()
+
+    @torch.no_grad()
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see nothing of another document in their row. A collective: every rank calls it.
+
+        Two rows have the same second document after different first ones. Whatever the second's logits differ by has
+        leaked from the first.
+        """
+        if "position_ids" not in _parameters_of(type(self)):
+            return False
+        size = min(64, self._text_config().vocab_size)
+        tokens = torch.arange(1, 9).remainder(size)
+        rows = torch.stack((tokens, torch.cat((tokens[:4].flip(0), tokens[4:]))))
+        documents = torch.tensor([0] * 4 + [1] * 4).expand(2, -1)
+        device = next(self.parameters()).device
+        was_training = self.training
+        self.eval()
+        logits = self(rows.to(device), document_ids=documents.to(device), gather_logits=True).float()
+        self.train(was_training)
+        leaked = (logits[0, 4:] - logits[1, 4:]).abs().max()
+        # The first documents differ, and so do their own logits; rounding of equal sums does not come near this.
+        return bool(leaked <= 1e-4 * (logits[0, :4] - logits[1, :4]).abs().max())
+
+
+@cache
+def _parameters_of(cls: type[nn.Module]) -> frozenset[str]:
+    """The names that the forward of transformers' own class takes."""
+    own = next(
+        base for base in cls.__mro__ if not issubclass(base, LanguageModel) and issubclass(base, PreTrainedModel)
+    )
+    return frozenset(inspect.signature(own.forward).parameters)
+
+
+def _with_our_call(cls: type[Any]) -> type[Any]:
+    """The same class, under the same name, by which transformers looks things up."""
+    made = types.new_class(cls.__name__, (TransformersModel, cls))
+    made.__module__ = cls.__module__
+    return made
+
+
+def make_transformers_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    axis: ParallelAxis | None = None,
+) -> TransformersModel:
+    """A model without values in its parameters, divided over tensor parallel; its other buffers have theirs.
+
+    Args:
+        config: of any architecture of transformers that has a causal language model.
+        dtype: of the parameters and activations.
+        device: of those buffers.
+        axis: that divides it; tensor parallel by default. Nothing is communicated.
+
+    Raises:
+        ModelError: transformers has no such model; it has dropout of its own.
+        ParallelError: it cannot be divided over so many ranks.
+    """
+    axis = parallel_group_info().tp if axis is None else axis
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"transformers makes no model of this {config.model_type} configuration: {reason[0]}"
+        ) from error
+    _check(model, dtype)
+    _compute_buffers(model, device)
+    try:
+        parallelize(model, axis=axis, gather_logits=False)
+    except ParallelError:
+        if axis.world_size > 1:
+            raise
+    head = model.get_output_embeddings()
+    divided = isinstance(head, ColumnParallelLinear) and not layout_of(head).gather_output
+    model.__class__ = _with_our_call(type(model))
+    made: TransformersModel = model
+    made.vocab_axis = axis if divided else ParallelAxis("none")
+    made.stored_names = {}
+    return made
+
+
+def _check(model: Any, dtype: torch.dtype) -> None:
+    for name, module in model.named_modules():
+        rates = {"p": module.p} if isinstance(module, nn.Dropout) else {}
+        rates |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+        for key, rate in rates.items():
+            if rate:
+                raise ModelError(
+                    f"{name}.{key}={rate}: the base model's own dropout differs from layout to layout; set it to 0 in "
+                    "its config.json"
+                )
+    kept = model._get_dtype_plan(dtype)
+    if kept:
+        raise ModelError(
+            f"a {model.config.model_type} model keeps {', '.join(sorted(kept))} in float32, which is not implemented "
+            f"for a model in {str(dtype).removeprefix('torch.')}; use float32"
+        )
+
+
+def _compute_buffers(model: Any, device: torch.device | str) -> None:
+    """Give buffers that no file holds (rotary frequencies, ..) their values, as `from_pretrained` does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module).register_buffer(
+            attribute, torch.empty_like(buffer, device=device), persistent=False
+        )
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
