@@ -39,8 +39,8 @@ def load_pretrained(
 
     Not a collective, unless a packed layer keeps its residual for `svdquant_init`, or has blocks that straddle ranks.
 
-    The parameters start empty and each is replaced by this rank's slice of the file, so a rank holds its share of
-    the model and one tensor more at most. Experts may be stacked in the files, or stored one by one.
+    The parameters start empty and each is read into its place, from files that are mapped, not loaded: a rank holds
+    its share of the model and nothing beside it. Experts may be stacked in the files, or stored one by one.
 
     Args:
         directory: holds `config.json` and safetensors weights in one or several files.
@@ -49,7 +49,8 @@ def load_pretrained(
         activation_checkpointing: compute each layer again in the backward pass.
         device: of the parameters; torch's default device by default.
         quantize: pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
-            packed share and one tensor more at most.
+            packed share and one tensor more at most, its share of a layer's weight in `dtype`, and the copies of a
+            quarter of a million values. What starts adapters (residuals, principal parts) is computed beside that.
 
     Raises:
         QuantizationError: see [`quantize_base`][meshpeft.quantization.quantize_base].
@@ -96,11 +97,11 @@ def fill(
         tied.setdefault(id(parameter), []).append(name)
     for name, empty in model.stored_tensors().items():
         kind = dtype if empty.is_floating_point() else empty.dtype
-        value = _read(files, stored[name], layout_or_whole(empty), kind, target)
-        new = model.assign_parameter(name, value)
+        new = model.assign_parameter(name, _read(files, stored[name], layout_or_whole(empty), kind, target))
         for other in tied.get(id(empty), [name])[1:]:
             module, _, attribute = other.rpartition(".")
             setattr(model.get_submodule(module), attribute, new)
+        del new  # the tensor is gone when it is packed, and not kept until the next one is there
         layer, _, attribute = name.rpartition(".")
         if quantize is not None and layer in packed and attribute == "weight":
             quantize.pack_(packed[layer], layer)
@@ -154,53 +155,45 @@ def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
 
 
 @on_each_rank
-def _read_box(
-    files: WeightFiles,
-    part: StoredPart,
-    offset: list[int],
-    shape: list[int],
-    dim: int,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """A box of a piece of `size` along `dim`, from the runs of the tensor in which the piece lies."""
-    run, stride = size // part.blocks, part.shape[dim] // part.blocks
-    box = torch.empty(shape, dtype=dtype, device=device)
-    done = 0
-    while done < shape[dim]:
-        block, within = divmod(offset[dim] + done, run)
-        length = min(run - within, shape[dim] - done)
-        start = block * stride + part.start + within
-        files.read(
-            part.names[0],
-            (*offset[:dim], start, *offset[dim + 1 :]),
-            (*shape[:dim], length, *shape[dim + 1 :]),
-            dtype,
-            device,
-            box.narrow(dim, done, length),
-        )
-        done += length
-    return box
+def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @on_each_rank
-def _read_experts(
-    files: WeightFiles, names: list[str], offset: list[int], shape: list[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _read_box(
+    files: WeightFiles, part: StoredPart, offset: list[int], shape: list[int], dim: int, size: int, place: Tensor
+) -> None:
+    """Copy a box of a piece of `size` along `dim` from the runs of the tensor in which the piece lies.
+
+    Into `place`: of the box's shape, or with `dim` divided into blocks.
+    """
+    run, stride = size // part.blocks, part.shape[dim] // part.blocks
+    before, after = shape[:dim], shape[dim + 1 :]
+    at = offset[dim]
+    for block in place.unbind(dim) if place.dim() > len(shape) else (place,):
+        done = 0
+        while done < block.shape[dim]:
+            number, within = divmod(at, run)
+            length = min(run - within, block.shape[dim] - done)
+            start = (*offset[:dim], number * stride + part.start + within, *offset[dim + 1 :])
+            files.read(part.names[0], start, (*before, length, *after), block.narrow(dim, done, length))
+            done += length
+            at += length
+
+
+@on_each_rank
+def _read_experts(files: WeightFiles, names: list[str], offset: list[int], shape: list[int], place: Tensor) -> None:
     """A box [experts, ..] of a stack whose matrices are stored one by one."""
-    stack = torch.empty(shape, dtype=dtype, device=device)
     for index in range(shape[0]):
-        files.read(names[offset[0] + index], tuple(offset[1:]), tuple(shape[1:]), dtype, device, stack[index])
-    return stack
+        files.read(names[offset[0] + index], tuple(offset[1:]), tuple(shape[1:]), place[index])
 
 
 def _read(
     files: WeightFiles, stored: list[StoredPart], layout: TensorLayout, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """This rank's slice of a parameter, in packed order."""
-    parts = []
-    for part, piece in zip(stored, layout.pieces(), strict=True):
+    """This rank's slice of a parameter, in packed order; every part is read into its place in it."""
+    local = _empty(list(layout.local_shape), dtype, device)
+    for part, piece, place in zip(stored, layout.pieces(), layout.part_views(local), strict=True):
         for name in part.names:
             if files.shape(name) != part.shape:
                 raise ModelError(
@@ -208,10 +201,9 @@ def _read(
                 )
         offset, shape = list(piece.offset), list(piece.shape)
         if part.per_expert:
-            parts.append(_read_experts(files, list(part.names), offset, shape, dtype, device))
+            _read_experts(files, list(part.names), offset, shape, place)
         elif not shape:
-            parts.append(files.read(part.names[0], (), (), dtype, device))
+            files.read(part.names[0], (), (), place)
         else:
-            size = piece.global_shape[layout.packed_dim]
-            parts.append(_read_box(files, part, offset, shape, layout.packed_dim, size, dtype, device))
-    return layout.join_parts(parts)
+            _read_box(files, part, offset, shape, layout.packed_dim, piece.global_shape[layout.packed_dim], place)
+    return local

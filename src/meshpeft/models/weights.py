@@ -107,17 +107,17 @@ class WeightFiles:
             raise ModelError(f"{name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored]
 
-    def read(
-        self,
-        name: str,
-        offset: tuple[int, ...],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """A box of a tensor, cast to `dtype`; nothing else of the tensor is read. Into `out`, if it is given."""
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...], place: Tensor) -> Tensor:
+        """Copy a box of a tensor into `place`, cast to its type; nothing else of the tensor is read.
+
+        Args:
+            name: of the tensor.
+            offset, shape: of the box.
+            place: of the box's shape.
+
+        Returns:
+            `place`.
+        """
         box = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-        # What safetensors returns is a view of the mapped file: the copy lets the file go.
-        target = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-        return target.copy_(self._files[name].get_slice(name)[box])
+        # What safetensors returns is a view of the mapped file.
+        return place.copy_(self._files[name].get_slice(name)[box])

@@ -78,11 +78,18 @@ class Packing:
             tensor: packed along `dim`, whose length is `sum(sizes) / shards`.
         """
         dim = dim % tensor.dim()
+        views = self.views(tensor, dim, shards)
+        return views if self.local_blocks(shards) == 1 else [part.flatten(dim, dim + 1) for part in views]
+
+    def views(self, tensor: Tensor, dim: int, shards: int) -> list[Tensor]:
+        """Where the parts that `unpack` gives are in a local packed tensor: views, [.., part, ..] or, where there are
+        several blocks, [.., blocks, chunk, ..].
+        """
+        dim = dim % tensor.dim()
         blocks, chunks = self.local_blocks(shards), self.chunks(shards)
         if blocks == 1:
             return list(tensor.split(chunks, dim))
-        blocked = tensor.unflatten(dim, (blocks, sum(chunks)))
-        return [part.flatten(dim, dim + 1) for part in blocked.split(chunks, dim + 1)]
+        return list(tensor.unflatten(dim, (blocks, sum(chunks))).split(chunks, dim + 1))
 
     def pack(self, parts: Sequence[Tensor], dim: int, shards: int) -> Tensor:
         """The inverse of [`unpack`][meshpeft.parallel.Packing.unpack]. Differentiable."""
@@ -215,6 +222,12 @@ class TensorLayout:
         if self.packing is None:
             return [local]
         return self.packing.unpack(local, self.packed_dim, self._split(self.packed_dim))
+
+    def part_views(self, local: Tensor) -> list[Tensor]:
+        """Where the pieces are in the local tensor, to write them there: views, see `Packing.views`."""
+        if self.packing is None:
+            return [local]
+        return self.packing.views(local, self.packed_dim, self._split(self.packed_dim))
 
     def join_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of [`split_parts`][meshpeft.parallel.TensorLayout.split_parts]."""

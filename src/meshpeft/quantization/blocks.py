@@ -9,6 +9,7 @@ gathered while it is packed, and its scales are whole on every rank of the axis;
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,12 +19,11 @@ from torch.nn.functional import pad
 from meshpeft.parallel import LinearLayout, Packing, TensorLayout, on_each_rank
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import BLOCK_SIZES, Packed, WeightFormat
-from meshpeft.quantization.full_matrices import full_matrices, of_local_experts
 
 __all__ = ["Blocks"]
 
 # Values that are packed at a time: the libraries make several temporary copies of them.
-_VALUES_AT_ONCE = 1 << 20
+_VALUES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,21 @@ class Blocks:
     def pack(self, weight: Tensor) -> Packed:
         """This rank's codes and scales of its local weight. A collective over its axis where blocks straddle ranks.
 
-        Values are quantised from float32, so that what is stored does not depend on a wider type.
+        Values are quantised from float32, so that what is stored does not depend on a wider type. Some rows at a time,
+        also where they are gathered: beside weight and result there are only copies of these.
         """
-        if not self.straddle_ranks:
-            return Packed(*_pack(self.storage, weight, self.size))
-        full = Packed(*_pack(self.storage, full_matrices(weight, self.layout), self.size))
-        layouts = (of_local_experts(each, self.layout) for each in (self.codes(), self.scales()))
-        codes, scales = (each.slice(tensor).contiguous() for each, tensor in zip(layouts, full, strict=True))
-        return Packed(codes, scales)
+        codes, scales = self.codes(), self.scales()
+        packed = Packed(*_empty(list(codes.local_shape), list(scales.local_shape), weight.device))
+        for rows in self._some_rows():
+            values = weight.detach()[rows]
+            if self.straddle_ranks:
+                values = _of_rows(self.weight, values.shape[0]).gather(values)
+            its_codes, its_scales = _pack(self.storage, values, self.size)
+            if self.straddle_ranks:
+                its_codes = _of_rows(codes, values.shape[0]).slice(its_codes)
+            packed.codes[rows] = its_codes
+            packed.scales[rows] = its_scales
+        return packed
 
     @torch.no_grad()
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -118,6 +125,14 @@ class Blocks:
             )
         ]
         return self.weight.join_parts(parts) if fused else parts[0]
+
+    def _some_rows(self) -> Iterator[tuple[int | slice, ...]]:
+        """Indices of this rank's weight, one after the other: some rows of the matrix, or of one expert's."""
+        *experts, rows, _ = self.weight.local_shape
+        step = max(1, _VALUES_AT_ONCE // self.weight.global_shape[-1])
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            yield from ((expert, some) for expert in range(experts[0])) if experts else [(some,)]
 
     def _column_packing(self) -> Packing | None:
         """Canonical parts of the columns (a row-parallel layer's `stride`)."""
@@ -137,13 +152,14 @@ class Blocks:
 
 
 @on_each_rank
-def _pack(storage: WeightFormat, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    rows = weight.detach().reshape(-1, weight.shape[-1])
-    step = max(1, _VALUES_AT_ONCE // weight.shape[-1])
-    parts = [storage.pack(some.float().contiguous(), size) for some in rows.split(step)]
-    codes, scales = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-    lead = weight.shape[:-1]
-    return codes.reshape(*lead, -1).contiguous(), scales.reshape(*lead, -1).contiguous()
+def _empty(codes: list[int], scales: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(codes, dtype=torch.uint8, device=device), torch.empty(scales, dtype=torch.float32, device=device)
+
+
+@on_each_rank
+def _pack(storage: WeightFormat, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    codes, scales = storage.pack(values.float().contiguous(), size)
+    return codes, scales
 
 
 @on_each_rank
@@ -164,6 +180,19 @@ def _unpack_part(
     theirs = scales[..., start // size : (start + length + after) // size].contiguous()
     made = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     return storage.unpack(Packed(filled, theirs), size, made)[..., before : before + length].to(dtype)
+
+
+def _of_rows(layout: TensorLayout, rows: int) -> TensorLayout:
+    """The layout of some rows of a matrix, or of a stack of them, whose columns alone are divided."""
+    last = len(layout.global_shape) - 1
+    packed = layout.packing is not None and layout.packed_dim == last
+    return replace(
+        layout,
+        global_shape=(rows, layout.global_shape[-1]),
+        shards=tuple((1, axis) for dim, axis in layout.shards if dim == last),
+        packing=layout.packing if packed else None,
+        packed_dim=1 if packed else 0,
+    )
 
 
 def _columns_of(layout: TensorLayout, numerator: int, denominator: int) -> TensorLayout:
