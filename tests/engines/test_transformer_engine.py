@@ -10,14 +10,12 @@ import torch
 from helpers.workers import run_on_ranks
 from torch import Tensor
 
-from meshpeft.parallel import layer_type_of, layout_of
 from meshpeft.peft import HAVE_TE, TECL, TERL, DoRA, LoRA
 
 pytest.importorskip("megatron.core")
 from helpers.megatron_layers import BATCH, IN, OUT, SEQ, Case, Result, full, run_layer
 from helpers.te_layers import (
     StandInColumn,
-    StandInColumnGrouped,
     StandInLayerNormColumn,
     StandInLinear,
     StandInRow,
@@ -126,16 +124,6 @@ def test_the_norms_output_is_asked_for_only_where_an_adapter_takes_it() -> None:
     seen, after = run_on_ranks(2, outputs_asked_for)[0]
     assert seen == [True, False]
     assert after == [False, False]
-
-
-def test_grouped_layers_are_recognised_by_their_attributes() -> None:
-    layer = StandInColumnGrouped(3, 8, 12)
-    layout = layout_of(layer)
-    assert (layout.experts, layout.in_features, layout.out_features, layout.shard) == (3, 8, 12, "out")
-    assert layout.is_expert and layout.input_grad_is_reduced_outside
-    layer_type = layer_type_of(layer)
-    assert layer_type is not None
-    torch.testing.assert_close(layer_type.weight(layer)[1], layer.get_parameter("weight1"))
 
 
 def test_without_transformer_engine_its_classes_are_none() -> None:

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from helpers.megatron_cpu import SequenceParallelRMSNorm
 from helpers.oracle_runs import config as decoder_config
+from helpers.te_layers import StandInColumnGrouped, StandInRowGrouped
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -79,10 +83,11 @@ def make_decoder(config: DecoderConfig = DENSE) -> Decoder:
     return decoder
 
 
-def make_gpt(config: DecoderConfig = DENSE, **options: Any) -> GPTModel:
+def make_gpt(config: DecoderConfig = DENSE, *, grouped: bool = False, **options: Any) -> GPTModel:
     """The same model of Megatron's, divided as its `parallel_state` says.
 
     Args:
+        grouped: all experts of a rank in one layer, stand-ins for Transformer Engine's; otherwise one after the other.
         options: of `TransformerConfig`, for instance `sequence_parallel`.
     """
     transformer = TransformerConfig(**_sizes(config) | _experts(config) | options)
@@ -92,6 +97,9 @@ def make_gpt(config: DecoderConfig = DENSE, **options: Any) -> GPTModel:
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
     attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    if grouped:
+        layers = MLPSubmodules(linear_fc1=StandInColumnGrouped, linear_fc2=StandInRowGrouped)
+        layer.mlp.submodules.experts = ModuleSpec(module=TEGroupedMLP, submodules=layers)
     model = GPTModel(
         transformer,
         TransformerBlockSubmodules([spec] * config.num_layers, layer_norm=SequenceParallelRMSNorm),
@@ -159,6 +167,9 @@ def _fill(model: GPTModel, weights: dict[str, Tensor]) -> None:
             if holder.endswith("word_embeddings"):
                 full = weights["embedding.weight"]
                 parameter.copy_(TensorLayout(tuple(full.shape), ((0, tp),)).slice(full))
+            elif attribute.startswith("weight") and attribute != "weight":  # one expert of a layer of them
+                local = layout_of(layer).weight().slice(weights[f"{holder}.weight"])
+                parameter.copy_(local[int(attribute.removeprefix("weight"))])
             elif attribute == "gate_weight":
                 parameter.copy_(weights[f"{holder}.gate.weight"])
             elif layer_type_of(layer) is not None:

@@ -49,7 +49,7 @@ def full(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-MARKS = ("allreduce", "sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride")
+MARKS = ("allreduce", "sequence_parallel", "tensor_model_parallel", "shared", "partition_dim", "partition_stride")
 
 
 def run_layer(case: Case, method: PEFT, tensor_parallel: int) -> Result:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
-from helpers.megatron_gpt import logits_of, loss_of, make_gpt
+from helpers.megatron_gpt import EXPERTS, logits_of, loss_of, make_gpt
 from helpers.megatron_layers import MARKS
 from helpers.megatron_runs import Run, train
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
-from torch import nn
+from torch import Tensor, nn
 
+from meshpeft.checkpoint import merge_adapter
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.parallel import ParallelAxis, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.communication import all_gather
@@ -60,6 +61,39 @@ def names_in_chunks(method: PEFT) -> list[str]:
             layer.layer_number += len(chunks[0].decoder.layers)
         assert method(chunks) is chunks
         return [wrapper.adapter.base_name for _, wrapper in adapter_wrappers(chunks)]
+
+
+def grouped_layer(method: PEFT, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter of the first grouped layer says of itself, and what Megatron reads on its parameters."""
+    with megatron_on_cpu(**sizes):
+        model = method(make_gpt(EXPERTS, grouped=True, sequence_parallel=sizes["tensor_model_parallel_size"] > 1))
+        wrapper = model.get_submodule("decoder.layers.0.mlp.experts.linear_fc1")
+        layout, adapter = wrapper.adapter.layout, wrapper.adapter
+        weight = wrapper.layer_type.weight(wrapper.to_wrap)
+        assert torch.equal(weight[1], wrapper.to_wrap.weight1)
+        return {
+            "layout": (layout.experts, layout.in_features, layout.out_features, layout.shard),
+            "weight": tuple(weight.shape),
+            "packing": layout.packing.names,
+            "A": tuple(adapter.linear_in.weight.shape),
+            "B": tuple(adapter.linear_out.weight.shape),
+            "marks of A": {mark: getattr(adapter.linear_in.weight, mark) for mark in MARKS[:4]},
+            "marks of B": {mark: getattr(adapter.linear_out.weight, mark) for mark in MARKS[:4]},
+        }
+
+
+@torch.no_grad()
+def merged_logits(method: PEFT, sizes: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Logits with adapters, with them merged, and unmerged; and how many layers of the merged model have adapters."""
+    with megatron_on_cpu(**sizes):
+        model = method(make_gpt(EXPERTS, **options)).eval()
+        adapted = logits_of(model)
+        method.merge(model)
+        merged = logits_of(model)
+        method.unmerge(model)
+        unmerged = logits_of(model)
+        assert torch.equal(logits_of(merge_adapter(model)), merged)
+        return adapted, merged, unmerged, len(list(adapter_wrappers(model)))
 
 
 def marks_of_copies(method: PEFT) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,6 +13,7 @@ from helpers.megatron_gpt import DENSE, logits_of, loss_of, make_decoder, make_g
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
@@ -95,17 +96,21 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def megatron_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The norm of all gradients, counted by Megatron's rules, in float64 (its own functions work in float32)."""
-    dense = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_model_parallel_group())
-    expert = (
-        parallel_state.get_expert_tensor_parallel_group(),
-        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-    )
+    """The norm of all gradients, counted by Megatron's rules, in float64 (its own functions work in float32).
+
+    Its optimizers of experts, too, have the group of dense tensor parallel as their `tp_group`.
+    """
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    groups = {
+        True: parallel_state.get_model_parallel_group(),
+        False: parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    }
     squares = torch.zeros((), dtype=torch.float64)
-    for allreduce, (tensor_group, model_group) in ((True, dense), (False, expert)):
+    for allreduce, model_group in groups.items():
         square = torch.zeros((), dtype=torch.float64)
         for p in parameters:
-            if p.allreduce == allreduce and param_is_not_tensor_parallel_duplicate(p, tensor_group):
+            counts = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
+            if p.allreduce == allreduce and counts:
                 square += p.grad.square().sum()
         torch.distributed.all_reduce(square, group=model_group)
         squares += square

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
@@ -91,22 +92,76 @@ class StandInLayerNormColumn(StandInLinear):
 
 
 class StandInGrouped(nn.Module):
-    """As `TEGroupedLinear` in its attributes only."""
+    """As `TEGroupedLinear`; sizes are global, and its products are made one expert after the other."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        pg_collection: Any,
+        bias: bool = False,
+        skip_bias_add: bool = False,
+        is_expert: bool = True,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.num_gemms, self.in_features, self.out_features = experts, in_features, out_features
-        self.parallel_mode, self.sequence_parallel, self._tp_group = None, False, None
-        for index in range(experts):
-            self.register_parameter(f"weight{index}", nn.Parameter(torch.randn(out_features, in_features)))
+        column = "Column" in type(self).__name__
+        self.config, self.num_gemms, self.sequence_parallel = config, num_gemms, False
+        self.te_return_bias = skip_bias_add and bias
+        self._pg_collection, self._tp_group = pg_collection, pg_collection.expt_tp
+        size, self.expert_parallel = self._tp_group.size(), config.expert_model_parallel_size > 1
+        hidden = size > 1 or self.expert_parallel  # their collectives are off: the dispatcher makes them
+        self.parallel_mode = None if hidden else "column" if column else "row"
+        self.in_features = input_size if column else input_size // size
+        self.out_features = output_size // size if column else output_size
+        dtype = config.params_dtype
+        for index in range(num_gemms):
+            weight = nn.Parameter(torch.zeros(self.out_features, self.in_features, dtype=dtype))
+            weight.allreduce = not self.expert_parallel  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{index}", weight)
+            if bias:
+                self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(self.out_features, dtype=dtype)))
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+        biases = [getattr(self, f"bias{index}", None) for index in range(self.num_gemms)]
+        inside = [None] * self.num_gemms if self.te_return_bias else biases
+        y = [
+            F.linear(rows, getattr(self, f"weight{index}"), bias)
+            for index, (rows, bias) in enumerate(zip(x.split(m_splits), inside, strict=True))
+        ]
+        return torch.cat(y), biases if self.te_return_bias else None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Its weights, as those of Megatron's wrapper but for the states of float8."""
+        ep, found = self._pg_collection.ep, {}
+        for index in range(self.num_gemms):
+            expert = (len(sharded_offsets), ep.rank() * self.num_gemms + index, ep.size() * self.num_gemms)
+            found[f"{prefix}weight{index}"] = make_sharded_tensors_for_checkpoint(
+                {"weight": self.get_parameter(f"weight{index}")},
+                prefix,
+                {"weight": 0 if "Column" in type(self).__name__ else 1},
+                (*sharded_offsets, expert),
+                tp_group=self._tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )[f"{prefix}weight"]
+        for entry in found.values():
+            entry.replica_id = (*entry.replica_id[:2], self._pg_collection.expt_dp.rank())
+        return found
 
 
 class StandInColumnGrouped(StandInGrouped):
     pass
 
 
+class StandInRowGrouped(StandInGrouped):
+    pass
+
+
 register_te_layers(
     [StandInLinear, StandInGrouped],
     columns=[StandInColumn, StandInLayerNormColumn, StandInColumnGrouped],
-    rows=[StandInRow],
+    rows=[StandInRow, StandInRowGrouped],
 )

@@ -9,11 +9,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from meshpeft.parallel import ParallelAxis, TensorLayout
 from meshpeft.parallel import ShardedTensor as Entry
+from meshpeft.parallel import TensorLayout
 from meshpeft.parallel.sharded_tensor import part_name
 
-__all__ = ["megatron_entries"]
+__all__ = ["megatron_entries", "place_among_copies"]
 
 ReplicaId = tuple[int, int, int]
 
@@ -88,13 +88,14 @@ def _replica_id(layout: TensorLayout | None) -> ReplicaId:
     """(0, place among the ranks of the layer's model axes, place among data parallel) of those with the same slice."""
     if layout is None or layout.mesh_axes is None:
         return (0, 0, 0)
-    data, *model = layout.mesh_axes
+    return (0, place_among_copies(layout), layout.mesh_axes[0].rank)
+
+
+def place_among_copies(layout: TensorLayout) -> int:
+    """This rank's place among those that hold the same slice of a parameter, data parallel ones aside."""
     divided = {axis.name for _, axis in layout.shards}
-    return (0, _place([axis for axis in model if axis.name not in divided]), data.rank)
-
-
-def _place(axes: Sequence[ParallelAxis]) -> int:
     place = 0
-    for axis in axes:
-        place = place * axis.world_size + axis.rank
+    for axis in (layout.mesh_axes or ())[1:]:
+        if axis.name not in divided:
+            place = place * axis.world_size + axis.rank
     return place

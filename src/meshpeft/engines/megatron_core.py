@@ -22,12 +22,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from meshpeft.engines.megatron_checkpoint import megatron_entries
+from meshpeft.engines.megatron_checkpoint import megatron_entries, place_among_copies
 from meshpeft.engines.megatron_mesh import megatron_mesh
 from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers
 from meshpeft.engines.process_groups import axis_of_group
@@ -74,15 +74,25 @@ def _reduced_as_dense(layer: Any) -> bool:
     return not layer.expert_parallel and _data_axis(True).world_size == _data_axis(False).world_size
 
 
-def megatron_marks(layout: TensorLayout, *, allreduce: bool) -> dict[str, Any]:
-    """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters."""
-    dims = [dim for dim, axis in layout.shards if axis.name in ("tp", "etp")]
+def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: bool | None = None) -> dict[str, Any]:
+    """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters.
+
+    Its norm takes a parameter that is not `tensor_model_parallel` from the first rank of dense tensor parallel only,
+    also of experts, whose ranks lie otherwise: theirs count everywhere, but for copies, which are `shared`.
+
+    Args:
+        allreduce: summed over the data parallel of dense layers, not of experts.
+        sequence_parallel: summed over dense tensor parallel; `None` means where the gradient is a summand.
+    """
+    # Undivided experts may lie on several ranks of dense tensor parallel.
+    dims = [dim for dim, axis in layout.shards if axis.name == "tp" or (axis.name == "etp" and axis.world_size > 1)]
     packing = layout.packing
     interleaved = packing is not None and packing.blocks is None and layout.packed_dim in dims
     return {
         "allreduce": allreduce,
-        "sequence_parallel": bool(layout.grad_partial),
-        "tensor_model_parallel": bool(dims),
+        "sequence_parallel": bool(layout.grad_partial) if sequence_parallel is None else sequence_parallel,
+        "tensor_model_parallel": bool(dims) or not allreduce,
+        "shared": not allreduce and place_among_copies(layout) > 0,
         "partition_dim": dims[0] if dims else -1,
         "partition_stride": len(packing.names) if packing is not None and interleaved else 1,
     }
@@ -168,6 +178,13 @@ def _gate_up_packing(mlp: MLP) -> dict[str, Packing]:
     return {"linear_fc1": Packing(("gate", "up"), (width, width))}
 
 
+def _gate_up_packing_of_experts(experts: TEGroupedMLP) -> dict[str, Packing]:
+    if not experts.config.gated_linear_unit:
+        return {}
+    width = experts.config.moe_ffn_hidden_size
+    return {"linear_fc1": Packing(("gate", "up"), (width, width))}
+
+
 def _layer_numbers(block: TransformerBlock) -> dict[nn.Module, str]:
     # They count from one, over all pipeline stages.
     return {layer: str(layer.layer_number - 1) for layer in block.layers}
@@ -187,6 +204,7 @@ register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, ch
 register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries, decides=True))
 register_container_type(SelfAttention, ContainerType(packings=_qkv_packing))
 register_container_type(MLP, ContainerType(packings=_gate_up_packing))
+register_container_type(TEGroupedMLP, ContainerType(packings=_gate_up_packing_of_experts))
 register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))
 register_container_type(TransformerBlock, ContainerType(names=_layer_numbers, adapted=let_gradients_enter))
 register_container_type(DistributedDataParallel, ContainerType(adapted=remake_buffers))

@@ -19,6 +19,7 @@ Tested with stand-ins that have these attributes and make these collectives; it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,8 @@ def register_te_layers(
                 LayerType(
                     layout=partial(_layout, side=side),
                     weight=_weight,
+                    store=_store,
+                    bias=_bias,
                     checkpoint=megatron_entries,
                     call=_with_layernorm_output,
                 ),
@@ -80,34 +83,49 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
             "what it returns cannot be told apart; use TELayerNormColumnParallelLinear, or separate layers"
         )
     grouped = hasattr(layer, "num_gemms")
-    # Layers of experts are those without collectives of their own: their dispatcher makes them.
+    # Layers without collectives of their own are experts': their dispatcher makes them.
     hidden = shard is not None and layer.parallel_mode is None
-    expert = grouped or hidden
-    axis = _axis(layer, expert)
-    size = axis.world_size
+    axis = _axis(layer, grouped or hidden)
+    expert, size = axis.name == "etp", axis.world_size
     gathered = _returns_gathered_norm(layer)
+    expert_axis, data_axis = _expert_axes(layer)
+    sequence_parallel = bool(getattr(getattr(layer, "config", None), "sequence_parallel", False))
     return LinearLayout(
         layer.in_features * (size if shard == "in" else 1),
         layer.out_features * (size if shard == "out" else 1),
         shard=shard,
         axis=axis,
-        sequence_parallel=_sequence_parallel(layer, shard) and not hidden and not gathered and not grouped,
+        sequence_parallel=_sequence_parallel(layer, shard) and not expert and not gathered,
         input_is_parallel=shard == "in",
         packing=packing_of(layer),
-        experts=layer.num_gemms * parallel_group_info().ep.world_size if grouped else None,
-        expert_axis=parallel_group_info().ep if grouped else None,
+        experts=layer.num_gemms * expert_axis.world_size if grouped else None,
+        expert_axis=expert_axis if grouped else None,
         output_is_partial=hidden and shard == "in",
         input_grad_is_reduced_outside=shard == "out" and (hidden or gathered),
-        data_axis=parallel_group_info().edp if expert else parallel_group_info().dp,
-        marks=partial(_marks, grouped=grouped, allreduce=_reduced_as_dense(layer, grouped)),
+        data_axis=data_axis if expert else parallel_group_info().dp,
+        marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
+        sums=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
     )
 
 
 def _axis(layer: Any, expert: bool) -> ParallelAxis:
+    info = parallel_group_info()
     group = getattr(layer, "_tp_group", None) or getattr(layer, "tp_group", None)
     if group is None:
-        return parallel_group_info().etp if expert else parallel_group_info().tp
+        return info.etp if expert else info.tp
+    # An expert that is not divided at all keeps its mode, and is known by its group alone.
+    expert = expert or (group is info.etp.group and group is not info.tp.group)
     return axis_of_group("etp" if expert else "tp", group)
+
+
+def _expert_axes(layer: Any) -> tuple[ParallelAxis, ParallelAxis]:
+    """Expert parallel, and the data parallel of experts."""
+    info, groups = parallel_group_info(), getattr(layer, "_pg_collection", None)
+    ep, edp = getattr(groups, "ep", None), getattr(groups, "expt_dp", None)
+    return (
+        info.ep if ep is None else axis_of_group("ep", ep),
+        info.edp if edp is None else axis_of_group("edp", edp),
+    )
 
 
 def _sequence_parallel(layer: Any, shard: str | None) -> bool:
@@ -123,19 +141,40 @@ def _returns_gathered_norm(layer: Any) -> bool:
     return hasattr(layer, "return_layernorm_output_gathered") and bool(layer.sequence_parallel) and not overlaps
 
 
-def _reduced_as_dense(layer: Any, grouped: bool) -> bool:
-    """What Megatron's own mark says of the layer's weight."""
-    return bool(getattr(layer.weight0 if grouped else layer.weight, "allreduce", True))
+def _reduced_as_dense(layer: Any, expert: bool) -> bool:
+    """What Megatron's own mark says of the layer's weight, where that sums all; see `megatron_core`."""
+    marked = bool(getattr(next(layer.parameters()), "allreduce", True))
+    info = parallel_group_info()
+    return marked and (not expert or info.edp.world_size == info.dp.world_size)
+
+
+def _is_summed(layout: TensorLayout, *, sequence_parallel: bool) -> bool:
+    """Whether Megatron's finalisation can sum a gradient over all of `grad_partial`, of adapters on grouped experts."""
+    return _dense_sum(layout, sequence_parallel) is not None
+
+
+def _dense_sum(layout: TensorLayout, sequence_parallel: bool) -> Literal["dp", "dp and tp"] | None:
+    """The sums of Megatron's for dense parameters that together are that over all of `grad_partial` and `edp`.
+
+    The ranks of tensor and data parallel are those of experts, expert-tensor and expert-data parallel, divided
+    otherwise. The sum over tensor parallel is made with sequence parallel only.
+    """
+    info, axes = parallel_group_info(), layout.grad_partial
+    summands = info.edp.world_size * math.prod(axis.world_size for axis in axes)
+    if summands == info.dp.world_size * info.tp.world_size and info.tp.world_size == 1:
+        return "dp"
+    if summands == info.dp.world_size * info.tp.world_size and sequence_parallel:
+        return "dp and tp"
+    if [axis.name for axis in axes] == ["ep"] and info.etp.world_size == info.tp.world_size:
+        return "dp"
+    return None
 
 
 def _marks(layout: TensorLayout, *, grouped: bool, allreduce: bool) -> Mapping[str, Any]:
-    if grouped and layout.grad_partial:
-        axes = ", ".join(f"{axis.name}={axis.world_size}" for axis in layout.grad_partial)
-        raise ParallelError(
-            f"the gradient of an adapter on grouped experts is a summand over {axes}, which Megatron does not sum; "
-            "give each expert its own adapter (share_expert_adapters=False), without expert-tensor parallel"
-        )
-    return megatron_marks(layout, allreduce=allreduce)
+    if not (grouped and layout.grad_partial):
+        return megatron_marks(layout, allreduce=allreduce)
+    # A summand still: the adapter left it to sums of dense parameters.
+    return megatron_marks(layout, allreduce=True, sequence_parallel=_dense_sum(layout, True) == "dp and tp")
 
 
 def _weight(layer: Any) -> Tensor:
@@ -143,6 +182,21 @@ def _weight(layer: Any) -> Tensor:
         return torch.stack([getattr(layer, f"weight{index}") for index in range(layer.num_gemms)])
     weight: Tensor = layer.weight
     return weight
+
+
+def _store(layer: Any, local: Tensor) -> dict[str, Tensor]:
+    if not hasattr(layer, "num_gemms"):
+        return {"weight": local}
+    return {f"weight{index}": matrix.clone() for index, matrix in enumerate(local)}
+
+
+def _bias(layer: Any) -> Tensor | None:
+    """Local, [out]; of grouped experts [experts, out]."""
+    if not hasattr(layer, "num_gemms"):
+        return getattr(layer, "bias", None)
+    biases = [getattr(layer, f"bias{index}", None) for index in range(layer.num_gemms)]
+    held = [bias for bias in biases if isinstance(bias, Tensor) and bias.numel()]
+    return torch.stack(held) if held else None
 
 
 def _with_layernorm_output(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,8 @@ class LinearLayout:
         data_axis: where gradients of different tokens are summed, if not the mesh's own `dp` (or `edp`).
         marks: attributes that the layer's engine reads on its parameters, see
             [`TensorLayout`][meshpeft.parallel.TensorLayout].
+        sums: whether the engine's own finalisation sums a gradient over all of its `grad_partial`, of adapters on
+            grouped experts: what it does not is summed in the backward pass. `None` means that it does.
     """
 
     in_features: int
@@ -66,6 +68,7 @@ class LinearLayout:
     input_grad_is_reduced_outside: bool = False
     data_axis: ParallelAxis | None = None
     marks: ParameterMarks | None = None
+    sums: Callable[[TensorLayout], bool] | None = None
 
     @property
     def is_expert(self) -> bool:

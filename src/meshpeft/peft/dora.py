@@ -104,11 +104,10 @@ class DoRALinear(AdapterWrapper):
                 )
             adapter_input = dropped
             again = self.base_linear_forward(dropped, *args, **kwargs).linear
-        bias = self.layer_type.bias(self.to_wrap)
+        bias, offsets = self.layer_type.bias(self.to_wrap), self.offsets(args, kwargs)
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
-            again = again - self._as_output(bias)  # the base added it itself
-        a, b, offsets = adapter.linear_in.weight, adapter.linear_out.weight, self.offsets(args, kwargs)
-        delta = adapter.delta_of_dropped(adapter_input, a, b, offsets)
+            again = again - rows_for(self._as_output(bias), again, offsets)  # the base added it itself
+        delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight, offsets)
         g = self._as_output(scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms))
         g = rows_for(g, delta, offsets)
         # In the type of g, and rounded once; see dora_functional.

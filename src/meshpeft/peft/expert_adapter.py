@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import LinearLayout, group_offsets, layout_of
 from meshpeft.peft.adapters import LinearAdapter
 from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.standalone_layout import copied, place_for_experts
 
 __all__ = ["GroupedExpertLinearAdapter"]
 
@@ -24,6 +25,7 @@ class GroupedExpertLinearAdapter(LinearAdapter):
     | one for all experts | [r, in] | [out, r] | R | over etp likewise, and over ep: dA and dB |
 
     B's rows in a column, and A's columns in a row, are divided over etp like the experts'; data parallel is `edp`.
+    Beside a layer of another package, what its finalisation of gradients would not sum is summed in the backward pass.
 
     Args:
         base: the layer; its registered layout gives the shapes.
@@ -45,6 +47,7 @@ class GroupedExpertLinearAdapter(LinearAdapter):
         *,
         share_expert_adapters: bool = True,
         layout: LinearLayout | None = None,
+        fused: bool = True,
         **options: Any,
     ) -> None:
         layout = layout_of(base) if layout is None else layout
@@ -53,9 +56,15 @@ class GroupedExpertLinearAdapter(LinearAdapter):
                 f"a {type(base).__name__} is no layer of grouped experts; use LinearAdapter or ParallelLinearAdapter"
             )
         factors = layout.for_all_experts() if share_expert_adapters else layout
-        factor_layouts = factors.factor_a(dim), factors.factor_b(dim)
-        super().__init__(base, dim, alpha, layout=layout, factor_layouts=factor_layouts, **options)
+        factor_a, copy_a = place_for_experts(factors.factor_a(dim), layout, fused)
+        factor_b, copy_b = place_for_experts(factors.factor_b(dim), layout, fused)
+        super().__init__(base, dim, alpha, layout=layout, fused=fused, factor_layouts=(factor_a, factor_b), **options)
         self.share_expert_adapters = share_expert_adapters
+        self._copy_a, self._copy_b = copy_a, copy_b
+
+    def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The same without dropout."""
+        return super().delta_of_dropped(x, copied(a, self._copy_a), copied(b, self._copy_b), offsets)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # as its base
         """X [tokens, in], tokens_per_expert [local experts] -> the adapter's output [tokens, out]; see `delta`."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from meshpeft.parallel import ParallelAxis, TensorLayout, mp_copy, set_layout
+from meshpeft.parallel import ParallelAxis, TensorLayout, set_layout
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
-from meshpeft.peft.standalone_layout import place
+from meshpeft.peft.standalone_layout import copied, place, place_for_experts
 
 __all__ = ["AdapterWithMagnitude", "GroupedExpertDoRAAdapter", "ParallelLinearDoRAAdapter"]
 
@@ -22,7 +22,7 @@ class AdapterWithMagnitude(LowRankAdapter):
     """
 
     weight_magnitude: nn.Parameter
-    _copy_m: ParallelAxis | None = None
+    _copy_m: tuple[ParallelAxis, ...] = ()
 
     def init_weight_magnitude(self, value: Tensor) -> None:
         """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
@@ -39,15 +39,13 @@ class AdapterWithMagnitude(LowRankAdapter):
         self.weight_magnitude = nn.Parameter(value.detach().clone())
         set_layout(self.weight_magnitude, layout)
 
-    def _place_magnitude(self) -> tuple[TensorLayout, ParallelAxis | None]:
-        """Where m lies, and the axis over which its gradient is summed inside the backward pass."""
-        return self.layout.magnitude(), None
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+        """Where m lies, and the axes over which its gradient is summed inside the backward pass."""
+        return self.layout.magnitude(), ()
 
     def get_weight_magnitude(self) -> Tensor:
         """Public function to get the weight magnitude parameter, as it enters the forward pass."""
-        if self._copy_m is None:
-            return self.weight_magnitude
-        return mp_copy(self.weight_magnitude, axis=self._copy_m)
+        return copied(self.weight_magnitude, self._copy_m)
 
 
 class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
@@ -58,9 +56,12 @@ class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
         super().init_weight_magnitude(value)
         self._mark(self.weight_magnitude)
 
-    def _place_magnitude(self) -> tuple[TensorLayout, ParallelAxis | None]:
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
         return place(self.layout.magnitude(fused=self.fused), self.fused or self._marks)
 
 
 class GroupedExpertDoRAAdapter(AdapterWithMagnitude, GroupedExpertLinearAdapter):
     """DoRA's adapter of grouped experts: each expert has its own m, also where A and B serve all of them."""
+
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+        return place_for_experts(self.layout.magnitude(), self.layout, self.fused)

@@ -41,7 +41,7 @@ from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.functional import product
 from meshpeft.peft.initialization import InitMethod, init_method_of
 from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
-from meshpeft.peft.standalone_layout import gate_and_up, layout_of_flags, parameter_type, place
+from meshpeft.peft.standalone_layout import copied, gate_and_up, layout_of_flags, parameter_type, place
 
 __all__ = ["ParallelLinearAdapter"]
 
@@ -227,8 +227,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         padding = 0
         if self.is_expert:
             x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)
-        a = a if self._copy_a is None else mp_copy(a, axis=self._copy_a)
-        b = b if self._copy_b is None else mp_copy(b, axis=self._copy_b)
+        a, b = copied(a, self._copy_a), copied(b, self._copy_b)
         layout = self.layout
         whole = self._is_whole_outside
         if whole and layout.shard == "in":

@@ -6,23 +6,35 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from meshpeft.parallel import LinearLayout, Packing, ParallelAxis, TensorLayout, parallel_group_info
+from meshpeft.parallel import LinearLayout, Packing, ParallelAxis, TensorLayout, mp_copy, parallel_group_info
 
-__all__ = ["gate_and_up", "layout_of_flags", "parameter_type", "place"]
+__all__ = ["copied", "gate_and_up", "layout_of_flags", "parameter_type", "place", "place_for_experts"]
 
 
-def place(stated: TensorLayout, summed_later: bool) -> tuple[TensorLayout, ParallelAxis | None]:
-    """Where a parameter lies, and the axis over which `mp_copy` sums its gradient inside the backward pass.
+def place(stated: TensorLayout, summed_later: bool) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+    """Where a parameter lies, and the axes over which its gradient is summed inside the backward pass.
 
     Args:
         stated: the layout that the base's layout gives the parameter.
         summed_later: a partial gradient stays so, for `finalize_gradients` or the engine's own finalisation.
     """
-    if summed_later or not stated.grad_partial:
-        return stated, None
-    (axis,) = stated.grad_partial
-    return replace(stated, grad_partial=()), axis
+    return (stated, ()) if summed_later else (replace(stated, grad_partial=()), stated.grad_partial)
+
+
+def place_for_experts(
+    stated: TensorLayout, base: LinearLayout, fused: bool
+) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+    """The same for an adapter on grouped experts, whose layer makes no collectives: its layout says who sums."""
+    return place(stated, fused or base.sums is None or base.sums(stated))
+
+
+def copied(parameter: Tensor, axes: tuple[ParallelAxis, ...]) -> Tensor:
+    """A parameter as it enters the forward pass: over these axes its gradient is summed in the backward pass."""
+    for axis in axes:
+        parameter = mp_copy(parameter, axis=axis)
+    return parameter
 
 
 def parameter_type(config: Any) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import group_offsets, layer_type_of, sharded_state_dict
@@ -116,11 +117,17 @@ class AdapterWrapper(WrappedLayer):
         raise NotImplementedError(f"{type(self).__name__} cannot run its adapter beside the base")
 
     def offsets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The end of each expert's rows, from a call of grouped experts, `layer(x, tokens_per_expert)`; else `None`."""
+        """The end of each expert's rows, from a call of grouped experts, `layer(x, tokens_per_expert)`; else `None`.
+
+        Transformer Engine's layers call the numbers `m_splits`, a list.
+        """
         if not self.is_stacked:
             return None
-        tokens_per_expert: Tensor = args[0] if args else kwargs["tokens_per_expert"]
-        return group_offsets(tokens_per_expert)
+        given = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
+        if isinstance(given, Tensor):
+            return group_offsets(given)
+        device = next(self.adapter.parameters()).device
+        return group_offsets(torch.tensor(given, device=device))
 
     def base_linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BaseOutput:
         """Call the base and take apart what it returns.
