@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from helpers.workers import run_on_ranks
 
-from meshpeft.peft import DoRA, LoRA
+from meshpeft.peft import DoRA, LoRA, update_model
 from meshpeft.verify.collectives import Collective
 
 pytest.importorskip("megatron.core")
@@ -73,6 +74,19 @@ def test_copies_of_adapters_keep_marks_and_layouts() -> None:
     for original, copied in run_on_ranks(2, models.marks_of_copies, DoRA(dim=RANK)):
         assert len(original) == 3 * 4 * DENSE.num_layers
         assert copied == original
+
+
+PATTERNS = {
+    "*linear*": {"rank": RANK, "scale": 2.0, "lora_b_init": "torch.nn.init.kaiming_uniform_"},
+    "*.layers.1.*linear_fc1": {"rank": 2, "lora_b_init": "torch.nn.init.kaiming_uniform_"},
+}
+
+
+@pytest.mark.parametrize(
+    "method", [LORA, partial(update_model, config={"adapter_cfg": PATTERNS})], ids=["lora", "patterns"]
+)
+def test_a_list_of_wrapped_chunks_trains_as_the_whole_model(method: Any) -> None:
+    assert_same(run_on_ranks(2, models.train_in_chunks, method), train_decoder(method), TOLERANCE)
 
 
 def test_an_adapted_output_layer_gathers_when_it_is_asked_to() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_gpt import EXPERTS, logits_of, loss_of, make_gpt
 from helpers.megatron_layers import MARKS
-from helpers.megatron_runs import Run, train
+from helpers.megatron_runs import Method, Run, train
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -51,6 +51,45 @@ def half_precision(method: PEFT) -> tuple[list[str], set[torch.dtype], bool]:
         names = [wrapper.adapter.base_name for wrapper in wrappers]
         finite = all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in parameters)
         return names, {parameter.dtype for parameter in parameters}, finite
+
+
+class Chunks(nn.Module):
+    """Two chunks of one model, as an interleaved pipeline holds them, called one after the other."""
+
+    def __init__(self, chunks: list[nn.Module]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(self, *args: Any) -> Tensor:
+        first, last = self.chunks
+        last.module.set_input_tensor(first(*args))
+        logits: Tensor = last(*args)
+        return logits
+
+
+def _chunk_of(layer: int) -> nn.Module:
+    """A GPT with one of its layers, and what comes before the first or after the last one."""
+    model = make_gpt(sequence_parallel=True)
+    model.decoder.layers = nn.ModuleList([model.decoder.layers[layer]])
+    if layer == 0:
+        model.post_process = model.decoder.post_process = False
+        model.output_layer = model.decoder.final_layernorm = None
+    else:
+        model.pre_process = model.decoder.pre_process = False
+        model.embedding = None
+    return model
+
+
+def train_in_chunks(method: Method) -> Run:
+    """Two layers in a list of two chunks, each in Megatron's data-parallel wrapper."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        chunks = [
+            DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+            for chunk in (_chunk_of(0), _chunk_of(1))
+        ]
+        assert method(chunks) is chunks
+        model = Chunks(chunks)
+        return train(model, model)
 
 
 def names_in_chunks(method: PEFT) -> list[str]:

@@ -58,18 +58,19 @@ def train_decoder(method: Method, config: DecoderConfig = DENSE) -> Run:
 
 
 def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
-    """Fine-tune a model of either package, in Megatron's wrapper or as it is."""
-    run = Run()
+    """Fine-tune a model of either package, in Megatron's wrapper (or its chunks each in one) or as it is."""
+    run, wrappers = Run(), [module for module in wrapped.modules() if isinstance(module, DistributedDataParallel)]
     trainable = adapter_parameters(model)
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0.1)
     ours = isinstance(model, Decoder)
     for step in range(steps):
         logits = wrapped(token_ids()) if ours else logits_of(wrapped)
         loss = loss_of(logits, None if ours else axis_of_group("tp", parallel_state.get_tensor_model_parallel_group()))
-        if isinstance(wrapped, DistributedDataParallel):
-            wrapped.zero_grad_buffer()
+        if wrappers:
+            for wrapper in wrappers:
+                wrapper.zero_grad_buffer()
             loss.backward()
-            finalize_model_grads([wrapped])
+            finalize_model_grads(wrappers)
             for parameter in trainable.values():
                 parameter.grad = parameter.main_grad
         else:

@@ -89,6 +89,21 @@ def test_named_adapters_are_summed_and_switched_by_layer_and_name():
     assert torch.equal(block.mlp.linear_fc1(x), block.mlp.linear_fc1.to_wrap(x))
 
 
+def test_chunks_of_a_model_are_configured_and_switched_like_one():
+    chunks = [make_block(None).eval(), nn.Sequential(nn.Linear(4, 4)).eval()]
+    start = {"rank": 2, "lora_init_method": "pissa"}
+    assert update_model(chunks, {"adapter_cfg": {"*linear_fc1": RANDOM, "0": start}}) is chunks
+    assert is_peft_model(chunks) and is_peft_model(chunks[0]) and not any(chunk.training for chunk in chunks)
+    assert ranks_of(chunks[0]) == {"mlp.linear_fc1": 4}
+    started = chunks[1][0]
+    assert started.factors()[1].any() and not chunks[0].mlp.linear_fc1.to_wrap.weight.requires_grad
+    update_model(chunks, {"adapter_cfg": {"*linear_fc1": RANDOM}, "adapter_name": "second"})
+    disable_adapters(chunks, "*linear_fc1")
+    assert not chunks[0].mlp.linear_fc1.is_enabled("second") and started.is_enabled("default")
+    enable_adapters(chunks, adapters_to_enable="second")
+    assert chunks[0].mlp.linear_fc1.is_enabled("second") and not chunks[0].mlp.linear_fc1.is_enabled("default")
+
+
 def test_one_adapter_computes_what_lora_computes():
     x = block_input()
     block = update_model(make_block(None), {"adapter_cfg": {"*": {"rank": 4, "scale": 2.0}}})

@@ -7,23 +7,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from meshpeft.parallel import layer_type_of, named_init_
-from meshpeft.peft.base import PEFT, adapter_wrappers
+from meshpeft.peft.base import PEFT, Model, adapter_wrappers
 from meshpeft.peft.config import LayerPattern, LoRAInitMethod, PEFTConfig, matches
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora import LoRA
 from meshpeft.peft.matching import is_router, nearest_names
 from meshpeft.peft.named_adapters import NamedLoRALinear
-from meshpeft.peft.walk import Place, walk
+from meshpeft.peft.walk import Place, chunks_of, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["disable_adapters", "enable_adapters", "is_peft_model", "update_model"]
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
@@ -34,11 +32,12 @@ def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
     any other. Routers are left alone.
 
     Args:
-        model: of any layers that have a registered layout. Its mode (training or evaluation) is kept.
+        model: of any layers that have a registered layout, or a list (or tuple) of its chunks. Its mode (training or
+            evaluation) is kept.
         config: a `PEFTConfig`, or a dict of its fields.
 
     Returns:
-        The model; a new wrapper if the model itself is one linear layer.
+        The model (the chunks); a new wrapper if the model itself is one linear layer.
 
     Raises:
         AdapterError: a pattern matches no layer; a layer has an adapter of this name, or one that was not put there
@@ -48,26 +47,27 @@ def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
         >>> model = update_model(model, {"adapter_cfg": {"*": {"rank": 16}, "*output_layer*": {"enable": False}}})
     """
     method = _PatternLoRA(PEFTConfig.of(config))
-    adapted: Model = method(model, training=model.training)
-    method.add_to_adapted(adapted)
-    method.initialize(adapted)
+    adapted = method(model, training=all(chunk.training for chunk in chunks_of(model)))
+    chunks = chunks_of(adapted)
+    method.add_to_adapted(chunks)
+    method.initialize(chunks)
     return adapted
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether any layer of the model carries an adapter."""
+def is_peft_model(model: nn.Module | list[nn.Module]) -> bool:
+    """Whether any layer of the model, or of its chunks, carries an adapter."""
     return next(adapter_wrappers(model), None) is not None
 
 
 def enable_adapters(
-    model: nn.Module,
+    model: nn.Module | list[nn.Module],
     layers_to_enable: LayerPattern | Iterable[LayerPattern] | None = None,
     adapters_to_enable: str | Iterable[str] | None = None,
 ) -> None:
     """Let adapters take part in the model again.
 
     Args:
-        model: with adapters.
+        model: with adapters; or a list of its chunks.
         layers_to_enable: patterns (`*` for any substring) or predicates of full layer names; `None`: all layers.
         adapters_to_enable: patterns of adapter names; `None`: all adapters.
 
@@ -81,7 +81,7 @@ def enable_adapters(
 
 
 def disable_adapters(
-    model: nn.Module,
+    model: nn.Module | list[nn.Module],
     layers_to_disable: LayerPattern | Iterable[LayerPattern] | None = None,
     adapters_to_disable: str | Iterable[str] | None = None,
 ) -> None:
@@ -94,13 +94,18 @@ _UNNAMED = "default"
 
 
 def _switch(
-    model: nn.Module,
+    model: nn.Module | list[nn.Module],
     enabled: bool,
     layers: LayerPattern | Iterable[LayerPattern] | None,
     adapters: str | Iterable[str] | None,
 ) -> None:
     layer_patterns, adapter_patterns = _patterns(layers), _patterns(adapters)
-    wrappers = {place.full_name: module for place, module in walk(model) if isinstance(module, AdapterWrapper)}
+    wrappers = {
+        place.full_name: module
+        for chunk in chunks_of(model)
+        for place, module in walk(chunk)
+        if isinstance(module, AdapterWrapper)
+    }
     if not wrappers:
         raise AdapterError("the model has no adapters; call update_model first")
     names = {name: _names_of(wrapper) for name, wrapper in wrappers.items()}
@@ -196,11 +201,12 @@ class _PatternLoRA(PEFT):
         self._add(wrapper, full_name)
         return wrapper
 
-    def add_to_adapted(self, model: nn.Module) -> None:
+    def add_to_adapted(self, chunks: list[nn.Module]) -> None:
         """Add the adapter to the layers that had others before."""
         for name, wrapper in self._adapted_before.items():
             self._add(wrapper, name)
-        self.freeze_model(model)
+        for chunk in chunks:
+            self.freeze_model(chunk)
 
     def _add(self, wrapper: NamedLoRALinear, full_name: str) -> None:
         attributes = self.config.attributes_of(full_name)
@@ -238,11 +244,15 @@ class _PatternLoRA(PEFT):
                 if name == self.config.adapter_name:
                     adapter.requires_grad_(not self.config.freeze_lora_weights)
 
-    def initialize(self, model: nn.Module) -> None:
+    def initialize(self, chunks: list[nn.Module]) -> None:
         """Start the adapters that start from the weights. Collectives, where the weights are divided."""
         for method, layers in self._initialized_later.items():
             start = _quantization().svdquant_init if method == "svdquant" else _quantization().pissa_init
-            start(model, adapter_name=self.config.adapter_name, layers=layers)
+            for chunk in chunks:
+                held = set(chunk.modules())
+                own = {name: layer for name, layer in layers.items() if layer in held}
+                if own:
+                    start(chunk, adapter_name=self.config.adapter_name, layers=own)
 
 
 def _quantization() -> ModuleType:
