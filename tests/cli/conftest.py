@@ -21,6 +21,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rows of one quantisation block and of two; over 2 processes some blocks are on both."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return with_tokenizer(save_tiny("llama", tmp_path_factory.mktemp("wide"), vocab_size=VOCABULARY, **sizes))
+
+
+@pytest.fixture(scope="session")
 def experts_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The same of a family with experts; made once."""
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import save_tiny
 from safetensors.torch import load_file
 
 from meshpeft.cli.main import main
 
 OPTIONS = ["--seq-length=48", "--batch-size=4", "--micro-batch-size=2", "--rank=4", "--lr=0.01", "--seed=3"]
 SVDQUANT = ["--quantize", "nf4", "--lora-init-method", "svdquant", "--dtype", "float64", "--steps", "4"]
-
-
-@pytest.fixture(scope="module")
-def wide_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of one block and of two; over 2 processes some blocks are on both."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 264}
-    directory = save_tiny("llama", tmp_path_factory.mktemp("wide"), **sizes)
-    for path in base.glob("tokenizer*"):
-        shutil.copy(path, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

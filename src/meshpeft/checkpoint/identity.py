@@ -21,6 +21,7 @@ from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.peft import AdapterWrapper, GroupedExpertLinearAdapter, LowRankAdapter
+from meshpeft.quantization import PackedLayer
 
 __all__ = ["check_same_model", "describe_adapters", "describe_base"]
 
@@ -63,7 +64,7 @@ def _options(adapter: LowRankAdapter) -> dict[str, Any]:
 def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
     """Key of each frozen tensor -> `[type, global shape, checksum]`. A collective.
 
-    Of a weight that gave a part up to its adapter there is no checksum; that of the other tensors tells the base.
+    Of a weight less its principal part there is no checksum; that of the other tensors tells the base.
 
     Args:
         model: whose tensors these are: what was computed is kept until one of them changes.
@@ -73,22 +74,37 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
     if known is None or not _still_true(known[0], frozen):
         versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(frozen))
-    changed = _changed_by_adapters(model)
+    decomposed = _decomposed(model)
     return {
-        entry.key: [*known[1][entry.key][:2], _CHANGED] if id(entry.source) in changed else known[1][entry.key]
+        entry.key: [*known[1][entry.key][:2], decomposed[id(entry.source)]]
+        if id(entry.source) in decomposed
+        else known[1][entry.key]
         for entry in frozen
     }
 
 
-def _changed_by_adapters(model: nn.Module) -> set[int]:
-    """The weights that gave a part up to their adapters (pissa), computed anew and rounded anew in every run."""
-    found = set()
-    for wrapper in model.modules():
-        if isinstance(wrapper, AdapterWrapper) and any(
-            isinstance(adapter, LowRankAdapter) and adapter.linear_in.start is not None
-            for adapter in wrapper.adapter.modules()
-        ):
-            found.add(id(wrapper.stored_weight()))
+def _decomposed(model: nn.Module) -> dict[int, str]:
+    """Id of each tensor that is made from a decomposition of a weight -> what it is instead of a checksum.
+
+    Decomposed anew and rounded anew in every run: the weights that gave a principal part up to their adapters, and
+    packed ones that hold it beside its remainder.
+    """
+    found: dict[int, str] = {}
+    for module in model.modules():
+        layer = module
+        if isinstance(module, AdapterWrapper):
+            layer = module.to_wrap
+            if not any(
+                isinstance(adapter, LowRankAdapter) and adapter.linear_in.start is not None
+                for adapter in module.adapter.modules()
+            ):
+                continue
+            found[id(module.stored_weight())] = _CHANGED
+        elif not isinstance(module, PackedLayer) or module.principal is None:
+            continue
+        if isinstance(layer, PackedLayer):
+            stored = f"{_CHANGED}, {layer.storage.name}/{layer.block_size}"
+            found.update((id(tensor), stored) for tensor in layer.stored_tensors())
     return found
 
 

@@ -87,10 +87,14 @@ class LowRankFactor(ShardedTensors, nn.Module):
         if initialize:
             named_init_(self.weight, init_fn, seed, name)
 
-    def keep_start(self) -> None:
-        """Keep the values of now as `start`, also in checkpoints: the base gave up what they make."""
+    def keep_start(self, values: Tensor | None = None) -> None:
+        """Keep `values`, by default those of now, as `start`, also in checkpoints: the base gave up what they make.
+
+        In float32 or the weight's wider type: the base may have given up more digits than a narrow weight has.
+        """
         layout = layout_of_tensor(self.weight)
-        start = self.weight.detach().clone()
+        start = self.weight.detach() if values is None else values
+        start = start.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         if layout is not None:
             set_layout(start, layout)
         self.start = start

@@ -2,8 +2,8 @@
 
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
-from meshpeft.quantization.initialization import check_start, keep_starts, pissa_init, svdquant_init
-from meshpeft.quantization.layers import PackedLayer, ResidualFactors
+from meshpeft.quantization.initialization import keep_starts, pissa_init, svdquant_init
+from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.quantize import (
     BaseQuantizer,
     PackedSize,
@@ -12,16 +12,17 @@ from meshpeft.quantization.quantize import (
     packed_size,
     quantize_base,
 )
+from meshpeft.quantization.sites import check_start
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
     "BaseQuantizer",
     "FormatName",
+    "KeptFactors",
     "LowRank",
     "PackedLayer",
     "PackedSize",
     "QuantizationError",
-    "ResidualFactors",
     "check_start",
     "dequantize_base",
     "forget_residuals",

@@ -92,16 +92,26 @@ class Blocks:
             )
 
     @torch.no_grad()
-    def pack(self, weight: Tensor) -> Packed:
-        """This rank's codes and scales of its local weight. A collective over its axis where blocks straddle ranks.
+    def pack(self, weight: Tensor, principal: tuple[Tensor, Tensor] | None = None) -> Packed:
+        """This rank's codes and scales of its local weight, or of what a low-rank part leaves of it.
+
+        A collective over the layer's axis where blocks straddle ranks.
 
         Values are quantised from float32, so that what is stored does not depend on a wider type. Some rows at a time,
         also where they are gathered: beside weight and result there are only copies of these.
+
+        Args:
+            weight: [.., out, in].
+            principal: factors `a` [.., r, in] and `b` [.., out, r], local; weight - b @ a is computed in float64 and
+                rounded once, so that no layout's order of sums decides a code.
         """
         codes, scales = self.codes(), self.scales()
         packed = Packed(*_empty(list(codes.local_shape), list(scales.local_shape), weight.device))
         for rows in self._some_rows():
             values = weight.detach()[rows]
+            if principal is not None:
+                a, b = principal
+                values = torch.addmm(values.double(), b[rows].double(), a[rows[:-1]].double(), alpha=-1)
             if self.straddle_ranks:
                 values = _of_rows(self.weight, values.shape[0]).gather(values)
             its_codes, its_scales = _pack(self.storage, values, self.size)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import layer_type_of
 from meshpeft.peft import AdapterWrapper
 from meshpeft.quantization.errors import QuantizationError
-from meshpeft.quantization.full_matrices import full_matrices, gathered_factors
+from meshpeft.quantization.full_matrices import full_matrices
 from meshpeft.quantization.layers import PackedLayer
-from meshpeft.quantization.sites import AdapterSite, adapter_sites
+from meshpeft.quantization.sites import AdapterSite, adapter_sites, residual_source, widened
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
-__all__ = ["check_start", "keep_starts", "pissa_init", "svdquant_init"]
+__all__ = ["keep_starts", "pissa_init", "svdquant_init"]
 
 # Bytes of full matrices that wait to be decomposed together.
 _WAITING_BYTES = 1 << 28
@@ -56,16 +55,17 @@ def svdquant_init(
     options = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
     sites = list(adapter_sites(model, adapter_name, layers))
     for site in sites:
-        check_start("svdquant", site.base, site.adapter.dim, site.name)
+        site.check("svdquant")
     waiting = _Waiting(options)
     unquantised = []
     for site in sites:
-        residual = _residual_source(site.base)
+        residual = residual_source(site.base)
         if residual is None:
             unquantised.append(site.name)
             site.set_zero()
         elif isinstance(residual, PackedLayer):
-            site.set_factors(_kept_residual(site, residual))
+            assert residual.residual is not None
+            site.set_factors(site.leading(residual.residual))
         else:
             waiting.add(site, site.rows_of(full_matrices(residual, site.layout)))
     waiting.finish()
@@ -89,31 +89,59 @@ def pissa_init(
 
     With the rank-r decomposition U S V^T of W: A = sqrt(S) V^T, B = U sqrt(S) / s, and W becomes W - s B A, so that
     the model computes what it did. Its base is no longer the one that was loaded; the adapter keeps the factors of the
-    part that was taken, so that it is exported (at twice its rank) as the change of the base as it was. To quantise the
-    remainder, call `quantize_base` afterwards.
+    part that was taken, so that it is exported (at twice its rank) as the change of the base as it was.
+
+    A packed layer no longer has W: its adapter takes over the principal part that `quantize_base(principal_rank=r)`
+    kept beside the remainder's codes (QPiSSA). The adapter is then a change of the base that is packed so.
 
     Args:
-        model: with adapters on layers whose weights are stored as they are used.
-        adapter_name, layers, exact, power_iterations, oversampling: as in `svdquant_init`.
+        model: with adapters on layers whose weights are stored as they are used, or packed with a principal part.
+        adapter_name, layers, exact, power_iterations, oversampling: as in `svdquant_init`. Principal parts of packed
+            layers: see `quantize_base(exact_svd=..)`.
 
     Raises:
-        QuantizationError: a weight is quantised, or shared with another layer. Nothing is changed then.
+        QuantizationError: a quantised weight kept no principal part, or one of a lower rank than the adapter's; a
+            weight is shared with another layer; experts that share an adapter. Nothing is changed then.
     """
-    options = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
+    # In float64, so that a run that goes on elsewhere takes the same part out of the weights.
+    options: dict[str, Any] = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
+    options["dtype"] = torch.float64
     sites = list(adapter_sites(model, adapter_name, layers))
     owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     for site in sites:
-        check_start("pissa", site.base, site.adapter.dim, site.name)
-        if owners.count(id(_stored(site))) > 1:
+        site.check("pissa")
+        if not isinstance(site.base, PackedLayer) and owners.count(id(_stored(site))) > 1:
             raise QuantizationError(f"{site.name}: its weight is shared with another layer, which pissa would change")
     waiting = _Waiting(options, balanced=True)
     for site in sites:
-        waiting.add(site, site.rows_of(full_matrices(_wide(_stored(site)), site.layout)))
+        if isinstance(site.base, PackedLayer):
+            assert site.base.principal is not None
+            site.set_factors(site.leading(site.base.principal), keep_start=True)
+        else:
+            waiting.add(site, site.rows_of(full_matrices(widened(_stored(site)), site.layout)))
     waiting.finish()
+    _give_up([site for site in sites if isinstance(site.base, PackedLayer)])
     for site in sites:
-        site.subtract_from(_stored(site))
+        if not isinstance(site.base, PackedLayer):
+            site.subtract_from(_stored(site))
+            site.adapter.keep_start()
         site.reset_magnitude()
-        site.adapter.keep_start()
+
+
+def _give_up(sites: list[AdapterSite]) -> None:
+    """Take from packed layers what their adapters took over; all of a principal part, if they took it all."""
+    by_layer: dict[int, list[AdapterSite]] = {}
+    for site in sites:
+        by_layer.setdefault(id(site.base), []).append(site)
+    for own in by_layer.values():
+        base = own[0].base
+        assert isinstance(base, PackedLayer) and base.principal is not None
+        packing, rank = own[0].layout.packing, base.principal.a.shape[-2]
+        for site in own:
+            site.clear(base.principal)
+        rows = {site.part for site in own if site.adapter.dim == rank}
+        if None in rows or (packing is not None and len(rows) == len(packing.names)):
+            base.forget_principal()
 
 
 def keep_starts(model: nn.Module) -> None:
@@ -153,7 +181,7 @@ class _Waiting:
         stacked = torch.cat([each.reshape(-1, *each.shape[-2:]) for each in matrices])
         part = low_rank_part(stacked, sites[0].adapter.dim, **self._options)
         if self._balanced:
-            part = _balanced(part)
+            part = part.balanced()
         counts = [shape.numel() for shape in shapes]
         for site, shape, left, right in zip(
             sites, shapes, part.left.split(counts), part.right.split(counts), strict=True
@@ -161,63 +189,10 @@ class _Waiting:
             site.set_factors(LowRank(left.reshape(*shape, *left.shape[1:]), right.reshape(*shape, *right.shape[1:])))
 
 
-def _balanced(part: LowRank) -> LowRank:
-    """The singular values, all in `left`, divided evenly between the factors."""
-    roots = torch.linalg.vector_norm(part.left, dim=-2).sqrt()
-    safe = roots.clamp_min(torch.finfo(roots.dtype).tiny)
-    return LowRank(part.left / safe.unsqueeze(-2), part.right * roots.unsqueeze(-1))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _stored(site: AdapterSite) -> nn.Parameter:
     weight = site.wrapper.stored_weight()
     assert weight is not None
     return weight
-
-
-def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: int, name: str) -> None:
-    """Whether an adapter of this rank on a layer can start by this method.
-
-    Raises:
-        QuantizationError: see `svdquant_init` and `pissa_init`.
-    """
-    if method == "pissa":
-        if _residual_source(layer) is not None:
-            raise QuantizationError(
-                f"{name}: pissa takes its part out of the weight, which is quantised already; call pissa_init before "
-                "quantising"
-            )
-    elif isinstance(layer, PackedLayer):
-        kept = 0 if layer.residual is None else layer.residual.a.shape[-2]
-        if kept < rank:
-            state = f"kept a residual of rank {kept} only" if kept else "kept no residual"
-            raise QuantizationError(
-                f"{name}: its packed weight {state}, and the adapter has rank {rank}; pack the model with "
-                f"quantize_base(.., residual_rank={rank})"
-            )
-
-
-def _residual_source(layer: nn.Module) -> Tensor | PackedLayer | None:
-    """W - quant(W), local, or the packed layer that kept its factors; `None` where a layer uses what it stores."""
-    if isinstance(layer, PackedLayer):
-        return layer
-    layer_type = layer_type_of(layer)
-    assert layer_type is not None
-    used, stored = layer_type.weight(layer), layer.weight
-    if used is stored or not isinstance(stored, Tensor):
-        return None
-    return _wide(stored.detach()) - _wide(used.detach())
-
-
-def _kept_residual(site: AdapterSite, base: PackedLayer) -> LowRank:
-    residual, rank = base.residual, site.adapter.dim
-    assert residual is not None
-    full = gathered_factors(residual.a, residual.b, site.layout)
-    # The leading factors of a decomposition are those of the lower rank.
-    return LowRank(site.rows_of(full.left)[..., :rank], full.right[..., :rank, :])
 
 
 def _warn_of_zeros(names: list[str]) -> None:

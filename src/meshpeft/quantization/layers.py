@@ -23,6 +23,7 @@ from meshpeft.parallel import (
     group_offsets,
     layer_type_of,
     layout_of,
+    layout_of_tensor,
     register_layer_type,
     set_layout,
 )
@@ -30,14 +31,23 @@ from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.formats import Packed, WeightFormat
 from meshpeft.quantization.functional import grouped_linear_from, linear_from
 
-__all__ = ["PACKED_CLASSES", "PackedLayer", "ResidualFactors"]
+__all__ = ["PACKED_CLASSES", "PRINCIPAL", "KeptFactors", "PackedLayer"]
 
 
-class ResidualFactors(NamedTuple):
-    """The best low-rank part of W - dequantised W, local: `a` [.., r, in] (V^T), `b` [.., out, r] (U S), float32."""
+class KeptFactors(NamedTuple):
+    """A low-rank part that a packed layer keeps beside its codes, b @ a, local: `a` [.., r, in], `b` [.., out, r].
+
+    In float32, the part of the largest singular values first.
+    """
 
     a: Tensor
     b: Tensor
+
+
+PRINCIPAL = ("weight_principal_a", "weight_principal_b")
+"""The parameters that hold the principal part of a packed weight."""
+
+_EXACT = ("weight_scale", *PRINCIPAL)
 
 
 class PackedLayer(ShardedTensors):
@@ -49,7 +59,9 @@ class PackedLayer(ShardedTensors):
         storage: the format.
         block_size: values of a row that share a scale.
         compute_dtype: type of the dequantised weight; follows `module.to(dtype)`, as the packed tensors do not.
-        residual: of the packed weight, if it was kept.
+        principal: the principal part of the weight, of which codes and scales hold the remainder: U sqrt(S) and
+            sqrt(S) V^T. `None` where they hold all of it, or adapters took it over (`pissa_init`).
+        residual: the best approximation of what packing lost, U S and V^T, if it was kept.
     """
 
     weight_packed: nn.Parameter
@@ -59,10 +71,22 @@ class PackedLayer(ShardedTensors):
     compute_dtype: torch.dtype
 
     @property
-    def residual(self) -> ResidualFactors | None:
+    def principal(self) -> KeptFactors | None:
+        """The factors of the principal part; `None` if there is none."""
+        a, b = (self.__dict__["_parameters"].get(name) for name in PRINCIPAL)
+        return None if a is None or b is None else KeptFactors(a, b)
+
+    def forget_principal(self) -> None:
+        """Give the principal part up: the weight is the remainder from now on."""
+        assert isinstance(self, nn.Module)
+        for name in PRINCIPAL:
+            self._parameters.pop(name, None)
+
+    @property
+    def residual(self) -> KeptFactors | None:
         """The factors of what packing lost; `None` if they were not kept."""
         a, b = (self.__dict__["_buffers"].get(f"residual_{name}") for name in "ab")
-        return None if a is None or b is None else ResidualFactors(a, b)
+        return None if a is None or b is None else KeptFactors(a, b)
 
     def forget_residual(self) -> None:
         """Free the factors of what packing lost."""
@@ -71,10 +95,20 @@ class PackedLayer(ShardedTensors):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
 
+    def stored_tensors(self) -> list[Tensor]:
+        """What the local weight is stored in: codes, scales, and the factors of a principal part."""
+        return [self.weight_packed, self.weight_scale, *(self.principal or ())]
+
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
         """The local weight, made anew: [out, in], or [experts, out, in], in `compute_dtype`."""
-        return self.blocks.unpack(Packed(self.weight_packed, self.weight_scale), self.compute_dtype)
+        packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
+        if principal is None:
+            return self.blocks.unpack(packed, self.compute_dtype)
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        weight = self.blocks.unpack(packed, wide)
+        a, b = (factor.to(wide) for factor in principal)
+        return (weight.baddbmm_ if weight.dim() == 3 else weight.addmm_)(b, a).to(self.compute_dtype)
 
     @property
     def blocks(self) -> Blocks:
@@ -98,20 +132,27 @@ class PackedLayer(ShardedTensors):
         return super().__getattr__(name)  # type: ignore[misc]  # nn.Module's: the mixin stands before it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scale = self.weight_scale.detach()
+        assert isinstance(self, nn.Module)
+        stored = {name: tensor.detach() for name in _EXACT if (tensor := self._parameters.get(name)) is not None}
         applied = super()._apply(fn, recurse)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=scale.device)).dtype
-        if self.weight_scale.dtype != scale.dtype:
-            # A cast of the model changes what it computes in, not how exactly its weights are stored.
-            kept = nn.Parameter(scale.to(self.weight_scale.device), requires_grad=False)
-            set_layout(kept, self.blocks.scales())
-            self.weight_scale = kept
+        device = self.weight_packed.device
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
+        for name, before in stored.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                # A cast of the model changes what it computes in, not how exactly its weights are stored.
+                kept, layout = nn.Parameter(before.to(after.device), requires_grad=False), layout_of_tensor(after)
+                assert layout is not None
+                set_layout(kept, layout)
+                setattr(self, name, kept)
         return applied
 
     def extra_repr(self) -> str:
         """The layer's own, and how it is stored."""
         own = super().extra_repr()  # type: ignore[misc]  # nn.Module's: the mixin stands before it
-        return f"{own}, weight={self.storage.name}/{self.block_size}"
+        principal = self.principal
+        beside = "" if principal is None else f" + rank {principal.a.shape[-2]}"
+        return f"{own}, weight={self.storage.name}/{self.block_size}{beside}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):

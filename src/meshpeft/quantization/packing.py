@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from meshpeft.parallel import layout_of, set_layout
 from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
-from meshpeft.quantization.layers import PACKED_CLASSES, PackedLayer
+from meshpeft.quantization.layers import PACKED_CLASSES, PRINCIPAL, KeptFactors, PackedLayer
 
 __all__ = ["can_be_packed", "check_packable", "pack_", "unpack_"]
 
@@ -30,7 +32,13 @@ def check_packable(layer: nn.Module, format_name: FormatName, block_size: int, n
 
 @torch.no_grad()
 def pack_(
-    layer: nn.Module, format_name: FormatName, block_size: int = 64, name: str = "", *, with_residual: bool = False
+    layer: nn.Module,
+    format_name: FormatName,
+    block_size: int = 64,
+    name: str = "",
+    *,
+    principal: KeptFactors | None = None,
+    with_residual: bool = False,
 ) -> Tensor | None:
     """Pack a layer's weight, in place; it is frozen from then on. A collective where blocks straddle ranks.
 
@@ -39,6 +47,7 @@ def pack_(
         format_name: `nf4 int8 int4 fp8`.
         block_size: consecutive values of a row that share a scale.
         name: of the layer, for messages.
+        principal: a low-rank part of the weight, local, which the layer keeps as it is; the remainder is packed.
         with_residual: return what packing lost.
 
     Returns:
@@ -52,8 +61,7 @@ def pack_(
     if weight.is_meta:
         raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
     blocks = _blocks_of(layer, format_name, block_size)
-    packed = blocks.pack(weight)
-    residual = weight.detach().float() - blocks.unpack(packed, torch.float32) if with_residual else None
+    packed = blocks.pack(weight, principal)
 
     others = dict(layer._parameters)
     del others["weight"]
@@ -66,8 +74,19 @@ def pack_(
         set_layout(parameter, its_layout)
     # First: who asks for a layer's first parameter means its weight.
     layer.weight_packed, layer.weight_scale = parameters
+    if principal is not None:
+        rank, layout = principal.a.shape[-2], layout_of(layer)
+        for key, factor, its_layout in zip(
+            PRINCIPAL, principal, (layout.factor_a(rank), layout.factor_b(rank)), strict=True
+        ):
+            parameter = nn.Parameter(factor, requires_grad=False)
+            set_layout(parameter, replace(its_layout, counts_as=0, grad_partial=()))
+            layer.register_parameter(key, parameter)
     layer._parameters.update(others)
-    return residual
+    if not with_residual:
+        return None
+    wide = torch.promote_types(layer.compute_dtype, torch.float32)
+    return (weight.detach().to(wide) - layer.dequantized_weight().to(wide)).float()
 
 
 @torch.no_grad()

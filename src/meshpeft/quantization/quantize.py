@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 from meshpeft.parallel import layout_of
-from meshpeft.peft import AdapterWrapper, wildcard_match
+from meshpeft.peft import AdapterWrapper, ModuleMatcher, wildcard_match
 from meshpeft.peft.matching import nearest_names
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.full_matrices import full_matrices, local_factors
-from meshpeft.quantization.layers import PackedLayer
+from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.packing import can_be_packed, check_packable, pack_, unpack_
-from meshpeft.quantization.svd import low_rank_part
+from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = ["BaseQuantizer", "PackedSize", "dequantize_base", "forget_residuals", "packed_size", "quantize_base"]
 
@@ -36,9 +37,14 @@ class BaseQuantizer:
         block_size: consecutive values of a row that share a scale.
         residual_rank: rank of the factors of W - dequantised W that each layer keeps for `svdquant_init`; `None`
             keeps none.
-        exact_svd: of the residuals; randomised otherwise.
+        exact_svd: of the residuals and principal parts; randomised otherwise.
         target_modules: names, or patterns with `*` of full names, of the layers to pack; `None`: every linear layer.
         exclude_modules: of the layers to keep.
+        principal_rank: rank of the part of W, its largest singular values, that each layer keeps as it is in two
+            factors; the remainder is packed, and the dequantised weight is the sum. `pissa_init` moves that part into
+            the adapters (QPiSSA, Meng et al. 2024). `None` packs all of W.
+        principal_modules: which of the packed layers keep such a part: names or patterns; or a method (`LoRA(..)`),
+            for the layers that it would adapt; `None`: all.
 
     Raises:
         QuantizationError: an unknown format, a block size or a rank that cannot be.
@@ -50,12 +56,18 @@ class BaseQuantizer:
     exact_svd: bool = False
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = DEFAULT_EXCLUDED
+    principal_rank: int | None = None
+    principal_modules: Sequence[str] | ModuleMatcher | None = None
 
     def __post_init__(self) -> None:
         weight_format(self.format, self.block_size)
-        if self.residual_rank is not None and self.residual_rank < 1:
-            raise QuantizationError(f"residual_rank={self.residual_rank}: expected at least 1, or None to keep none")
-        for option in ("target_modules", "exclude_modules"):
+        for option in ("residual_rank", "principal_rank"):
+            rank = getattr(self, option)
+            if rank is not None and rank < 1:
+                raise QuantizationError(f"{option}={rank}: expected at least 1, or None to keep none")
+        if self.principal_modules is not None and self.principal_rank is None:
+            raise QuantizationError("principal_modules says which layers keep a principal part: give principal_rank")
+        for option in ("target_modules", "exclude_modules", "principal_modules"):
             if isinstance(getattr(self, option), str):
                 raise QuantizationError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
 
@@ -78,6 +90,10 @@ class BaseQuantizer:
                 f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are "
                 "excluded"
             )
+        for pattern in () if isinstance(self.principal_modules, ModuleMatcher) else self.principal_modules or ():
+            if not any(_matches(pattern, name) for name in wanted):
+                nearest = ", ".join(nearest_names(pattern, list(wanted)))
+                raise QuantizationError(f"principal_modules: {pattern!r} matches no packed layer; nearest: {nearest}")
         owners: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)
@@ -97,10 +113,11 @@ class BaseQuantizer:
     def pack_(self, layer: nn.Module, name: str) -> None:
         """Pack one layer, in place.
 
-        A collective over the axis that divides it, where its blocks straddle ranks or residuals are kept.
+        A collective over the axis that divides it, where its blocks straddle ranks or a part of it is kept.
         """
         rank = self.residual_rank
-        residual = pack_(layer, self.format, self.block_size, name, with_residual=rank is not None)
+        principal = self._principal_part(layer, name)
+        residual = pack_(layer, self.format, self.block_size, name, principal=principal, with_residual=rank is not None)
         if residual is None or rank is None:
             return
         layout = layout_of(layer)
@@ -109,6 +126,24 @@ class BaseQuantizer:
         # Not part of the model's state: an adapter made from them is saved, and they are not needed again.
         layer.register_buffer("residual_a", a, persistent=False)
         layer.register_buffer("residual_b", b, persistent=False)
+
+    def _keeps_principal(self, layer: nn.Module, name: str) -> bool:
+        wanted = self.principal_modules
+        if isinstance(wanted, ModuleMatcher):
+            prefix, _, own_name = name.rpartition(".")
+            return wanted.match(layer, own_name, prefix) is not None
+        return wanted is None or _matches_any(wanted, name)
+
+    def _principal_part(self, layer: nn.Module, name: str) -> KeptFactors | None:
+        rank = self.principal_rank
+        if rank is None or not self._keeps_principal(layer, name):
+            return None
+        weight = check_packable(layer, self.format, self.block_size, name)
+        layout = layout_of(layer)
+        # In float64: what is packed depends on it, and has to be the same wherever the model is read again.
+        part = low_rank_part(full_matrices(weight, layout), rank, exact=self.exact_svd, dtype=torch.float64).balanced()
+        part = LowRank(part.left.float(), part.right.float())
+        return KeptFactors(*local_factors(part, layout.factor_a(rank), layout.factor_b(rank), layout))
 
 
 def quantize_base(
@@ -120,17 +155,20 @@ def quantize_base(
     exact_svd: bool = False,
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = DEFAULT_EXCLUDED,
+    principal_rank: int | None = None,
+    principal_modules: Sequence[str] | None = None,
 ) -> Model:
     """Pack the weights of a model's linear layers, in place, layer after layer.
 
     The packed weights are frozen; forward and backward passes dequantise each when they need it and keep none. The
     dequantised weight is the same at every layout. Column- and row-parallel layers, grouped experts and `nn.Linear`
-    are packed, also those that carry an adapter. A collective where blocks straddle ranks, or residuals are kept.
+    are packed, also those that carry an adapter. A collective where blocks straddle ranks, or residuals or principal
+    parts are kept.
 
     Args:
         model: holds its values already. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
         format: `nf4` and `int4` take 0.5625 bytes a value, `int8` and `fp8` 1.0625.
-        residual_rank, block_size, exact_svd, target_modules, exclude_modules: see
+        residual_rank, block_size, exact_svd, target_modules, exclude_modules, principal_rank, principal_modules: see
             [`BaseQuantizer`][meshpeft.quantization.BaseQuantizer]. By default the vocabulary head, routers and gates
             are kept in full.
 
@@ -145,7 +183,16 @@ def quantize_base(
         >>> quantize_base(model, "nf4")
         >>> LoRA(dim=16)(model)
     """
-    quantizer = BaseQuantizer(format, block_size, residual_rank, exact_svd, target_modules, exclude_modules)
+    quantizer = BaseQuantizer(
+        format,
+        block_size,
+        residual_rank,
+        exact_svd,
+        target_modules,
+        exclude_modules,
+        principal_rank,
+        principal_modules,
+    )
     for name, layer in quantizer.layers_of(model).items():
         quantizer.pack_(layer, name)
     return model
@@ -176,7 +223,7 @@ class PackedSize(NamedTuple):
     Attributes:
         layers: packed layers.
         parameters: of their weights.
-        bytes: of the codes and scales, as the ranks hold them.
+        bytes: of the codes and scales, and of principal parts that are still beside them, as the ranks hold them.
         formats: their names.
     """
 
@@ -200,7 +247,7 @@ def packed_size(model: nn.Module) -> PackedSize:
         weight = layout_of(layer).weight()
         ranks = math.prod(axis.world_size for axis in weight.shard_axes)
         parameters += weight.size
-        stored += ranks * (layer.weight_packed.nbytes + layer.weight_scale.nbytes)
+        stored += ranks * sum(tensor.nbytes for tensor in layer.stored_tensors())
     return PackedSize(len(layers), parameters, stored, tuple(sorted({layer.storage.name for layer in layers})))
 
 

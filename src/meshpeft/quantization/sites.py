@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LinearLayout, TensorLayout, layout_of, layout_of_tensor
+from meshpeft.parallel import LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
 from meshpeft.peft import (
     AdapterWrapper,
     DoRALinear,
@@ -21,10 +22,11 @@ from meshpeft.peft import (
     adapter_wrappers,
 )
 from meshpeft.quantization.errors import QuantizationError
-from meshpeft.quantization.full_matrices import local_factors
+from meshpeft.quantization.full_matrices import gathered_factors, local_factors
+from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.svd import LowRank
 
-__all__ = ["AdapterSite", "adapter_sites"]
+__all__ = ["AdapterSite", "adapter_sites", "check_start", "residual_source", "widened"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,33 @@ class AdapterSite:
             return full
         return full.split(list(packing.sizes), -2)[self.part]
 
+    def leading(self, kept: KeptFactors) -> LowRank:
+        """The adapter's rows, and as many columns as its rank, of a part that the layer keeps; full matrices."""
+        full, rank = gathered_factors(kept.a, kept.b, self.layout), self.adapter.dim
+        return LowRank(self.rows_of(full.left)[..., :rank], full.right[..., :rank, :])
+
     @torch.no_grad()
-    def set_factors(self, part: LowRank) -> None:
-        """Make the adapter's product s B A equal `part.left @ part.right`, given as full matrices."""
-        a, b = self.adapter.linear_in.weight, self.adapter.linear_out.weight
-        local_a, local_b = local_factors(part, self._layout(a), self._layout(b), self.layout)
-        a.copy_(local_a)
-        b.copy_(local_b / self.adapter.scale)
+    def set_factors(self, part: LowRank, *, keep_start: bool = False) -> None:
+        """Make the adapter's product s B A equal `part.left @ part.right`, given as full matrices.
+
+        Args:
+            part: of the adapter's rank.
+            keep_start: the base's weight gives this part up, unrounded.
+        """
+        factors = (self.adapter.linear_in, self.adapter.linear_out)
+        layout_a, layout_b = (self._layout(factor.weight) for factor in factors)
+        a, b = local_factors(part, layout_a, layout_b, self.layout)
+        for factor, values in zip(factors, (a, b / self.adapter.scale), strict=True):
+            factor.weight.copy_(values)
+            if keep_start:
+                factor.keep_start(values)
+
+    @torch.no_grad()
+    def clear(self, kept: KeptFactors) -> None:
+        """Make zero what `leading` gave, in the layer's own factors."""
+        layout = self.layout.factor_b(kept.b.shape[-1])
+        rows = kept.b if self.part is None else layout.part_views(kept.b.detach())[self.part]
+        rows.detach()[..., : self.adapter.dim].zero_()
 
     @torch.no_grad()
     def set_zero(self) -> None:
@@ -78,22 +100,27 @@ class AdapterSite:
     def reset_magnitude(self) -> None:
         """Let a DoRA adapter's magnitude be the norms of its rows now, so that it multiplies by W + s B A."""
         if isinstance(self.wrapper, DoRALinear):
+            self.wrapper.forget_norms()  # a packed weight may have given up a part: its codes are as they were
             magnitude = self.wrapper.adapter.weight_magnitude
             magnitude.copy_(self.wrapper._get_weight_norm())
 
     @torch.no_grad()
     def subtract_from(self, weight: Tensor) -> None:
-        """Weight - s B A in place, of the adapter's rows; computed in float32 or wider, rounded once."""
-        layout = self.layout
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        a, b = self.adapter.linear_in.weight.to(wide), self.adapter.linear_out.weight.to(wide)
-        product = (b @ a).mul_(self.adapter.scale)
-        if self.part is None or layout.packing is None:
-            weight.copy_(weight.to(wide) - product)
-            return
-        parts = layout.weight().split_parts(weight.detach().to(wide))
-        parts[self.part] = parts[self.part] - product
-        weight.copy_(layout.weight().join_parts(parts))
+        """Weight - s B A in place, of the adapter's rows; computed in float64, rounded once."""
+        a, b = self.adapter.linear_in.weight, self.adapter.linear_out.weight
+        product = (b.double() @ a.double()).mul_(self.adapter.scale)
+        rows = weight.detach() if self.part is None else self.layout.weight().part_views(weight.detach())[self.part]
+        rows.sub_(product.reshape(rows.shape))
+
+    def check(self, method: Literal["svdquant", "pissa"]) -> None:
+        """Whether the adapter can start by this method.
+
+        Raises:
+            QuantizationError: the experts share one adapter; see `check_start`.
+        """
+        for factor in (self.adapter.linear_in, self.adapter.linear_out):
+            self._layout(factor.weight)
+        check_start(method, self.base, self.adapter.dim, self.name)
 
     def _layout(self, factor: Tensor) -> TensorLayout:
         layout = layout_of_tensor(factor)
@@ -101,7 +128,7 @@ class AdapterSite:
             raise QuantizationError(f"{self.name}: a factor of its adapter has lost its layout")
         if (self.layout.experts is not None) != (len(layout.global_shape) == 3):
             raise QuantizationError(
-                f"{self.name}: the experts share one adapter, but each weight lost something else by quantising; use "
+                f"{self.name}: the experts share one adapter, but each has a weight of its own to start it; use "
                 "share_expert_adapters=False"
             )
         return layout
@@ -150,3 +177,43 @@ def _adapters_of(
         yield wrapper.adapter, None
     else:
         raise QuantizationError(f"{name}: a {type(wrapper).__name__} cannot start from its layer's weight")
+
+
+def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: int, name: str) -> None:
+    """Whether an adapter of this rank on a layer can start by this method.
+
+    Raises:
+        QuantizationError: see `svdquant_init` and `pissa_init`.
+    """
+    if isinstance(layer, PackedLayer):
+        kept = layer.residual if method == "svdquant" else layer.principal
+        what, option = ("residual", "residual_rank") if method == "svdquant" else ("principal part", "principal_rank")
+        kept_rank = 0 if kept is None else kept.a.shape[-2]
+        if kept_rank < rank:
+            state = f"kept a {what} of rank {kept_rank} only" if kept_rank else f"kept no {what}"
+            raise QuantizationError(
+                f"{name}: its packed weight {state}, and the adapter has rank {rank}; pack the model with "
+                f"quantize_base(.., {option}={rank})"
+            )
+    elif method == "pissa" and residual_source(layer) is not None:
+        raise QuantizationError(
+            f"{name}: pissa takes its part out of the weight, which is quantised already; call pissa_init before "
+            "quantising"
+        )
+
+
+def residual_source(layer: nn.Module) -> Tensor | PackedLayer | None:
+    """W - quant(W), local, or the packed layer that kept its factors; `None` where a layer uses what it stores."""
+    if isinstance(layer, PackedLayer):
+        return layer
+    layer_type = layer_type_of(layer)
+    assert layer_type is not None
+    used, stored = layer_type.weight(layer), layer.weight
+    if used is stored or not isinstance(stored, Tensor):
+        return None
+    return widened(stored.detach()) - widened(used.detach())
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, or its own wider type."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from meshpeft.checkpoint import CheckpointError, check_exportable
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import Decoder
 from meshpeft.peft import CanonicalLoRA, DoRA, GroupedExpertLinearAdapter, LoRA, LowRankPEFT
-from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.quantized_base import base_quantizer, check_started
+from meshpeft.training.config import FinetuneConfig, tensor_type
 
-__all__ = ["adapter_method", "add_adapter", "check_adapter", "describe_experts", "describe_targets"]
+__all__ = ["adapter_method", "add_adapter", "describe_experts", "describe_targets"]
 
 _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
     "lora": LoRA,
@@ -26,7 +24,7 @@ def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
     """Freeze `model` and put adapters on the layers that match, in place.
 
     The adapters are of `config.lora_dtype`; by default float32, or float64 on a float64 base. Warnings are left to
-    [`check_adapter`][meshpeft.training.adapters.check_adapter], which gives each once and not on every worker.
+    [`check_adapter`][meshpeft.training.adapter_check.check_adapter], which gives each once and not on every worker.
 
     Raises:
         AdapterError: a target matches no layer.
@@ -34,36 +32,6 @@ def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         adapter_method(config)(model)
-
-
-def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
-    """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
-
-    Raises:
-        AdapterError: a target matches no layer; a rank that does not divide.
-        ConfigError: an option for experts, and the model has none; an adapter that could not start, or be written, as
-            asked.
-        QuantizationError: the base cannot be packed as asked.
-    """
-    if not base.expert_layers:
-        for name in ("normalize_moe_lora", "router_aux_loss_coef"):
-            if getattr(config, name):
-                raise ConfigError(f"{name}: this {base.model_type} model has no layer with experts; leave it out")
-    model = Decoder(base, device="meta")
-    quantizer = base_quantizer(config)
-    packed = {} if quantizer is None else quantizer.layers_of(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        adapter_method(config)(model)
-    try:
-        check_exportable(model, config.adapter_format)
-    except CheckpointError as error:
-        raise ConfigError(f"adapter_format={config.adapter_format!r}: {error}") from error
-    check_started(model, {id(layer) for layer in packed.values()}, config)
-    if caught:
-        others = len(caught) - 1
-        also = f" (and {others} more of the kind)" if others else ""
-        warnings.warn(f"{caught[0].message}{also}", stacklevel=2)
 
 
 def adapter_method(config: FinetuneConfig) -> LowRankPEFT:

@@ -221,11 +221,6 @@ class FinetuneConfig(LayoutConfig):
                 "lora_init_method=svdquant starts from what quantising the base lost, and it is not quantised, so the "
                 "adapter could not train; add --quantize nf4 (or int4, int8, fp8)"
             )
-        if self.lora_init_method == "pissa" and self.quantize is not None:
-            raise ConfigError(
-                f"lora_init_method=pissa changes the weights, which quantize={self.quantize} packs as they are read; "
-                "use svdquant, which starts from what packing loses"
-            )
 
     def resolved(self) -> Self:
         """The same run with every default filled in that depends on other options."""

@@ -10,7 +10,8 @@ from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
-from meshpeft.training.adapters import add_adapter, check_adapter, describe_experts, describe_targets
+from meshpeft.training.adapter_check import check_adapter
+from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch

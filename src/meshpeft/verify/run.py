@@ -13,7 +13,8 @@ from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import MeshPEFTError
-from meshpeft.training.adapters import add_adapter, check_adapter, describe_targets
+from meshpeft.training.adapter_check import check_adapter
+from meshpeft.training.adapters import add_adapter, describe_targets
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.report import describe_processes, short_path
