@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from helpers.workers import run_on_ranks
 
 from meshpeft.peft import PEFT, DoRA, LoRA
+from meshpeft.verify.collectives import Collective
 
 pytest.importorskip("megatron.core")
 from helpers import megatron_models as models
 from helpers.megatron_gpt import EXPERTS
-from helpers.megatron_runs import Run, assert_same, train_decoder, train_gpt
+from helpers.megatron_runs import Run, assert_same, collectives_of, train_decoder, train_gpt
 
 # Float64, as in the tests of dense models.
 TOLERANCE = 1e-10
@@ -125,6 +127,32 @@ def test_megatron_is_told_what_sums_the_adapter_of_all_experts(
     got = run_on_ranks(world, models.grouped_layer, SHARED, where[0])
     assert [rank["marks of A"] for rank in got] == of_a
     assert [rank["marks of B"] for rank in got] == of_b
+
+
+# With B of zeros the routes, and so the numbers of tokens sent, are those of the base.
+UNTRAINED = LoRA(target_modules=ON_EXPERTS, dim=4)
+
+
+@pytest.mark.parametrize(
+    "world, where, added",
+    [
+        # The dispatcher's collectives serve the adapters, and Megatron's finalisation sums their gradients.
+        (2, layout(ep=2), Counter()),
+        (2, layout(tp=2), Counter()),
+        # Four ranks hold each half of 24 and of 12 features: these two sums, over expert parallel, are the adapter's.
+        pytest.param(
+            4,
+            layout(tp=4, ep=2, etp=2, **ALLGATHER),
+            Counter({Collective("allreduce", 12 * 4): 2, Collective("allreduce", 6 * 4): 2}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_adapters_of_grouped_experts_communicate_nothing_or_factors(
+    world: int, where: tuple[dict[str, Any], dict[str, Any]], added: Counter[Collective]
+) -> None:
+    for adapted, base in run_on_ranks(world, collectives_of, UNTRAINED, *where, EXPERTS):
+        assert (adapted - base, base - adapted) == (added, Counter())
 
 
 def test_grouped_layers_are_recognised_by_their_attributes() -> None:

@@ -47,6 +47,29 @@ def test_adapters_of_experts_are_read_at_another_expert_parallel_size(
     check(2, EVERY[method], tmp_path, saved_at, loaded_at, EXPERTS, {})
 
 
+ON_GROUPS: dict[str, PEFT] = {
+    f"{kind.__name__.lower()}, {'shared' if shared else 'own'}": kind(dim=4, share_expert_adapters=shared)
+    for kind in (LoRA, DoRA)
+    for shared in (True, False)
+}
+
+
+@pytest.mark.parametrize("method", ["lora, shared", "dora, own"])
+def test_adapters_of_grouped_experts_are_read_at_another_size(method: str, tmp_path: Path) -> None:
+    check(2, ON_GROUPS[method], tmp_path, EP2, TP2, EXPERTS, {}, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ON_GROUPS)
+@pytest.mark.parametrize(
+    "saved_at, loaded_at", [(Layout(ep=4), Layout(tp=2, ep=2, etp=2)), (Layout(tp=4, ep=2, etp=2), Layout(ep=2))]
+)
+def test_adapters_of_grouped_experts_are_read_on_more_ranks(
+    method: str, saved_at: Layout, loaded_at: Layout, tmp_path: Path
+) -> None:
+    check(4, ON_GROUPS[method], tmp_path, saved_at, loaded_at, EXPERTS, {}, True)
+
+
 def test_adapters_on_some_layers_need_layers_of_their_own_in_the_checkpoint(tmp_path: Path) -> None:
     check(2, SOME_LAYERS, tmp_path, TP2, TP1, DENSE, {"non_homogeneous_layers": True})
 

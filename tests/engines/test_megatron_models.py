@@ -29,17 +29,20 @@ SEQUENCE = {"sequence_parallel": True}
 
 @pytest.mark.parametrize("method", [LORA, DoRA(**OPTIONS)], ids=["lora", "dora"])
 @pytest.mark.parametrize("options", [{}, SEQUENCE], ids=["tp", "sp"])
-def test_adapters_add_only_collectives_of_the_rank_size(method: LoRA | DoRA, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_adapters_add_only_collectives_of_the_rank_size(tp: int, method: LoRA | DoRA, options: dict[str, Any]) -> None:
     tokens, layers = BATCH * SEQ, 4 * DENSE.num_layers
+    # Elements of 8 bytes: 1,152 bytes of each rank's for a layer of 36 tokens and rank 4, whatever its width.
     if options:
         # A layer gathers h and scatters its gradient, or the other way round.
         added = Counter(
-            {Collective("allgather", tokens // 2 * RANK): layers, Collective("reduce_scatter", tokens * RANK): layers}
+            {Collective("allgather", tokens // tp * RANK): layers, Collective("reduce_scatter", tokens * RANK): layers}
         )
     else:
         # A column all-reduces the gradient of h, a row h itself.
         added = Counter({Collective("allreduce", tokens * RANK): layers})
-    for adapted, base in run_on_ranks(2, collectives_of, method, options):
+    assert all(call.bytes == 1152 for call in added if call.name != "allgather")
+    for adapted, base in run_on_ranks(tp, collectives_of, method, {"tensor_model_parallel_size": tp}, options):
         assert adapted - base == added
         assert base - adapted == Counter()
 

@@ -38,24 +38,30 @@ class Layout:
 
 
 def save_and_load(
-    method: PEFT, directory: Path, saved_at: Layout, loaded_at: Layout, config: DecoderConfig, metadata: dict[str, Any]
+    method: PEFT,
+    directory: Path,
+    saved_at: Layout,
+    loaded_at: Layout,
+    config: DecoderConfig,
+    metadata: dict[str, Any],
+    grouped: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Save model and optimizer at one layout, load them at another; both, in full shapes."""
     with megatron_on_cpu(**saved_at.sizes):
-        model, optimizer = _trainee(method, config, seed=0)
+        model, optimizer = _trainee(method, config, 0, grouped)
         dist_checkpointing.save(_sharded(model, optimizer, metadata), str(directory))
         saved = _whole(model, optimizer)
     with megatron_on_cpu(**loaded_at.sizes):
-        model, optimizer = _trainee(method, config, seed=1)
+        model, optimizer = _trainee(method, config, 1, grouped)
         loaded = dist_checkpointing.load(_sharded(model, optimizer, metadata), str(directory))
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         return saved, _whole(model, optimizer)
 
 
-def _trainee(method: PEFT, config: DecoderConfig, seed: int) -> tuple[GPTModel, torch.optim.Optimizer]:
+def _trainee(method: PEFT, config: DecoderConfig, seed: int, grouped: bool) -> tuple[GPTModel, torch.optim.Optimizer]:
     """A model and its optimizer, of random parameters and states."""
-    model = method(make_gpt(config))
+    model = method(make_gpt(config, grouped=grouped))
     trainable = adapter_parameters(model)
     optimizer = torch.optim.SGD(trainable.values(), lr=0.1, momentum=0.9)
     for name, parameter in trainable.items():

@@ -142,13 +142,15 @@ def largest_error(got: Run, want: Run) -> float:
     return max(float("inf") if error != error else error for error in errors)
 
 
-def collectives_of(method: PEFT, options: dict[str, Any]) -> tuple[Counter[Collective], Counter[Collective]]:
-    """What one forward and backward pass communicates at tensor parallel 2: with adapters, and without.
+def collectives_of(
+    method: PEFT, sizes: dict[str, int], options: dict[str, Any], config: DecoderConfig = DENSE
+) -> tuple[Counter[Collective], Counter[Collective]]:
+    """What one forward and backward pass communicates: with adapters, and without.
 
     The embedding trains, so that the base's gradients go the whole way back in both.
     """
-    with megatron_on_cpu(tensor_model_parallel_size=2):
-        model = method(make_gpt(**options))
+    with megatron_on_cpu(**sizes):
+        model = method(make_gpt(config, **options))
         model.embedding.requires_grad_()
         axis = axis_of_group("tp", parallel_state.get_tensor_model_parallel_group())
 

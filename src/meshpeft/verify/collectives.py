@@ -42,7 +42,9 @@ OPERATORS = {
     "allreduce_": ("allreduce", 0),
     "broadcast_": ("broadcast", 0),
     "_allgather_base_": ("allgather", 1),
+    "allgather_": ("allgather", 1),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
     "alltoall_base_": ("alltoall", 1),
     "all_to_all_single": ("alltoall", 0),
     # The functional ones, which DTensors make.
