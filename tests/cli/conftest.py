@@ -28,6 +28,14 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_experts_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE whose rows divide into quantisation blocks."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 8}
+    directory = tmp_path_factory.mktemp("wide_experts")
+    return with_tokenizer(save_tiny("qwen3_moe", directory, vocab_size=VOCABULARY, num_hidden_layers=2, **sizes))
+
+
+@pytest.fixture(scope="session")
 def experts_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The same of a family with experts; made once."""
 

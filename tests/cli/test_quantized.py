@@ -122,6 +122,35 @@ def test_bad_combinations_are_refused_with_code_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "pissa",
+        pytest.param("svdquant", marks=pytest.mark.slow),
+        pytest.param("kaiming_zeros", marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
+def test_two_workers_pack_and_train_half_of_the_experts_each(
+    start: str | None, wide_experts_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finetune", "--model", str(wide_experts_base), "--data", str(data), *OPTIONS, "--quantize", "nf4"]
+    arguments += ["--dtype", "float64", "--steps", "3", "--eval-every", "0"]
+    if start is not None:
+        arguments += ["--lora-init-method", start, "--no-share-expert-adapters"]
+    for name, layout in (("one", []), ("two", ["--ep", "2"])):
+        assert main([*arguments, *layout, "--output-dir", str(tmp_path / name)]) == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert results(two)["packed"] == results(one)["packed"]
+    assert results(one)["packed"]["bytes"] <= 0.6 * results(one)["packed"]["parameters"]
+    assert results(one)["held_out_loss_after"] < results(one)["held_out_loss_before"]
+    for name in ("held_out_loss_before", "held_out_loss_after"):
+        # float64, sums in another order; decomposed in float32, those of half of the experts may round otherwise.
+        assert results(two)[name] == pytest.approx(results(one)[name], rel=1e-7 if start == "svdquant" else 1e-10)
+    # The adapter's file, on the base that evaluate packs again.
+    assert evaluated(capsys, "--adapter", str(two)) == f"{results(two)['held_out_loss_after']:.4f}"
+
+
 def test_kaiming_zeros_starts_from_the_base(options: list[str], tmp_path: Path) -> None:
     arguments = ["--lora-init-method", "kaiming_zeros", "--steps", "1", "--lr", "1e-9", "--output-dir"]
     assert main([*options, *arguments, str(tmp_path / "run")]) == 0

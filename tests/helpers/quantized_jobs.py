@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from meshpeft.checkpoint import load_checkpoint, save_checkpoint
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, finalize_gradients, init_parallelism, parallel_group_info
 from meshpeft.peft import LoRA
-from meshpeft.quantization import BaseQuantizer, svdquant_init
+from meshpeft.quantization import BaseQuantizer, pissa_init, svdquant_init
 
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -20,19 +21,26 @@ def token_ids(seed: int = 0) -> Tensor:
     return torch.randint(1, 96, (2, 13), generator=torch.Generator().manual_seed(seed))
 
 
-def packed_and_adapted(model: str) -> Decoder:
-    """A float64 model packed as NF4, with adapters that start from what packing lost."""
+# How adapters start, and what packs their base; by name, for real processes.
+STARTS = {
+    "svdquant": BaseQuantizer("nf4", residual_rank=4),
+    "pissa": None,
+    "packed pissa": BaseQuantizer("nf4", principal_rank=4),
+}
+
+
+def adapted(model: str, start: str) -> Decoder:
+    """A float64 model with adapters that start from its weights, or from what packing lost."""
     parallel = ModelParallelConfig(tensor_model_parallel_size=parallel_group_info().tp.world_size)
-    quantize = BaseQuantizer("nf4", residual_rank=4)
-    decoder = LoRA(TARGETS, dim=4, alpha=4)(load_pretrained(model, torch.float64, parallel, quantize=quantize))
-    svdquant_init(decoder)
+    decoder = LoRA(TARGETS, dim=4, alpha=4)(load_pretrained(model, torch.float64, parallel, quantize=STARTS[start]))
+    (svdquant_init if start == "svdquant" else pissa_init)(decoder)
     return decoder
 
 
-def train_and_save(model: str, folder: str, steps: int) -> Tensor:
+def train_and_save(model: str, folder: str, steps: int, start: str) -> Tensor:
     """Train with tensor parallel 2, save into `folder`, and return the logits."""
     init_parallelism(tensor_parallel=2)
-    decoder = packed_and_adapted(model)
+    decoder = adapted(model, start)
     optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], lr=0.01)
     for step in range(steps):
         optimizer.zero_grad()
@@ -53,20 +61,20 @@ class ExpertLogits(NamedTuple):
 EXPERT_TARGETS = [*TARGETS[:2], "*.experts.linear_fc1", "*.experts.linear_fc2"]
 
 
-def packed_experts(model: str, ep: int) -> Decoder:
-    """A float64 model with experts packed as NF4, and one adapter for each that starts from what packing lost."""
+def adapted_experts(model: str, ep: int, start: str) -> Decoder:
+    """A float64 model with experts, and one adapter for each, in blocks of 32."""
     parallel = ModelParallelConfig(expert_model_parallel_size=ep)
-    quantize = BaseQuantizer("nf4", residual_rank=4, block_size=32)
+    quantize = STARTS[start] and replace(STARTS[start], block_size=32)
     decoder = load_pretrained(model, torch.float64, parallel, quantize=quantize)
     LoRA(EXPERT_TARGETS, dim=4, alpha=4, share_expert_adapters=False)(decoder)
-    svdquant_init(decoder)
+    (svdquant_init if start == "svdquant" else pissa_init)(decoder)
     return decoder
 
 
-def train_and_save_experts(model: str, folder: str, steps: int) -> ExpertLogits:
+def train_and_save_experts(model: str, folder: str, steps: int, start: str) -> ExpertLogits:
     """Train with expert parallel 2, each rank on a row of its own; save into `folder`."""
     info = init_parallelism(expert_parallel=2)
-    decoder = packed_experts(model, 2)
+    decoder = adapted_experts(model, 2, start)
     started = decoder(token_ids()).detach()
     optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], lr=0.01)
     for step in range(steps):
@@ -78,10 +86,10 @@ def train_and_save_experts(model: str, folder: str, steps: int) -> ExpertLogits:
     return ExpertLogits(started, decoder(token_ids()).detach())
 
 
-def expert_logits(model: str, folder: str, ep: int) -> ExpertLogits:
+def expert_logits(model: str, folder: str, ep: int, start: str) -> ExpertLogits:
     """Load what `train_and_save_experts` saved, at another expert-parallel size."""
     init_parallelism(expert_parallel=ep)
-    decoder = packed_experts(model, ep)
+    decoder = adapted_experts(model, ep, start)
     started = decoder(token_ids()).detach()
     load_checkpoint(decoder, folder)
     return ExpertLogits(started, decoder(token_ids()).detach())

@@ -193,13 +193,16 @@ def test_state_dicts_of_packed_experts_and_their_adapters_round_trip_bit_for_bit
     assert torch.equal(loaded(X.float()), model(X.float()))
 
 
+@pytest.mark.parametrize(
+    "start", ["svdquant", *(pytest.param(s, marks=pytest.mark.slow) for s in ("pissa", "packed pissa"))]
+)
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_adapted_packed_experts_come_back_at_another_expert_parallel_size(ranks: int, tmp_path: Any) -> None:
-    """Quantised, adapted from residuals and trained for 20 steps over 2 ranks; loaded by other processes."""
+def test_adapted_experts_come_back_at_another_expert_parallel_size(ranks: int, start: str, tmp_path: Any) -> None:
+    """Adapted from residuals or weights and trained for 20 steps over 2 ranks; loaded by other processes."""
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64, "head_dim": 8}
     model = save_tiny("qwen3_moe", tmp_path / "model", num_hidden_layers=2, **sizes)
-    saved, other = run_on_ranks(2, train_and_save_experts, str(model), str(tmp_path / "two"), 20)
-    arguments = (str(model), str(tmp_path / "two"), ranks)
+    saved, other = run_on_ranks(2, train_and_save_experts, str(model), str(tmp_path / "two"), 20, start)
+    arguments = (str(model), str(tmp_path / "two"), ranks, start)
     found = [expert_logits(*arguments)] if ranks == 1 else run_on_ranks(ranks, expert_logits, *arguments)
     for logits in (other, *found):
         # float64 sums in another order; training moved the logits by far more.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.quantized_jobs import TARGETS, packed_and_adapted, token_ids, train_and_save
+from helpers.quantized_jobs import STARTS, TARGETS, adapted, token_ids, train_and_save
 from helpers.tiny_models import save_tiny
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
@@ -63,10 +63,12 @@ def test_layers_that_cannot_be_packed_stop_the_reading_at_its_start(llama):
         load_pretrained(llama, quantize=BaseQuantizer("nf4", block_size=256))
 
 
-def test_adapters_on_a_packed_base_come_back_at_another_layout(llama, tmp_path):
-    saved, _ = run_on_ranks(2, train_and_save, str(llama), str(tmp_path / "two"), 20)
+@pytest.mark.parametrize("start", STARTS)
+def test_adapters_come_back_at_another_layout(llama, tmp_path, start):
+    """Also where the base gave its principal part up: it is the same part again."""
+    saved, _ = run_on_ranks(2, train_and_save, str(llama), str(tmp_path / "two"), 20, start)
     # The workers that trained are other processes; this one starts from the files alone.
-    decoder = packed_and_adapted(str(llama))
+    decoder = adapted(str(llama), start)
     before = decoder(token_ids()).detach()
     load_checkpoint(decoder, tmp_path / "two")
     loaded = decoder(token_ids()).detach()
