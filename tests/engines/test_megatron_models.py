@@ -101,6 +101,10 @@ def test_groups_are_the_layers_own() -> None:
     assert run_on_ranks(2, models.axes_without_parallel_state) == [([2, 3], 1)] * 2
 
 
+def test_groups_end_with_megatrons_state_and_the_model() -> None:
+    assert run_on_ranks(2, models.axis_is_left, LORA) == [False, False]
+
+
 def test_an_adapter_takes_megatrons_config_and_its_groups() -> None:
     assert run_on_ranks(2, models.adapter_with_megatrons_config) == [((6, 2), True, 2)] * 2
 

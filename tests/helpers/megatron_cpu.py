@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ def megatron_on_cpu(**sizes: int) -> Iterator[None]:
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            # By its embeddings, this cache holds models and their process groups, whose threads go on running.
+            RotaryEmbedding.forward.cache_clear()
 
 
 def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -168,6 +170,18 @@ def axes_without_parallel_state() -> tuple[list[int], int]:
     layout = layout_of(layer)
     assert layout.axis.group is group and layout_of(layer).axis is layout.axis
     return [layout.axis.world_size, layout.factor_b(2, fused=False).local_shape[0]], parallel_group_info().tp.world_size
+
+
+def axis_is_left(method: PEFT) -> bool:
+    """Whether the axis is there of a model that is gone, as are Megatron's groups."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = method(make_gpt())
+        loss_of(logits_of(model), _tensor_axis()).backward()
+        axis = weakref.ref(parallel_group_info().tp)
+        assert axis() is _tensor_axis()
+    del model
+    gc.collect()
+    return axis() is not None
 
 
 def adapter_with_megatrons_config() -> tuple[tuple[int, ...], bool, int]:

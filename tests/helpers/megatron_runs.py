@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
@@ -84,7 +85,21 @@ def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
         optimizer.step()
         optimizer.zero_grad()
     run.weights = {name: whole(parameter, parameter) for name, parameter in trainable.items()}
+    _let_go(model)
     return run
+
+
+def _let_go(model: nn.Module) -> None:
+    """Take from the dispatchers of tokens what they keep of the last step.
+
+    Its graph leads to the parameters, whose hooks lead to Megatron's wrapper: a cycle that python cannot see, which
+    would keep the model and its process groups for ever.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for name, value in list(vars(module.token_dispatcher).items()):
+                if isinstance(value, Tensor):
+                    setattr(module.token_dispatcher, name, None)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

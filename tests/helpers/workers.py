@@ -1,8 +1,9 @@
-"""Real processes: gloo workers that are started once for each world size and used again by every test.
+"""Real processes: gloo workers that are started once and used again by every test.
 
 `run_on_ranks(2, job, *arguments)` runs `job(*arguments)` on ranks 0 and 1 with torch.distributed initialised, and
 returns their results in order. A job is a module-level function of any module, a test's own too; its arguments and
-results are pickled. Each job gets a process group of its own, so that one test leaves nothing to the next.
+results are pickled. Each job gets a process group of its own, so that one test leaves nothing to the next. A larger
+world starts the ranks that are missing.
 
     def job(tp: int) -> list[float]:
         info = init_parallelism(tensor_parallel=tp)
@@ -13,13 +14,13 @@ results are pickled. Each job gets a process group of its own, so that one test 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import pickle
 import random
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,8 +29,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 __all__ = ["WorkerFailed", "WorkersHung", "close_workers", "run_on_ranks"]
 
@@ -54,29 +56,37 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, world_size: int) -> None:
-        # A file to meet in: no port that another pool, or another test process, could hold.
-        self._directory = tempfile.TemporaryDirectory(prefix="meshpeft-workers-")
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
+        # Where the ranks meet. The system chooses the port: no other pool, nor another test process, can hold it. A
+        # store in a file is asked every 10 ms, for each of the dozens of groups that a job may make.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._jobs = 0
         self._workers: list[_Worker] = []
-        store = str(Path(self._directory.name) / "store")
-        for rank in range(world_size):
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
+    ) -> list[Any]:
+        """The function's result on each rank."""
+        self._start(world_size)
+        where = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
+        message = pickle.dumps((self._jobs, world_size, where, pickle.dumps(arguments), timeout))
+        self._jobs += 1
+        ranks = self._workers[:world_size]
+        for worker in ranks:
+            worker.connection.send_bytes(message)
+        return self._collect(ranks, timeout)
+
+    def _start(self, world_size: int) -> None:
+        """Start the ranks of this world that are not there yet."""
+        context = multiprocessing.get_context("spawn")
+        there = len(self._workers)
+        for rank in range(there, world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store, theirs, sys.path), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs, sys.path), daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
-        self._collect(START_SECONDS)
-
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
-        """The function's result on each rank."""
-        where = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
-        message = pickle.dumps((self._jobs, where, pickle.dumps(arguments), timeout))
-        self._jobs += 1
-        for worker in self._workers:
-            worker.connection.send_bytes(message)
-        return self._collect(timeout)
+        self._collect(self._workers[there:], START_SECONDS)
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -85,11 +95,10 @@ class _Pool:
             worker.process.kill()
         for worker in self._workers:
             worker.process.join()
-        self._directory.cleanup()
 
-    def _collect(self, timeout: float) -> list[Any]:
-        """Every rank's answer. A pool in which a rank has not answered is of no use any more: it is closed."""
-        waiting = {worker.connection: rank for rank, worker in enumerate(self._workers)}
+    def _collect(self, workers: list[_Worker], timeout: float) -> list[Any]:
+        """Each one's answer. A pool in which a rank has not answered is of no use any more: it is closed."""
+        waiting = {worker.connection: self._workers.index(worker) for worker in workers}
         results: dict[int, Any] = {}
         failures: list[tuple[float, int, str]] = []
         deadline = time.monotonic() + timeout
@@ -116,7 +125,7 @@ class _Pool:
             raise WorkerFailed("\n".join(f"rank {rank}: {text}" for _, rank, text in sorted(failures)))
         if waiting:
             raise WorkersHung(f"no answer within {timeout:g} s from the ranks {sorted(waiting.values())}")
-        return [results[rank] for rank in range(len(self._workers))]
+        return [results[rank] for rank in sorted(results)]
 
     def _how_it_died(self, rank: int) -> str:
         process = self._workers[rank].process
@@ -130,14 +139,14 @@ class _Pool:
         return all(worker.process.is_alive() for worker in self._workers)
 
 
-_pools: dict[int, _Pool] = {}
+_pool: _Pool | None = None
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """Run `function(*arguments)` once on every rank of a gloo world.
 
     Args:
-        world_size: number of processes; started at the first use and kept.
+        world_size: number of processes; started when they are first needed, and kept.
         function: of a module, not a lambda nor a method.
         arguments: pickled.
         timeout: seconds, also of each collective.
@@ -149,23 +158,21 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
         WorkerFailed: an exception on a rank, or a process that died.
         WorkersHung: no answer in time.
     """
-    pool = _pools.pop(world_size, None)
-    if pool is None or not pool.usable:
-        pool = _Pool(world_size)
-    try:
-        return pool.run(function, arguments, timeout)
-    finally:
-        if pool.usable:
-            _pools[world_size] = pool
+    global _pool
+    if _pool is None or not _pool.usable:
+        _pool = _Pool()
+    return _pool.run(world_size, function, arguments, timeout)
 
 
 def close_workers() -> None:
     """End all workers; the next use starts new ones."""
-    while _pools:
-        _pools.popitem()[1].close()
+    global _pool
+    if _pool is not None:
+        _pool.close()
+        _pool = None
 
 
-def _serve(rank: int, world_size: int, store_path: str, connection: Connection, path: list[str]) -> None:
+def _serve(rank: int, port: int, connection: Connection, path: list[str]) -> None:
     """A worker's life: jobs until the connection closes."""
     sys.path[:] = path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the test process ends its workers itself
@@ -177,9 +184,12 @@ def _serve(rank: int, world_size: int, store_path: str, connection: Connection, 
     from meshpeft.parallel import destroy_parallelism
 
     torch.set_num_threads(1)
-    store = dist.FileStore(store_path, world_size)
+    _share_one_device()
+    store = TCPStore("127.0.0.1", port, is_master=False)
 
-    def run(job: int, where: tuple[str, str, str], arguments: bytes, timeout: float) -> tuple[bool, Any]:
+    def run(
+        job: int, world_size: int, where: tuple[str, str, str], arguments: bytes, timeout: float
+    ) -> tuple[bool, Any]:
         # Each test starts from the same state, whichever ran before it.
         random.seed(0)
         np.random.seed(0)
@@ -209,6 +219,29 @@ def _serve(rank: int, world_size: int, store_path: str, connection: Connection, 
         except EOFError:
             return
         connection.send_bytes(pickle.dumps(run(*pickle.loads(message))))
+        # Groups are held by meshes and models, which are cycles, and a group's threads run while it lives. What is
+        # left, imported modules above all, need not be looked through again.
+        gc.collect()
+        gc.freeze()
+
+
+def _share_one_device() -> None:
+    """Let all gloo groups of this process listen at one socket.
+
+    By itself each group has a thread of its own for that, which wakes up every 10 ms, and ends at such a moment only.
+    """
+    from torch.distributed import distributed_c10d
+
+    gloo = distributed_c10d.ProcessGroupGloo
+    device = gloo.create_default_device()
+
+    class _OneDevice(gloo):  # type: ignore[misc, valid-type]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = gloo._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = _OneDevice  # type: ignore[misc]
 
 
 def _find(module_name: str, file: str, qualified_name: str) -> Callable[..., Any]:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from helpers.workers import WorkerFailed, WorkersHung, run_on_ranks
 from torch import Tensor
 
+from meshpeft.parallel import init_parallelism
+
 
 @dataclass
 class Answer:
@@ -42,6 +44,17 @@ def fail(how: str) -> None:
     dist.all_reduce(torch.ones(1))
 
 
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def make_groups() -> None:
+    info = init_parallelism(tensor_parallel=2)
+    assert threads() > 4 * 2
+    everything: list[object] = [info]
+    everything.append(everything)  # a cycle, as models are
+
+
 def processes() -> list[int]:
     return [answer.process for answer in run_on_ranks(2, add_up, torch.ones(1))]
 
@@ -53,6 +66,12 @@ def test_every_rank_answers_and_the_processes_are_used_again() -> None:
     assert [answer.total.item() for answer in first + second] == [6.0, 6.0, 3.0, 3.0]
     assert [answer.process for answer in first] == [answer.process for answer in second]
     assert first[0].threads == 1
+
+
+def test_no_thread_of_a_jobs_groups_is_left_to_the_next() -> None:
+    before = run_on_ranks(2, threads)
+    run_on_ranks(2, make_groups)
+    assert run_on_ranks(2, threads) == before
 
 
 def test_an_error_on_all_ranks_is_raised_here_and_costs_no_process() -> None:

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.distributed import ProcessGroup
 
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.parallel import ParallelGroupInfo
 
 __all__ = ["megatron_mesh"]
 
-_last: tuple[ProcessGroup, ParallelGroupInfo] | None = None
-
 
 def megatron_mesh() -> ParallelGroupInfo | None:
-    """The mesh that `parallel_state` has made, if it has; the same object until it is made anew.
+    """The mesh that `parallel_state` has made, if it has.
 
-    Ranks of context parallel hold different tokens of the same sequences: they are part of data parallel here.
+    Its axes are the same while anything holds them; nothing here does, so that Megatron's groups end when it and the
+    models let go of them. Ranks of context parallel hold different tokens of the same sequences: they are part of data
+    parallel here.
     """
-    global _last
     if not parallel_state.is_initialized():
-        _last = None
         return None
-    group = parallel_state.get_tensor_model_parallel_group()
-    if _last is None or _last[0] is not group:
-        _last = (group, _mesh())
-    return _last[1]
-
-
-def _mesh() -> ParallelGroupInfo:
     world = dist.group.WORLD
     assert world is not None
     joined = {

@@ -151,7 +151,7 @@ def register_mesh_provider(provider: Callable[[], ParallelGroupInfo | None]) -> 
     """Let an engine say which groups its package has made, where `init_parallelism` made none.
 
     Args:
-        provider: the groups, the same object while they are the same; or `None` if there are none.
+        provider: the groups, with the same axes while anything holds them; or `None` if there are none.
     """
     _providers.append(provider)
 
