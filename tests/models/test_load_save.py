@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,35 @@ def test_saving_needs_a_decoder_without_adapters_and_a_free_directory(
     decoder.decoder.register_parameter("linear_in", nn.Parameter(torch.ones(2)))
     with pytest.raises(ModelError, match="linear_in"):
         save_pretrained(decoder, tmp_path / "other")
+
+
+def test_the_disk_has_every_file_before_the_model_appears(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    appeared: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def moved(real: Callable[[Any, Any], None], source: Any, target: Any) -> None:
+        # Shards get their names inside the folder that is written aside.
+        if Path(target).parent.name != Path(source).parent.name or Path(source).is_dir():
+            appeared.append(Path(target).name)
+            for path in [Path(source), *(Path(source).iterdir() if Path(source).is_dir() else [])]:
+                assert path.stat().st_ino in flushed
+        real(source, target)
+
+    decoder = load_pretrained(tiny("mistral"))
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, partial(moved, getattr(os, name)))
+    save_pretrained(decoder, tmp_path / "saved", max_shard_bytes=20_000)
+    assert appeared == ["saved"]
+    flushed.clear()
+    save_pretrained(decoder, tmp_path / "saved", overwrite=True)
+    assert appeared[1:] == ["model.safetensors", "config.json"]
+    assert tmp_path.stat().st_ino in flushed
 
 
 def test_a_failed_save_leaves_nothing(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import MANIFEST
-from meshpeft.checkpoint.staging import flush_directory
+from meshpeft.models.staging import flush
 
 __all__ = ["CheckpointDirectory"]
 
@@ -65,7 +65,7 @@ class CheckpointDirectory:
 
     def publish(self, step: int) -> None:
         """Give the folder of a save, whose files are flushed, its name; replaces a checkpoint of the same step."""
-        flush_directory(self.partial(step))
+        flush(self.partial(step))
         self._hide(step)
         try:
             self.partial(step).rename(self.of_step(step))
@@ -73,7 +73,7 @@ class CheckpointDirectory:
             if self._hidden(step).exists():
                 self._hidden(step).rename(self.of_step(step))
             raise
-        flush_directory(self.path)
+        flush(self.path)
         shutil.rmtree(self._hidden(step), ignore_errors=True)
 
     def discard(self, step: int) -> None:

@@ -23,9 +23,9 @@ from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, hub_linears
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
 from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
-from meshpeft.checkpoint.staging import StagedFiles, write_flushed
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder
+from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
 
 __all__ = ["check_exportable", "export_peft_adapter"]
@@ -69,7 +69,7 @@ def export_peft_adapter(
         if writes:
             if (directory / CONFIG_NAME).exists() and not overwrite:
                 raise CheckpointError(f"{directory} holds an adapter; choose another directory or overwrite it")
-            staged = StagedFiles(directory, [WEIGHTS_NAME, CONFIG_NAME])
+            staged = StagedFiles(directory)
             declared = [tensor for linear in adapted for tensor in _declared(linear, names)]
             writer = TensorFileWriter(staged.folder / WEIGHTS_NAME, declared)
     try:
@@ -82,8 +82,8 @@ def export_peft_adapter(
         with kept(failures):
             if writer is not None and staged is not None and not failures:
                 writer.close()
-                write_flushed(staged.folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-                staged.publish()
+                (staged.folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                staged.publish([WEIGHTS_NAME, CONFIG_NAME])
         raise_everywhere(failures, what, CheckpointError)
     finally:
         if writer is not None:

@@ -20,8 +20,8 @@ from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.identity import describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from meshpeft.checkpoint.slices import Slice, SliceSavePlanner, labelled
-from meshpeft.checkpoint.staging import write_flushed
 from meshpeft.checkpoint.storage import Writer
+from meshpeft.models.staging import write_flushed
 from meshpeft.parallel.agreement import all_or_none
 
 __all__ = ["Save", "finish_saves", "save_checkpoint"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch.distributed._local_tensor import LocalTensor
 from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
+from meshpeft.models.staging import StagedFiles
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.tensor_layout import TensorLayout
@@ -74,7 +73,7 @@ def save_pretrained(
             config.to_json_file(writer.folder / _CONFIG_NAME)
             writer.publish()
     if writer is not None:
-        writer.clean_up()
+        writer.staged.clean_up()
     raise_everywhere(failures, what, ModelError)
 
 
@@ -106,8 +105,8 @@ class _Writer:
         if old and not overwrite:
             raise ModelError(f"{directory} holds a model ({old[0].name}); choose another directory or overwrite it")
         self.max_shard_bytes = max_shard_bytes
-        self.folder = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-        self.folder.mkdir(parents=True)
+        self.staged = StagedFiles(directory)
+        self.folder = self.staged.folder
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = 0
         self.total_bytes = 0
@@ -125,20 +124,8 @@ class _Writer:
     def publish(self) -> None:
         """Write what is left and move all files to the target, `config.json` last."""
         self._flush()
-        files = self._name_shards()
-        if not self.directory.exists():
-            self.folder.rename(self.directory)
-            return
-        # Without its config.json the old model is gone, and the new one is not there before its own arrives.
-        (self.directory / _CONFIG_NAME).unlink(missing_ok=True)
-        for stale in (*self.directory.glob("*.safetensors"), self.directory / INDEX_NAME):
-            stale.unlink(missing_ok=True)
-        for name in (*files, _CONFIG_NAME):
-            os.replace(self.folder / name, self.directory / name)
-
-    def clean_up(self) -> None:
-        """Remove the folder beside the target, if it is still there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        replaced = [*self.directory.glob("*.safetensors"), self.directory / INDEX_NAME]
+        self.staged.publish([*self._name_shards(), _CONFIG_NAME], replaced)
 
     def _flush(self) -> None:
         try:
