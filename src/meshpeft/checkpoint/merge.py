@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.models import Decoder, save_pretrained
+from meshpeft.models import Decoder, LanguageModel, save_pretrained
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.peft import AdapterError, AdapterWrapper
 
@@ -30,7 +30,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     Args:
         model: with adapters; changed in place.
         directory: write the merged model there, for transformers; every rank then calls this. Only a
-            [`Decoder`][meshpeft.models.Decoder] can be written.
+            [`LanguageModel`][meshpeft.models.LanguageModel] can be written.
         overwrite: replace a model that is there.
 
     Returns:
@@ -52,7 +52,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
         setattr(model.get_submodule(parent), child, wrapper.to_wrap)
     _state_untied(model)
     if directory is not None:
-        assert isinstance(model, Decoder)
+        assert isinstance(model, LanguageModel)
         save_pretrained(model, directory, overwrite=overwrite)
     return model
 
@@ -68,7 +68,7 @@ def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
 
 
 def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
-    if not isinstance(model, Decoder):
+    if not isinstance(model, LanguageModel):
         raise CheckpointError(
             f"a {type(model).__name__} has its own way of being saved: merge it without a directory, then call that "
             "(model.save_pretrained of transformers, on every rank; megatron.core.dist_checkpointing)"

@@ -118,6 +118,10 @@ class Decoder(LanguageModel):
         """An empty cache of keys and values."""
         return KVCache()
 
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see nothing of another document in their row: by the attention mask."""
+        return True
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
         self.decoder.activation_checkpointing = enabled

@@ -38,6 +38,10 @@ class LanguageModel(nn.Module, ABC):
         """An empty cache of keys and values, for calls that continue a sequence."""
 
     @abstractmethod
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see nothing of another document in their row. A collective: every rank calls it."""
+
+    @abstractmethod
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
 

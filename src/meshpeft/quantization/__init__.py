@@ -5,6 +5,7 @@ from meshpeft.quantization.formats import FormatName
 from meshpeft.quantization.initialization import keep_starts, pissa_init, svdquant_init
 from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.quantize import (
+    DEFAULT_EXCLUDED,
     BaseQuantizer,
     PackedSize,
     dequantize_base,
@@ -16,6 +17,7 @@ from meshpeft.quantization.sites import check_start
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
+    "DEFAULT_EXCLUDED",
     "BaseQuantizer",
     "FormatName",
     "KeptFactors",

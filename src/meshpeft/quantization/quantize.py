@@ -25,7 +25,7 @@ __all__ = ["BaseQuantizer", "PackedSize", "dequantize_base", "forget_residuals",
 Model = TypeVar("Model", bound=nn.Module)
 
 # What every recipe keeps in full: the vocabulary head, and what decides where tokens go.
-DEFAULT_EXCLUDED = ("output_layer", "lm_head", "router", "gate", "shared_expert_gate")
+DEFAULT_EXCLUDED = ("output_layer", "lm_head", "embed_out", "router", "gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)

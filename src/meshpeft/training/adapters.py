@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from meshpeft.models import Decoder
+from meshpeft.models import Decoder, LanguageModel
+from meshpeft.parallel import layer_type_of
 from meshpeft.peft import CanonicalLoRA, DoRA, GroupedExpertLinearAdapter, LoRA, LowRankPEFT
+from meshpeft.quantization import DEFAULT_EXCLUDED
 from meshpeft.training.config import FinetuneConfig, tensor_type
 
-__all__ = ["adapter_method", "add_adapter", "describe_experts", "describe_targets"]
+__all__ = ["adapter_method", "add_adapter", "default_targets", "describe_experts", "describe_targets"]
 
 _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
     "lora": LoRA,
@@ -20,7 +23,7 @@ _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
 }
 
 
-def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
+def add_adapter(model: LanguageModel, config: FinetuneConfig) -> None:
     """Freeze `model` and put adapters on the layers that match, in place.
 
     The adapters are of `config.lora_dtype`; by default float32, or float64 on a float64 base. Warnings are left to
@@ -31,16 +34,32 @@ def add_adapter(model: Decoder, config: FinetuneConfig) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        adapter_method(config)(model)
+        adapter_method(config, default_targets(model))(model)
 
 
-def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
+def default_targets(model: LanguageModel) -> list[str] | None:
+    """Own names of the layers that get adapters if the options name none; `None` for those that the method has.
+
+    Args:
+        model: without adapters.
+    """
+    if isinstance(model, Decoder):
+        return None
+    own_names = {name.rpartition(".")[2] for name, module in model.named_modules() if layer_type_of(module) is not None}
+    return sorted(own_names.difference(DEFAULT_EXCLUDED))
+
+
+def adapter_method(config: FinetuneConfig, targets: Sequence[str] | None = None) -> LowRankPEFT:
     """The method with the options of a run.
+
+    Args:
+        config: the options.
+        targets: the layers that get adapters if the options name none; the method's own by default.
 
     Raises:
         AdapterError: options that do not go together.
     """
-    named: dict[str, Any] = {}
+    named: dict[str, Any] = {} if targets is None or config.exclude_modules else {"target_modules": list(targets)}
     if config.target_modules:
         named["target_modules"] = list(config.target_modules)
     if config.exclude_modules:
@@ -68,16 +87,16 @@ def adapter_method(config: FinetuneConfig) -> LowRankPEFT:
     )
 
 
-def describe_targets(config: FinetuneConfig) -> str:
-    """The layers that get adapters, for the report of a run."""
+def describe_targets(config: FinetuneConfig, targets: Sequence[str] | None = None) -> str:
+    """The layers that get adapters, for the report of a run; arguments as for `adapter_method`."""
     if config.exclude_modules:
         return f"every linear layer but {', '.join(config.exclude_modules)}"
-    return ", ".join(adapter_method(config).target_modules)
+    return ", ".join(adapter_method(config, targets).target_modules)
 
 
-def describe_experts(model: Decoder) -> str | None:
+def describe_experts(model: LanguageModel) -> str | None:
     """What the experts of a model got, for the report of a run; `None` where they have no adapter."""
-    moe = model.config.moe
+    moe = model.config.moe if isinstance(model, Decoder) else None
     found = next((module for module in model.modules() if isinstance(module, GroupedExpertLinearAdapter)), None)
     if moe is None or found is None:
         return None

@@ -14,7 +14,7 @@ import torch
 from meshpeft.checkpoint import CheckpointError, Save, load_checkpoint, save_checkpoint
 from meshpeft.checkpoint.coordination import agreed, checkpoint_group, rank_and_world_size
 from meshpeft.checkpoint.directory import CheckpointDirectory
-from meshpeft.models import Decoder
+from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
@@ -29,8 +29,8 @@ __all__ = ["RunCheckpoints", "checkpoints_in"]
 # and the data are compared by their content.
 _NEUTRAL = frozenset(
     {
-        "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "data",
-        "adapter_format", "output_dir", "overwrite", "eval_every", "save_every", "keep", "resume", "config",
+        "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "engine",
+        "data", "adapter_format", "output_dir", "overwrite", "eval_every", "save_every", "keep", "resume", "config",
     }
 )  # fmt: skip
 
@@ -58,7 +58,7 @@ class RunCheckpoints:
     def __init__(
         self,
         config: FinetuneConfig,
-        model: Decoder,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         loss_scale: LossScale | None,
         inputs: Inputs,

@@ -19,6 +19,7 @@ from meshpeft.parallel.errors import MeshPEFTError
 
 __all__ = [
     "ConfigError",
+    "EngineName",
     "FinetuneConfig",
     "FormatName",
     "LayoutConfig",
@@ -33,6 +34,7 @@ __all__ = [
 TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
 FormatName = Literal["nf4", "int8", "int4", "fp8"]
+EngineName = Literal["native", "transformers"]
 
 # The help of such an option says itself what leaving it out means.
 OptionalField = tyro.conf.arg(help_behavior_hint="")
@@ -77,8 +79,10 @@ class FinetuneConfig(LayoutConfig):
     """Fine-tune a language model with a small adapter; with no options, the embedded model on embedded data."""
 
     model: Annotated[Path | None, OptionalField] = None
-    """Base model: a Hugging Face directory (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE). Default: the
-    small embedded model."""
+    """Base model: a Hugging Face directory of any causal language model. Default: the small embedded model."""
+    engine: Annotated[EngineName | None, OptionalField] = None
+    """Whose layers run it: native (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE), or those of
+    transformers, divided by their architecture's plan. Default: native, where it has the model."""
     data: Annotated[Path | None, OptionalField] = None
     """Training data: JSONL, JSON, CSV or Parquet with a `text` column, `prompt` and `completion`, or chat
     `messages`. Default: functions and docstrings of the running Python's standard library."""

@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 from meshpeft.training.adapter_use import EvaluateConfig
+from meshpeft.training.base_model import base_directory, check_packing, find_base, load_base_and_adapter
 from meshpeft.training.batches import eval_batches
 from meshpeft.training.inputs import load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
-from meshpeft.training.setup import base_directory, check_base, device, join_mesh, load_base_and_adapter, workers_for
+from meshpeft.training.setup import device, join_mesh, workers_for
 from meshpeft.training.step import mean_loss
 
 __all__ = ["evaluate", "start"]
@@ -25,7 +26,8 @@ def start(config: EvaluateConfig) -> None:
     """
     config.check()
     workers = workers_for(config)
-    check_base(config.run().model, config)
+    run = config.run()
+    find_base(run.model, run.engine).check(config)
     launch(evaluate, config, workers=workers)
 
 
@@ -43,6 +45,7 @@ def evaluate(config: EvaluateConfig) -> float:
     tokenizer = load_tokenizer(base_directory(run.model))
     rows = load_rows(run, tokenizer, config.data)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
+    check_packing(model, run)
     batches = eval_batches(
         rows,
         micro_batch_size=config.micro_batch_size,

@@ -19,16 +19,16 @@ from meshpeft.checkpoint import (
     load_peft_adapter,
     merge_adapter,
 )
-from meshpeft.models import Decoder, DecoderConfig, load_pretrained, save_pretrained, stored_dtype
+from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
 from meshpeft.models.weights import read_json
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
 from meshpeft.training.adapters import add_adapter
+from meshpeft.training.base_model import base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
 from meshpeft.training.output import RECORD, OutputError
 from meshpeft.training.quantized_base import base_quantizer, reserve_start, start_adapter
-from meshpeft.training.setup import base_directory, load_base
 
 __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
 
@@ -91,7 +91,8 @@ def merge(config: MergeConfig) -> str:
     wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
     model = _base_as_used(base, _run_of(config.adapter))
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
-    model = load_peft_adapter(model.to(torch.promote_types(model.embedding.weight.dtype, wanted)), config.adapter)
+    used = next(model.parameters()).dtype
+    model = load_peft_adapter(model.to(torch.promote_types(used, wanted)), config.adapter)
     _write_merged(model, wanted, base, config.to, config.overwrite)
     return f"wrote {config.to}: {base} with {config.adapter} merged into it, {str(wanted).removeprefix('torch.')}"
 
@@ -102,12 +103,12 @@ def _run_of(adapter: Path) -> FinetuneConfig | None:
     return FinetuneConfig.from_json(record) if record.is_file() else None
 
 
-def _base_as_used(base: Path, run: FinetuneConfig | None) -> Decoder:
+def _base_as_used(base: Path, run: FinetuneConfig | None) -> LanguageModel:
     """The base that an adapter was trained on: as its files have it, or as it was after packing."""
     quantizer = None if run is None else base_quantizer(run)
     if run is None or quantizer is None:
-        return load_pretrained(base)
-    return dequantize_base(load_pretrained(base, tensor_type(run.dtype), quantize=quantizer))
+        return find_base(base, None if run is None else run.engine).load(None)
+    return dequantize_base(find_base(base, run.engine).load(run.dtype, quantize=quantizer))
 
 
 def _base_of_adapter(config: MergeConfig) -> Path:
@@ -136,7 +137,7 @@ def export(config: ExportConfig) -> str:
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
-        model = load_base(base, run.dtype, quantize=base_quantizer(run), sequence_parallel=False)
+        model = find_base(base, run.engine).load(run.dtype, quantize=base_quantizer(run))
         add_adapter(model, run)
         if run.lora_init_method == "pissa":  # the base gives its part up again
             start_adapter(model, run)
@@ -156,10 +157,9 @@ def export(config: ExportConfig) -> str:
     return f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"
 
 
-def _without_base(base: Path, run: FinetuneConfig) -> Decoder:
+def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
     """The run's model whose adapters have room for values, and whose base has none."""
-    config = DecoderConfig.from_hf(read_json(base / "config.json"))
-    model = Decoder(config, device="meta", dtype=tensor_type(run.dtype))
+    model = find_base(base, run.engine).empty(tensor_type(run.dtype))
     add_adapter(model, run)
     reserve_start(model, run)
     for _, wrapper in adapter_wrappers(model):
@@ -173,7 +173,7 @@ def _check_free(to: Path, overwrite: bool) -> None:
         raise ConfigError(f"{to}: holds a model; choose another directory, or replace it with --overwrite")
 
 
-def _write_merged(model: Decoder, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
+def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
     merged = merge_adapter(model).to(dtype)
     with _all_or_nothing(to):
         # The companions first: a directory is a model when its config.json is there.

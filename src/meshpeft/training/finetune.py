@@ -11,7 +11,8 @@ from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
-from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
+from meshpeft.training.adapters import add_adapter, default_targets, describe_experts, describe_targets
+from meshpeft.training.base_model import check_packing, find_base
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch
@@ -22,7 +23,7 @@ from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.quantized_base import base_quantizer, start_adapter
 from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, short_path, write_record
-from meshpeft.training.setup import base_directory, check_base, join_mesh, load_base, workers_for
+from meshpeft.training.setup import join_mesh, workers_for
 
 __all__ = ["finetune", "start"]
 
@@ -43,7 +44,9 @@ def start(config: FinetuneConfig) -> None:
     workers = workers_for(config)
     output = _output(config)
     output.check()
-    check_adapter(check_base(config.model, config), config)
+    base = find_base(config.model, config.engine)
+    base.check(config)
+    check_adapter(base, config)
     try:
         launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:
@@ -64,21 +67,25 @@ def finetune(config: FinetuneConfig) -> None:
     info = join_mesh(config)
     report = Report(info)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(base_directory(config.model))
+    base = find_base(config.model, config.engine)
+    tokenizer = load_tokenizer(base.directory)
     inputs = load_inputs(config, tokenizer)
-    model = load_base(
-        config.model,
+    model = base.load(
         config.dtype,
         quantize=base_quantizer(config, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
+    check_packing(model, config)
+    targets = describe_targets(config, default_targets(model))
     add_adapter(model, config)
     start_adapter(model, config)
     parameters = trainable_parameters(model)
     loop = TrainingLoop(config, model, inputs, info)
-    report.say(f"model: {short_path(base_directory(config.model))}, {config.dtype}")
-    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config)}")
+    report.say(f"model: {short_path(base.directory)}, {config.dtype}")
+    if base.engine == "transformers":
+        report.say(f"engine: transformers{'' if base.reason is None else f'; not native: {base.reason}'}")
+    report.say(f"{config.method}: rank {config.rank} on {targets}")
     experts = describe_experts(model)
     if experts is not None:
         report.say(f"experts: {experts}")
@@ -98,7 +105,7 @@ def finetune(config: FinetuneConfig) -> None:
         export_peft_adapter(
             model,
             output.stage,
-            base_model_name_or_path=str(base_directory(config.model)),
+            base_model_name_or_path=str(base.directory),
             format=config.adapter_format,
         )
         held_out = log.series("held_out_loss")[1]

@@ -9,12 +9,13 @@ import torch
 
 from meshpeft.models import generate as generate_tokens
 from meshpeft.training.adapter_use import GenerateConfig
+from meshpeft.training.base_model import base_directory, find_base, load_base_and_adapter
 from meshpeft.training.config import ConfigError
 from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.launch import is_joined, launch
 from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
 from meshpeft.training.report import Report
-from meshpeft.training.setup import base_directory, check_base, device, join_mesh, load_base_and_adapter, workers_for
+from meshpeft.training.setup import device, join_mesh, workers_for
 
 __all__ = ["generate", "start"]
 
@@ -28,7 +29,8 @@ def start(config: GenerateConfig) -> None:
     """
     config.check()
     workers = workers_for(config)
-    check_base(config.run().model, config)
+    run = config.run()
+    find_base(run.model, run.engine).check(config)
     if config.prompt == "-":
         if is_joined():
             raise ConfigError(

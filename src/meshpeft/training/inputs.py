@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from meshpeft.training.data import Record, load_records, record_format, split_he
 from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
 from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
+from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
 
 __all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
@@ -48,16 +48,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     # Files that are missing are an error here; transformers also explains them at length, as if they were names
     # of repositories.
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with quiet("transformers"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{directory}: the tokenizer cannot be read: {reason[0]}") from error
-    finally:
-        logger.setLevel(level)
     return tokenizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from meshpeft.models import Decoder
+from meshpeft.models import LanguageModel
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.batches import RowSampler, eval_batches
 from meshpeft.training.checkpoints import RunCheckpoints
@@ -36,7 +36,7 @@ class TrainingLoop:
         epochs: how often these steps read the rows.
     """
 
-    def __init__(self, config: FinetuneConfig, model: Decoder, inputs: Inputs, info: ParallelGroupInfo) -> None:
+    def __init__(self, config: FinetuneConfig, model: LanguageModel, inputs: Inputs, info: ParallelGroupInfo) -> None:
         self.config = config
         self.model = model
         self._sampler = RowSampler(

@@ -1,7 +1,8 @@
-"""Warnings on the command line."""
+"""Warnings on the command line, ours and those of other packages."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["plain_warnings"]
+__all__ = ["plain_warnings", "quiet"]
 
 
 @contextmanager
@@ -37,3 +38,17 @@ def plain_warnings(speaker: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show_plainly
         yield
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Leave out what these loggers say that is no error."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -8,7 +8,7 @@ import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.models import Decoder, ModelError, generate
+from meshpeft.models import LanguageModel, ModelError, generate
 from meshpeft.models.weights import read_json
 from meshpeft.training.config import ConfigError
 from meshpeft.training.documents import Document
@@ -63,7 +63,7 @@ def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return found
 
 
-def continuation(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+def continuation(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
     """What the model says after these tokens: its likeliest tokens, up to the end of the sequence. A collective."""
     ids = torch.tensor([prompt], device=device())
     tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshpeft.models import Decoder
+from meshpeft.models import LanguageModel
 from meshpeft.quantization import BaseQuantizer, forget_residuals, keep_starts, pissa_init, svdquant_init
 from meshpeft.training.adapters import adapter_method
 from meshpeft.training.config import FinetuneConfig
@@ -33,7 +33,7 @@ def base_quantizer(run: FinetuneConfig, *, residuals: bool = False) -> BaseQuant
     )
 
 
-def start_adapter(model: Decoder, run: FinetuneConfig) -> None:
+def start_adapter(model: LanguageModel, run: FinetuneConfig) -> None:
     """Give a new adapter the values that it starts from, where these depend on the base. Collectives."""
     if run.lora_init_method == "svdquant":
         svdquant_init(model)
@@ -42,7 +42,7 @@ def start_adapter(model: Decoder, run: FinetuneConfig) -> None:
         pissa_init(model)
 
 
-def reserve_start(model: Decoder, run: FinetuneConfig) -> None:
+def reserve_start(model: LanguageModel, run: FinetuneConfig) -> None:
     """Make room for what `start_adapter` would give an adapter beside its factors, where a checkpoint holds it."""
     if run.lora_init_method == "pissa":
         keep_starts(model)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meshpeft.models import Decoder
+from meshpeft.models import LanguageModel
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_norm
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
@@ -43,16 +43,16 @@ class StepResult(NamedTuple):
     router_loss: Tensor | None = None
 
 
-def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
+def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
     """The sum of -log p(label) over this micro-batch's target tokens, in nats: a scalar, `I` over tp.
 
     float32, or float64 for a float64 model.
     """
     logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
-    return vocab_parallel_cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL).sum()
+    return vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
 
 
-def summed_losses(model: Decoder, batch: MicroBatch) -> Tensor:
+def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
     """The [`summed_loss`][meshpeft.training.step.summed_loss] and the load-balancing loss of a model with experts.
 
     Returns:
@@ -61,7 +61,7 @@ def summed_losses(model: Decoder, batch: MicroBatch) -> Tensor:
     logits, balance = model(
         batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, return_router_loss=True
     )
-    entropy = vocab_parallel_cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL).sum()
+    entropy = vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
     targets = (batch.labels != IGNORED_LABEL).sum(-1)
     return torch.stack((entropy, (balance * targets).sum().to(entropy.dtype)))
 
@@ -79,7 +79,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         *,
         clip: float = 0.0,
@@ -136,7 +136,7 @@ class TrainStep:
 
 
 @torch.no_grad()
-def mean_loss(model: Decoder, micro_batches: Iterable[MicroBatch], target_tokens: int) -> Tensor:
+def mean_loss(model: LanguageModel, micro_batches: Iterable[MicroBatch], target_tokens: int) -> Tensor:
     """The loss without training: the mean over `target_tokens`, arguments and result as for a step."""
     was_training = model.training
     model.eval()

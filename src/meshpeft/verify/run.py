@@ -15,10 +15,11 @@ from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_targets
-from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.base_model import base_directory, find_base
+from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.report import describe_processes, short_path
-from meshpeft.training.setup import base_directory, check_base, workers_for
+from meshpeft.training.setup import workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
 
@@ -99,9 +100,15 @@ def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, DecoderConfig, int
     config = config.resolved()
     config.check()
     world = workers_for(config)
-    base = check_base(config.model, config)
+    base = find_base(config.model, config.engine)
+    base.check(config)
     check_adapter(base, config)
-    return config, base, world
+    if not isinstance(base.config, DecoderConfig):
+        raise ConfigError(
+            f"a {base.config.model_type} model runs on the transformers engine, whose layouts verify and plan do not "
+            "follow; compare a few steps of finetune at two layouts instead"
+        )
+    return config, base.config, world
 
 
 def _subject(config: FinetuneConfig, base: DecoderConfig) -> list[str]:

@@ -1,0 +1,184 @@
+"""The base model of a run: what its directory says, and the engine that runs it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import PretrainedConfig
+
+from meshpeft.checkpoint import load_peft_adapter
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, check_divisible, load_pretrained
+from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.quantization import BaseQuantizer
+from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, TensorType, tensor_type
+from meshpeft.training.embedded import embedded_model_dir
+from meshpeft.training.plain_warnings import quiet
+from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.setup import device
+
+__all__ = ["BaseModel", "base_directory", "check_packing", "find_base", "load_base_and_adapter"]
+
+
+def base_directory(model: Path | None) -> Path:
+    """The directory of the base model: the one asked for, or the embedded one."""
+    return embedded_model_dir() if model is None else model
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model that no weight was read of yet.
+
+    Attributes:
+        directory: a Hugging Face directory.
+        config: a decoder's where the engine is `native`; that of transformers otherwise.
+        reason: why the engine is `transformers`, if nobody asked for it.
+    """
+
+    directory: Path
+    config: DecoderConfig | PretrainedConfig
+    reason: str | None = None
+
+    @property
+    def engine(self) -> EngineName:
+        """Which layers the model is made of."""
+        return "native" if isinstance(self.config, DecoderConfig) else "transformers"
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it has layers with experts that are known as such."""
+        return isinstance(self.config, DecoderConfig) and bool(self.config.expert_layers)
+
+    def check(self, layout: LayoutConfig) -> None:
+        """Everything that can be known without reading weights; starts no process.
+
+        Raises:
+            ModelError, ParallelError: a file is missing or truncated; the sizes do not divide.
+            ConfigError: a layout of experts for a model without them, or one that the engine does not have.
+        """
+        if isinstance(self.config, DecoderConfig):
+            if self.config.moe is None and layout.etp not in (None, layout.tp):
+                raise ConfigError(f"etp={layout.etp}: a {self.config.model_type} model has no experts; leave it out")
+            check_divisible(
+                self.config,
+                ModelParallelConfig(
+                    tensor_model_parallel_size=layout.tp,
+                    expert_model_parallel_size=layout.ep,
+                    expert_tensor_parallel_size=layout.etp,
+                ),
+            )
+        else:
+            for name, none in (("ep", 1), ("etp", None), ("sequence_parallel", False)):
+                if getattr(layout, name) != none:
+                    raise ConfigError(
+                        f"{name}={getattr(layout, name)}: the transformers engine, which a {self.config.model_type} "
+                        "model needs, has tensor and data parallel only; leave it out"
+                    )
+            self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
+        with WeightFiles(self.directory):
+            pass
+
+    def empty(self, dtype: torch.dtype) -> LanguageModel:
+        """The model without weights, on the meta device."""
+        if isinstance(self.config, DecoderConfig):
+            return Decoder(self.config, device="meta", dtype=dtype)
+        return self._empty_transformers(dtype, None)
+
+    def _empty_transformers(self, dtype: torch.dtype, axis: ParallelAxis | None) -> LanguageModel:
+        assert isinstance(self.config, PretrainedConfig)
+        return _transformers().make_transformers_model(self.config, dtype, axis=axis)
+
+    def load(
+        self,
+        dtype: TensorType | None,
+        *,
+        quantize: BaseQuantizer | None = None,
+        sequence_parallel: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> LanguageModel:
+        """This rank's share, packed as it is read if asked for.
+
+        Args:
+            dtype: of weights and activations; by default as the files have it.
+            quantize: packs the layers.
+            sequence_parallel, activation_checkpointing: as in the options.
+
+        Raises:
+            QuantizationError: a layer that cannot be packed.
+            ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
+        """
+        torch_type = None if dtype is None else tensor_type(dtype)
+        if not isinstance(self.config, DecoderConfig):
+            return _transformers().load_transformers(
+                self.directory, torch_type, activation_checkpointing, device=device(), quantize=quantize
+            )
+        info = parallel_group_info()
+        parallel = ModelParallelConfig(
+            tensor_model_parallel_size=info.tp.world_size,
+            expert_model_parallel_size=info.ep.world_size,
+            expert_tensor_parallel_size=info.etp.world_size,
+            sequence_parallel=sequence_parallel,
+        )
+        return load_pretrained(
+            self.directory, torch_type, parallel, activation_checkpointing, device=device(), quantize=quantize
+        )
+
+
+def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel:
+    """The base model in a directory, with the engine asked for; by default the native one, where it has the model.
+
+    Raises:
+        ModelError: the configuration cannot be read, or the engine does not have the model.
+    """
+    directory, reason = base_directory(model), None
+    content = read_json(directory / "config.json")
+    if engine != "transformers":
+        try:
+            return BaseModel(directory, DecoderConfig.from_hf(content))
+        except ModelError as error:
+            if engine == "native":
+                raise
+            reason = str(error)
+    try:
+        return BaseModel(directory, _transformers().transformers_config(directory), reason)
+    except ModelError as error:
+        if reason is None:
+            raise
+        raise ModelError(f"no engine has this model. Native: {reason}. transformers: {error}") from error
+
+
+def _transformers() -> ModuleType:
+    """The engine, imported when it is needed: it takes seconds, and its optional packages have much to say."""
+    with quiet("torchao", "torch.utils._pytree"):
+        return importlib.import_module("meshpeft.models.transformers_load")
+
+
+def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:
+    """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
+
+    Raises:
+        MeshPEFTError: the model or the adapter cannot be read.
+    """
+    base = find_base(run.model, run.engine)
+    model = base.load(run.dtype, quantize=base_quantizer(run), sequence_parallel=sequence_parallel)
+    if adapter is not None:
+        load_peft_adapter(model, adapter)
+    return model
+
+
+def check_packing(model: LanguageModel, run: FinetuneConfig) -> None:
+    """Whether several documents may share a row. A collective.
+
+    Raises:
+        ConfigError: they would see each other.
+    """
+    if run.packing and not model.keeps_documents_apart():
+        raise ConfigError(
+            f"packing: {type(model).__name__} of transformers does not keep documents apart that share a row; put one "
+            "in each with --no-packing"
+        )
