@@ -1,4 +1,7 @@
-"""The decoder, built from parallel layers, and its Hugging Face checkpoints."""
+"""The decoder, built from parallel layers; models of transformers in its place; their Hugging Face checkpoints."""
+
+import importlib
+from typing import Any
 
 from meshpeft.models.cache import KVCache
 from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig, check_divisible
@@ -23,12 +26,30 @@ __all__ = [
     "RopeConfig",
     "Routing",
     "TopKRouter",
+    "TransformersModel",
     "check_divisible",
     "generate",
     "hf_module_name",
     "hf_tensor_names",
     "load_pretrained",
+    "load_transformers",
+    "make_transformers_model",
     "our_module_name",
     "save_pretrained",
     "stored_dtype",
+    "transformers_config",
 ]
+
+# Importing transformers' models takes seconds.
+_LAZY = {
+    "TransformersModel": "transformers_model",
+    "load_transformers": "transformers_load",
+    "make_transformers_model": "transformers_model",
+    "transformers_config": "transformers_load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"meshpeft.models.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

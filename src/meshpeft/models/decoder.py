@@ -118,6 +118,10 @@ class Decoder(LanguageModel):
         """An empty cache of keys and values."""
         return KVCache()
 
+    def is_causal(self) -> bool:
+        """Whether tokens see nothing of later ones: by the attention mask."""
+        return True
+
     def keeps_documents_apart(self) -> bool:
         """Whether tokens see nothing of another document in their row: by the attention mask."""
         return True

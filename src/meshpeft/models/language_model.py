@@ -38,6 +38,10 @@ class LanguageModel(nn.Module, ABC):
         """An empty cache of keys and values, for calls that continue a sequence."""
 
     @abstractmethod
+    def is_causal(self) -> bool:
+        """Whether tokens see nothing of later ones. A collective: every rank calls it."""
+
+    @abstractmethod
     def keeps_documents_apart(self) -> bool:
         """Whether tokens see nothing of another document in their row. A collective: every rank calls it."""
 

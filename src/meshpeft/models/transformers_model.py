@@ -63,9 +63,9 @@ class TransformersModel(LanguageModel):
     ) -> Tensor:
         """Logits of the next token at every position; see [`Decoder.forward`][meshpeft.models.Decoder.forward].
 
-        Documents in a row are told apart by positions that begin anew, as transformers does; that the architecture
-        sees to it is for [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart] to find
-        out. With a cache, documents only say which tokens are padding.
+        Documents in a row are told apart by positions that begin anew, as transformers does; whether the architecture
+        sees to it, [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart] says. With a
+        cache, documents only say which tokens are padding.
         """
         options: dict[str, Any] = {}
         if cache is not None:
@@ -123,27 +123,37 @@ class TransformersModel(LanguageModel):
         config: Any = self.config
         return config.get_text_config()
 
-    @torch.no_grad()
-    def keeps_documents_apart(self) -> bool:
-        """Whether tokens see nothing of another document in their row. A collective: every rank calls it.
+    def is_causal(self) -> bool:
+        """Whether tokens see nothing of later ones. A collective: every rank calls it."""
+        tokens = self._probe()
+        return self._unchanged(tokens, torch.cat((tokens[:4], tokens[4:].flip(0))), slice(0, 4), None)
 
-        Two rows have the same second document after different first ones. Whatever the second's logits differ by has
-        leaked from the first.
-        """
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see nothing of another document in their row. A collective: every rank calls it."""
         if "position_ids" not in _parameters_of(type(self)):
             return False
-        size = min(64, self._text_config().vocab_size)
-        tokens = torch.arange(1, 9).remainder(size)
-        rows = torch.stack((tokens, torch.cat((tokens[:4].flip(0), tokens[4:]))))
-        documents = torch.tensor([0] * 4 + [1] * 4).expand(2, -1)
+        tokens = self._probe()
+        other = torch.cat((tokens[:4].flip(0), tokens[4:]))
+        return self._unchanged(tokens, other, slice(4, 8), torch.tensor([0] * 4 + [1] * 4))
+
+    def _probe(self) -> Tensor:
+        """Eight tokens, neither half of which is the same from its end."""
+        return torch.arange(1, 9).remainder(min(64, self._text_config().vocab_size))
+
+    @torch.no_grad()
+    def _unchanged(self, tokens: Tensor, others: Tensor, where: slice, documents: Tensor | None) -> bool:
+        """Whether logits `where` two rows have the same tokens are the same, after or before tokens that differ."""
         device = next(self.parameters()).device
+        rows = torch.stack((tokens, others)).to(device)
+        if documents is not None:
+            documents = documents.expand(2, -1).to(device)
         was_training = self.training
         self.eval()
-        logits = self(rows.to(device), document_ids=documents.to(device), gather_logits=True).float()
+        logits = self(rows, document_ids=documents, gather_logits=True).float()
         self.train(was_training)
-        leaked = (logits[0, 4:] - logits[1, 4:]).abs().max()
-        # The first documents differ, and so do their own logits; rounding of equal sums does not come near this.
-        return bool(leaked <= 1e-4 * (logits[0, :4] - logits[1, :4]).abs().max())
+        difference = (logits[0] - logits[1]).abs()
+        # Equal sums are rounded alike, or nearly; what leaks is of the order of what the tokens that differ change.
+        return bool(difference[where].max() <= 1e-4 * difference.max())
 
 
 @cache

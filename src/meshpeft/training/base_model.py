@@ -22,7 +22,7 @@ from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.setup import device
 
-__all__ = ["BaseModel", "base_directory", "check_packing", "find_base", "load_base_and_adapter"]
+__all__ = ["BaseModel", "base_directory", "check_attention", "find_base", "load_base_and_adapter"]
 
 
 def base_directory(model: Path | None) -> Path:
@@ -171,12 +171,14 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
     return model
 
 
-def check_packing(model: LanguageModel, run: FinetuneConfig) -> None:
-    """Whether several documents may share a row. A collective.
+def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
+    """Whether tokens see what they should: nothing that comes later, nor other documents in their row. A collective.
 
     Raises:
-        ConfigError: they would see each other.
+        ConfigError: they see more.
     """
+    if not model.is_causal():
+        raise ConfigError(f"{type(model).__name__} is not a causal language model: its tokens see later ones")
     if run.packing and not model.keeps_documents_apart():
         raise ConfigError(
             f"packing: {type(model).__name__} of transformers does not keep documents apart that share a row; put one "

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from meshpeft.training.adapter_use import EvaluateConfig
-from meshpeft.training.base_model import base_directory, check_packing, find_base, load_base_and_adapter
+from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
 from meshpeft.training.batches import eval_batches
 from meshpeft.training.inputs import load_rows, load_tokenizer
 from meshpeft.training.launch import launch
@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> float:
     tokenizer = load_tokenizer(base_directory(run.model))
     rows = load_rows(run, tokenizer, config.data)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
-    check_packing(model, run)
+    check_attention(model, run)
     batches = eval_batches(
         rows,
         micro_batch_size=config.micro_batch_size,

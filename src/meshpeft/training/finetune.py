@@ -12,7 +12,7 @@ from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, default_targets, describe_experts, describe_targets
-from meshpeft.training.base_model import check_packing, find_base
+from meshpeft.training.base_model import check_attention, find_base
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch
@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig) -> None:
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
-    check_packing(model, config)
+    check_attention(model, config)
     targets = describe_targets(config, default_targets(model))
     add_adapter(model, config)
     start_adapter(model, config)

@@ -1,0 +1,218 @@
+"""Models of transformers in the decoder's place: read slice by slice, called, continued and written at any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers.tiny_models import random_ids, reference, save_tiny
+from helpers.transformers_float64 import in_float64
+from helpers.workers import run_on_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meshpeft.models import (
+    ModelError,
+    generate,
+    load_transformers,
+    make_transformers_model,
+    save_pretrained,
+    transformers_config,
+)
+from meshpeft.models.weights import WeightFiles
+from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism, vocab_parallel_cross_entropy
+from meshpeft.peft import LoRA
+
+# Between them: q, k and v packed in both orders, gate and up packed, a tied head, names that are not the files'.
+FAMILIES = ["gemma", "phi3", "gpt_neox"]
+# Float64, sums in another order.
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @cache
+    def directory(family: str, vocab_size: int = 96) -> Path:
+        return save_tiny(family, tmp_path_factory.mktemp(family), vocab_size=vocab_size)
+
+    return directory
+
+
+def exact(directory: Path) -> Any:
+    model: Any = load_transformers(directory, torch.float64)
+    return in_float64(model)
+
+
+def everything(directory: Path, tp: int, saved: Path) -> dict[str, Any]:
+    """What a model at `tp` gives, how many values this rank read and holds, and the model written to `saved`."""
+    init_parallelism(tensor_parallel=tp)
+    numbers = [0]
+    read = WeightFiles.read
+
+    def counted(self: WeightFiles, *arguments: Any) -> Tensor:
+        box = read(self, *arguments)
+        numbers[0] += box.numel()
+        return box
+
+    with mock.patch.object(WeightFiles, "read", counted):
+        model = exact(directory)
+    ids = random_ids()
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[0, :3], mask[0, :3] = 0, 0
+    held = sum(parameter.numel() for parameter in model.parameters())
+    save_pretrained(model, saved)
+    labels = ids[:, 1:]
+    return {
+        "logits": model(ids, gather_logits=True).detach(),
+        "loss": vocab_parallel_cross_entropy(model(ids)[:, :-1], labels, axis=model.vocab_axis).mean().item(),
+        "continued": generate(model, ids, 6),
+        "padded": generate(model, padded, 6, attention_mask=mask)[:, ids.shape[1] :],
+        "read": numbers[0],
+        "held": held,
+    }
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_model_of_transformers(tiny: Callable[..., Path], tmp_path: Path, family: str, tp: int) -> None:
+    directory, saved = tiny(family), tmp_path / "saved"
+    theirs: Any = reference(directory)
+    ids = random_ids()
+    logits = theirs(ids).logits.detach()
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[0, :3], mask[0, :3] = 0, 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    continued = theirs.generate(ids, **options)
+    of_padded = theirs.generate(padded, attention_mask=mask, **options)[:, ids.shape[1] :]
+    matrices = sum(p.numel() for p in theirs.parameters() if p.dim() == 2)
+    others = sum(p.numel() for p in theirs.parameters() if p.dim() != 2)
+    for found in run_on_ranks(tp, everything, directory, tp, saved):
+        torch.testing.assert_close(found["logits"], logits, rtol=TOLERANCE, atol=TOLERANCE)
+        assert found["loss"] == pytest.approx(loss, rel=TOLERANCE)
+        assert torch.equal(found["continued"], continued)
+        assert torch.equal(found["padded"], of_padded)
+        # Each rank reads its slices, and nothing else.
+        assert found["read"] == found["held"]
+        assert matrices // tp <= found["held"] <= matrices // tp + others
+    before, after = load_file(directory / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].double(), after[name]) for name in before)
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    directory = tiny("phi3", 97)
+    one = everything(directory, 1, tmp_path / "one")
+    for found in run_on_ranks(2, everything, directory, 2, tmp_path / "two"):
+        torch.testing.assert_close(found["logits"], one["logits"], rtol=TOLERANCE, atol=TOLERANCE)
+        assert found["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
+def test_documents_in_a_row_do_not_see_each_other(tiny: Callable[..., Path], family: str) -> None:
+    model = exact(tiny(family)).eval()
+    ids = random_ids(1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3])
+    logits = model(ids, document_ids=documents).detach()
+    for begin, end in ((0, 5), (5, 9)):
+        alone = model(ids[:, begin:end]).detach()
+        torch.testing.assert_close(logits[:, begin:end], alone, rtol=TOLERANCE, atol=TOLERANCE)
+    assert model.keeps_documents_apart()
+
+
+def test_an_architecture_that_mixes_documents_is_found_out(tiny: Callable[..., Path]) -> None:
+    model = load_transformers(tiny("phi3"), torch.float32)
+    with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
+        assert not model.keeps_documents_apart()
+    assert model.keeps_documents_apart()
+
+
+def test_an_architecture_that_looks_ahead_is_found_out(tiny: Callable[..., Path]) -> None:
+    model: Any = load_transformers(tiny("gemma"), torch.float32)
+    assert model.is_causal()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with mock.patch("transformers.models.gemma.modeling_gemma.create_causal_mask", return_value=None):
+        assert not model.is_causal()
+
+
+def loss_and_kept(model: nn.Module) -> tuple[Tensor, int]:
+    """A loss, and how many values are kept for its backward pass."""
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return model(random_ids()).square().mean(), sum(sizes)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny: Callable[..., Path]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model: Any = load_transformers(tiny("phi3"), torch.float64, recompute)
+        LoRA(target_modules=["qkv_proj"], dim=2, lora_B_init_method="normal")(model)
+        loss, kept = loss_and_kept(model.train())
+        loss.backward()
+        gradients.append(([p.grad for p in model.parameters() if p.requires_grad], kept))
+    (plain, kept), (recomputed, kept_less) = gradients
+    for want, got in zip(plain, recomputed, strict=True):
+        assert torch.equal(want, got)
+    assert kept_less < kept / 2
+
+
+def edited_config(directory: Path, **fields: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def edited_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("breaks", "sentence"),
+    [
+        (lambda d: edited_config(d, attention_dropout=0.1), r"attention_dropout=0\.1: the base model's own dropout"),
+        (lambda d: edited_config(d, model_type="unheard_of"), r"config\.json: .*unheard_of"),
+        (lambda d: edited_config(d, model_type="vit"), "transformers makes no model"),
+        (lambda d: edited_config(d, quantization_config={"quant_method": "fp8"}), "quantised already"),
+        (lambda d: edited_config(d, vocab_size=98), r"has shape \(96, 32\); its config says \(98, 32\)"),
+        (lambda d: edited_weights(d, lambda t: t.pop("model.norm.weight")), r"lacks model\.norm\.weight"),
+        (lambda d: edited_weights(d, lambda t: t.update(more=torch.ones(1))), "holds more, which a phi3 model has not"),
+    ],
+)
+def test_a_directory_that_does_not_fit_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, breaks: Callable[[Path], None], sentence: str
+) -> None:
+    broken = Path(shutil.copytree(tiny("phi3"), tmp_path / "broken"))
+    breaks(broken)
+    with pytest.raises(ModelError, match=sentence):
+        load_transformers(broken)
+
+
+def test_experts_in_another_form_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"experts.* in another form than the mixtral model has it"):
+        load_transformers(save_tiny("mixtral", tmp_path))
+
+
+def test_a_layout_is_refused_before_anything_is_read(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(ParallelError, match="cannot be split over tp=3"):
+        make_transformers_model(transformers_config(tiny("phi3")), torch.float32, axis=ParallelAxis("tp", world_size=3))
+
+
+def test_adapters_are_merged_before_it_is_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = LoRA(target_modules=["qkv_proj"], dim=2)(load_transformers(tiny("phi3")))
+    with pytest.raises(ModelError, match="carries adapters; merge them"):
+        save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
