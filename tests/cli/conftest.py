@@ -7,11 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.byte_tokenizer import VOCABULARY, with_tokenizer
 from helpers.tiny_models import save_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-VOCABULARY = 264
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +40,6 @@ def experts_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     def directory(family: str) -> Path:
         return with_tokenizer(save_tiny(family, tmp_path_factory.mktemp(family), vocab_size=VOCABULARY))
 
-    return directory
-
-
-def with_tokenizer(directory: Path) -> Path:
-    symbols = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(directory)
     return directory
 
 

@@ -27,7 +27,7 @@ def truncated(directory: Path) -> None:
 
 def of_another_architecture(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
 
 
 def without_tokenizer(directory: Path) -> None:
@@ -82,7 +82,7 @@ def test_finetune_refuses_options_that_make_no_run(
     [
         (without_weights, "holds no weights"),
         (truncated, "model.safetensors is truncated"),
-        (of_another_architecture, "gpt2"),
+        (of_another_architecture, "no engine has this model. Native: model_type 'unheard_of' is not implemented"),
         (without_tokenizer, "the tokenizer cannot be read"),
         (without_config, "config.json does not exist"),
     ],
