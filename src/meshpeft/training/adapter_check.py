@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
 from meshpeft.checkpoint import CheckpointError, check_exportable
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import LanguageModel
 from meshpeft.parallel import layout_of
 from meshpeft.peft import LoRATopKRouter, adapter_wrappers
-from meshpeft.training.adapters import adapter_method
+from meshpeft.training.adapters import adapter_method, default_targets
+from meshpeft.training.base_model import BaseModel
 from meshpeft.training.config import ConfigError, FinetuneConfig
 from meshpeft.training.quantized_base import base_quantizer
 
 __all__ = ["check_adapter"]
 
 
-def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
+def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
 
     Raises:
@@ -24,16 +27,19 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
             asked.
         QuantizationError: the base cannot be packed as asked.
     """
-    if not base.expert_layers:
+    if not base.has_experts:
         for name in ("normalize_moe_lora", "router_aux_loss_coef"):
             if getattr(config, name):
-                raise ConfigError(f"{name}: this {base.model_type} model has no layer with experts; leave it out")
-    model = Decoder(base, device="meta")
-    quantizer = base_quantizer(config)
+                raise ConfigError(
+                    f"{name}: this {base.config.model_type} model has no layer with experts; leave it out"
+                )
+    model = base.empty(torch.float32)
+    targets = default_targets(model)
+    quantizer = base_quantizer(config, targets)
     packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapter_method(config)(model)
+        adapter_method(config, targets)(model)
     try:
         check_exportable(model, config.adapter_format)
     except CheckpointError as error:
@@ -45,7 +51,7 @@ def check_adapter(base: DecoderConfig, config: FinetuneConfig) -> None:
         warnings.warn(f"{caught[0].message}{also}", stacklevel=2)
 
 
-def _check_started(model: Decoder, packed: set[int], run: FinetuneConfig) -> None:
+def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) -> None:
     """Whether every adapter can start from its layer's weight, or from its residual.
 
     Args:

@@ -16,6 +16,7 @@ from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
+from meshpeft.training.adapters import default_targets
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, TensorType, tensor_type
 from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.plain_warnings import quiet
@@ -82,6 +83,10 @@ class BaseModel:
             self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
         with WeightFiles(self.directory):
             pass
+
+    def default_targets(self) -> list[str] | None:
+        """Own names of the layers that get adapters if the options name none; `None` for the method's own."""
+        return None if self.engine == "native" else default_targets(self.empty(torch.float32))
 
     def empty(self, dtype: torch.dtype) -> LanguageModel:
         """The model without weights, on the meta device."""
@@ -165,7 +170,9 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
         MeshPEFTError: the model or the adapter cannot be read.
     """
     base = find_base(run.model, run.engine)
-    model = base.load(run.dtype, quantize=base_quantizer(run), sequence_parallel=sequence_parallel)
+    model = base.load(
+        run.dtype, quantize=base_quantizer(run, base.default_targets()), sequence_parallel=sequence_parallel
+    )
     if adapter is not None:
         load_peft_adapter(model, adapter)
     return model

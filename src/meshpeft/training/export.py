@@ -105,10 +105,11 @@ def _run_of(adapter: Path) -> FinetuneConfig | None:
 
 def _base_as_used(base: Path, run: FinetuneConfig | None) -> LanguageModel:
     """The base that an adapter was trained on: as its files have it, or as it was after packing."""
-    quantizer = None if run is None else base_quantizer(run)
+    found = find_base(base, None if run is None else run.engine)
+    quantizer = None if run is None else base_quantizer(run, found.default_targets())
     if run is None or quantizer is None:
-        return find_base(base, None if run is None else run.engine).load(None)
-    return dequantize_base(find_base(base, run.engine).load(run.dtype, quantize=quantizer))
+        return found.load(None)
+    return dequantize_base(found.load(run.dtype, quantize=quantizer))
 
 
 def _base_of_adapter(config: MergeConfig) -> Path:
@@ -137,7 +138,8 @@ def export(config: ExportConfig) -> str:
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
-        model = find_base(base, run.engine).load(run.dtype, quantize=base_quantizer(run))
+        described = find_base(base, run.engine)
+        model = described.load(run.dtype, quantize=base_quantizer(run, described.default_targets()))
         add_adapter(model, run)
         if run.lora_init_method == "pissa":  # the base gives its part up again
             start_adapter(model, run)

@@ -11,7 +11,7 @@ from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
-from meshpeft.training.adapters import add_adapter, default_targets, describe_experts, describe_targets
+from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
 from meshpeft.training.base_model import check_attention, find_base
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import load_inputs, load_tokenizer
@@ -70,14 +70,14 @@ def finetune(config: FinetuneConfig) -> None:
     base = find_base(config.model, config.engine)
     tokenizer = load_tokenizer(base.directory)
     inputs = load_inputs(config, tokenizer)
+    targets = base.default_targets()
     model = base.load(
         config.dtype,
-        quantize=base_quantizer(config, residuals=True),
+        quantize=base_quantizer(config, targets, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
     check_attention(model, config)
-    targets = describe_targets(config, default_targets(model))
     add_adapter(model, config)
     start_adapter(model, config)
     parameters = trainable_parameters(model)
@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig) -> None:
     report.say(f"model: {short_path(base.directory)}, {config.dtype}")
     if base.engine == "transformers":
         report.say(f"engine: transformers{'' if base.reason is None else f'; not native: {base.reason}'}")
-    report.say(f"{config.method}: rank {config.rank} on {targets}")
+    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config, targets)}")
     experts = describe_experts(model)
     if experts is not None:
         report.say(f"experts: {experts}")
