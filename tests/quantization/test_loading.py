@@ -82,3 +82,7 @@ def test_a_base_packed_otherwise_is_not_the_one_that_the_checkpoint_was_made_on(
     other = LoRA(TARGETS, dim=2)(load_pretrained(llama, quantize=BaseQuantizer("int4")))
     with pytest.raises(MeshPEFTError, match="weight_packed"):
         load_checkpoint(other, tmp_path / "saved")
+    with torch.no_grad():
+        packed_layers(decoder)["decoder.layers.1.mlp.linear_fc2.to_wrap"].weight_packed[5, 7] ^= 1
+    with pytest.raises(MeshPEFTError, match=r"1\.mlp\.linear_fc2\.weight_packed has other values here"):
+        load_checkpoint(decoder, tmp_path / "saved")

@@ -117,6 +117,20 @@ def test_adapters_hold_the_best_part_of_the_weight():
         assert torch.allclose(a.norm(dim=1), wrapper.one_adapter.scale * b.norm(dim=0), rtol=1e-5)
 
 
+def test_magnitudes_are_the_lengths_of_the_rows_as_they_are_afterwards():
+    model = METHODS["dora"](packed())
+    pissa_init(model)
+    for name in TARGETS:
+        wrapper = getattr(model, name)
+        a, b = wrapper.adapter.linear_in.weight, wrapper.adapter.linear_out.weight
+        rows = wrapper.to_wrap.dequantized_weight() + wrapper.adapter.scale * b @ a
+        assert torch.allclose(wrapper.adapter.weight_magnitude, rows.norm(dim=1), rtol=1e-12)
+        with torch.no_grad():  # and computed of the remainder, not of what it was part of, when the adapter moves
+            b.mul_(2)
+        rows = wrapper.to_wrap.dequantized_weight() + wrapper.adapter.scale * b @ a
+        assert torch.allclose(wrapper._get_weight_norm(), rows.norm(dim=1), rtol=1e-12)
+
+
 def test_a_narrow_adapter_remembers_all_that_the_base_gave_up():
     """Exported, it is less what the base gave up, not less what bfloat16 kept of that."""
     model = LoRA(TARGETS, dim=RANK, lora_dtype="bf16")(packed())
@@ -144,10 +158,12 @@ def test_experts_each_keep_their_own_part():
 
 
 def test_one_adapter_for_all_experts_cannot_take_them_over():
-    model = LoRA(TARGETS, dim=RANK)(quantize_base(Experts(), "nf4", principal_rank=RANK))
+    model = quantize_base(nn.ModuleDict({"dense": GatedMLP(torch.float32), "sparse": Experts()}), principal_rank=RANK)
+    LoRA(TARGETS, dim=RANK)(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(QuantizationError, match="use share_expert_adapters=False"):
         pissa_init(model)
-    assert all(layer.principal is not None for layer in layers(model).values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("which", [["linear_fc2"], LoRA(["linear_fc2"])])
