@@ -54,7 +54,7 @@ ON_GROUPS: dict[str, PEFT] = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora, shared", "dora, own"])
+@pytest.mark.parametrize("method", ["lora, shared", pytest.param("dora, own", marks=pytest.mark.slow)])
 def test_adapters_of_grouped_experts_are_read_at_another_size(method: str, tmp_path: Path) -> None:
     check(2, ON_GROUPS[method], tmp_path, EP2, TP2, EXPERTS, {}, True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from meshpeft.checkpoint import merge_adapter
+from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
 from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.models import DecoderConfig
 from meshpeft.parallel import ParallelAxis, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.communication import all_gather
 from meshpeft.peft import PEFT, ParallelLinearAdapter, adapter_wrappers
@@ -135,6 +137,38 @@ def merged_logits(method: PEFT, sizes: dict[str, Any], options: dict[str, Any]) 
         unmerged = logits_of(model)
         assert torch.equal(logits_of(merge_adapter(model)), merged)
         return adapted, merged, unmerged, len(list(adapter_wrappers(model)))
+
+
+@torch.no_grad()
+def exported(
+    method: PEFT, sizes: dict[str, Any], options: dict[str, Any], config: DecoderConfig, directory: Path
+) -> tuple[Tensor, Tensor]:
+    """Logits of an adapted model whose adapter is exported, and of another one that the adapter is loaded into."""
+    with megatron_on_cpu(**sizes):
+        model = method(make_gpt(config, **options)).eval()
+        export_peft_adapter(model, directory)
+        loaded = load_peft_adapter(make_gpt(config, **options), directory)
+        return logits_of(model), logits_of(loaded)
+
+
+def refused_exports(method: PEFT, directory: Path) -> list[str]:
+    """Why an adapter of a wrapped model is not exported, nor one of experts one after the other."""
+    found = []
+    with megatron_on_cpu(tensor_model_parallel_size=1):
+        model = make_gpt()
+        wrapped = method(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model))
+        for refused in (wrapped, method(make_gpt(EXPERTS))):
+            try:
+                export_peft_adapter(refused, directory)
+            except CheckpointError as error:
+                found.append(str(error))
+    with megatron_on_cpu(pipeline_model_parallel_size=2):
+        model = make_gpt()
+        try:
+            export_peft_adapter(method(model), directory)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
 
 
 def marks_of_copies(method: PEFT) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -16,6 +16,7 @@ from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.peft_config import AdapterShape
 from meshpeft.models import Decoder, ModelError
 from meshpeft.models.hf_names import hf_module_name
+from meshpeft.parallel import describe_layers, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout, layer_type_of
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
 from meshpeft.peft import (
@@ -27,7 +28,7 @@ from meshpeft.peft import (
     LowRankAdapter,
 )
 
-__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "hub_linears", "is_adapted"]
+__all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "has_our_names", "hub_linears", "is_adapted"]
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,21 @@ class AdaptedLinear:
 def hub_linears(model: nn.Module) -> list[HubLinear]:
     """Every linear layer, and stack of experts, that an adapter can be on and that Hugging Face models have.
 
-    Names are those of `meshpeft.models.hf_names` for a decoder; another model's own otherwise.
+    Names are those of `meshpeft.models.hf_names` for a decoder, ours or Megatron's; another model's own otherwise.
+
+    Raises:
+        CheckpointError: a model of Megatron's in a wrapper, or a stage of a pipeline.
     """
+    if _is_of(model, "megatron.core"):
+        _check_whole(model)
+        describe_layers(model)
     found = []
     for name, module in _unwrapped(model):
         layer_type = layer_type_of(module)
         if layer_type is None:
             continue
         layout = layer_type.layout(module)
-        packed = layout.packing is not None and layout.experts is None and not _is_transformers(model)
+        packed = layout.packing is not None and layout.experts is None and not _is_of(model, "transformers")
         parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
         for part in parts:
             hub_name = _hub_name(model, name, part)
@@ -136,7 +143,7 @@ def _unwrapped(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
-    if not isinstance(model, Decoder):
+    if not has_our_names(model):
         return name if part is None else None
     try:
         return hf_module_name(name, part)
@@ -144,9 +151,31 @@ def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
         return None
 
 
-def _is_transformers(model: nn.Module) -> bool:
-    """Whether it is a model of transformers, whose layers have the names and the form that its files have."""
-    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
+def has_our_names(model: nn.Module) -> bool:
+    """Whether the layers are called as those of our decoder: it is one, or one of Megatron's, whose names these are."""
+    return isinstance(model, Decoder) or _is_of(model, "megatron.core")
+
+
+def _is_of(model: nn.Module, package: str) -> bool:
+    """Whether the model's class, or one that it derives from, is a package's.
+
+    Layers of transformers' models have the names and the form that its files have.
+    """
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(model).__mro__)
+
+
+def _check_whole(model: nn.Module) -> None:
+    if not hasattr(model, "decoder"):
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model that Hugging Face has, but may hold one: give the GPTModel itself "
+            "(of a list of chunks the only one)"
+        )
+    stages = parallel_group_info().pp.world_size
+    if stages > 1:
+        raise CheckpointError(
+            f"a GPTModel of a pipeline with {stages} stages has the layers of one of them, and the file would lack the "
+            "others'; save with megatron.core.dist_checkpointing, load without pipeline parallel, and export then"
+        )
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -9,11 +9,11 @@ from torch import nn
 
 from meshpeft.checkpoint.base_copies import BASE_COPY
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import HubLinear
+from meshpeft.checkpoint.linears import HubLinear, has_our_names
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, PeftConfig
 from meshpeft.checkpoint.places import parts_of, wrapper_of
 from meshpeft.checkpoint.tensor_file import TensorFileReader
-from meshpeft.models import Decoder, ModelError
+from meshpeft.models import ModelError
 from meshpeft.models.hf_names import hf_module_name, our_module_name
 
 __all__ = ["FoundNames"]
@@ -38,7 +38,7 @@ class FoundNames:
         self, model: nn.Module, config: PeftConfig, file: TensorFileReader, linears: Mapping[str, HubLinear]
     ) -> None:
         self._linears, self._config, self._file = linears, config, file
-        self._is_decoder = isinstance(model, Decoder)
+        self._has_our_names = has_our_names(model)
         self._modules: dict[str, str] = {}
         self.base_copies: dict[str, str] = {}
         self._experts: dict[tuple[str, str | None, int], str] = {}
@@ -83,7 +83,7 @@ class FoundNames:
         for stack in self._stacks:
             if wrapper_of(stack, self._stacks) == path:
                 return stack
-        if self._is_decoder:
+        if self._has_our_names:
             try:
                 ours = our_module_name(path)
                 if ours.expert is None:

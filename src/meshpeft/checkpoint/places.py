@@ -188,8 +188,9 @@ def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
     config = getattr(model, "config", None)
     if isinstance(config, DecoderConfig):
         has_experts = config.moe is not None
-    else:  # a model of transformers
-        has_experts = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    else:  # a model of transformers, or of Megatron
+        counts = ("num_experts", "num_local_experts", "num_moe_experts")
+        has_experts = any(getattr(config, count, None) for count in counts)
     return has_experts and name.rpartition(".")[2] in ("gate", "gate_proj", "up_proj", "down_proj")
 
 
