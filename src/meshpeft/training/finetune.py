@@ -84,7 +84,8 @@ def finetune(config: FinetuneConfig) -> None:
     loop = TrainingLoop(config, model, inputs, info)
     report.say(f"model: {short_path(base.directory)}, {config.dtype}")
     if base.engine == "transformers":
-        report.say(f"engine: transformers{'' if base.reason is None else f'; not native: {base.reason}'}")
+        why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
+        report.say(f"engine: transformers{why}")
     report.say(f"{config.method}: rank {config.rank} on {describe_targets(config, targets)}")
     experts = describe_experts(model)
     if experts is not None:
