@@ -94,11 +94,12 @@ def test_logits_are_those_of_transformers(directories: Any, family: str) -> None
         ("gpt_neox", "canonical"),
     ],
 )
-def test_gradients_are_those_of_one_process(directories: Any, family: str, method: str) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_gradients_are_those_of_one_process(directories: Any, family: str, method: str, ranks: int) -> None:
     directory = directories(family)
     # On one rank the layers are ours too; its logits are transformers' by the test above, its gradients by that below.
     want = train(directory, "parallelize", method_of(method, family))
-    for got in run_on_ranks(2, train, directory, "parallelize", method_of(method, family), True):
+    for got in run_on_ranks(ranks, train, directory, "parallelize", method_of(method, family), True):
         assert largest_error(got, want) < TOLERANCE
 
 
