@@ -33,7 +33,7 @@ SEQUENCE = {"sequence_parallel": True}
 RECOMPUTE_ALL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE_SOME = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 FAST = [(1, {}), (2, {}), (2, SEQUENCE), (2, RECOMPUTE_ALL), (2, SEQUENCE | RECOMPUTE_SOME)]
-SLOW = [(4, {}), (4, SEQUENCE), (4, SEQUENCE | RECOMPUTE_ALL)]
+SLOW = [(1, RECOMPUTE_ALL), (4, {}), (4, SEQUENCE), (4, RECOMPUTE_SOME), (4, SEQUENCE | RECOMPUTE_ALL)]
 
 
 @cache

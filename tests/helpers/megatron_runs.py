@@ -19,8 +19,17 @@ from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
-from meshpeft.parallel import finalize_gradients, gradient_norm, layout_of_tensor, parallel_group_info
-from meshpeft.peft import PEFT, adapter_wrappers
+from meshpeft.parallel import (
+    TensorLayout,
+    finalize_gradients,
+    gradient_norm,
+    layout_of_tensor,
+    named_init_,
+    parallel_group_info,
+    set_layout,
+)
+from meshpeft.peft import PEFT, DoRALinear, adapter_wrappers
+from meshpeft.peft.initialization import init_method_of
 from meshpeft.verify.collectives import Collective, count_collectives
 
 
@@ -56,6 +65,43 @@ def train_decoder(method: Method, config: DecoderConfig = DENSE) -> Run:
     """The same on our decoder, on one rank."""
     decoder = method(make_decoder(config))
     return train(decoder, decoder)
+
+
+def train_decoder_one_by_one(method: PEFT, config: DecoderConfig) -> Run:
+    """The same with an adapter for each expert, under the names, and from the values, of experts one after the other.
+
+    Args:
+        method: with `share_expert_adapters=False`.
+    """
+    decoder = method(make_decoder(config))
+    for _, wrapper in adapter_wrappers(decoder):
+        if ".mlp.experts." in wrapper.adapter.base_name:
+            for own, init in (("linear_in", method.lora_A_init_method), ("linear_out", method.lora_B_init_method)):
+                stack = wrapper.adapter.get_parameter(f"{own}.weight")
+                for expert, matrix in enumerate(stack.detach()):
+                    name = f"{_of_one(wrapper.adapter.base_name, expert)}.adapter.{own}.weight"
+                    drawn = nn.Parameter(torch.empty_like(matrix))
+                    set_layout(drawn, TensorLayout(tuple(matrix.shape)))
+                    named_init_(drawn, init_method_of(init), method.seed, name)
+                    matrix.copy_(drawn.detach())
+            if isinstance(wrapper, DoRALinear):
+                wrapper.forget_norms()
+                wrapper.adapter.init_weight_magnitude(wrapper._get_weight_norm())
+    run = train(decoder, decoder)
+    run.gradients, run.weights = _one_by_one(run.gradients), _one_by_one(run.weights)
+    return run
+
+
+def _of_one(name: str, expert: int) -> str:
+    return name.replace(".mlp.experts.", f".mlp.experts.local_experts.{expert}.")
+
+
+def _one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in tensors.items():
+        stacked = ".mlp.experts." in name
+        found |= {_of_one(name, expert): row for expert, row in enumerate(value)} if stacked else {name: value}
+    return found
 
 
 def train(wrapped: nn.Module, model: nn.Module, steps: int = 5) -> Run:
