@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.gated_mlp import INPUT, GatedMLP
 from helpers.modelopt_jobs import Experts, quantized, run, run_experts
+from helpers.simulate import per_rank, simulate, the_same
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
@@ -134,6 +135,29 @@ def test_scales_of_rows_are_divided_like_the_rows_in_a_checkpoint():
         "linear_fc1.weight_quantizer.up._amax": (256, 1),
         "linear_fc2.weight_quantizer._amax": (128, 1),
     }
+
+
+@pytest.mark.parametrize("config", ["INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_scales_are_slices_of_those_of_one_process(kind, config):
+    """A checkpoint says the same of a base at every layout, and no rank's scales pass for another's."""
+
+    def scales(**layout: int) -> dict[str, Tensor]:
+        with simulate(**layout):
+            ep = layout.get("ep", 1)
+            tokens = per_rank(lambda rank: X.chunk(ep)[rank % ep].clone())
+            model = quantized(GatedMLP(torch.float32) if kind == "dense" else Experts(), config, tokens)
+            entries = [entry for key, entry in sharded_state_dict(model).items() if "weight_quantizer" in key]
+            return {entry.name: the_same(entry.layout.gather(entry.source)) for entry in entries}
+
+    want = scales()
+    assert len(want) == 2
+    layouts = [{"tp": 2}] if kind == "dense" else [{"dp": 2, "ep": 2}]
+    if kind == "experts" and config.startswith("INT8"):  # half of a row of 128 is no block of INT4
+        layouts.append({"dp": 2, "ep": 2, "tp": 2, "etp": 2})
+    for layout in layouts:
+        found = scales(**layout)
+        assert all(torch.equal(found[name], want[name]) for name in want), layout
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -15,6 +15,7 @@ It is imported by itself: as soon as `modelopt.torch.quantization` is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,15 +31,13 @@ from meshpeft.parallel import (
     GroupedRowParallelLinear,
     LayerType,
     LinearLayout,
-    Packing,
     ParallelAxis,
     RowParallelLinear,
     TensorLayout,
     parallel_group_info,
     register_layer_type,
-    set_layout,
 )
-from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict
+from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_tensors
 
 __all__: list[str] = []
 
@@ -77,32 +76,30 @@ class _QuantParallelLinear(QuantLinearConvBase):
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The layer's, with the scales of rows divided like the rows."""
-        for quantizer in _leaves(self.weight_quantizer):
-            amax: Tensor | None = getattr(quantizer, "_amax", None)
-            layout = None if amax is None else self._layout_of_rows(amax)
-            if amax is not None and layout is not None:
-                set_layout(amax, layout)
+        """The layer's, with the weight's scales divided like the weight: [.., out, scales of a row]."""
         described: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, quantizer in self.weight_quantizer.named_modules(prefix=f"{prefix}weight_quantizer"):
+            amax: Tensor | None = getattr(quantizer, "_amax", None)
+            layout = None if amax is None else self._layout_of_scales(amax, quantizer.block_sizes is not None)
+            if amax is not None and layout is not None:
+                del described[f"{name}._amax"]
+                scales = amax.view(layout.local_shape)
+                for entry in sharded_tensors(f"{name}._amax", scales, layout, sharded_offsets):
+                    described[entry.key] = entry
         return described
 
-    def _layout_of_rows(self, amax: Tensor) -> TensorLayout | None:
-        """Of scales [rows * n, 1], n to a row; `None` where they are one scale, or cannot be told apart by rows."""
-        if self.layout.shard == "in" and amax.numel() != self.layout.out_features:
-            return None
+    def _layout_of_scales(self, amax: Tensor, in_blocks: bool) -> TensorLayout | None:
+        """Of [.., out, n], n to a row; `None` where they are one scale, or cannot be told apart by rows."""
         weight = self.layout.weight()
-        rows = weight.local_shape[-2]
-        if amax.dim() != 2 or amax.shape[1] != 1 or amax.shape[0] % rows or self.layout.experts is not None:
+        *rows, _ = weight.local_shape
+        to_a_row, left = divmod(amax.numel(), math.prod(rows))
+        last = len(rows)
+        if left or not to_a_row or (weight.packing is not None and weight.packed_dim == last):
             return None
-        to_a_row = amax.shape[0] // rows
-        packing = None
-        if weight.packing is not None and weight.packed_dim == 0:
-            packing = weight.packing
-            packing = Packing(packing.names, tuple(size * to_a_row for size in packing.sizes), packing.blocks)
-        shards = tuple((dim, axis) for dim, axis in weight.shards if dim == 0)
-        return replace(
-            weight, global_shape=(weight.global_shape[0] * to_a_row, 1), shards=shards, packing=packing, packed_dim=0
-        )
+        # Blocks are of this rank's columns; one scale of a row is that of all of them, the same on every rank.
+        shards = tuple((dim, axis) for dim, axis in weight.shards if in_blocks or dim != last)
+        along = to_a_row * math.prod(axis.world_size for dim, axis in shards if dim == last)
+        return replace(weight, global_shape=(*weight.global_shape[:-1], along), shards=shards, grad_partial=())
 
 
 class _QuantGroupedLinear(_QuantParallelLinear):
