@@ -51,8 +51,8 @@ def test_the_file_is_that_of_our_decoder_and_is_read_back(name: str, tmp_path: P
 
 
 def test_what_would_not_be_whole_is_not_exported(tmp_path: Path) -> None:
-    for wrapped, sequential, stage in run_on_ranks(2, models.refused_exports, LoRA(**OPTIONS), tmp_path):
-        assert "a DistributedDataParallel is no model that Hugging Face has" in wrapped
+    for part, sequential, stage in run_on_ranks(2, models.refused_exports, LoRA(**OPTIONS), tmp_path):
+        assert "a TransformerBlock is no model that Hugging Face has" in part
         assert "local_experts.0.linear_fc1: a LoRALinear on a ColumnParallelLinear has no counterpart" in sequential
         assert "a pipeline with 2 stages" in stage
     assert not (tmp_path / "adapter_config.json").exists()

@@ -143,21 +143,24 @@ def merged_logits(method: PEFT, sizes: dict[str, Any], options: dict[str, Any]) 
 def exported(
     method: PEFT, sizes: dict[str, Any], options: dict[str, Any], config: DecoderConfig, directory: Path
 ) -> tuple[Tensor, Tensor]:
-    """Logits of an adapted model whose adapter is exported, and of another one that the adapter is loaded into."""
+    """Logits of an adapted model whose adapter is exported, and of another one that the adapter is loaded into.
+
+    It is exported out of Megatron's data-parallel wrapper, which the file shows nothing of.
+    """
     with megatron_on_cpu(**sizes):
         model = method(make_gpt(config, **options)).eval()
-        export_peft_adapter(model, directory)
+        with torch.enable_grad():  # it follows the graph to the parameters
+            wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        export_peft_adapter(wrapped, directory)
         loaded = load_peft_adapter(make_gpt(config, **options), directory)
         return logits_of(model), logits_of(loaded)
 
 
 def refused_exports(method: PEFT, directory: Path) -> list[str]:
-    """Why an adapter of a wrapped model is not exported, nor one of experts one after the other."""
+    """Why an adapter of a part of a model is not exported, nor one of experts one after the other."""
     found = []
     with megatron_on_cpu(tensor_model_parallel_size=1):
-        model = make_gpt()
-        wrapped = method(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model))
-        for refused in (wrapped, method(make_gpt(EXPERTS))):
+        for refused in (method(make_gpt().decoder), method(make_gpt(EXPERTS))):
             try:
                 export_peft_adapter(refused, directory)
             except CheckpointError as error:

@@ -21,6 +21,7 @@ from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.peft import AdapterWrapper, GroupedExpertLinearAdapter, LowRankAdapter
+from meshpeft.peft.walk import walk
 from meshpeft.quantization import PackedLayer
 
 __all__ = ["check_same_model", "describe_adapters", "describe_base"]
@@ -41,8 +42,9 @@ _known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = W
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
     """Full name of each adapted layer -> its method, and the options of its parts that decide numbers."""
     found: dict[str, Any] = {}
-    for name, wrapper in model.named_modules():
+    for place, wrapper in walk(model):
         if isinstance(wrapper, AdapterWrapper):
+            name = place.full_name
             if wrapper.is_merged:
                 raise CheckpointError(f"{name}: its adapter is merged into the base; unmerge it first")
             parts = {

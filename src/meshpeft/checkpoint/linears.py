@@ -17,6 +17,7 @@ from meshpeft.checkpoint.peft_config import AdapterShape
 from meshpeft.models import Decoder, ModelError
 from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel import describe_layers, parallel_group_info
+from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout, layer_type_of
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
 from meshpeft.peft import (
@@ -27,6 +28,7 @@ from meshpeft.peft import (
     LoRALinearSplitQKV,
     LowRankAdapter,
 )
+from meshpeft.peft.walk import walk
 
 __all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "has_our_names", "hub_linears", "is_adapted"]
 
@@ -112,17 +114,20 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
     Names are those of `meshpeft.models.hf_names` for a decoder, ours or Megatron's; another model's own otherwise.
 
     Raises:
-        CheckpointError: a model of Megatron's in a wrapper, or a stage of a pipeline.
+        CheckpointError: a stage of a pipeline of Megatron's, or a part of a model.
     """
+    model = held_module(model)
     if _is_of(model, "megatron.core"):
         _check_whole(model)
         describe_layers(model)
     found = []
-    for name, module in _unwrapped(model):
-        layer_type = layer_type_of(module)
+    for place, module in walk(model):
+        layer = module.to_wrap if isinstance(module, AdapterWrapper) else module
+        layer_type = layer_type_of(layer)
         if layer_type is None:
             continue
-        layout = layer_type.layout(module)
+        name = place.full_name
+        layout = layer_type.layout(layer)
         packed = layout.packing is not None and layout.experts is None and not _is_of(model, "transformers")
         parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
         for part in parts:
@@ -130,16 +135,6 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
             if hub_name is not None:
                 found.append(HubLinear(hub_name, name, part, layout))
     return found
-
-
-def _unwrapped(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules, by the names that they have without adapters."""
-    for name, child in model.named_children():
-        if isinstance(child, AdapterWrapper):
-            yield prefix + name, child.to_wrap
-        else:
-            yield prefix + name, child
-            yield from _unwrapped(child, f"{prefix}{name}.")
 
 
 def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
@@ -167,8 +162,8 @@ def _is_of(model: nn.Module, package: str) -> bool:
 def _check_whole(model: nn.Module) -> None:
     if not hasattr(model, "decoder"):
         raise CheckpointError(
-            f"a {type(model).__name__} is no model that Hugging Face has, but may hold one: give the GPTModel itself "
-            "(of a list of chunks the only one)"
+            f"a {type(model).__name__} is no model that Hugging Face has, but may hold one or be a part of one: give "
+            "the GPTModel (of a list of chunks the only one)"
         )
     stages = parallel_group_info().pp.world_size
     if stages > 1:
@@ -194,9 +189,9 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
         parts.setdefault(linear.module, {})[linear.part] = linear
     found = [
         adapted
-        for name, wrapper in model.named_modules()
+        for place, wrapper in walk(model)
         if isinstance(wrapper, AdapterWrapper)
-        for adapted in _of_wrapper(name, wrapper, parts.get(name, {}))
+        for adapted in _of_wrapper(place.full_name, wrapper, parts.get(place.full_name, {}))
     ]
     if not found:
         raise CheckpointError("the model carries no adapter")

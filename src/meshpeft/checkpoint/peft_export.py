@@ -27,6 +27,7 @@ from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
+from meshpeft.parallel.held_modules import held_module
 
 __all__ = ["check_exportable", "export_peft_adapter"]
 
@@ -107,6 +108,7 @@ def _described(
     """The adapters as they are written, their names, and the content of `adapter_config.json`."""
     if format not in get_args(AdapterFormat):
         raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
+    model = held_module(model)
     adapted = adapted_linears(model)
     if format == "peft-per-expert":
         adapted = _of_one_scale(adapted)

@@ -22,6 +22,7 @@ from meshpeft.checkpoint.peft_names import FoundNames
 from meshpeft.checkpoint.places import Place, parts_of, stored_factors
 from meshpeft.checkpoint.stored_factors import SeparateA, SeparateB, StoredFactor
 from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.peft.canonical_lora import component_name, part_layout
@@ -39,7 +40,7 @@ class AdapterPlan:
     """
 
     def __init__(self, model: nn.Module, config: PeftConfig, file: TensorFileReader) -> None:
-        self.config, self.file = config, file
+        self.config, self.file, model = config, file, held_module(model)
         self.linears = {linear.name: linear for linear in hub_linears(model)}
         self.names = FoundNames(model, config, file, self.linears)
         self._compare_targets()

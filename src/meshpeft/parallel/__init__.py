@@ -33,6 +33,7 @@ from meshpeft.parallel.grouped_gemm import (
     grouped_outer,
     grouped_sum,
 )
+from meshpeft.parallel.held_modules import COMPILED, held_module, is_held
 from meshpeft.parallel.init import (
     InitializationType,
     initialize_,
@@ -64,6 +65,7 @@ from meshpeft.parallel.sharded_tensor import ShardedStateDict, ShardedTensor, Sh
 from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout_of_tensor, set_layout
 
 __all__ = [
+    "COMPILED",
     "ColumnParallelLinear",
     "ContainerType",
     "DispatchPlan",
@@ -103,6 +105,7 @@ __all__ = [
     "gradient_axes",
     "gradient_norm",
     "group_of_rows",
+    "held_module",
     "group_offsets",
     "grouped_add_mm_",
     "grouped_linear",
@@ -112,6 +115,7 @@ __all__ = [
     "init_parallelism",
     "initialize_",
     "initialize_model_parallel_affine_weight_",
+    "is_held",
     "is_simulated",
     "layer_type_of",
     "layout_of",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.held_modules import is_held
 from meshpeft.parallel.mesh import is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
@@ -172,7 +173,8 @@ def sharded_state_dict(
 ) -> ShardedStateDict:
     """What this rank holds of a module's parameters and persistent buffers, and of its children's.
 
-    A child with a `sharded_state_dict` of its own is asked for it. A tensor without a layout is the same on every
+    A child with a `sharded_state_dict` of its own is asked for it. What a wrapper holds (a compiled block) has the
+    wrapper's name. A tensor without a layout is the same on every
     rank. Not a collective.
 
     Args:
@@ -194,11 +196,12 @@ def sharded_state_dict(
         for entry in sharded_tensors(prefix + name, tensor, layout_of_tensor(tensor), sharded_offsets):
             entries[entry.key] = entry
     for name, child in module.named_children():
+        child_prefix = prefix if is_held(name, prefix) else f"{prefix}{name}."
         described = getattr(child, "sharded_state_dict", None)
         if callable(described):
-            entries.update(described(f"{prefix}{name}.", sharded_offsets, metadata))
+            entries.update(described(child_prefix, sharded_offsets, metadata))
         else:
-            entries.update(sharded_state_dict(child, f"{prefix}{name}.", sharded_offsets, metadata))
+            entries.update(sharded_state_dict(child, child_prefix, sharded_offsets, metadata))
     return entries
 
 

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from meshpeft.parallel import container_type_of, describe_layers, global_names
+from meshpeft.parallel import COMPILED, container_type_of, describe_layers, global_names
 from meshpeft.peft.counting import trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import ModuleMatcher
-from meshpeft.peft.walk import COMPILED, Place, chunks_of, walk
+from meshpeft.peft.walk import Place, chunks_of, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
 __all__ = ["PEFT", "adapter_wrappers"]

@@ -7,17 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from meshpeft.parallel import global_names
+from meshpeft.parallel import global_names, is_held
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.wrapper import AdapterWrapper
 
-__all__ = ["COMPILED", "Place", "chunks_of", "walk"]
-
-COMPILED = "_orig_mod"
-"""What `torch.compile` calls the module that it wraps."""
-
-# What wrappers call the module they hold: compilation, activation checkpointing, sharded data parallel.
-_HELD = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+__all__ = ["Place", "chunks_of", "walk"]
 
 
 class Place(NamedTuple):
@@ -34,8 +28,7 @@ class Place(NamedTuple):
     def children(self, m: nn.Module, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Place, nn.Module]]:
         """(Attribute, place, module) of every child of `m`, which is here.
 
-        A module that a wrapper holds is in the wrapper's place. Data parallel and mixed precision call it `module`,
-        which is such a name only at the root.
+        A module that a wrapper holds is in the wrapper's place.
 
         Args:
             names: own names that are not those of attributes, see `global_names`.
@@ -43,7 +36,7 @@ class Place(NamedTuple):
         for attribute, child in m._modules.items():
             if child is None:
                 continue
-            if attribute in _HELD or (attribute == "module" and not self.full_name):
+            if is_held(attribute, self.full_name):
                 yield attribute, self, child
             else:
                 yield attribute, Place(self.full_name, names.get(child, attribute)), child
