@@ -160,6 +160,17 @@ def test_lora_dtype_pins_the_factors_or_follows_what_the_base_computes_in(given,
     } == {dtype}
 
 
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.uint8, torch.int8])
+def test_a_storage_dtype_is_never_inherited(storage):
+    layers = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    for layer in layers.values():
+        layer.weight = nn.Parameter(torch.zeros(8, 8).to(storage), requires_grad=False)
+    update_model(layers, {"adapter_cfg": {"a": {"rank": 2}}})
+    LoRA(["b"], dim=2)(layers)
+    found = [parameter.dtype for name, parameter in layers.named_parameters() if ".adapter." in name]
+    assert found == [torch.get_default_dtype()] * 4
+
+
 @pytest.mark.parametrize("given", ["int8", "fp8", "float64", "torch.uint8", torch.int8, "BF16", 16])
 def test_no_other_dtype_is_accepted(given):
     for make in (lambda: PEFTAttributeConfig(lora_dtype=given), lambda: LoRA(lora_dtype=given)):

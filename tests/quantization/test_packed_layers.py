@@ -127,6 +127,12 @@ def test_casting_a_packed_model_changes_what_it_computes_in_not_what_it_stores()
     assert torch.equal(model.to(torch.float32).linear_fc1.dequantized_weight(), before)
 
 
+def test_adapters_have_the_type_that_a_packed_layer_computes_in():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model = LoRA(["linear_fc1"], dim=4)(quantize_base(GatedMLP(torch.float32), "nf4").to(dtype))
+        assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {dtype}
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_stay_packed(copied):
     model = quantize_base(GatedMLP(), "int4", residual_rank=4)
