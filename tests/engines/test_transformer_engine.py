@@ -10,6 +10,7 @@ import torch
 from helpers.workers import run_on_ranks
 from torch import Tensor
 
+from meshpeft.parallel import layout_of
 from meshpeft.peft import HAVE_TE, TECL, TERL, DoRA, LoRA
 
 pytest.importorskip("megatron.core")
@@ -124,6 +125,26 @@ def test_the_norms_output_is_asked_for_only_where_an_adapter_takes_it() -> None:
     seen, after = run_on_ranks(2, outputs_asked_for)[0]
     assert seen == [True, False]
     assert after == [False, False]
+
+
+def undivided_expert() -> tuple[str | None, bool, list[int], bool]:
+    """Mode of an expert that is whole on every rank, what is seen in it, and what sums its adapter."""
+    from helpers.megatron_cpu import megatron_on_cpu
+    from megatron.core import ModelParallelConfig
+
+    with megatron_on_cpu(tensor_model_parallel_size=2, expert_tensor_parallel_size=1):
+        config = ModelParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
+        layer = StandInColumn(IN, OUT, config=config, init_method=None, bias=False, is_expert=True)
+        layout = layout_of(layer)
+        assert layout.data_axis is not None and layout.marks is not None
+        marks = layout.marks(layout.factor_a(RANK, fused=False))
+        sizes = [layout.axis.world_size, layout.data_axis.world_size]
+        return layer.parallel_mode, layout.is_expert, sizes, marks["allreduce"]
+
+
+def test_an_expert_that_is_not_divided_is_known_by_its_group() -> None:
+    # Its two copies hold different tokens: the data parallel of experts has both, that of dense layers one.
+    assert run_on_ranks(2, undivided_expert) == [("column", True, [1, 2], False)] * 2
 
 
 def test_without_transformer_engine_its_classes_are_none() -> None:

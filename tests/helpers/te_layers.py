@@ -37,12 +37,14 @@ class StandInLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self._tp_group = self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        dense, expert = parallel_state.get_tensor_model_parallel_group, parallel_state.get_expert_tensor_parallel_group
+        self._tp_group = self.tp_group = expert() if is_expert else dense()
         self.axis = axis_of_group("etp" if is_expert else "tp", self._tp_group)
         self.in_features = in_features // (self.axis.world_size if "Row" in type(self).__name__ else 1)
         self.out_features = out_features // (self.axis.world_size if "Column" in type(self).__name__ else 1)
         # Their collectives are off where a dispatcher makes them.
-        self.parallel_mode = None if is_expert else self.mode
+        hidden = is_expert and (self.axis.world_size > 1 or config.expert_model_parallel_size > 1)
+        self.parallel_mode = None if hidden else self.mode
         self.sequence_parallel = config.sequence_parallel and self.parallel_mode is not None
         self.te_return_bias = skip_bias_add and bias
         self.weight = nn.Parameter(torch.zeros(self.out_features, self.in_features, dtype=config.params_dtype))
