@@ -84,6 +84,16 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "n_routed_experts": 2,
     },
+    # States instead of keys and values, in every layer and in some.
+    "mamba": {"num_hidden_layers": 2, "state_size": 4},
+    "bamba": {
+        "num_hidden_layers": 2,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+        "mamba_n_groups": 2,
+    },
 }
 
 

@@ -127,6 +127,25 @@ def test_documents_in_a_row_do_not_see_each_other(tiny: Callable[..., Path], fam
     assert model.keeps_documents_apart()
 
 
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_architectures_with_states_are_continued_like_transformers_does(tiny: Callable[..., Path], family: str) -> None:
+    """A cache under another name (mamba), or one from which positions are not counted on (bamba)."""
+    directory, ids = tiny(family), random_ids()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs: Any = reference(directory, torch.float32)
+    assert torch.equal(generate(load_transformers(directory), ids, 6), theirs.generate(ids, **options))
+
+
+def test_a_cache_that_does_not_continue_is_left_out(tiny: Callable[..., Path]) -> None:
+    directory, ids = tiny("phi3"), random_ids()
+    model = load_transformers(directory)
+    expected = generate(model, ids, 6)
+    assert model.new_cache().past is not None
+    with mock.patch("transformers.DynamicCache.update", lambda self, keys, values, *others: (keys, values)):
+        assert model.new_cache().past is None
+        assert torch.equal(generate(model, ids, 6), expected)
+
+
 def test_an_architecture_that_mixes_documents_is_found_out(tiny: Callable[..., Path]) -> None:
     model = load_transformers(tiny("phi3"), torch.float32)
     with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):

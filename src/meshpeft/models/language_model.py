@@ -35,7 +35,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty cache of keys and values, for calls that continue a sequence."""
+        """An empty cache, for calls that continue a sequence. A collective: every rank calls it."""
 
     @abstractmethod
     def is_causal(self) -> bool:

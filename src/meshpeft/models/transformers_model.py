@@ -29,17 +29,23 @@ __all__ = ["TransformersModel", "make_transformers_model"]
 
 
 class TransformersCache:
-    """Keys and values of the tokens seen so far, and which of these are padding."""
+    """What is kept of the tokens seen so far.
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.past = DynamicCache(config=config)
-        self.real: Tensor | None = None
+    Attributes:
+        past: their keys and values, or states; `None` where the architecture cannot continue from these, and a call
+            computes all tokens again.
+    """
 
-    def extended(self, document_ids: Tensor) -> Tensor:
-        """Which tokens are real, with those that come: [batch, all]."""
-        new = document_ids != -1
-        self.real = new if self.real is None else torch.cat((self.real, new), dim=1)
-        return self.real
+    def __init__(self, past: DynamicCache | None) -> None:
+        self.past = past
+        self._seen: dict[str, Tensor] = {}
+
+    def extended(self, what: str, new: Tensor) -> Tensor:
+        """[batch, all] of what is known of each token, with those that come: [batch, new]."""
+        if what in self._seen:
+            new = torch.cat((self._seen[what], new), dim=1)
+        self._seen[what] = new
+        return new
 
 
 class TransformersModel(LanguageModel):
@@ -68,10 +74,19 @@ class TransformersModel(LanguageModel):
         cache, documents only say which tokens are padding.
         """
         options: dict[str, Any] = {}
+        new = input_ids.shape[1]
         if cache is not None:
-            options["past_key_values"] = cache.past
+            tokens = cache.extended("tokens", input_ids)
             if document_ids is not None:
-                options["attention_mask"] = cache.extended(document_ids)
+                options["attention_mask"] = cache.extended("real", document_ids != -1)
+            if position_ids is None:
+                # Not every architecture counts on from what the cache holds.
+                position_ids = torch.arange(tokens.shape[1], device=tokens.device)[-new:].expand_as(input_ids)
+            positions = cache.extended("positions", position_ids)
+            if cache.past is None:
+                input_ids, position_ids = tokens, positions
+            else:
+                options["past_key_values"] = cache.past
         elif document_ids is not None and position_ids is None:
             position_ids = positions_in_documents(document_ids)
         accepted = _parameters_of(type(self))
@@ -80,9 +95,8 @@ class TransformersModel(LanguageModel):
         if last_token_only and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1
         theirs: Any = super().forward  # LanguageModel has none
-        logits: Tensor = theirs(input_ids=input_ids, use_cache=cache is not None, **options).logits
-        if last_token_only:
-            logits = logits[:, -1:]
+        logits: Tensor = theirs(input_ids=input_ids, use_cache="past_key_values" in options, **options).logits
+        logits = logits[:, -1 if last_token_only else -new :]
         return mp_gather(logits, -1, self.vocab_axis) if gather_logits else logits
 
     @property
@@ -92,8 +106,8 @@ class TransformersModel(LanguageModel):
         return found
 
     def new_cache(self) -> TransformersCache:
-        """An empty cache of keys and values."""
-        return TransformersCache(self.hub_config())
+        """An empty cache of keys and values, if the model continues from one. A collective: every rank calls it."""
+        return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether training keeps only each layer's input and computes the layer again in the backward pass.
@@ -139,6 +153,24 @@ class TransformersModel(LanguageModel):
     def _probe(self) -> Tensor:
         """Eight tokens, neither half of which is the same from its end."""
         return torch.arange(1, 9).remainder(min(64, self._text_config().vocab_size))
+
+    @torch.no_grad()
+    def _continues(self) -> bool:
+        """Whether a token after others that a cache holds gets the logits that it has after these in one row."""
+        if "past_key_values" not in _parameters_of(type(self)):
+            return False
+        tokens = self._probe()[None, :5].to(next(self.parameters()).device)
+        was_training = self.training
+        self.eval()
+        cache = TransformersCache(DynamicCache(config=self.hub_config()))
+        self(tokens[:, :4], cache=cache)
+        continued, whole, alone = (
+            self(row, cache=held, gather_logits=True, last_token_only=True).float()
+            for row, held in ((tokens[:, 4:], cache), (tokens, None), (tokens[:, 4:], None))
+        )
+        self.train(was_training)
+        # Sums may be rounded in other places; what a cache without use leaves out is of the order of all of the rest.
+        return bool((continued - whole).abs().max() <= 0.1 * (alone - whole).abs().max())
 
     @torch.no_grad()
     def _unchanged(self, tokens: Tensor, others: Tensor, where: slice, documents: Tensor | None) -> bool:
