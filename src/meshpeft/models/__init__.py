@@ -6,7 +6,7 @@ from typing import Any
 from meshpeft.models.cache import KVCache
 from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig, check_divisible
 from meshpeft.models.decoder import Decoder
-from meshpeft.models.errors import ModelError
+from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.hf_names import hf_module_name, hf_tensor_names, our_module_name
 from meshpeft.models.language_model import LanguageModel
@@ -27,6 +27,7 @@ __all__ = [
     "Routing",
     "TopKRouter",
     "TransformersModel",
+    "UnsupportedModelError",
     "check_divisible",
     "generate",
     "hf_module_name",

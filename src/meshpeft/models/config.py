@@ -183,8 +183,9 @@ class DecoderConfig:
         """The decoder of a parsed `config.json`, or of a transformers configuration.
 
         Raises:
-            ModelError: the family is unknown, a value is invalid, or a field would change numbers in a way that
-                is not implemented.
+            UnsupportedModelError: the family is unknown, or a field would change numbers in a way that is not
+                implemented.
+            ModelError: a value is invalid.
         """
         from meshpeft.models.hf_config import from_hf
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from meshpeft.models.config import DecoderConfig, RopeConfig
-from meshpeft.models.errors import ModelError
+from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.hf_families import FAMILIES, Family
 
 __all__ = ["from_hf", "to_hf"]
@@ -72,17 +72,19 @@ def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
     model_type = fields.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise ModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
     for architecture in fields.get("architectures") or ():
         if architecture != family.architecture:
-            raise ModelError(f"architecture {architecture!r} is not implemented; expected {family.architecture!r}")
+            raise UnsupportedModelError(
+                f"architecture {architecture!r} is not implemented; expected {family.architecture!r}"
+            )
     for name, value in fields.items():
         _refuse_unknown(name, value, family, str(model_type))
     hf = _transformers_config(str(model_type), fields)
     if hf.hidden_act != "silu":
-        raise ModelError(f"hidden_act {hf.hidden_act!r} is not implemented; implemented: 'silu'")
+        raise UnsupportedModelError(f"hidden_act {hf.hidden_act!r} is not implemented; implemented: 'silu'")
     if hf.attention_dropout:
-        raise ModelError(f"attention_dropout={hf.attention_dropout} is not implemented; set it to 0")
+        raise UnsupportedModelError(f"attention_dropout={hf.attention_dropout} is not implemented; set it to 0")
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -105,7 +107,9 @@ def to_hf(config: DecoderConfig) -> PretrainedConfig:
     """See [`DecoderConfig.to_hf`][meshpeft.models.DecoderConfig.to_hf]."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelError(f"model_type {config.model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}"
+        )
     rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.kind}
     rope |= {name: getattr(config.rope, name) for name in sorted(_ROPE_FIELDS[config.rope.kind])}
     fields: dict[str, Any] = {
@@ -139,7 +143,7 @@ def _refuse_unknown(name: str, value: Any, family: Family, model_type: str) -> N
     # None, False, 0 and empty lists switch a feature off.
     if not value:
         return
-    raise ModelError(
+    raise UnsupportedModelError(
         f"config field {name}={value!r} is not implemented for model_type {model_type!r} and may change numbers; "
         f"remove it if it does not"
     )
@@ -158,14 +162,14 @@ def _transformers_config(model_type: str, fields: Mapping[str, Any]) -> Any:
 def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_FIELDS:
-        raise ModelError(f"rope type {kind!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}")
+        raise UnsupportedModelError(f"rope type {kind!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}")
     partial = parameters.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
-        raise ModelError(f"partial_rotary_factor={partial} is not implemented; use 1.0")
+        raise UnsupportedModelError(f"partial_rotary_factor={partial} is not implemented; use 1.0")
     for name, value in parameters.items():
         known = name in ("rope_type", "type", "rope_theta", "partial_rotary_factor") or name in _ROPE_FIELDS[kind]
         if not known and value is not None:
-            raise ModelError(f"rope field {name}={value!r} is not implemented for rope type {kind!r}")
+            raise UnsupportedModelError(f"rope field {name}={value!r} is not implemented for rope type {kind!r}")
     values: dict[str, Any] = {name: parameters.get(name) for name in ("rope_theta", *_ROPE_FIELDS[kind])}
     for name, value in values.items():
         if not isinstance(value, (int, float)):

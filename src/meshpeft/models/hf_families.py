@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshpeft.models.config import DecoderConfig, MoEConfig
-from meshpeft.models.errors import ModelError
+from meshpeft.models.errors import ModelError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -53,7 +53,7 @@ def _read_qwen2(hf: Any) -> dict[str, Any]:
     kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
     for kind in hf.layer_types:
         if kind not in kinds:
-            raise ModelError(f"layer_types: {kind!r} is not implemented; implemented: {', '.join(kinds)}")
+            raise UnsupportedModelError(f"layer_types: {kind!r} is not implemented; implemented: {', '.join(kinds)}")
     if hf.sliding_window is None and "sliding_attention" in hf.layer_types:
         raise ModelError("layer_types names sliding_attention, but sliding_window or use_sliding_window is not set")
     return {"qkv_bias": True, "sliding_windows": _windows([kinds[kind] for kind in hf.layer_types])}

@@ -11,7 +11,15 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.checkpoint import load_peft_adapter
-from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, check_divisible, load_pretrained
+from meshpeft.models import (
+    Decoder,
+    DecoderConfig,
+    LanguageModel,
+    ModelError,
+    UnsupportedModelError,
+    check_divisible,
+    load_pretrained,
+)
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
@@ -138,14 +146,14 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
     """The base model in a directory, with the engine asked for; by default the native one, where it has the model.
 
     Raises:
-        ModelError: the configuration cannot be read, or the engine does not have the model.
+        ModelError: the configuration cannot be read or is invalid, or the engine does not have the model.
     """
     directory, reason = base_directory(model), None
     content = read_json(directory / "config.json")
     if engine != "transformers":
         try:
             return BaseModel(directory, DecoderConfig.from_hf(content))
-        except ModelError as error:
+        except UnsupportedModelError as error:
             if engine == "native":
                 raise
             reason = str(error)
