@@ -25,7 +25,7 @@ from meshpeft.parallel import (
     sharded_state_dict,
 )
 from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
-from meshpeft.quantization import PackedLayer, QuantizationError, quantize_base
+from meshpeft.quantization import BaseQuantizer, PackedLayer, QuantizationError, quantize_base
 from meshpeft.quantization.formats import FORMATS
 
 LAYERS = {
@@ -220,6 +220,28 @@ def test_what_cannot_be_packed_is_named():
     tied.decode.weight = tied.embedding.weight
     with pytest.raises(QuantizationError, match=r"decode: its weight is shared by embedding\.weight and"):
         quantize_base(tied)
+
+
+def test_layers_are_chosen_by_the_names_that_they_have_without_wrappers():
+    model = nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(64, 64), "gate": nn.Linear(64, 64)}) for _ in "ab"),
+            "lm_head": nn.Linear(64, 8),
+        }
+    )
+    model.layers[0], model.layers[1], model.lm_head = (
+        torch.compile(module, backend="eager") for module in (*model.layers, model.lm_head)
+    )
+    quantizer = BaseQuantizer("int8", principal_rank=2, principal_modules=LoRA(target_modules=["layers.1.up"]))
+    assert list(quantizer.layers_of(model)) == ["layers.0.up", "layers.1.up"]
+    for name, layer in quantizer.layers_of(model).items():
+        quantizer.pack_(layer, name)
+        assert (layer.principal is not None) == (name == "layers.1.up")
+
+
+def test_an_exclusion_that_matches_nothing_is_warned_of():
+    with pytest.warns(UserWarning, match=r"exclude_modules: 'linear_fcl' matches no module; nearest: linear_fc"):
+        quantize_base(GatedMLP(), exclude_modules=["linear_fcl", "linear_fc2"])
 
 
 def test_layers_under_adapters_can_be_packed():

@@ -13,11 +13,18 @@ from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora_linear import LoRALinear, LowRankWrapper
 from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.matching import _matches, default_targets
+from meshpeft.peft.matching import default_targets, is_target
 from meshpeft.peft.packed_factors import pack_factors
 from meshpeft.peft.wrapper import AdapterWrapper
 
-__all__ = ["CanonicalLoRA", "LoRALinearSplitFC1UpGate", "LoRALinearSplitQKV", "ModuleDict"]
+__all__ = [
+    "CanonicalLoRA",
+    "LoRALinearSplitFC1UpGate",
+    "LoRALinearSplitQKV",
+    "ModuleDict",
+    "component_name",
+    "part_layout",
+]
 
 # Name of a part's target -> (name of the fused layer, name of the part in its packing).
 _COMPONENTS = {
@@ -206,7 +213,7 @@ class CanonicalLoRA(LowRankPEFT):
             return every
         wanted: set[str] = set()
         for pattern, components in self.canonical_mapping.items():
-            if _matches(pattern, full_name.rpartition(".")[2], full_name):
+            if is_target(pattern, full_name):
                 for component in components:
                     wanted |= {_COMPONENTS[component][1]} if component in _COMPONENTS else every
         return wanted

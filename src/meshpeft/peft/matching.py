@@ -15,7 +15,16 @@ from torch import nn
 from meshpeft.parallel import layer_type_of
 from meshpeft.peft.errors import AdapterError
 
-__all__ = ["ModuleMatcher", "is_expert_linear", "named_value", "nearest_names", "wildcard_match"]
+__all__ = [
+    "ModuleMatcher",
+    "default_targets",
+    "is_expert_linear",
+    "is_router",
+    "is_target",
+    "named_value",
+    "nearest_names",
+    "wildcard_match",
+]
 
 Value = TypeVar("Value")
 
@@ -42,6 +51,12 @@ def wildcard_match(pattern: str, key: str | None) -> bool | None:
         warnings.warn(f"pattern {_advice_on_lost_star(pattern)}", stacklevel=2)
         return False
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), key, re.DOTALL) is not None
+
+
+def is_target(pattern: str, full_name: str) -> bool:
+    """Whether a pattern is a module's own name, or matches its full name; without a warning about a lost `*`."""
+    own_name = full_name.rpartition(".")[2]
+    return own_name == pattern or (not _lost_its_star(pattern) and bool(wildcard_match(pattern, full_name)))
 
 
 def _lost_its_star(pattern: str) -> bool:
@@ -180,7 +195,7 @@ class ModuleMatcher:
         if adaptable:
             self._adaptable[full_name] = None
         if self.exclude_modules:
-            excluded = [pattern for pattern in self.exclude_modules if _matches(pattern, name, full_name)]
+            excluded = [pattern for pattern in self.exclude_modules if is_target(pattern, full_name)]
             self._met.update(excluded)
             if not adaptable or excluded or decides:
                 return None
@@ -189,7 +204,7 @@ class ModuleMatcher:
         matching = [
             pattern
             for pattern in self._patterns()
-            if _matches(pattern, name, full_name) and (not decides or pattern.rpartition(".")[2].strip("*"))
+            if is_target(pattern, full_name) and (not decides or pattern.rpartition(".")[2].strip("*"))
         ]
         if adaptable:
             self._met.update(matching)
@@ -242,11 +257,6 @@ class ModuleMatcher:
         return f"{pattern!r} matches no layer; nearest: {nearest}"
 
 
-def _matches(pattern: str, name: str, full_name: str) -> bool:
-    return name == pattern or (not _lost_its_star(pattern) and bool(wildcard_match(pattern, full_name)))
-
-
 def named_value(patterns: Mapping[str, Value], full_name: str) -> Value | None:
     """The value of the first pattern that a full name matches, or `None`."""
-    name = full_name.rpartition(".")[2]
-    return next((value for pattern, value in patterns.items() if _matches(pattern, name, full_name)), None)
+    return next((value for pattern, value in patterns.items() if is_target(pattern, full_name)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from meshpeft.parallel import layout_of
-from meshpeft.peft import AdapterWrapper, ModuleMatcher, wildcard_match
-from meshpeft.peft.matching import nearest_names
+from meshpeft.peft import AdapterWrapper, ModuleMatcher
+from meshpeft.peft.matching import is_target, nearest_names
+from meshpeft.peft.walk import walk
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.full_matrices import full_matrices, local_factors
@@ -20,7 +22,15 @@ from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.packing import can_be_packed, check_packable, pack_, unpack_
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
-__all__ = ["BaseQuantizer", "PackedSize", "dequantize_base", "forget_residuals", "packed_size", "quantize_base"]
+__all__ = [
+    "DEFAULT_EXCLUDED",
+    "BaseQuantizer",
+    "PackedSize",
+    "dequantize_base",
+    "forget_residuals",
+    "packed_size",
+    "quantize_base",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +49,7 @@ class BaseQuantizer:
             keeps none.
         exact_svd: of the residuals and principal parts; randomised otherwise.
         target_modules: names, or patterns with `*` of full names, of the layers to pack; `None`: every linear layer.
-        exclude_modules: of the layers to keep.
+        exclude_modules: of the layers to keep; one that matches nothing is warned of.
         principal_rank: rank of the part of W, its largest singular values, that each layer keeps as it is in two
             factors; the remainder is packed, and the dequantised weight is the sum. `pissa_init` moves that part into
             the adapters (QPiSSA, Meng et al. 2024). `None` packs all of W.
@@ -79,10 +89,11 @@ class BaseQuantizer:
                 weight that two layers share.
         """
         layers = dict(_linear_layers(model))
-        for pattern in self.target_modules or ():
-            if not any(_matches(pattern, name) for name in layers):
-                nearest = ", ".join(nearest_names(pattern, list(layers))) or "none"
-                raise QuantizationError(f"target_modules: {pattern!r} matches no linear layer; nearest: {nearest}")
+        for why in _unmet(self.target_modules, list(layers), "linear layer"):
+            raise QuantizationError(f"target_modules: {why}")
+        own = [pattern for pattern in self.exclude_modules if pattern not in DEFAULT_EXCLUDED]
+        for why in _unmet(own, [place.full_name for place, _ in walk(model)], "module"):
+            warnings.warn(f"exclude_modules: {why}", stacklevel=3)
         wanted = {name: layer for name, layer in layers.items() if self._wants(layer, name)}
         if not wanted:
             packed = sum(isinstance(layer, PackedLayer) for layer in layers.values())
@@ -90,10 +101,9 @@ class BaseQuantizer:
                 f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are "
                 "excluded"
             )
-        for pattern in () if isinstance(self.principal_modules, ModuleMatcher) else self.principal_modules or ():
-            if not any(_matches(pattern, name) for name in wanted):
-                nearest = ", ".join(nearest_names(pattern, list(wanted)))
-                raise QuantizationError(f"principal_modules: {pattern!r} matches no packed layer; nearest: {nearest}")
+        patterns = None if isinstance(self.principal_modules, ModuleMatcher) else self.principal_modules
+        for why in _unmet(patterns, list(wanted), "packed layer"):
+            raise QuantizationError(f"principal_modules: {why}")
         owners: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)
@@ -156,7 +166,7 @@ def quantize_base(
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = DEFAULT_EXCLUDED,
     principal_rank: int | None = None,
-    principal_modules: Sequence[str] | None = None,
+    principal_modules: Sequence[str] | ModuleMatcher | None = None,
 ) -> Model:
     """Pack the weights of a model's linear layers, in place, layer after layer.
 
@@ -256,18 +266,21 @@ def _packed_layers(model: nn.Module) -> list[Any]:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that can be packed and those that are, by the names they have without adapters."""
+    """The layers that can be packed and those that are, by their full names; each once."""
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for place, module in walk(model):
         layer = module.to_wrap if isinstance(module, AdapterWrapper) else module
         if id(layer) not in seen and (can_be_packed(layer) or isinstance(layer, PackedLayer)):
             seen.add(id(layer))
-            yield name, layer
+            yield place.full_name, layer
+
+
+def _unmet(patterns: Sequence[str] | None, names: list[str], kind: str) -> Iterator[str]:
+    """What to say of each pattern that matches none of the names."""
+    for pattern in patterns or ():
+        if not any(is_target(pattern, name) for name in names):
+            yield f"{pattern!r} matches no {kind}; nearest: {', '.join(nearest_names(pattern, names)) or 'none'}"
 
 
 def _matches_any(patterns: Sequence[str], name: str) -> bool:
-    return any(_matches(pattern, name) for pattern in patterns)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name.rpartition(".")[2] == pattern or bool(wildcard_match(pattern, name))
+    return any(is_target(pattern, name) for pattern in patterns)
