@@ -149,6 +149,23 @@ def test_the_merged_type_is_that_of_the_bases_files_unless_given(
     assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
 
 
+def test_a_base_of_several_types_is_merged_in_the_type_that_is_given(
+    runs: Callable[[str], Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = Path(shutil.copytree(base, tmp_path / "mixed"))
+    tensors = load_file(mixed / "model.safetensors")
+    norm = tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, mixed / "model.safetensors")
+    asked = ("merge", "--adapter", runs("lora"), "--model", mixed, "--to", tmp_path / "merged")
+    assert main(list(map(str, asked))) == 2
+    assert "holds weights in bfloat16 and float32" in capsys.readouterr().err
+    run_main(*asked, "--dtype", "float32")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    # Of the wider weights not a bit was lost before the sum.
+    assert torch.equal(merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(merged["model.norm.weight"], norm.float())
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ def lose_a_listed_file(directory: Path) -> None:
         ),
         (
             lambda d: damaged(d, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
-            "holds model.layers.0.self_attn.q_proj.bias, which a mistral model of its config does not have",
+            "holds model.layers.0.self_attn.q_proj.bias, which a mistral model has not",
         ),
         (
             lambda d: damaged(d, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
@@ -160,8 +160,9 @@ def test_a_damaged_directory_is_one_clear_error(
     directory = tmp_path / "model"
     shutil.copytree(tiny("mistral"), directory)
     damage(directory)
-    with pytest.raises(ModelError, match=message):
-        load_pretrained(directory)
+    for dtype in (None, torch.float32):
+        with pytest.raises(ModelError, match=message):
+            load_pretrained(directory, dtype)
 
 
 def test_saving_needs_a_decoder_without_adapters_and_a_free_directory(

@@ -24,6 +24,7 @@ from meshpeft.models import (
     load_transformers,
     make_transformers_model,
     save_pretrained,
+    stored_dtype,
     transformers_config,
 )
 from meshpeft.models.weights import WeightFiles
@@ -218,6 +219,14 @@ def test_a_directory_that_does_not_fit_is_refused(
     breaks(broken)
     with pytest.raises(ModelError, match=sentence):
         load_transformers(broken)
+
+
+def test_buffers_that_the_model_does_not_read_do_not_decide_its_type(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    # As in the files of Pythia.
+    directory = Path(shutil.copytree(tiny("gpt_neox"), tmp_path / "with masks"))
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    edited_weights(directory, lambda t: t.update({"gpt_neox.layers.0.attention.bias": mask}))
+    assert stored_dtype(directory) == next(load_transformers(directory).parameters()).dtype == torch.float32
 
 
 def test_experts_in_another_form_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
 
-__all__ = ["load_pretrained", "stored_dtype"]
+__all__ = ["common_dtype", "fill", "first_few", "load_pretrained", "stored_dtype"]
 
 # Old checkpoints hold the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -107,14 +108,19 @@ def fill(
             quantize.pack_(packed[layer], layer)
 
 
-def stored_dtype(directory: str | Path) -> torch.dtype:
+def stored_dtype(directory: str | Path, *, widest: bool = False) -> torch.dtype:
     """The type of the weights in a Hugging Face directory.
+
+    Args:
+        directory: holds them.
+        widest: where they are of several types, the narrowest that holds the values of all.
 
     Raises:
         ModelError: a file is missing or truncated; the weights are of several types.
     """
     with WeightFiles(Path(directory)) as files:
-        return common_dtype(files, (name for name in files.names() if not _IGNORED.fullmatch(name)))
+        names = [name for name in files.names() if not _IGNORED.fullmatch(name)]
+        return reduce(torch.promote_types, _dtypes(files, names)) if widest else common_dtype(files, names)
 
 
 def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
@@ -131,27 +137,38 @@ def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[Stored
 def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig, directory: Path) -> None:
     missing = sorted(expected - files.names())
     if missing:
-        raise ModelError(f"{directory} lacks {some(missing)}, which a {config.model_type} model of its config has")
+        raise ModelError(f"{directory} lacks {first_few(missing)}, which a {config.model_type} model of its config has")
     extra = {name for name in files.names() - expected if not _IGNORED.fullmatch(name)}
     if config.tie_word_embeddings:
         extra.discard("lm_head.weight")
     if extra:
-        raise ModelError(
-            f"{directory} holds {some(sorted(extra))}, which a {config.model_type} model of its config does not have"
-        )
+        raise ModelError(f"{directory} holds {first_few(sorted(extra))}, which a {config.model_type} model has not")
 
 
-def some(names: list[str]) -> str:
+def first_few(names: list[str]) -> str:
+    """Names of tensors, for a message; of many the first."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
 
 
 def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
-    dtypes = {files.dtype(name) for name in names}
+    """The one floating type of these tensors.
+
+    Raises:
+        ModelError: there are several.
+    """
+    dtypes = _dtypes(files, names)
     if len(dtypes) > 1:
         stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ModelError(f"{files.directory} holds weights in {stored}; choose one with dtype=")
     return dtypes.pop()
+
+
+def _dtypes(files: WeightFiles, names: Iterable[str]) -> set[torch.dtype]:
+    found = {files.dtype(name) for name in names if not files.is_integer(name)}
+    if not found:
+        raise ModelError(f"{files.directory} holds no weights of a floating type")
+    return found
 
 
 @on_each_rank
@@ -195,6 +212,8 @@ def _read(
     local = _empty(list(layout.local_shape), dtype, device)
     for part, piece, place in zip(stored, layout.pieces(), layout.part_views(local), strict=True):
         for name in part.names:
+            if dtype.is_floating_point:
+                files.dtype(name)  # raises: integers would be codes, whose meaning is not known here
             if files.shape(name) != part.shape:
                 raise ModelError(
                     f"{name} in {files.directory} has shape {files.shape(name)}; its config says {part.shape}"

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import layout_or_whole
-from meshpeft.models.load import common_dtype, fill, some
+from meshpeft.models.load import common_dtype, fill, first_few
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.quantization import BaseQuantizer
@@ -105,7 +105,7 @@ def _stored_names(model: Any, files: WeightFiles) -> dict[str, str]:
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     extra = [name for name in found if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
     if extra:
-        raise ModelError(f"{files.directory} holds {some(extra)}, which a {model.config.model_type} model has not")
+        raise ModelError(f"{files.directory} holds {first_few(extra)}, which a {model.config.model_type} model has not")
     tied: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(tensor), []).append(name)
@@ -117,5 +117,5 @@ def _stored_names(model: Any, files: WeightFiles) -> dict[str, str]:
         else:
             names[name] = held
     if missing:
-        raise ModelError(f"{files.directory} lacks {some(missing)}, which a {model.config.model_type} model has")
+        raise ModelError(f"{files.directory} lacks {first_few(missing)}, which a {model.config.model_type} model has")
     return names

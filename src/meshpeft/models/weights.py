@@ -20,6 +20,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,6 +96,10 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def is_integer(self, name: str) -> bool:
+        """Whether a tensor holds integers or truth values, as some buffers do."""
+        return self._files[name].get_slice(name).get_dtype() in _INTEGERS
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, from the file's header.

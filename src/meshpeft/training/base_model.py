@@ -25,7 +25,7 @@ from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.adapters import default_targets
-from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, TensorType, tensor_type
+from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, tensor_type
 from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.quantized_base import base_quantizer
@@ -108,7 +108,7 @@ class BaseModel:
 
     def load(
         self,
-        dtype: TensorType | None,
+        dtype: torch.dtype,
         *,
         quantize: BaseQuantizer | None = None,
         sequence_parallel: bool = False,
@@ -117,7 +117,7 @@ class BaseModel:
         """This rank's share, packed as it is read if asked for.
 
         Args:
-            dtype: of weights and activations; by default as the files have it.
+            dtype: of weights and activations.
             quantize: packs the layers.
             sequence_parallel, activation_checkpointing: as in the options.
 
@@ -125,10 +125,9 @@ class BaseModel:
             QuantizationError: a layer that cannot be packed.
             ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
         """
-        torch_type = None if dtype is None else tensor_type(dtype)
         if not isinstance(self.config, DecoderConfig):
             return _transformers().load_transformers(
-                self.directory, torch_type, activation_checkpointing, device=device(), quantize=quantize
+                self.directory, dtype, activation_checkpointing, device=device(), quantize=quantize
             )
         info = parallel_group_info()
         parallel = ModelParallelConfig(
@@ -138,7 +137,7 @@ class BaseModel:
             sequence_parallel=sequence_parallel,
         )
         return load_pretrained(
-            self.directory, torch_type, parallel, activation_checkpointing, device=device(), quantize=quantize
+            self.directory, dtype, parallel, activation_checkpointing, device=device(), quantize=quantize
         )
 
 
@@ -179,7 +178,9 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
     """
     base = find_base(run.model, run.engine)
     model = base.load(
-        run.dtype, quantize=base_quantizer(run, base.default_targets()), sequence_parallel=sequence_parallel
+        tensor_type(run.dtype),
+        quantize=base_quantizer(run, base.default_targets()),
+        sequence_parallel=sequence_parallel,
     )
     if adapter is not None:
         load_peft_adapter(model, adapter)

@@ -108,8 +108,8 @@ def _base_as_used(base: Path, run: FinetuneConfig | None) -> LanguageModel:
     found = find_base(base, None if run is None else run.engine)
     quantizer = None if run is None else base_quantizer(run, found.default_targets())
     if run is None or quantizer is None:
-        return found.load(None)
-    return dequantize_base(found.load(run.dtype, quantize=quantizer))
+        return found.load(stored_dtype(base, widest=True))
+    return dequantize_base(found.load(tensor_type(run.dtype), quantize=quantizer))
 
 
 def _base_of_adapter(config: MergeConfig) -> Path:
@@ -139,7 +139,8 @@ def export(config: ExportConfig) -> str:
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
         described = find_base(base, run.engine)
-        model = described.load(run.dtype, quantize=base_quantizer(run, described.default_targets()))
+        quantizer = base_quantizer(run, described.default_targets())
+        model = described.load(tensor_type(run.dtype), quantize=quantizer)
         add_adapter(model, run)
         if run.lora_init_method == "pissa":  # the base gives its part up again
             start_adapter(model, run)

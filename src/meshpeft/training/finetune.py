@@ -13,7 +13,7 @@ from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
 from meshpeft.training.base_model import check_attention, find_base
-from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch
 from meshpeft.training.loop import TrainingLoop
@@ -72,7 +72,7 @@ def finetune(config: FinetuneConfig) -> None:
     inputs = load_inputs(config, tokenizer)
     targets = base.default_targets()
     model = base.load(
-        config.dtype,
+        tensor_type(config.dtype),
         quantize=base_quantizer(config, targets, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
