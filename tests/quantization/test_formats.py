@@ -50,6 +50,9 @@ def test_unknown_formats_and_block_sizes_are_named():
         weight_format("nf5", 64)
     with pytest.raises(QuantizationError, match=r"block_size=48: expected one of 32, 64"):
         weight_format("nf4", 48)
+    for name, size in ((["nf4"], 64), ("nf4", 64.0)):
+        with pytest.raises(QuantizationError, match=r"expected one of"):
+            weight_format(name, size)
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):

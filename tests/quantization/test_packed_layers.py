@@ -215,6 +215,19 @@ def test_what_cannot_be_packed_is_named():
         quantize_base(GatedMLP(), target_modules=["linear_qkv"])
     with pytest.raises(QuantizationError, match="nothing to pack: of 2 linear layers 2 are packed already"):
         quantize_base(quantize_base(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))))
+    half_loaded = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8, device="meta"))
+    with pytest.raises(QuantizationError, match="1 holds no values yet: load the model"):
+        quantize_base(half_loaded)
+    merged = LoRA(["linear_fc2"], dim=2)(GatedMLP())
+    merged.linear_fc2.merge()
+    with pytest.raises(QuantizationError, match=r"linear_fc2: an adapter is merged into its weight.*; unmerge it"):
+        quantize_base(merged)
+    for options in ({"residual_rank": 2.5}, {"residual_rank": True}, {"principal_rank": "4"}):
+        with pytest.raises(QuantizationError, match=r"_rank=.*: expected an integer of at least 1, or None"):
+            quantize_base(merged, **options)
+    with pytest.raises(QuantizationError, match="target_modules: 3 is no pattern"):
+        quantize_base(merged, target_modules=[3])
+    assert not any(isinstance(module, PackedLayer) for each in (half_loaded, merged) for module in each.modules())
     tied = nn.Module()
     tied.embedding, tied.decode = nn.Embedding(8, 64), nn.Linear(64, 8, bias=False)
     tied.decode.weight = tied.embedding.weight

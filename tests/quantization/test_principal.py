@@ -224,7 +224,7 @@ def test_codes_beside_a_principal_part_are_described_without_their_values():
 
 
 def test_what_cannot_be_kept_or_taken_is_named():
-    with pytest.raises(QuantizationError, match="principal_rank=0: expected at least 1"):
+    with pytest.raises(QuantizationError, match="principal_rank=0: expected an integer of at least 1"):
         quantize_base(GatedMLP(), principal_rank=0)
     with pytest.raises(QuantizationError, match="give principal_rank"):
         quantize_base(GatedMLP(), principal_modules=["linear_fc1"])

@@ -7,13 +7,11 @@ from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.quantize import (
     DEFAULT_EXCLUDED,
     BaseQuantizer,
-    PackedSize,
     dequantize_base,
     forget_residuals,
-    packed_size,
     quantize_base,
 )
-from meshpeft.quantization.sites import check_start
+from meshpeft.quantization.size import PackedSize, packed_size
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "PackedLayer",
     "PackedSize",
     "QuantizationError",
-    "check_start",
     "dequantize_base",
     "forget_residuals",
     "keep_starts",

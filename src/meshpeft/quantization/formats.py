@@ -178,10 +178,10 @@ def weight_format(name: str, block_size: int) -> WeightFormat:
     Raises:
         QuantizationError: there is none, or its blocks cannot have this size.
     """
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise QuantizationError(f"format={name!r}: expected one of {', '.join(FORMATS)}")
-    if block_size not in BLOCK_SIZES:
-        raise QuantizationError(f"block_size={block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
+        raise QuantizationError(f"block_size={block_size!r}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
     return FORMATS[name]
 
 

@@ -13,7 +13,7 @@ from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.layers import PACKED_CLASSES, PRINCIPAL, KeptFactors, PackedLayer
 
-__all__ = ["can_be_packed", "check_packable", "pack_", "unpack_"]
+__all__ = ["can_be_packed", "check_has_values", "check_packable", "pack_", "unpack_"]
 
 
 def can_be_packed(module: nn.Module) -> bool:
@@ -28,6 +28,12 @@ def check_packable(layer: nn.Module, format_name: FormatName, block_size: int, n
         raise QuantizationError(f"{name}: a {type(layer).__name__} cannot be packed")
     _blocks_of(layer, format_name, block_size).check(name)
     return weight
+
+
+def check_has_values(layer: nn.Module, name: str) -> None:
+    """Raise what `pack_` raises where the layer is on the meta device."""
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
 
 
 @torch.no_grad()
@@ -58,8 +64,7 @@ def pack_(
     """
     name = name or type(layer).__name__
     weight = check_packable(layer, format_name, block_size, name)
-    if weight.is_meta:
-        raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
+    check_has_values(layer, name)
     blocks = _blocks_of(layer, format_name, block_size)
     packed = blocks.pack(weight, principal)
 

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from meshpeft.parallel import layout_of
-from meshpeft.peft import AdapterWrapper, ModuleMatcher
+from meshpeft.peft import AdapterWrapper, ModuleMatcher, adapter_wrappers
 from meshpeft.peft.matching import is_target, nearest_names
 from meshpeft.peft.walk import walk
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.full_matrices import full_matrices, local_factors
 from meshpeft.quantization.layers import KeptFactors, PackedLayer
-from meshpeft.quantization.packing import can_be_packed, check_packable, pack_, unpack_
+from meshpeft.quantization.packing import can_be_packed, check_has_values, check_packable, pack_, unpack_
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [
     "DEFAULT_EXCLUDED",
     "BaseQuantizer",
-    "PackedSize",
     "dequantize_base",
     "forget_residuals",
-    "packed_size",
     "quantize_base",
 ]
 
@@ -73,13 +70,17 @@ class BaseQuantizer:
         weight_format(self.format, self.block_size)
         for option in ("residual_rank", "principal_rank"):
             rank = getattr(self, option)
-            if rank is not None and rank < 1:
-                raise QuantizationError(f"{option}={rank}: expected at least 1, or None to keep none")
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+                raise QuantizationError(f"{option}={rank!r}: expected an integer of at least 1, or None to keep none")
         if self.principal_modules is not None and self.principal_rank is None:
             raise QuantizationError("principal_modules says which layers keep a principal part: give principal_rank")
         for option in ("target_modules", "exclude_modules", "principal_modules"):
-            if isinstance(getattr(self, option), str):
-                raise QuantizationError(f"{option} is a string; give a list of patterns: [{getattr(self, option)!r}]")
+            patterns = getattr(self, option)
+            if isinstance(patterns, str):
+                raise QuantizationError(f"{option} is a string; give a list of patterns: [{patterns!r}]")
+            for pattern in () if patterns is None or isinstance(patterns, ModuleMatcher) else patterns:
+                if not isinstance(pattern, str):
+                    raise QuantizationError(f"{option}: {pattern!r} is no pattern; expected names, or patterns with *")
 
     def layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to pack, by full name; the model may be on the meta device.
@@ -187,7 +188,8 @@ def quantize_base(
 
     Raises:
         QuantizationError: nothing to pack, or a pattern that matches nothing; rows that do not divide into blocks; a
-            weight that two layers share. Nothing is packed then.
+            weight that two layers share, that holds no values yet, or that an adapter is merged into. Nothing is
+            packed then.
 
     Example:
         >>> quantize_base(model, "nf4")
@@ -203,7 +205,16 @@ def quantize_base(
         principal_rank,
         principal_modules,
     )
-    for name, layer in quantizer.layers_of(model).items():
+    layers = quantizer.layers_of(model)
+    merged = {wrapper.to_wrap for _, wrapper in adapter_wrappers(model) if wrapper.is_merged}
+    for name, layer in layers.items():
+        check_has_values(layer, name)
+        if layer in merged:
+            raise QuantizationError(
+                f"{name}: an adapter is merged into its weight, which could not be put back; unmerge it first, or take "
+                "it into the base with merge_adapter"
+            )
+    for name, layer in layers.items():
         quantizer.pack_(layer, name)
     return model
 
@@ -225,40 +236,6 @@ def forget_residuals(model: nn.Module) -> None:
     """Free what `quantize_base(residual_rank=..)` kept, once the adapters have started from it."""
     for layer in _packed_layers(model):
         layer.forget_residual()
-
-
-class PackedSize(NamedTuple):
-    """What the packed layers of a model store, over all ranks that share it.
-
-    Attributes:
-        layers: packed layers.
-        parameters: of their weights.
-        bytes: of the codes and scales, and of principal parts that are still beside them, as the ranks hold them.
-        formats: their names.
-    """
-
-    layers: int
-    parameters: int
-    bytes: int
-    formats: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.parameters:,} parameters of {self.layers} layers as {' and '.join(self.formats)} in {self.bytes:,} "
-            f"bytes, {self.bytes / max(1, self.parameters):.4f} a parameter"
-        )
-
-
-def packed_size(model: nn.Module) -> PackedSize:
-    """Count the packed weights of a model; not a collective."""
-    parameters = stored = 0
-    layers = _packed_layers(model)
-    for layer in layers:
-        weight = layout_of(layer).weight()
-        ranks = math.prod(axis.world_size for axis in weight.shard_axes)
-        parameters += weight.size
-        stored += ranks * sum(tensor.nbytes for tensor in layer.stored_tensors())
-    return PackedSize(len(layers), parameters, stored, tuple(sorted({layer.storage.name for layer in layers})))
 
 
 def _packed_layers(model: nn.Module) -> list[Any]:
