@@ -19,6 +19,7 @@ from meshpeft.peft import (
     NamedLoRALinear,
     PEFTAttributeConfig,
     PEFTConfig,
+    adapter_wrappers,
     disable_adapters,
     enable_adapters,
     is_peft_model,
@@ -102,6 +103,34 @@ def test_chunks_of_a_model_are_configured_and_switched_like_one():
     assert not chunks[0].mlp.linear_fc1.is_enabled("second") and started.is_enabled("default")
     enable_adapters(chunks, adapters_to_enable="second")
     assert chunks[0].mlp.linear_fc1.is_enabled("second") and not chunks[0].mlp.linear_fc1.is_enabled("default")
+
+
+def test_chunks_whose_layers_have_the_same_names_are_all_adapted_started_and_switched():
+    chunks = [nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name, start in (("one", "pissa"), ("two", "svdquant")):
+            update_model(chunks, {"adapter_name": name, "adapter_cfg": {"0": {"rank": 2, "lora_init_method": start}}})
+    layers = [chunk[0] for chunk in chunks]
+    assert all(layer.adapter_names == ["one", "two"] and layer.factors()[1].any() for layer in layers)
+    assert ["svdquant: there is no enabled quantiser on 0, so" in str(each.message) for each in caught] == [True]
+    disable_adapters(chunks, "0", "one")
+    assert not any(layer.is_enabled("one") for layer in layers) and all(layer.is_enabled("two") for layer in layers)
+
+
+def test_one_name_switches_on_a_layer_that_was_off_as_a_whole():
+    block, x = make_block(None), block_input()
+    for name in ("one", "two"):
+        update_model(block, {"adapter_name": name, "adapter_cfg": {"*": RANDOM}})
+    disable_adapters(block, adapters_to_disable="two")
+    want = block(x)
+    for _, wrapper in adapter_wrappers(block):
+        wrapper.enable_adapter_layers()
+        wrapper.set_enabled("two", True)
+        wrapper.disable_adapter_layers()
+        assert not wrapper.is_enabled("one")
+    enable_adapters(block, adapters_to_enable="one")
+    assert torch.equal(block(x), want)
 
 
 def test_one_adapter_computes_what_lora_computes():
@@ -209,7 +238,11 @@ def test_validation_names_the_field_and_what_is_allowed(case):
     [
         ({"adapter_type": "dora"}, "adapter_type='dora': expected 'lora'"),
         ({"adapter_name": "a.b"}, r"adapter_name='a\.b': expected letters"),
+        ({"adapter_name": "2nd"}, "adapter_name='2nd': expected letters, digits and underscores, no digit first"),
         ({"adapter_name": "keys"}, "adapter_name='keys' is reserved"),
+        ({"adapter_name": "training"}, "adapter_name='training' is reserved"),
+        ({"seed": "x"}, "seed='x': expected an integer"),
+        (None, "expected a PEFTConfig or a dict of its fields, got None"),
         ({"adapter_cfg": {}}, "adapter_cfg={}: expected at least one pattern"),
         ({"adapter_cfg": {"*": 3}}, r"adapter_cfg\['\*'\]: expected a PEFTAttributeConfig or a dict"),
         ({"freeze_base_model": 1}, "freeze_base_model=1: expected True or False"),
@@ -222,6 +255,16 @@ def test_configurations_that_fit_no_model_leave_it_unchanged(options, message):
     with pytest.raises(AdapterError, match=message):
         update_model(block, options)
     assert not is_peft_model(block) and all(parameter.requires_grad for parameter in block.parameters())
+
+
+def test_a_configuration_that_was_changed_is_checked_again():
+    config = PEFTConfig()
+    config.adapter_cfg["*mlp*"] = {"rank": 0}
+    with pytest.raises(AdapterError, match=r"adapter_cfg\['\*mlp\*'\]: rank=0"):
+        update_model(make_block(None), config)
+    config.adapter_cfg["*mlp*"] = {"rank": 2}
+    config.adapter_cfg["*"] = {"enable": False}
+    assert ranks_of(update_model(make_block(None), config)) == dict.fromkeys(LAYERS[2:], 2)
 
 
 def test_an_exclusion_that_excludes_nothing_is_only_warned_about():
@@ -260,6 +303,11 @@ def test_switching_what_is_not_there_is_an_error():
         disable_adapters(block, adapters_to_disable="defualt")
     with pytest.raises(AdapterError, match=r"'\*cross\*' matches no layer with an adapter"):
         disable_adapters(block, layers_to_disable="*cross*")
+    for what, shown in ((3, 3), (["*", 3], 3)):
+        with pytest.raises(AdapterError, match=f"pattern {shown} is neither a string nor a function"):
+            disable_adapters(block, layers_to_disable=what)
+    with pytest.raises(AdapterError, match="adapter names are matched by strings"):
+        disable_adapters(block, adapters_to_disable=lambda name: True)
 
 
 def test_state_dicts_hold_each_adapter_under_its_name():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.parallel import layout_of, layout_of_tensor, sharded_state_dict
-from meshpeft.peft import CanonicalLoRA, DoRA, DoRALinear, LoRA, LowRankPEFT
+from meshpeft.peft import CanonicalLoRA, DoRA, DoRALinear, LoRA, LowRankPEFT, is_peft_model, update_model
 from meshpeft.quantization import QuantizationError, pissa_init, quantize_base, svdquant_init
 
 TARGETS = ["linear_fc1", "linear_fc2"]
@@ -209,8 +209,20 @@ def test_pissa_is_refused_where_the_weight_is_not_there_to_give():
         pissa_init(model)
     tied = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     tied["b"].weight = tied["a"].weight
+    start = {"adapter_cfg": {"a": {"rank": 2, "lora_init_method": "pissa"}}}
+    with pytest.raises(QuantizationError, match="a: its weight is shared with another layer"):
+        update_model(tied, start)
+    assert not is_peft_model(tied)
     with pytest.raises(QuantizationError, match="a: its weight is shared with another layer"):
         pissa_init(LoRA(["a"], dim=2)(tied))
+    empty = nn.ModuleDict({"a": nn.Linear(8, 8, device="meta")})
+    with pytest.raises(QuantizationError, match="a holds no values yet: load the model before"):
+        update_model(empty, start)
+    narrow = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    narrow["a"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(QuantizationError, match=r"a: pissa takes its part out of the weight, which .* another form"):
+        update_model(narrow, start)
+    assert not is_peft_model(empty) and not is_peft_model(narrow)
 
 
 def test_a_model_without_adapters_is_an_error():

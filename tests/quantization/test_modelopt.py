@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meshpeft.engines.after_import import import_after
 from meshpeft.parallel import init_parallelism, layer_type_of, sharded_state_dict
-from meshpeft.peft import DoRA, LoRA, NamedLoRALinear, disable_adapters, enable_adapters, update_model
+from meshpeft.peft import AdapterError, DoRA, LoRA, NamedLoRALinear, disable_adapters, enable_adapters, update_model
 from meshpeft.quantization import QuantizationError, pissa_init, svdquant_init
 
 pytest.importorskip("modelopt", reason="ModelOpt is an optional extra")
@@ -94,6 +94,36 @@ def test_a_disabled_quantiser_is_none():
     with pytest.warns(UserWarning, match="no enabled quantiser on linear_fc1, so"):
         svdquant_init(model)
     assert not model.linear_fc1.adapter.linear_in.weight.any() and model.linear_fc2.adapter.linear_in.weight.any()
+
+
+@pytest.mark.parametrize("config", ["INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_factors_that_were_moved_to_the_activations_belong_to_the_weight(kind, config):
+    """An adapter sees the input as it comes, not as ModelOpt scales it."""
+    x = X * torch.where(torch.arange(128) < 5, 20.0, 1.0)  # large features, whose factors are worth moving
+    exact = MODELS[kind]()
+    model = quantized(copy.deepcopy(exact), config, x)
+    layers = [model.get_submodule(name) for name in ADAPTED[kind]]
+    for layer in layers:
+        assert layer.input_quantizer.pre_quant_scale is not None
+        layer.input_quantizer.disable()
+    assert torch.allclose(
+        layers[0](x), torch.nn.functional.linear(x, used_weight(layers[0]), layers[0].bias), rtol=1e-4, atol=1e-3
+    )
+    error = (model(x) - exact(x)).norm()
+    adapt(model, kind, rank=32, lora_init_method="svdquant")
+    assert (model(x) - exact(x)).norm() < 0.95 * error
+
+
+def test_a_weight_is_stored_as_it_is_used_while_its_quantiser_is_off():
+    model = LoRA(["linear_fc1"], dim=4)(quantized(GatedMLP(torch.float32), "INT8_DEFAULT_CFG", X))
+    base = model.linear_fc1.to_wrap
+    assert model.linear_fc1.stored_weight() is None
+    base.weight_quantizer.disable()
+    assert model.linear_fc1.stored_weight() is base.weight
+    base.weight_quantizer.enable()
+    with pytest.raises(AdapterError, match="stores its weight in another form"):
+        model.linear_fc1.merge()
 
 
 def test_dora_starts_at_the_quantised_layer():

@@ -4,7 +4,9 @@ Importing this file
 
 * enters the layers that `mtq.quantize` makes of `nn.Linear` and of this package's layers into the registry. Their
   forward quantises activations before the base's collectives, so adapters run beside them, on the unquantised input.
-  Their weight is W as their enabled `weight_quantizer` rounds it, and W where it is disabled;
+  Their weight is W as their enabled `weight_quantizer` rounds it, and W where it is disabled. Where ModelOpt moved a
+  factor of each input feature from W to the activations (SmoothQuant, AWQ), it is multiplied back: an adapter sees the
+  input as it comes;
 * makes column- and row-parallel layers and grouped experts known to `mtq.quantize`. Scales that would differ between
   the ranks that share a weight become the same: a weight is quantised alike at every layout, unless its blocks
   straddle ranks. Experts are quantised row by row as if they were separate layers; a scale for the whole tensor is
@@ -147,13 +149,22 @@ def _same_over(quantizer: Any, axes: Sequence[ParallelAxis]) -> None:
 
 
 def _weight(module: Any) -> Tensor:
-    """The weight that the layer multiplies by."""
-    weight: Tensor = module.weight
+    """The weight that the layer multiplies its input by."""
     if not module.weight_quantizer.is_enabled:
-        return weight
+        return _of_input(module, module.weight)
     with module.quantize_weight():
-        quantized: Tensor = module.weight
-    return quantized
+        return _of_input(module, module.weight)
+
+
+def _unrounded(module: Any) -> Tensor | None:
+    """The same as it was before it was rounded, if it is."""
+    return _of_input(module, module.weight) if module.weight_quantizer.is_enabled else None
+
+
+def _of_input(module: Any, weight: Tensor) -> Tensor:
+    """A weight of the scaled input -> that of the input as it comes."""
+    scale: Tensor | None = module.input_quantizer.pre_quant_scale
+    return weight if scale is None else weight * scale.to(weight.dtype)
 
 
 QuantModuleRegistry.register(
@@ -170,6 +181,7 @@ QuantModuleRegistry.register(
 )(_QuantGroupedLinear)
 
 register_layer_type(
-    _QuantLinear, LayerType(layout=lambda m: LinearLayout(m.in_features, m.out_features), weight=_weight)
+    _QuantLinear,
+    LayerType(layout=lambda m: LinearLayout(m.in_features, m.out_features), weight=_weight, unrounded=_unrounded),
 )
-register_layer_type(_QuantParallelLinear, LayerType(layout=lambda m: m.layout, weight=_weight))
+register_layer_type(_QuantParallelLinear, LayerType(layout=lambda m: m.layout, weight=_weight, unrounded=_unrounded))

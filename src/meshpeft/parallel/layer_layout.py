@@ -201,6 +201,8 @@ class LayerType:
         checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
         call: calls the layer as an adapter beside it needs it, so that it returns also the output of a layer norm that
             it contains; `None` where it is called as it is.
+        unrounded: the local weight, in the terms of `weight`, that an enabled quantiser of the layer rounds each time;
+            `None` where there is none.
         decides: the layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
             who names it means it.
     """
@@ -214,6 +216,7 @@ class LayerType:
     gathers: Callable[[Any, Mapping[str, Any]], bool] | None = None
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
     call: Callable[..., Any] | None = None
+    unrounded: Callable[[Any], Tensor | None] = lambda module: None
     decides: bool = False
 
     @property

@@ -28,7 +28,7 @@ from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.parameter_groups import lora_plus_parameter_groups
 from meshpeft.peft.router import LoRATopKRouter
-from meshpeft.peft.update import disable_adapters, enable_adapters, is_peft_model, update_model
+from meshpeft.peft.switching import disable_adapters, enable_adapters, is_peft_model
 from meshpeft.peft.wrapper import AdapterWrapper, BaseOutput
 
 __all__ = [
@@ -90,9 +90,11 @@ register_engines()
 
 if TYPE_CHECKING:
     from meshpeft.engines.transformer_engine import HAVE_TE, TECL, TERL
+    from meshpeft.quantization.update import update_model
 
-# Names of packages above this one, which they import: looked up when they are asked for.
+# Names of other packages, which import this one or are optional: looked up when they are asked for.
 _ELSEWHERE = dict.fromkeys(("HAVE_TE", "TECL", "TERL"), "meshpeft.engines.transformer_engine")
+_ELSEWHERE["update_model"] = "meshpeft.quantization.update"
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -114,16 +114,18 @@ class PEFTConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.adapter_name, str) or not self.adapter_name.isidentifier():
             raise AdapterError(
-                f"adapter_name={self.adapter_name!r}: expected letters, digits and underscores, for it becomes part of "
-                "parameter names"
+                f"adapter_name={self.adapter_name!r}: expected letters, digits and underscores, no digit first, for it "
+                "becomes part of parameter names"
             )
-        if hasattr(nn.ModuleDict, self.adapter_name):
+        if hasattr(nn.ModuleDict(), self.adapter_name):
             raise AdapterError(f"adapter_name={self.adapter_name!r} is reserved; choose another")
         if self.adapter_type != "lora":
             raise AdapterError(f"adapter_type={self.adapter_type!r}: expected 'lora'")
         for option in ("freeze_base_model", "freeze_lora_weights"):
             if not isinstance(getattr(self, option), bool):
                 raise AdapterError(f"{option}={getattr(self, option)!r}: expected True or False")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise AdapterError(f"seed={self.seed!r}: expected an integer")
         if not isinstance(self.adapter_cfg, Mapping) or not self.adapter_cfg:
             raise AdapterError(
                 f"adapter_cfg={self.adapter_cfg!r}: expected at least one pattern with its attributes, such as "
@@ -136,9 +138,14 @@ class PEFTConfig:
         """A configuration, or one made from a dict of its fields.
 
         Raises:
-            AdapterError: an unknown field.
+            AdapterError: an unknown field; a value that is not allowed.
         """
-        return config if isinstance(config, PEFTConfig) else _from_mapping(cls, config, "PEFTConfig")
+        if isinstance(config, PEFTConfig):
+            return replace(config)  # checked again: its fields and patterns may have been changed since
+        if not isinstance(config, Mapping):
+            raise AdapterError(f"expected a PEFTConfig or a dict of its fields, got {config!r}")
+        made: PEFTConfig = _from_mapping(cls, config, "PEFTConfig")
+        return made
 
     def attributes_of(self, name: str) -> PEFTAttributeConfig | None:
         """Those of the last pattern that matches a layer's full name; `None` if none does or it says `enable=False`."""

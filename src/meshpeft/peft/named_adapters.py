@@ -62,11 +62,14 @@ class NamedLoRALinear(LowRankWrapper):
             AdapterError: adapters are merged into the base's weight.
         """
         self.check_switchable()
+        if enabled and not self._adapter_enabled:  # the layer was switched off as a whole: the others stay off
+            self._disabled.update(self.adapter)
+            self.enable_adapter_layers()
         (self._disabled.discard if enabled else self._disabled.add)(name)
 
     def is_enabled(self, name: str) -> bool:
         """Whether the adapter of this name takes part in `forward`."""
-        return name in self.adapter and name not in self._disabled
+        return self._adapter_enabled and name in self.adapter and name not in self._disabled
 
     def _enabled(self) -> list[LowRankAdapter]:
         return [adapter for name, adapter in self.named_adapters() if name not in self._disabled]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import LayerType, layer_type_of
 from meshpeft.peft.errors import AdapterError
 
-__all__ = ["WrappedLayer"]
+__all__ = ["WrappedLayer", "stored_weight_of"]
 
 
 class WrappedLayer(nn.Module):
@@ -29,8 +29,6 @@ class WrappedLayer(nn.Module):
         # In a dict, for a parameter that is an attribute becomes one of this module's.
         self._unmerged: dict[str, nn.Parameter] | None = None
         self._is_merged = False
-        self._weight_is_stored = False
-        self._stored_weight_of: type[nn.Module] | None = None
 
     @property
     def layer_type(self) -> LayerType:
@@ -47,18 +45,7 @@ class WrappedLayer(nn.Module):
 
     def stored_weight(self) -> nn.Parameter | None:
         """The base's local weight if it is stored as it is used; `None` if it is made anew (dequantised) each time."""
-        weight = getattr(self.to_wrap, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point() and self._reads(weight):
-            return weight
-        return None
-
-    def _reads(self, weight: nn.Parameter) -> bool:
-        # Asked once per base: reading a quantised weight means dequantising it.
-        base = type(self.to_wrap)
-        if self._stored_weight_of != base:
-            self._weight_is_stored = self.layer_type.weight(self.to_wrap) is weight
-            self._stored_weight_of = base
-        return self._weight_is_stored
+        return stored_weight_of(self.to_wrap)
 
     def weight_source(self) -> Tensor | Callable[[], Tensor]:
         """The base's local weight, or where it is stored otherwise a function that makes it (nothing keeps it)."""
@@ -162,6 +149,17 @@ class WrappedLayer(nn.Module):
                 self.to_wrap, name, _parameter_like(merged, base.to(merged.device, merged.dtype)) if moved else base
             )
         self._unmerged, self._is_merged = None, False
+
+
+def stored_weight_of(layer: nn.Module) -> nn.Parameter | None:
+    """A layer's local weight if it is stored as it is used; `None` if it is made anew (dequantised) each time."""
+    weight, layer_type = getattr(layer, "weight", None), layer_type_of(layer)
+    if layer_type is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return None
+    # Asked first, for it is cheap: reading a quantised weight means rounding it again.
+    if layer_type.unrounded(layer) is not None:
+        return None
+    return weight if layer_type.weight(layer) is weight else None
 
 
 def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meshpeft.peft import AdapterWrapper
-from meshpeft.quantization.errors import QuantizationError
+from meshpeft.peft.walk import chunks_of
 from meshpeft.quantization.full_matrices import full_matrices
 from meshpeft.quantization.layers import PackedLayer
-from meshpeft.quantization.sites import AdapterSite, adapter_sites, residual_source, widened
+from meshpeft.quantization.sites import AdapterSite, adapter_sites, check_unshared, residual_source, widened
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = ["keep_starts", "pissa_init", "svdquant_init"]
@@ -24,10 +24,10 @@ _WAITING_BYTES = 1 << 28
 
 @torch.no_grad()
 def svdquant_init(
-    model: nn.Module,
+    model: nn.Module | list[nn.Module],
     *,
     adapter_name: str | None = None,
-    layers: Mapping[str, AdapterWrapper] | None = None,
+    layers: Sequence[tuple[str, AdapterWrapper]] | None = None,
     exact: bool = False,
     power_iterations: int | None = None,
     oversampling: int = 16,
@@ -42,9 +42,9 @@ def svdquant_init(
     A layer that is not quantised gets zeros in both factors, and one warning names such layers.
 
     Args:
-        model: with adapters (LoRA, Canonical LoRA, DoRA, or named ones) on quantised layers.
+        model: with adapters (LoRA, Canonical LoRA, DoRA, or named ones) on quantised layers; or a list of its chunks.
         adapter_name: where layers have several adapters, the name of the one to start.
-        layers: adapted layers of the model, by name; `None` means all.
+        layers: adapted layers of the model, with their names; `None` means all.
         exact: decompose in full, in float64. Layers packed with kept residuals: see `quantize_base(exact_svd=..)`.
         power_iterations, oversampling: of the randomised decomposition, see `low_rank_part`.
 
@@ -77,10 +77,10 @@ def svdquant_init(
 
 @torch.no_grad()
 def pissa_init(
-    model: nn.Module,
+    model: nn.Module | list[nn.Module],
     *,
     adapter_name: str | None = None,
-    layers: Mapping[str, AdapterWrapper] | None = None,
+    layers: Sequence[tuple[str, AdapterWrapper]] | None = None,
     exact: bool = False,
     power_iterations: int | None = None,
     oversampling: int = 16,
@@ -95,7 +95,8 @@ def pissa_init(
     kept beside the remainder's codes (QPiSSA). The adapter is then a change of the base that is packed so.
 
     Args:
-        model: with adapters on layers whose weights are stored as they are used, or packed with a principal part.
+        model: with adapters on layers whose weights are stored as they are used, or packed with a principal part; or a
+            list of its chunks.
         adapter_name, layers, exact, power_iterations, oversampling: as in `svdquant_init`. Principal parts of packed
             layers: see `quantize_base(exact_svd=..)`.
 
@@ -107,11 +108,9 @@ def pissa_init(
     options: dict[str, Any] = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
     options["dtype"] = torch.float64
     sites = list(adapter_sites(model, adapter_name, layers))
-    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     for site in sites:
         site.check("pissa")
-        if not isinstance(site.base, PackedLayer) and owners.count(id(_stored(site))) > 1:
-            raise QuantizationError(f"{site.name}: its weight is shared with another layer, which pissa would change")
+    check_unshared(chunks_of(model), [(site.name, site.base) for site in sites])
     waiting = _Waiting(options, balanced=True)
     for site in sites:
         if isinstance(site.base, PackedLayer):

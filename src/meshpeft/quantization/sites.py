@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
+from meshpeft.parallel import LayerType, LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
 from meshpeft.peft import (
     AdapterWrapper,
     DoRALinear,
@@ -21,12 +22,13 @@ from meshpeft.peft import (
     NamedLoRALinear,
     adapter_wrappers,
 )
+from meshpeft.peft.wrapped_layer import stored_weight_of
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.full_matrices import gathered_factors, local_factors
 from meshpeft.quantization.layers import KeptFactors, PackedLayer
 from meshpeft.quantization.svd import LowRank
 
-__all__ = ["AdapterSite", "adapter_sites", "check_start", "residual_source", "widened"]
+__all__ = ["AdapterSite", "adapter_sites", "check_start", "check_unshared", "residual_source", "widened"]
 
 
 @dataclass(frozen=True)
@@ -135,20 +137,22 @@ class AdapterSite:
 
 
 def adapter_sites(
-    model: nn.Module, adapter_name: str | None = None, layers: Mapping[str, AdapterWrapper] | None = None
+    model: nn.Module | list[nn.Module],
+    adapter_name: str | None = None,
+    layers: Sequence[tuple[str, AdapterWrapper]] | None = None,
 ) -> Iterator[AdapterSite]:
     """Every adapter that can start from weights; routers are left alone.
 
     Args:
-        model: with adapters.
+        model: with adapters; or a list of its chunks.
         adapter_name: of the adapters, on layers where they have names; `None` where each layer has one only.
-        layers: some adapted layers by name; `None` means all of the model's.
+        layers: some adapted layers with their names; `None` means all of the model's.
 
     Raises:
         QuantizationError: there is none; a layer has several adapters and `adapter_name` does not choose.
     """
     found = False
-    for name, wrapper in dict(adapter_wrappers(model) if layers is None else layers).items():
+    for name, wrapper in adapter_wrappers(model) if layers is None else layers:
         for adapter, part in _adapters_of(name, wrapper, adapter_name):
             found = True
             yield AdapterSite(name, wrapper, adapter, part)
@@ -185,6 +189,8 @@ def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: in
     Raises:
         QuantizationError: see `svdquant_init` and `pissa_init`.
     """
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        raise QuantizationError(f"{name} holds no values yet: load the model before its adapters start from them")
     if isinstance(layer, PackedLayer):
         kept = layer.residual if method == "svdquant" else layer.principal
         what, option = ("residual", "residual_rank") if method == "svdquant" else ("principal part", "principal_rank")
@@ -195,23 +201,47 @@ def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: in
                 f"{name}: its packed weight {state}, and the adapter has rank {rank}; pack the model with "
                 f"quantize_base(.., {option}={rank})"
             )
-    elif method == "pissa" and residual_source(layer) is not None:
+    elif method == "pissa" and _layer_type(layer).unrounded(layer) is not None:
         raise QuantizationError(
             f"{name}: pissa takes its part out of the weight, which is quantised already; call pissa_init before "
             "quantising"
         )
+    elif method == "pissa" and stored_weight_of(layer) is None:
+        raise QuantizationError(
+            f"{name}: pissa takes its part out of the weight, which a {type(layer).__name__} of this kind stores in "
+            "another form than it uses; let the adapter start otherwise"
+        )
+
+
+def check_unshared(model: list[nn.Module], layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Whether no other layer would change with the weights of these, which `pissa_init` changes.
+
+    Args:
+        model: its chunks.
+        layers: with their names; packed ones have no weight to share.
+
+    Raises:
+        QuantizationError: a weight belongs to another layer too.
+    """
+    owners = Counter(id(own) for chunk in model for _, own in chunk.named_parameters(remove_duplicate=False))
+    for name, layer in layers:
+        if not isinstance(layer, PackedLayer) and owners[id(layer.weight)] > 1:
+            raise QuantizationError(f"{name}: its weight is shared with another layer, which pissa would change")
 
 
 def residual_source(layer: nn.Module) -> Tensor | PackedLayer | None:
-    """W - quant(W), local, or the packed layer that kept its factors; `None` where a layer uses what it stores."""
+    """W - quant(W), local, or the packed layer that kept its factors; `None` where nothing quantises the weight."""
     if isinstance(layer, PackedLayer):
         return layer
-    layer_type = layer_type_of(layer)
-    assert layer_type is not None
-    used, stored = layer_type.weight(layer), layer.weight
-    if used is stored or not isinstance(stored, Tensor):
-        return None
-    return widened(stored.detach()) - widened(used.detach())
+    layer_type = _layer_type(layer)
+    exact = layer_type.unrounded(layer)
+    return None if exact is None else widened(exact.detach()) - widened(layer_type.weight(layer).detach())
+
+
+def _layer_type(layer: nn.Module) -> LayerType:
+    found = layer_type_of(layer)
+    assert found is not None
+    return found
 
 
 def widened(tensor: Tensor) -> Tensor:

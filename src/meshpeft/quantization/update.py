@@ -1,27 +1,24 @@
-"""Adapters by patterns: put on a model, named, switched on and off."""
+"""Adapters by patterns, put on a model; they may start from what quantising its weights lost."""
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from meshpeft.parallel import layer_type_of, named_init_
-from meshpeft.peft.base import PEFT, Model, adapter_wrappers
-from meshpeft.peft.config import LayerPattern, LoRAInitMethod, PEFTConfig, matches
-from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.lora import LoRA
+from meshpeft.peft import PEFT, AdapterError, AdapterWrapper, LoRA, NamedLoRALinear, PEFTConfig, adapter_wrappers
+from meshpeft.peft.base import Model
+from meshpeft.peft.config import LayerPattern, LoRAInitMethod, matches
 from meshpeft.peft.matching import is_router, nearest_names
-from meshpeft.peft.named_adapters import NamedLoRALinear
 from meshpeft.peft.walk import Place, chunks_of, walk
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.quantization.initialization import pissa_init, svdquant_init
+from meshpeft.quantization.sites import check_start, check_unshared
 
-__all__ = ["disable_adapters", "enable_adapters", "is_peft_model", "update_model"]
+__all__ = ["update_model"]
 
 
 def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
@@ -54,110 +51,16 @@ def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
     return adapted
 
 
-def is_peft_model(model: nn.Module | list[nn.Module]) -> bool:
-    """Whether any layer of the model, or of its chunks, carries an adapter."""
-    return next(adapter_wrappers(model), None) is not None
-
-
-def enable_adapters(
-    model: nn.Module | list[nn.Module],
-    layers_to_enable: LayerPattern | Iterable[LayerPattern] | None = None,
-    adapters_to_enable: str | Iterable[str] | None = None,
-) -> None:
-    """Let adapters take part in the model again.
-
-    Args:
-        model: with adapters; or a list of its chunks.
-        layers_to_enable: patterns (`*` for any substring) or predicates of full layer names; `None`: all layers.
-        adapters_to_enable: patterns of adapter names; `None`: all adapters.
-
-    Raises:
-        AdapterError: the model has no adapters; a pattern matches nothing.
-
-    Example:
-        >>> enable_adapters(model, layers_to_enable=["*mlp*"], adapters_to_enable=["finetuned"])
-    """
-    _switch(model, True, layers_to_enable, adapters_to_enable)
-
-
-def disable_adapters(
-    model: nn.Module | list[nn.Module],
-    layers_to_disable: LayerPattern | Iterable[LayerPattern] | None = None,
-    adapters_to_disable: str | Iterable[str] | None = None,
-) -> None:
-    """Leave adapters out of the model; arguments and errors as in `enable_adapters`."""
-    _switch(model, False, layers_to_disable, adapters_to_disable)
-
-
-# The name under which the adapter of a method that knows no names (`LoRA`) is switched.
-_UNNAMED = "default"
-
-
-def _switch(
-    model: nn.Module | list[nn.Module],
-    enabled: bool,
-    layers: LayerPattern | Iterable[LayerPattern] | None,
-    adapters: str | Iterable[str] | None,
-) -> None:
-    layer_patterns, adapter_patterns = _patterns(layers), _patterns(adapters)
-    wrappers = {
-        place.full_name: module
-        for chunk in chunks_of(model)
-        for place, module in walk(chunk)
-        if isinstance(module, AdapterWrapper)
-    }
-    if not wrappers:
-        raise AdapterError("the model has no adapters; call update_model first")
-    names = {name: _names_of(wrapper) for name, wrapper in wrappers.items()}
-    every_name = {adapter for found in names.values() for adapter in found}
-    _check_met(layer_patterns, wrappers, "layer with an adapter")
-    for pattern in adapter_patterns or ():
-        if not isinstance(pattern, str):
-            raise AdapterError(f"adapter names are matched by strings, not by {pattern!r}")
-    _check_met(adapter_patterns, every_name, "adapter")
-    meant = [
-        (wrapper, adapter)
-        for name, wrapper in wrappers.items()
-        if layer_patterns is None or any(matches(pattern, name) for pattern in layer_patterns)
-        for adapter in names[name]
-        if adapter_patterns is None or any(matches(pattern, adapter) for pattern in adapter_patterns)
-    ]
-    for wrapper, _ in meant:  # before the first one is switched
-        wrapper.check_switchable()
-    for wrapper, adapter in meant:
-        if isinstance(wrapper, NamedLoRALinear):
-            wrapper.set_enabled(adapter, enabled)
-        elif enabled:
-            wrapper.enable_adapter_layers()
-        else:
-            wrapper.disable_adapter_layers()
-
-
-def _names_of(wrapper: nn.Module) -> list[str]:
-    return wrapper.adapter_names if isinstance(wrapper, NamedLoRALinear) else [_UNNAMED]
-
-
-def _patterns(patterns: LayerPattern | Iterable[LayerPattern] | None) -> list[LayerPattern] | None:
-    if patterns is None:
-        return None
-    return [patterns] if isinstance(patterns, str) or callable(patterns) else list(patterns)
-
-
-def _check_met(patterns: list[LayerPattern] | None, names: Iterable[str], kind: str) -> None:
-    known = list(names)
-    for pattern in patterns or ():
-        if not any(matches(pattern, name) for name in known):
-            nearest = f"; nearest: {', '.join(nearest_names(pattern, known))}" if isinstance(pattern, str) else ""
-            raise AdapterError(f"{pattern!r} matches no {kind}{nearest}")
-
-
 @dataclass
 class _PatternLoRA(PEFT):
     """`LoRA` whose options differ from layer to layer, on layers that may have adapters already."""
 
     config: PEFTConfig
-    _adapted_before: dict[str, NamedLoRALinear] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _initialized_later: dict[LoRAInitMethod, dict[str, AdapterWrapper]] = field(
+    # With names, which layers of different chunks may share.
+    _adapted_before: list[tuple[str, NamedLoRALinear]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    _initialized_later: dict[LoRAInitMethod, list[tuple[str, AdapterWrapper]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -167,13 +70,16 @@ class _PatternLoRA(PEFT):
         for pattern, value in self.config.adapter_cfg.items():
             if not any(matches(pattern, name) for name in names):
                 self._report_unmet(pattern, names, enable=not isinstance(value, dict) and value.enable)
+        give_up_a_part = []
         for name, module in layers:
             attributes = self.config.attributes_of(name)
             if attributes is None:
                 continue
             base = module.to_wrap if isinstance(module, AdapterWrapper) else module
             if attributes.lora_init_method != "kaiming_zeros":
-                _quantization().check_start(attributes.lora_init_method, base, attributes.rank, name)
+                check_start(attributes.lora_init_method, base, attributes.rank, name)
+            if attributes.lora_init_method == "pissa":
+                give_up_a_part.append((name, base))
             if not isinstance(module, AdapterWrapper):
                 continue
             if not isinstance(module, NamedLoRALinear):
@@ -182,7 +88,8 @@ class _PatternLoRA(PEFT):
                 )
             if self.config.adapter_name in module.adapter_names:
                 raise AdapterError(f"{name} has an adapter {self.config.adapter_name!r} already; choose another name")
-            self._adapted_before[name] = module
+            self._adapted_before.append((name, module))
+        check_unshared(chunks, give_up_a_part)
 
     def _report_unmet(self, pattern: LayerPattern, names: list[str], enable: bool) -> None:
         nearest = nearest_names(pattern, names) if isinstance(pattern, str) else []
@@ -203,7 +110,7 @@ class _PatternLoRA(PEFT):
 
     def add_to_adapted(self, chunks: list[nn.Module]) -> None:
         """Add the adapter to the layers that had others before."""
-        for name, wrapper in self._adapted_before.items():
+        for name, wrapper in self._adapted_before:
             self._add(wrapper, name)
         for chunk in chunks:
             self.freeze_model(chunk)
@@ -228,7 +135,7 @@ class _PatternLoRA(PEFT):
             named_init_(adapter.linear_in.weight, attributes.a_init, self.config.seed, f"{name}.linear_in.weight")
             named_init_(adapter.linear_out.weight, attributes.b_init, self.config.seed, f"{name}.linear_out.weight")
         else:
-            self._initialized_later.setdefault(attributes.lora_init_method, {})[full_name] = wrapper
+            self._initialized_later.setdefault(attributes.lora_init_method, []).append((full_name, wrapper))
         wrapper.add(self.config.adapter_name, adapter)
 
     def freeze_model(self, model: nn.Module, training: bool = True) -> None:
@@ -247,17 +154,8 @@ class _PatternLoRA(PEFT):
     def initialize(self, chunks: list[nn.Module]) -> None:
         """Start the adapters that start from the weights. Collectives, where the weights are divided."""
         for method, layers in self._initialized_later.items():
-            start = _quantization().svdquant_init if method == "svdquant" else _quantization().pissa_init
-            for chunk in chunks:
-                held = set(chunk.modules())
-                own = {name: layer for name, layer in layers.items() if layer in held}
-                if own:
-                    start(chunk, adapter_name=self.config.adapter_name, layers=own)
-
-
-def _quantization() -> ModuleType:
-    # When it is needed: that package is built on the adapters of this one.
-    return importlib.import_module("meshpeft.quantization")
+            start = svdquant_init if method == "svdquant" else pissa_init
+            start(chunks, adapter_name=self.config.adapter_name, layers=layers)
 
 
 def _is_adaptable(module: nn.Module) -> bool:
