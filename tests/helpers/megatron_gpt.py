@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
-from meshpeft.models.config import MoEConfig
+from meshpeft.models.config_parts import MoEConfig
 from meshpeft.models.rotary import inverse_frequencies
 from meshpeft.parallel import (
     ParallelAxis,

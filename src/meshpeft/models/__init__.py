@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 from meshpeft.models.cache import KVCache
-from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig, check_divisible
+from meshpeft.models.config import DecoderConfig, check_divisible
+from meshpeft.models.config_parts import MoEConfig, RopeConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.generate import generate

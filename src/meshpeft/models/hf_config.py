@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from meshpeft.models.config import DecoderConfig, RopeConfig
+from meshpeft.models.config_parts import RopeConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.hf_families import FAMILIES, Family
 
-__all__ = ["from_hf", "to_hf"]
+if TYPE_CHECKING:
+    from meshpeft.models.config import DecoderConfig
+
+__all__ = ["hf_config_of", "options_of"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -66,8 +69,8 @@ _ROPE_FIELDS = {
 }
 
 
-def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
-    """See [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
+def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
+    """What `DecoderConfig` is made with; see [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
     model_type = fields.get("model_type")
     family = FAMILIES.get(str(model_type))
@@ -85,26 +88,26 @@ def from_hf(source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
         raise UnsupportedModelError(f"hidden_act {hf.hidden_act!r} is not implemented; implemented: 'silu'")
     if hf.attention_dropout:
         raise UnsupportedModelError(f"attention_dropout={hf.attention_dropout} is not implemented; set it to 0")
-    return DecoderConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        model_type=str(model_type),
-        rope=_rope(hf.rope_parameters),
-        rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
-        initializer_range=hf.initializer_range,
-        other={name: getattr(hf, name) for name in _KEPT if hasattr(hf, name)},
+    return {
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "intermediate_size": hf.intermediate_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "model_type": str(model_type),
+        "rope": _rope(hf.rope_parameters),
+        "rms_norm_eps": hf.rms_norm_eps,
+        "tie_word_embeddings": bool(hf.tie_word_embeddings),
+        "initializer_range": hf.initializer_range,
+        "other": {name: getattr(hf, name) for name in _KEPT if hasattr(hf, name)},
         **family.read(hf),
-    )
+    }
 
 
-def to_hf(config: DecoderConfig) -> PretrainedConfig:
-    """See [`DecoderConfig.to_hf`][meshpeft.models.DecoderConfig.to_hf]."""
+def hf_config_of(config: DecoderConfig) -> PretrainedConfig:
+    """The configuration of a decoder's family, which may lack what it has no field for."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
@@ -130,10 +133,8 @@ def to_hf(config: DecoderConfig) -> PretrainedConfig:
     }
     if family.states_head_dim or config.head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = config.head_dim
-    hf = _transformers_config(config.model_type, fields)
-    if from_hf(hf) != config:
-        raise ModelError(f"a {config.model_type} configuration cannot express {config}")
-    return hf
+    written: PretrainedConfig = _transformers_config(config.model_type, fields)
+    return written
 
 
 def _refuse_unknown(name: str, value: Any, family: Family, model_type: str) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.models.config import DecoderConfig, MoEConfig
+from meshpeft.models.config import DecoderConfig
+from meshpeft.models.config_parts import MoEConfig
 from meshpeft.models.mlp import MLP, gated_silu
 from meshpeft.models.router import ReplicatedLinear, TopKRouter, load_balancing_loss
 from meshpeft.parallel.collectives import mp_gather, mp_scatter

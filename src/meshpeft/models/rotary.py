@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from meshpeft.models.config import RopeConfig
+from meshpeft.models.config_parts import RopeConfig
 
 __all__ = ["apply_rotary", "inverse_frequencies", "rotary_tables"]
 

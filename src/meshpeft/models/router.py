@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.models.config import MoEConfig
+from meshpeft.models.config_parts import MoEConfig
 from meshpeft.parallel.collectives import mp_reduce
 from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis
