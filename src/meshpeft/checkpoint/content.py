@@ -16,7 +16,17 @@ from meshpeft.checkpoint.slices import Slice
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import AdapterWrapper
 
-__all__ = ["ModelContent", "OptimizerContent", "check_random_state", "random_state", "restore_random_state"]
+__all__ = [
+    "MODEL",
+    "OPTIMIZER",
+    "RANDOM",
+    "ModelContent",
+    "OptimizerContent",
+    "check_random_state",
+    "random_state",
+    "restore_random_state",
+    "state_key",
+]
 
 MODEL = "model."
 OPTIMIZER = "optimizer."

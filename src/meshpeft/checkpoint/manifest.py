@@ -16,7 +16,7 @@ from typing import Any
 
 from meshpeft.checkpoint.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Chunk", "FileRecord", "Manifest", "TensorRecord"]
+__all__ = ["MANIFEST", "Chunk", "FileRecord", "Manifest", "TensorRecord", "file_sha256"]
 
 MANIFEST = "manifest.json"
 """The file that makes a directory a checkpoint."""

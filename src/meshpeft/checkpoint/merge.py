@@ -43,7 +43,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
     with all_or_none("merging", CheckpointError):
-        _check(model, wrappers)
+        _check(wrappers)
         if directory is not None:
             _check_target(model, Path(directory), overwrite)
     for name, wrapper in wrappers.items():
@@ -57,7 +57,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     return model
 
 
-def _check(model: nn.Module, wrappers: Mapping[str, AdapterWrapper]) -> None:
+def _check(wrappers: Mapping[str, AdapterWrapper]) -> None:
     if not wrappers:
         raise CheckpointError("the model carries no adapter")
     for name, wrapper in wrappers.items():

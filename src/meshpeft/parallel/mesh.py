@@ -206,22 +206,18 @@ def init_parallelism(
             raise ParallelError(f"{name}={size!r}: expected an integer of at least 1")
     dense, expert = pipeline_parallel * tensor_parallel, pipeline_parallel * expert_parallel * etp
     world_size = _world_size()
+    stages = f"pipeline_parallel={pipeline_parallel}"
     for product, text in (
-        (dense, f"pipeline_parallel={pipeline_parallel} x tensor_parallel={tensor_parallel}"),
-        (
-            expert,
-            f"pipeline_parallel={pipeline_parallel} x expert_parallel={expert_parallel} x expert_tensor_parallel={etp}",
-        ),
+        (dense, f"{stages} x tensor_parallel={tensor_parallel}"),
+        (expert, f"{stages} x expert_parallel={expert_parallel} x expert_tensor_parallel={etp}"),
     ):
         if world_size % product:
             raise ParallelError(
                 f"{text} = {product} does not divide the world of {world_size} processes; "
                 f"start a multiple of {math.lcm(dense, expert)} processes"
             )
-    if not _start_process_group(world_size):
-        _current = _SERIAL
-        return _current
-    _current = _build(world_size, pipeline_parallel, tensor_parallel, expert_parallel, etp)
+    started = _start_process_group(world_size)
+    _current = _build(world_size, pipeline_parallel, tensor_parallel, expert_parallel, etp) if started else _SERIAL
     return _current
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensors",
     "expert_key",
+    "part_name",
     "sharded_state_dict",
     "sharded_tensors",
 ]

@@ -18,13 +18,13 @@ from meshpeft.peft.matching import ModuleMatcher
 from meshpeft.peft.walk import Place, chunks_of, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
-__all__ = ["PEFT", "adapter_wrappers"]
+__all__ = ["PEFT", "Model", "adapter_wrappers"]
 
 Model = TypeVar("Model", bound="nn.Module | list[nn.Module] | tuple[nn.Module, ...]")
 
 
 def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
-    """Every adapted layer of a model or of its chunks, with its full name."""
+    """Every adapted layer of a model or of its chunks, with its place below the chunk (as `get_submodule` takes it)."""
     for chunk in chunks_of(model):
         for name, module in chunk.named_modules():
             if isinstance(module, AdapterWrapper):

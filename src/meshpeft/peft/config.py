@@ -14,7 +14,7 @@ from meshpeft.peft.dtypes import normalize_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import wildcard_match
 
-__all__ = ["LayerPattern", "LoRAInitMethod", "PEFTAttributeConfig", "PEFTConfig"]
+__all__ = ["LayerPattern", "LoRAInitMethod", "PEFTAttributeConfig", "PEFTConfig", "matches"]
 
 LayerPattern: TypeAlias = str | Callable[[str], bool]
 """A layer's full name with `*` for any substring, or a predicate of it."""

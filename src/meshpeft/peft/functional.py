@@ -36,7 +36,17 @@ from meshpeft.parallel import ParallelAxis
 from meshpeft.parallel.communication import reduce_scatter, take_slice
 from meshpeft.peft.products import add_times_, factor_gradient, ignore_offsets, product_type, times
 
-__all__ = ["WeightSource", "fused_lora", "fused_lora_reference", "product", "read_weight"]
+__all__ = [
+    "WeightSource",
+    "dense_gradient",
+    "flat",
+    "fused_lora",
+    "fused_lora_reference",
+    "gradient_of_a",
+    "product",
+    "read_weight",
+    "tokens_to_keep",
+]
 
 WeightSource = Tensor | Callable[[], Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["init_method_const", "init_method_kaiming_uniform", "init_method_normal", "init_method_of"]
+__all__ = ["InitMethod", "init_method_const", "init_method_kaiming_uniform", "init_method_normal", "init_method_of"]
 
 InitMethod = Callable[[Tensor], Tensor]
 

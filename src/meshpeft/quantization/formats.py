@@ -30,7 +30,7 @@ from torch import Tensor
 
 from meshpeft.quantization.errors import QuantizationError
 
-__all__ = ["FORMATS", "FormatName", "Packed", "WeightFormat", "weight_format"]
+__all__ = ["BLOCK_SIZES", "FORMATS", "FormatName", "Packed", "WeightFormat", "weight_format"]
 
 FormatName = Literal["nf4", "int8", "int4", "fp8"]
 

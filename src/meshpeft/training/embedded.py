@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "PROMPT_SUFFIX",
     "embedded_model_dir",
     "embedded_records",
     "is_held_out",

@@ -58,7 +58,7 @@ def verify_run(config: FinetuneConfig) -> str:
     )
     lines = [
         *_subject(config, base),
-        *_findings(verdict, world, config),
+        *_findings(verdict, world),
         f"in {time.perf_counter() - start:.1f} s, without a GPU",
     ]
     if not verdict.is_exact:
@@ -200,7 +200,7 @@ def _structure(base: DecoderConfig) -> str:
     return sizes if base.moe is None else f"{sizes}, {base.moe.num_experts} experts, top {base.moe.moe_router_topk}"
 
 
-def _findings(verdict: Verdict, world: int, config: FinetuneConfig) -> list[str]:
+def _findings(verdict: Verdict, world: int) -> list[str]:
     if verdict.states is None:
         states = "states: not followed in a model with experts; the numbers below are the proof"
     else:
