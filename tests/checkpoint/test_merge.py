@@ -79,10 +79,14 @@ def test_a_tied_head_that_is_unmerged_is_tied_again(tp: int, tiny: Tiny) -> None
         assert torch.equal(model(ids), expected) and model.output_layer.to_wrap.weight is embedding
 
 
-def test_the_tied_head_of_a_transformers_model_gets_its_own_weight(tiny: Tiny, tmp_path: Path) -> None:
-    ids, model = random_ids(), reference(tiny("qwen2"))
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    LoRA(["lm_head", "o_proj"], dim=4, lora_B_init_method="normal")(model, training=False)
+@pytest.mark.parametrize(("family", "targets"), [("qwen2", ["lm_head", "o_proj"]), ("bert", ["decoder", "query"])])
+def test_the_tied_head_of_a_transformers_model_gets_its_own_weight(
+    tiny: Tiny, tmp_path: Path, family: str, targets: list[str]
+) -> None:
+    """And its own bias, where that is tied too (BERT)."""
+    ids, model = random_ids(), reference(tiny(family))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    LoRA(targets, dim=4, lora_B_init_method="normal")(model, training=False)
     with torch.no_grad():
         expected = model(ids).logits
         merge_adapter(model).save_pretrained(tmp_path / "merged")

@@ -193,6 +193,15 @@ def test_transformers_models_exchange_adapters_under_their_own_names(tiny: Tiny,
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
+def test_a_layer_whose_own_name_is_that_of_another_module_is_named_in_full(tiny: Tiny, tmp_path: Path) -> None:
+    """CTRL's feed-forward layers are numbers 0 and 2 of a list, as its blocks are."""
+    ids, model = random_ids(), reference(tiny("ctrl"))
+    LoRA(["*.ffn.*", "Wq"], dim=4, lora_B_init_method="normal")(model, training=False)
+    export_peft_adapter(model, tmp_path / "adapter")
+    theirs = with_peft(tiny("ctrl"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_files_keep_the_adapters_type(dtype: torch.dtype, tiny: Tiny, tmp_path: Path) -> None:
     export_peft_adapter(adapted(tiny("llama"), lora_dtype=dtype), tmp_path / "adapter")

@@ -84,6 +84,15 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "n_routed_experts": 2,
     },
+    # The bias of the tied head is tied, too.
+    "bert": {
+        "num_hidden_layers": 2,
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    # Layers in a list, whose own names are numbers.
+    "ctrl": {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     # States instead of keys and values, in every layer and in some.
     "mamba": {"num_hidden_layers": 2, "state_size": 4},
     "bamba": {

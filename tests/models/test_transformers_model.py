@@ -17,6 +17,7 @@ from helpers.transformers_float64 import in_float64
 from helpers.workers import run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from meshpeft.models import (
     ModelError,
@@ -227,6 +228,22 @@ def test_buffers_that_the_model_does_not_read_do_not_decide_its_type(tiny: Calla
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     edited_weights(directory, lambda t: t.update({"gpt_neox.layers.0.attention.bias": mask}))
     assert stored_dtype(directory) == next(load_transformers(directory).parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("key", ["layerdrop", "attn_pdrop"])
+def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) -> None:
+    made = AutoModelForCausalLM.from_config
+
+    def with_rate(*arguments: Any, **options: Any) -> Any:
+        model = made(*arguments, **options)
+        setattr(model.model, key, 0.1)
+        return model
+
+    with (
+        mock.patch.object(AutoModelForCausalLM, "from_config", with_rate),
+        pytest.raises(ModelError, match=rf"model\.{key}=0\.1: the base model's own dropout"),
+    ):
+        load_transformers(tiny("gemma"))
 
 
 def test_experts_in_another_form_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.models import Decoder, LanguageModel, save_pretrained
+from meshpeft.parallel import layout_of_tensor, set_layout
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.peft import AdapterError, AdapterWrapper
 
@@ -89,6 +90,24 @@ def _state_untied(model: nn.Module) -> None:
         own = copy(config)  # the caller's may belong to other models
         own.tie_word_embeddings = False
         model.config = own
+        _untie(model)
+
+
+def _untie(model: nn.Module) -> None:
+    """Give every name of a tied parameter one of its own.
+
+    What is tied beside the head's weight, such as its bias in BERT, is untied by the same configuration.
+    """
+    owners: dict[int, nn.Module] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if owners.setdefault(id(parameter), module) is not module:
+            separate = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            layout = layout_of_tensor(parameter)
+            if layout is not None:
+                set_layout(separate, layout)
+            setattr(module, attribute, separate)
 
 
 def _embedding(model: nn.Module, which: str) -> Tensor | None:

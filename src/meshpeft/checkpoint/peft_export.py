@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
 
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, hub_linears
+from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
 from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
@@ -28,6 +28,9 @@ from meshpeft.models import Decoder
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.held_modules import held_module
+from meshpeft.parallel.layer_layout import layer_type_of
+from meshpeft.peft import AdapterWrapper
+from meshpeft.peft.walk import walk
 
 __all__ = ["check_exportable", "export_peft_adapter"]
 
@@ -151,9 +154,16 @@ def _config(
         )
     # Servers allot room for the rank that stands there.
     largest, most = max(shapes.values(), key=attrgetter("rank")), Counter(shapes.values()).most_common(1)[0][0]
+    others = names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters})
+    if not has_our_names(model):  # peft has a say on modules of every kind
+        others += [
+            place.full_name
+            for place, module in walk(model)
+            if layer_type_of(module) is None and not isinstance(module, AdapterWrapper)
+        ]
     return describe(
         modules,
-        names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters}),
+        others,
         parameters,
         shapes,
         usual=largest if names.per_expert else most,

@@ -251,7 +251,7 @@ def make_transformers_model(
 def _check(model: Any, dtype: torch.dtype) -> None:
     for name, module in model.named_modules():
         rates = {"p": module.p} if isinstance(module, nn.Dropout) else {}
-        rates |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+        rates |= {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
         for key, rate in rates.items():
             if rate:
                 raise ModelError(
