@@ -52,6 +52,40 @@ def test_a_layout_of_experts_is_exact(tmp_path: Path, capsys: pytest.CaptureFixt
     assert max(errors.values()) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    (
+        # One head of keys and values would not divide; scaled and tied embedding.
+        ("gemma", ["--tp", "4", "--dp", "2", "--activation-checkpointing"]),
+        ("phi3", ["--tp", "2", "--dp", "2", "--exclude-modules", "lm_head", "down_proj"]),
+        ("gpt_neox", ["--tp", "2", "--method", "dora", "--target-modules", "*.layers.1.*", "gpt_neox.layers.0.mlp.*"]),
+        # Without a plan, and with layers that differ.
+        ("bamba", ["--dp", "2", "--target-modules", "q_proj", "v_proj", "gate_proj"]),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_layout_of_a_transformers_model_is_exact(
+    family: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny(family, tmp_path / "base")
+    capsys.readouterr()
+    assert main(["verify", "--model", str(base), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "states: not followed in transformers' code" in printed
+    errors = errors_in(printed)
+    assert set(errors) == {"loss", "grad norm", "gradient", "weight", "export"}
+    assert max(errors.values()) < 1e-10
+
+
+def test_a_wrong_layout_of_a_transformers_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny("phi3", tmp_path / "base")
+    monkeypatch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+    assert main(["verify", "--model", str(base), "--tp", "2"]) == 2
+    assert errors_in(capsys.readouterr().err)["gradient"] > 1e-3
+
+
 @pytest.mark.parametrize("fault", ("sum of dA dropped", "sum over data parallel dropped"))
 def test_a_wrong_layout_is_refused_with_its_errors(
     fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from meshpeft.models import Decoder, DecoderConfig, check_divisible
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
+from meshpeft.parallel import ModelParallelConfig
 from meshpeft.training.documents import Document
 from meshpeft.training.packing import PackedRows, pack_documents
-from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
+from meshpeft.verify.oracle import Layout, compare, trace_layout
 from meshpeft.verify.typecheck import typecheck_layout
 
-__all__ = ["TOLERANCE", "Verdict", "first_layers", "scaled_down", "verify_layout"]
+__all__ = ["TOLERANCE", "Verdict", "errors_of", "few_ranks", "first_layers", "scaled_down", "verify_layout"]
 
 TOLERANCE = 1e-10
 """Largest relative error, in float64, that two orders of summation explain; measured errors are below 1e-11."""
@@ -41,16 +42,17 @@ class Verdict:
     """What was found.
 
     Attributes:
-        states: the loss's state per axis, from the type check; `None` for a model with experts.
+        states: the loss's state per axis, from the type check; `None` where they are not followed.
         errors: largest relative error of loss, gradient norm, gradients, weights, and of the exported adapter.
         layout: the simulated layout.
-        model: the scaled-down model.
+        num_layers, hidden_size: of the scaled-down model.
     """
 
     states: dict[str, str] | None
     errors: dict[str, float]
     layout: Layout
-    model: DecoderConfig
+    num_layers: int
+    hidden_size: int
 
     @property
     def is_exact(self) -> bool:
@@ -60,7 +62,7 @@ class Verdict:
 
 def verify_layout(
     config: DecoderConfig,
-    adapt: Callable[[Decoder], nn.Module],
+    adapt: Callable[[LanguageModel], nn.Module],
     *,
     tp: int = 1,
     dp: int = 1,
@@ -92,30 +94,47 @@ def verify_layout(
     states = None
     if config.moe is None:
         states = typecheck_layout(structure, adapt, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
-    layout = replace(_fewer_ranks(asked), micro_batch_size=2)
+    layout = few_ranks(asked)
     small = scaled_down(structure, layout)
 
-    def run(at: Layout) -> Trace:
-        return trace_layout(
-            at,
-            lambda parallel: Decoder(small, parallel, dtype=torch.float64),
-            adapt,
-            _rows(small.vocab_size),
-            steps=steps,
-            router_aux_loss_coef=router_aux_loss_coef,
-        )
+    def make(parallel: ModelParallelConfig) -> Decoder:
+        return Decoder(small, parallel, dtype=torch.float64)
 
-    return Verdict(states, compare(run(Layout()), run(layout)), layout, small)
+    errors = errors_of(layout, make, adapt, small.vocab_size, steps=steps, router_aux_loss_coef=router_aux_loss_coef)
+    return Verdict(states, errors, layout, small.num_layers, small.hidden_size)
 
 
-def _fewer_ranks(layout: Layout) -> Layout:
-    """The layout with as few ranks as show all of its arithmetic."""
+def errors_of(
+    layout: Layout,
+    make_model: Callable[[ModelParallelConfig], LanguageModel],
+    adapt: Callable[[LanguageModel], nn.Module],
+    vocab_size: int,
+    *,
+    steps: int,
+    router_aux_loss_coef: float = 0.0,
+) -> dict[str, float]:
+    """The largest relative error of each quantity that a few steps at a layout have, against one rank.
+
+    Args:
+        layout: simulated in this process.
+        make_model, adapt, steps, router_aux_loss_coef: see [`trace_layout`][meshpeft.verify.oracle.trace_layout].
+        vocab_size: of the model; the documents are random.
+    """
+    expected, found = (
+        trace_layout(at, make_model, adapt, _rows(vocab_size), steps=steps, router_aux_loss_coef=router_aux_loss_coef)
+        for at in (Layout(), layout)
+    )
+    return compare(expected, found)
+
+
+def few_ranks(layout: Layout) -> Layout:
+    """The layout with as few ranks as show all of its arithmetic, and two rows in a micro-batch."""
     tp, ep, few_ep = layout.tp, layout.ep, min(layout.ep, 4)
     ranks = math.lcm(tp, few_ep * (tp if layout.etp is None else layout.etp))
     # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
     if layout.dp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
         ranks *= 2
-    return replace(layout, dp=ranks // tp, ep=few_ep)
+    return replace(layout, dp=ranks // tp, ep=few_ep, micro_batch_size=2)
 
 
 def scaled_down(config: DecoderConfig, layout: Layout) -> DecoderConfig:

@@ -1,6 +1,6 @@
 """The oracle: the same fine-tune at two layouts, compared number by number.
 
-It drives `training`'s own step on a real decoder; nothing of training is written again here. All ranks run in one
+It drives `training`'s own step on a real model; nothing of training is written again here. All ranks run in one
 process ([`simulate`][meshpeft.verify.simulation.simulate]), in float64, where the layouts agree to rounding
 (relative error about 1e-15 per operation) and a real error cannot hide.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import export_peft_adapter
-from meshpeft.models import Decoder
+from meshpeft.models import LanguageModel
 from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, TensorLayout, layout_of_tensor, set_seed
 from meshpeft.training.batches import RowSampler
 from meshpeft.training.optimizer import adamw
@@ -85,8 +85,8 @@ class Trace:
 
 def trace_layout(
     layout: Layout,
-    make_model: Callable[[ModelParallelConfig], Decoder],
-    adapt: Callable[[Decoder], nn.Module],
+    make_model: Callable[[ModelParallelConfig], LanguageModel],
+    adapt: Callable[[LanguageModel], nn.Module],
     rows: PackedRows,
     *,
     steps: int = 5,

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshpeft.models import Decoder, DecoderConfig, check_divisible
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
 from meshpeft.parallel import ParallelGroupInfo, init_parallelism
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.packing import MicroBatch
@@ -81,7 +81,7 @@ class Plan:
 
 def plan(
     config: DecoderConfig,
-    adapt: Callable[[Decoder], nn.Module],
+    adapt: Callable[[LanguageModel], nn.Module],
     *,
     tp: int = 1,
     dp: int = 1,

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import DecoderConfig, LanguageModel
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_targets
-from meshpeft.training.base_model import base_directory, find_base
+from meshpeft.training.base_model import BaseModel, find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.report import describe_processes, short_path
@@ -49,16 +49,10 @@ def verify_run(config: FinetuneConfig) -> str:
     """
     config, base, world = _checked(config)
     start = time.perf_counter()
-    verdict = verify_layout(
-        base,
-        _quietly(_at_random(config)),
-        **_layout(config, world),
-        router_aux_loss_coef=config.router_aux_loss_coef,
-        all_layers=_names_layers(config),
-    )
+    verdict = _verdict(config, base, world)
     lines = [
         *_subject(config, base),
-        *_findings(verdict, world),
+        *_findings(verdict, world, base),
         f"in {time.perf_counter() - start:.1f} s, without a GPU",
     ]
     if not verdict.is_exact:
@@ -79,9 +73,14 @@ def plan_run(config: FinetuneConfig) -> str:
         MeshPEFTError: options, model and layout do not fit together.
     """
     config, base, world = _checked(config)
+    if not isinstance(base.config, DecoderConfig):
+        raise ConfigError(
+            f"a {base.config.model_type} model runs on the transformers engine, whose memory and traffic are not "
+            "counted; plan knows the native one"
+        )
     dtype = tensor_type(config.dtype)
     found = plan(
-        base,
+        base.config,
         _quietly(config),
         **_layout(config, world),
         micro_batch_size=config.micro_batch_size,
@@ -95,7 +94,7 @@ def plan_run(config: FinetuneConfig) -> str:
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
-def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, DecoderConfig, int]:
+def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, BaseModel, int]:
     """The options as `finetune` would take them, the model's structure, and the number of processes."""
     config = config.resolved()
     config.check()
@@ -103,18 +102,36 @@ def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, DecoderConfig, int
     base = find_base(config.model, config.engine)
     base.check(config)
     check_adapter(base, config)
-    if not isinstance(base.config, DecoderConfig):
-        raise ConfigError(
-            f"a {base.config.model_type} model runs on the transformers engine, whose layouts verify and plan do not "
-            "follow; compare a few steps of finetune at two layouts instead"
+    return config, base, world
+
+
+def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
+    adapt, layout = _quietly(_at_random(config)), _layout(config, world)
+    if isinstance(base.config, DecoderConfig):
+        return verify_layout(
+            base.config,
+            adapt,
+            **layout,
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            all_layers=_names_layers(config),
         )
-    return config, base.config, world
+    # It takes seconds, and there is something to import: the model is of transformers.
+    from meshpeft.verify.transformers_layout import verify_transformers_layout
+
+    return verify_transformers_layout(
+        base.config,
+        adapt,
+        tp=config.tp,
+        dp=layout["dp"],
+        activation_checkpointing=config.activation_checkpointing,
+        all_layers=_names_layers(config),
+    )
 
 
-def _subject(config: FinetuneConfig, base: DecoderConfig) -> list[str]:
+def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
     return [
-        f"model: {short_path(base_directory(config.model))}, {_structure(base)}",
-        f"{config.method}: rank {config.rank} on {describe_targets(config)}",
+        f"model: {short_path(base.directory)}, {_structure(base)}",
+        f"{config.method}: rank {config.rank} on {describe_targets(config, base.default_targets())}",
     ]
 
 
@@ -169,10 +186,10 @@ def _size(count: int) -> str:
     return f"{size:.1f} GiB"
 
 
-def _quietly(config: FinetuneConfig) -> Callable[[Decoder], nn.Module]:
+def _quietly(config: FinetuneConfig) -> Callable[[LanguageModel], nn.Module]:
     """What puts the run's adapter on a model; the warnings about it have been given."""
 
-    def adapt(model: Decoder) -> nn.Module:
+    def adapt(model: LanguageModel) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             add_adapter(model, config)
@@ -190,32 +207,37 @@ def _at_random(config: FinetuneConfig) -> FinetuneConfig:
 
 def _names_layers(config: FinetuneConfig) -> bool:
     patterns = (*(config.target_modules or ()), *(config.exclude_modules or ()))
-    return any(re.search(r"layers\.\d", pattern) for pattern in patterns)
+    return any(re.search(r"\.\d", pattern) for pattern in patterns)
 
 
-def _structure(base: DecoderConfig) -> str:
-    sizes = (
-        f"{base.model_type}, {base.num_layers} layers, {base.num_attention_heads} heads over {base.num_query_groups}"
-    )
-    return sizes if base.moe is None else f"{sizes}, {base.moe.num_experts} experts, top {base.moe.moe_router_topk}"
+def _structure(base: BaseModel) -> str:
+    config = base.config
+    if not isinstance(config, DecoderConfig):
+        text = config.get_text_config()
+        return f"{config.model_type}, {text.num_hidden_layers} layers, transformers engine"
+    heads = f"{config.num_attention_heads} heads over {config.num_query_groups}"
+    sizes = f"{config.model_type}, {config.num_layers} layers, {heads}"
+    moe = config.moe
+    return sizes if moe is None else f"{sizes}, {moe.num_experts} experts, top {moe.moe_router_topk}"
 
 
-def _findings(verdict: Verdict, world: int) -> list[str]:
+def _findings(verdict: Verdict, world: int, base: BaseModel) -> list[str]:
     if verdict.states is None:
-        states = "states: not followed in a model with experts; the numbers below are the proof"
+        where = "a model with experts" if base.engine == "native" else "transformers' code"
+        states = f"states: not followed in {where}; the numbers below are the proof"
     else:
         found = (
             ", ".join(f"{state} on {axis}" for axis, state in verdict.states.items()) or "one rank, nothing to check"
         )
         states = f"states at {world:,} ranks: every operation's operands agree; the loss is {found}"
-    small = verdict.model
     errors = [
         f"  {name.replace('_', ' '):<14}{error:.1e}{'' if error < TOLERANCE else '   <- wrong'}"
         for name, error in verdict.errors.items()
     ]
+    small = f"{verdict.num_layers} layers, hidden {verdict.hidden_size}"
     return [
         states,
-        f"numbers, float64, {verdict.layout} against one rank ({small.num_layers} layers, hidden {small.hidden_size}):",
+        f"numbers, float64, {verdict.layout} against one rank ({small}):",
         *errors,
         f"  largest relative error allowed: {TOLERANCE:.0e}",
     ]

@@ -15,7 +15,7 @@ from spmd_types import checker
 from spmd_types.types import PartitionSpec, R, V
 from torch import Tensor, nn
 
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel
 from meshpeft.parallel import (
     ModelParallelConfig,
     ParallelError,
@@ -32,7 +32,7 @@ __all__ = ["loss_states", "typecheck_layout"]
 
 def typecheck_layout(
     config: DecoderConfig,
-    adapt: Callable[[Decoder], nn.Module] | None = None,
+    adapt: Callable[[LanguageModel], nn.Module] | None = None,
     *,
     tp: int = 1,
     dp: int = 1,

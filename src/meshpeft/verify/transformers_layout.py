@@ -1,0 +1,158 @@
+"""`verify_transformers_layout`: the proof of a layout for a model of transformers, of whatever architecture.
+
+The numbers are those of [`verify_layout`][meshpeft.verify.layout.verify_layout]: a few steps of a scaled-down model in
+float64, on simulated ranks, against one rank. What a configuration means is transformers' alone, so it is scaled down
+by the names that most of them share, and tried. The states of its tensors are not followed: its code is not written in
+terms of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from meshpeft.models import LanguageModel, ModelError, load_transformers
+from meshpeft.parallel import MeshPEFTError
+from meshpeft.verify.float64 import lift_float32
+from meshpeft.verify.layout import Verdict, errors_of, few_ranks
+from meshpeft.verify.oracle import Layout
+
+__all__ = ["verify_transformers_layout"]
+
+# Rotary embeddings may take a quarter of a head's channels, and half of those for each of sine and cosine.
+_HEAD_DIM = 16
+# A model of a structure that cannot be made narrower is taken as it is, if it has no more parameters.
+_MOST_PARAMETERS = 30_000_000
+
+
+def verify_transformers_layout(
+    config: PretrainedConfig,
+    adapt: Callable[[LanguageModel], nn.Module],
+    *,
+    tp: int = 1,
+    dp: int = 1,
+    activation_checkpointing: bool = False,
+    all_layers: bool = False,
+    steps: int = 3,
+) -> Verdict:
+    """Check a model, an adapter and a layout together.
+
+    Args:
+        config: of the model, at its real size.
+        adapt, tp, dp, activation_checkpointing, all_layers, steps: see
+            [`verify_layout`][meshpeft.verify.layout.verify_layout].
+
+    Raises:
+        ModelError: no small model of the structure could be made, or the simulation cannot follow its code.
+        MeshPEFTError: sizes do not divide; a target matches no layer.
+    """
+    layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing))
+    small = _scaled_down(config, tp, all_layers)
+
+    with tempfile.TemporaryDirectory() as directory:
+        small.save_pretrained(directory)
+        save_model(_random_model(small), str(Path(directory) / "model.safetensors"))
+
+        def load(parallel: Any) -> LanguageModel:
+            model = load_transformers(directory, torch.float64)
+            lift_float32(model)
+            return model
+
+        text = small.get_text_config()
+        try:
+            errors = errors_of(layout, load, adapt, text.vocab_size, steps=steps)
+        except MeshPEFTError:
+            raise
+        # The architecture's own code may raise anything where tensors of all ranks are in the place of one.
+        except Exception as error:
+            raise ModelError(
+                f"a {config.model_type} model cannot be simulated ({_first_line(error)}); compare a few steps of "
+                "finetune at two layouts instead"
+            ) from error
+    return Verdict(None, errors, layout, text.num_hidden_layers, text.hidden_size)
+
+
+def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool) -> PretrainedConfig:
+    """A model of the same structure that takes seconds, of two layers or one of each kind."""
+    reason = ""
+    for narrow in (True, False):
+        small = copy.deepcopy(config)
+        # Other implementations do not take float64.
+        small._experts_implementation = "eager"
+        text: Any = small.get_text_config()
+        try:
+            if not all_layers:
+                _keep_layers(text)
+            _shrink_vocabulary(text, tp)
+            if narrow:
+                _narrow(text, tp)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+            if size > _MOST_PARAMETERS:
+                raise ModelError(f"{size:,} parameters are too many")
+            with torch.no_grad():
+                _random_model(small)(torch.arange(8)[None])
+            return small
+        # A configuration that does not fit together raises anything.
+        except Exception as error:
+            reason = reason or _first_line(error)
+    raise ModelError(
+        f"no small {config.model_type} model of this structure could be made to check ({reason}); compare a few steps "
+        "of finetune at two layouts instead"
+    )
+
+
+def _keep_layers(text: Any) -> None:
+    """Two layers; where lists tell layers apart, one of each kind."""
+    count = text.num_hidden_layers
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count}
+    kinds: dict[tuple[Any, ...], int] = {}
+    for layer, kind in enumerate(zip(*lists.values(), strict=True)):
+        kinds.setdefault(kind, layer)
+    kept = sorted(kinds.values()) if len(kinds) > 1 else list(range(min(2, count)))
+    for name, value in lists.items():
+        setattr(text, name, [value[layer] for layer in kept])
+    text.num_hidden_layers = len(kept)
+
+
+def _shrink_vocabulary(text: Any, tp: int) -> None:
+    text.vocab_size = 16 * tp
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+
+
+def _narrow(text: Any, tp: int) -> None:
+    """Narrow heads and MLPs, and windows shorter than a row."""
+    heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", None)
+    square = head_dim is None or text.hidden_size == heads * head_dim
+    text.hidden_size = heads * _HEAD_DIM * (1 if square else 2)
+    if head_dim is not None:
+        text.head_dim = _HEAD_DIM
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        text.intermediate_size = 8 * tp
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = 4
+
+
+def _random_model(config: PretrainedConfig) -> Any:
+    """In float64, with values far enough from their initial ones that nothing is linear and no bias is zero."""
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += noise * (2 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
