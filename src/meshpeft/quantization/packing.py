@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ def check_packable(layer: nn.Module, format_name: FormatName, block_size: int, n
 
 
 def check_has_values(layer: nn.Module, name: str) -> None:
-    """Raise what `pack_` raises where the layer is on the meta device."""
-    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+    """Raise what `pack_` raises where the layer's weight is on the meta device; its bias may be read later."""
+    weight: Any = layer.weight
+    if weight.is_meta:
         raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
 
 
