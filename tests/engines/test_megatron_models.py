@@ -112,3 +112,7 @@ def test_an_adapter_takes_megatrons_config_and_its_groups() -> None:
 def test_megatron_is_not_imported_before_one_of_its_layers_is_met() -> None:
     program = "import sys, meshpeft.peft, meshpeft.checkpoint; sys.exit('megatron' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_grouped_experts_that_are_not_quantised_start_from_zeros() -> None:
+    assert run_on_ranks(2, models.started_without_a_quantiser) == [(True, True)] * 2

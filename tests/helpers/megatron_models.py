@@ -8,12 +8,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_gpt import EXPERTS, logits_of, loss_of, make_gpt
 from helpers.megatron_layers import MARKS
 from helpers.megatron_runs import Method, Run, train
+from helpers.modelopt_jobs import quantized_by
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -23,9 +25,9 @@ from torch import Tensor, nn
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import DecoderConfig
-from meshpeft.parallel import ParallelAxis, layout_of, layout_of_tensor, parallel_group_info
+from meshpeft.parallel import ParallelAxis, layer_type_of, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.communication import all_gather
-from meshpeft.peft import PEFT, ParallelLinearAdapter, adapter_wrappers
+from meshpeft.peft import PEFT, NamedLoRALinear, ParallelLinearAdapter, adapter_wrappers, update_model
 
 
 def train_wrapped_before(method: PEFT, ddp_options: dict[str, Any]) -> Run:
@@ -123,6 +125,38 @@ def grouped_layer(method: PEFT, sizes: dict[str, Any]) -> dict[str, Any]:
             "marks of A": {mark: getattr(adapter.linear_in.weight, mark) for mark in MARKS[:4]},
             "marks of B": {mark: getattr(adapter.linear_out.weight, mark) for mark in MARKS[:4]},
         }
+
+
+@torch.no_grad()
+def residuals_and_products(config: str) -> list[tuple[Tensor, Tensor]]:
+    """(W - quant(W), s B A), whole, of the layers of a model that ModelOpt quantised, over 2 ranks."""
+    with megatron_on_cpu(tensor_model_parallel_size=2):
+        model = quantized_by(make_gpt().eval(), config, logits_of)
+        start = {"rank": 4, "scale": 3.0, "lora_init_method": "svdquant"}
+        update_model(model, {"adapter_cfg": {"*linear*": start}})
+        found = []
+        for _, wrapper in adapter_wrappers(model):
+            assert isinstance(wrapper, NamedLoRALinear)
+            base, layer_type = wrapper.to_wrap, layer_type_of(wrapper.to_wrap)
+            assert layer_type is not None and base.weight_quantizer.is_enabled
+            residual = layout_of(base).weight().gather(base.weight - layer_type.weight(base))
+            a, b = (layout.gather(f) for f in wrapper.factors() if (layout := layout_of_tensor(f)) is not None)
+            found.append((residual, 3.0 * b @ a))
+        return found
+
+
+@torch.no_grad()
+def started_without_a_quantiser() -> tuple[bool, bool]:
+    """Whether the factors of adapters on grouped experts are zero, and the logits those of before."""
+    with megatron_on_cpu(tensor_model_parallel_size=1, expert_model_parallel_size=2):
+        model = make_gpt(EXPERTS, grouped=True).eval()
+        before = logits_of(model)
+        attributes = {"rank": 4, "lora_init_method": "svdquant"}
+        with pytest.warns(UserWarning, match="no enabled quantiser on decoder.layers.0.mlp.experts.linear_fc1"):
+            update_model(model, {"adapter_cfg": {"*.experts.linear_fc*": attributes}})
+        wrappers = [wrapper for _, wrapper in adapter_wrappers(model) if isinstance(wrapper, NamedLoRALinear)]
+        zero = not any(factor.any() for wrapper in wrappers for factor in wrapper.factors())
+        return bool(wrappers) and zero, torch.equal(logits_of(model), before)
 
 
 @torch.no_grad()

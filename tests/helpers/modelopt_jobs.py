@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,11 +44,16 @@ class Experts(nn.Module):
 
 def quantized(model: nn.Module, config: str, x: Tensor) -> nn.Module:
     """The model after `mtq.quantize` with one of ModelOpt's configurations, calibrated on x."""
+    return quantized_by(model, config, lambda model: model(x))
+
+
+def quantized_by(model: nn.Module, config: str, run: Callable[[nn.Module], object]) -> nn.Module:
+    """The same, calibrated by a run of the model."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         import modelopt.torch.quantization as mtq  # takes seconds, and only some tests need it
 
-        return mtq.quantize(model, getattr(mtq, config), lambda model: model(x))
+        return mtq.quantize(model, getattr(mtq, config), run)
 
 
 class Outcome(NamedTuple):

@@ -211,6 +211,19 @@ def test_two_ranks_quantise_experts_as_one(config, ep, etp):
         assert torch.equal(two[1], one[1]) != blocks_straddle
 
 
+@pytest.mark.parametrize("config", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+def test_adapters_on_megatrons_layers_start_from_what_was_rounded_off(config):
+    pytest.importorskip("megatron.core")
+    from helpers.megatron_models import residuals_and_products
+
+    for pairs in run_on_ranks(2, residuals_and_products, config, timeout=IMPORTED):
+        assert len(pairs) == 8
+        for residual, product in pairs:
+            best = torch.linalg.svdvals(residual)[:4].square().sum()
+            left = (residual - product).square().sum()
+            assert best > 0 and residual.square().sum() - left > 0.99 * best
+
+
 def test_engines_are_imported_right_after_their_packages(tmp_path, monkeypatch):
     (tmp_path / "some_package.py").write_text("value = 1\n")
     (tmp_path / "its_engine.py").write_text("import some_package\nseen = some_package.value\n")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import HubLinear
 from meshpeft.checkpoint.tensor_file import TensorFileReader
-from meshpeft.parallel.layer_layout import layout_of
+from meshpeft.parallel.layer_types import layout_of
 from meshpeft.peft import AdapterWrapper
 
 __all__ = ["BASE_COPY", "compare_base_copies"]

@@ -18,7 +18,8 @@ from meshpeft.models import Decoder, ModelError
 from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel import describe_layers, parallel_group_info
 from meshpeft.parallel.held_modules import held_module
-from meshpeft.parallel.layer_layout import LinearLayout, layer_type_of
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import layer_type_of
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
 from meshpeft.peft import (
     AdapterWrapper,

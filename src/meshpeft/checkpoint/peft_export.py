@@ -28,7 +28,7 @@ from meshpeft.models import Decoder
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.held_modules import held_module
-from meshpeft.parallel.layer_layout import layer_type_of
+from meshpeft.parallel.layer_types import layer_type_of
 from meshpeft.peft import AdapterWrapper
 from meshpeft.peft.walk import walk
 

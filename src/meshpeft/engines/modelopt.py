@@ -2,8 +2,9 @@
 
 Importing this file
 
-* enters the layers that `mtq.quantize` makes of `nn.Linear` and of this package's layers into the registry. Their
-  forward quantises activations before the base's collectives, so adapters run beside them, on the unquantised input.
+* lets the layers that `mtq.quantize` makes of `nn.Linear`, of this package's layers and of Megatron's have the entries
+  of these. Their forward quantises activations before the base's collectives, so adapters run beside them, on the
+  unquantised input.
   Their weight is W as their enabled `weight_quantizer` rounds it, and W where it is disabled. Where ModelOpt moved a
   factor of each input feature from W to the activations (SmoothQuant, AWQ), it is multiplied back: an adapter sees the
   input as it comes;
@@ -20,9 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
-from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModuleRegistry, TensorQuantizer
+import torch
+from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModule, QuantModuleRegistry, TensorQuantizer
 from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 from modelopt.torch.utils.distributed import DistributedProcessGroup, ParallelState
 from torch import Tensor, nn
@@ -36,8 +39,8 @@ from meshpeft.parallel import (
     ParallelAxis,
     RowParallelLinear,
     TensorLayout,
+    derive_layer_types,
     parallel_group_info,
-    register_layer_type,
 )
 from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_tensors
 
@@ -148,22 +151,32 @@ def _same_over(quantizer: Any, axes: Sequence[ParallelAxis]) -> None:
         quantizer.sync_amax_across_distributed_group(DistributedProcessGroup(_group(axis)))
 
 
-def _weight(module: Any) -> Tensor:
-    """The weight that the layer multiplies its input by."""
-    if not module.weight_quantizer.is_enabled:
-        return _of_input(module, module.weight)
-    with module.quantize_weight():
-        return _of_input(module, module.weight)
+@cache
+def _quantized(original: LayerType) -> LayerType:
+    """The entry of the layers that ModelOpt made of those with this one."""
+
+    def weight(module: Any) -> Tensor:
+        stored = original.weight(module)
+        return _of_input(module, _rounded(module, stored) if module.weight_quantizer.is_enabled else stored)
+
+    def unrounded(module: Any) -> Tensor | None:
+        return _of_input(module, original.weight(module)) if module.weight_quantizer.is_enabled else None
+
+    return replace(original, weight=weight, unrounded=unrounded, enter=None, exit=None, store=None)
 
 
-def _unrounded(module: Any) -> Tensor | None:
-    """The same as it was before it was rounded, if it is."""
-    return _of_input(module, module.weight) if module.weight_quantizer.is_enabled else None
+def _rounded(module: Any, weight: Tensor) -> Tensor:
+    """As the layer's own forward rounds it."""
+    quantizer = module.weight_quantizer
+    if isinstance(quantizer, nn.ModuleList):  # one for each expert
+        return torch.stack([each(matrix) for each, matrix in zip(quantizer, weight, strict=True)])
+    rounded: Tensor = quantizer(weight.flatten(0, -2)).view_as(weight)
+    return rounded
 
 
 def _of_input(module: Any, weight: Tensor) -> Tensor:
     """A weight of the scaled input -> that of the input as it comes."""
-    scale: Tensor | None = module.input_quantizer.pre_quant_scale
+    scale: Tensor | None = getattr(module.input_quantizer, "pre_quant_scale", None)
     return weight if scale is None else weight * scale.to(weight.dtype)
 
 
@@ -180,8 +193,4 @@ QuantModuleRegistry.register(
     }
 )(_QuantGroupedLinear)
 
-register_layer_type(
-    _QuantLinear,
-    LayerType(layout=lambda m: LinearLayout(m.in_features, m.out_features), weight=_weight, unrounded=_unrounded),
-)
-register_layer_type(_QuantParallelLinear, LayerType(layout=lambda m: m.layout, weight=_weight, unrounded=_unrounded))
+derive_layer_types(QuantModule, _quantized)

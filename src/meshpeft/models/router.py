@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from meshpeft.models.config_parts import MoEConfig
 from meshpeft.parallel.collectives import mp_reduce
-from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import set_layout

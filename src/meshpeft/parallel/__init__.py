@@ -40,9 +40,10 @@ from meshpeft.parallel.init import (
     initialize_model_parallel_affine_weight_,
     named_init_,
 )
-from meshpeft.parallel.layer_layout import (
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import (
     LayerType,
-    LinearLayout,
+    derive_layer_types,
     does_more_than_its_type,
     layer_type_of,
     layout_of,
@@ -94,6 +95,7 @@ __all__ = [
     "container_type_of",
     "describe_layers",
     "destroy_parallelism",
+    "derive_layer_types",
     "does_more_than_its_type",
     "dispatch_tokens",
     "draw_seed",

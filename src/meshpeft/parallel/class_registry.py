@@ -62,12 +62,14 @@ def _is_inside(module: str, package: str) -> bool:
 class ClassRegistry(Generic[T]):
     """One entry per class of modules; a subclass without one has that of its nearest base.
 
-    A class may have further entries for those of its instances that something was done to.
+    A class may have further entries for those of its instances that something was done to; and what a package makes of
+    layers of many classes, by subclassing them, may have theirs, changed.
     """
 
     def __init__(self) -> None:
         self._entries: dict[type[nn.Module], T] = {}
         self._changed: dict[type[nn.Module], list[tuple[Callable[[nn.Module], bool], T]]] = {}
+        self._derived: dict[type[nn.Module], Callable[[T], T]] = {}
 
     def add(self, cls: type[nn.Module], entry: T, when: Callable[[nn.Module], bool] | None = None) -> None:
         """Set the entry of a class, or of its instances for which `when` holds."""
@@ -76,10 +78,20 @@ class ClassRegistry(Generic[T]):
         else:
             self._changed.setdefault(cls, []).append((when, entry))
 
+    def derive(self, cls: type[nn.Module], change: Callable[[T], T]) -> None:
+        """Let what is also a `cls` have the entry of its other classes, changed."""
+        self._derived[cls] = change
+
     def find(self, module: nn.Module) -> T | None:
         """The entry of the nearest class of `module` that has one, or `None`."""
         found = self._nearest(module)
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        entry = found[1]
+        for cls, change in self._derived.items():
+            if isinstance(module, cls):
+                entry = change(entry)
+        return entry
 
     def class_of(self, module: nn.Module) -> type[nn.Module] | None:
         """The class whose entry `module` has; `None` for no entry, or one of what was done to the instance."""

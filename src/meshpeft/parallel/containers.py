@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from meshpeft.parallel.class_registry import ClassRegistry
-from meshpeft.parallel.layer_layout import layer_type_of
+from meshpeft.parallel.layer_types import layer_type_of
 from meshpeft.parallel.tensor_layout import Packing
 
 __all__ = [

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear
 from meshpeft.parallel.init import InitializationType, initialize_
-from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, set_layout

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from meshpeft.parallel.collectives import mp_copy, mp_gather, mp_reduce, mp_scatter, sp_gather, sp_reduce_scatter
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_, stride_packing
-from meshpeft.parallel.layer_layout import LayerType, LinearLayout, register_layer_type
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, TensorLayout, layout_of_tensor, set_layout
