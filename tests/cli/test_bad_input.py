@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,7 +122,7 @@ def test_finetune_refuses_to_touch_another_run(
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     run = ["finetune", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path)]
-    assert "holds another run" in refused(run, capsys)
+    assert "holds a finished run" in refused(run, capsys)
     assert (tmp_path / "run.json").read_text() == "{}"
 
 
@@ -146,6 +148,15 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
         main(["finetune", "--batch-sizes", "4"])
     assert end.value.code == 2
     assert "--batch-size" in capsys.readouterr().err
+
+
+def test_nothing_is_said_when_nobody_reads_the_output() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "meshpeft.cli.main", "--help"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

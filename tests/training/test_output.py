@@ -25,7 +25,7 @@ def test_the_output_appears_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_run_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "run"
     write_run(path, "one").commit()
-    with pytest.raises(OutputError, match=r"holds another run.*--overwrite"):
+    with pytest.raises(OutputError, match=r"holds a finished run.*--overwrite"):
         OutputDirectory(path).check()
     output = write_run(path, "two", overwrite=True)
     output.discard()

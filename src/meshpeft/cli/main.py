@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,9 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, after one sentence on stderr; 1 for a worker that died, after its
-        traceback; 128 and the signal's number for an interrupted run. What else goes wrong is raised.
+        traceback; 128 and the signal's number for an interrupted run, or where nobody reads the output any more (as
+        after `| head`). What else goes wrong is raised.
     """
-    command, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        code = _run(*(list(sys.argv[1:] if argv is None else argv) or [""]))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left to be written has nowhere to go, and would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(command: str, *arguments: str) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

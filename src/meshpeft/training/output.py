@@ -53,7 +53,8 @@ class OutputDirectory:
                 )
             if finished and not self.overwrite:
                 raise OutputError(
-                    f"{self.given}: holds another run; choose another output directory, or replace it with --overwrite"
+                    f"{self.given}: holds a finished run; choose another output directory, or replace it with "
+                    "--overwrite"
                 )
             if not finished and not (self.overwrite or self.resume):
                 raise OutputError(
