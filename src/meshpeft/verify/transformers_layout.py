@@ -63,7 +63,7 @@ def verify_transformers_layout(
 
         def load(parallel: Any) -> LanguageModel:
             model = load_transformers(directory, torch.float64)
-            lift_float32(model)
+            _take_float64(model)
             return model
 
         text = small.get_text_config()
@@ -85,8 +85,6 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool) -> Pretrai
     reason = ""
     for narrow in (True, False):
         small = copy.deepcopy(config)
-        # Other implementations do not take float64.
-        small._experts_implementation = "eager"
         text: Any = small.get_text_config()
         try:
             if not all_layers:
@@ -99,7 +97,7 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool) -> Pretrai
             if size > _MOST_PARAMETERS:
                 raise ModelError(f"{size:,} parameters are too many")
             with torch.no_grad():
-                _random_model(small)(torch.arange(8)[None])
+                _take_float64(_random_model(small))(torch.arange(8)[None])
             return small
         # A configuration that does not fit together raises anything.
         except Exception as error:
@@ -151,6 +149,13 @@ def _random_model(config: PretrainedConfig) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += noise * (2 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
+    return model
+
+
+def _take_float64(model: Any) -> Any:
+    """Let all of the model's code compute in it."""
+    model.config._experts_implementation = "eager"  # no other takes it
+    lift_float32(model)
     return model
 
 
