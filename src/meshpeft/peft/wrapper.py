@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import group_offsets, layer_type_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset
-from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.errors import AdapterError, UnseenAdapterError
 from meshpeft.peft.wrapped_keys import hide_wrapping, inside_wrapper, restore_wrapping
 from meshpeft.peft.wrapped_layer import WrappedLayer
 
@@ -54,7 +54,7 @@ class AdapterWrapper(WrappedLayer):
         except AttributeError:
             if name not in ("weight", "bias"):
                 raise
-            raise AttributeError(
+            raise UnseenAdapterError(
                 f"{type(self).__name__} has no attribute {name!r}: code that multiplies by a layer's {name} itself "
                 f"would silently leave out its adapter. Call the layer, or read .to_wrap.{name} on purpose"
             ) from None

@@ -10,9 +10,10 @@ from meshpeft.checkpoint import CheckpointError, check_exportable
 from meshpeft.models import LanguageModel
 from meshpeft.parallel import layout_of
 from meshpeft.peft import LoRATopKRouter, adapter_wrappers
-from meshpeft.training.adapters import adapter_method, default_targets
+from meshpeft.training.adapters import adapter_method
 from meshpeft.training.base_model import BaseModel
 from meshpeft.training.config import ConfigError, FinetuneConfig
+from meshpeft.training.default_layers import default_layers
 from meshpeft.training.quantized_base import base_quantizer
 
 __all__ = ["check_adapter"]
@@ -34,12 +35,12 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
                     f"{name}: this {base.config.model_type} model has no layer with experts; leave it out"
                 )
     model = base.empty(torch.float32)
-    targets = default_targets(model)
-    quantizer = base_quantizer(config, targets)
+    layers = default_layers(model)
+    quantizer = base_quantizer(config, layers)
     packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapter_method(config, targets)(model)
+        adapter_method(config, layers.adapted)(model)
     try:
         check_exportable(model, config.adapter_format)
     except CheckpointError as error:

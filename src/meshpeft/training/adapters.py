@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.parallel import layer_type_of
 from meshpeft.peft import CanonicalLoRA, DoRA, GroupedExpertLinearAdapter, LoRA, LowRankPEFT
-from meshpeft.quantization import DEFAULT_EXCLUDED
 from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.default_layers import default_layers
 
-__all__ = ["adapter_method", "add_adapter", "default_targets", "describe_experts", "describe_targets"]
+__all__ = ["adapter_method", "add_adapter", "describe_experts", "describe_targets"]
 
 _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
     "lora": LoRA,
@@ -34,19 +33,7 @@ def add_adapter(model: LanguageModel, config: FinetuneConfig) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        adapter_method(config, default_targets(model))(model)
-
-
-def default_targets(model: LanguageModel) -> list[str] | None:
-    """Own names of the layers that get adapters if the options name none; `None` for those that the method has.
-
-    Args:
-        model: without adapters.
-    """
-    if isinstance(model, Decoder):
-        return None
-    own_names = {name.rpartition(".")[2] for name, module in model.named_modules() if layer_type_of(module) is not None}
-    return sorted(own_names.difference(DEFAULT_EXCLUDED))
+        adapter_method(config, default_layers(model).adapted)(model)
 
 
 def adapter_method(config: FinetuneConfig, targets: Sequence[str] | None = None) -> LowRankPEFT:

@@ -24,8 +24,8 @@ from meshpeft.models.weights import WeightFiles, read_json
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
-from meshpeft.training.adapters import default_targets
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, tensor_type
+from meshpeft.training.default_layers import DefaultLayers, default_layers
 from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.quantized_base import base_quantizer
@@ -92,9 +92,9 @@ class BaseModel:
         with WeightFiles(self.directory):
             pass
 
-    def default_targets(self) -> list[str] | None:
-        """Own names of the layers that get adapters if the options name none; `None` for the method's own."""
-        return None if self.engine == "native" else default_targets(self.empty(torch.float32))
+    def default_layers(self) -> DefaultLayers:
+        """Which layers get adapters, and which a packed base keeps in full, if the options name none."""
+        return DefaultLayers() if self.engine == "native" else default_layers(self.empty(torch.float32))
 
     def empty(self, dtype: torch.dtype) -> LanguageModel:
         """The model without weights, on the meta device."""
@@ -179,7 +179,7 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
     base = find_base(run.model, run.engine)
     model = base.load(
         tensor_type(run.dtype),
-        quantize=base_quantizer(run, base.default_targets()),
+        quantize=base_quantizer(run, base.default_layers()),
         sequence_parallel=sequence_parallel,
     )
     if adapter is not None:

@@ -106,7 +106,7 @@ def _run_of(adapter: Path) -> FinetuneConfig | None:
 def _base_as_used(base: Path, run: FinetuneConfig | None) -> LanguageModel:
     """The base that an adapter was trained on: as its files have it, or as it was after packing."""
     found = find_base(base, None if run is None else run.engine)
-    quantizer = None if run is None else base_quantizer(run, found.default_targets())
+    quantizer = None if run is None else base_quantizer(run, found.default_layers())
     if run is None or quantizer is None:
         return found.load(stored_dtype(base, widest=True))
     return dequantize_base(found.load(tensor_type(run.dtype), quantize=quantizer))
@@ -139,7 +139,7 @@ def export(config: ExportConfig) -> str:
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
         described = find_base(base, run.engine)
-        quantizer = base_quantizer(run, described.default_targets())
+        quantizer = base_quantizer(run, described.default_layers())
         model = described.load(tensor_type(run.dtype), quantize=quantizer)
         add_adapter(model, run)
         if run.lora_init_method == "pissa":  # the base gives its part up again

@@ -70,10 +70,10 @@ def finetune(config: FinetuneConfig) -> None:
     base = find_base(config.model, config.engine)
     tokenizer = load_tokenizer(base.directory)
     inputs = load_inputs(config, tokenizer)
-    targets = base.default_targets()
+    layers = base.default_layers()
     model = base.load(
         tensor_type(config.dtype),
-        quantize=base_quantizer(config, targets, residuals=True),
+        quantize=base_quantizer(config, layers, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig) -> None:
     if base.engine == "transformers":
         why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
         report.say(f"engine: transformers{why}")
-    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config, targets)}")
+    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config, layers.adapted)}")
     experts = describe_experts(model)
     if experts is not None:
         report.say(f"experts: {experts}")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from meshpeft.models import LanguageModel
 from meshpeft.quantization import BaseQuantizer, forget_residuals, keep_starts, pissa_init, svdquant_init
 from meshpeft.training.adapters import adapter_method
 from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.default_layers import DefaultLayers
 
 __all__ = ["base_quantizer", "reserve_start", "start_adapter"]
 
+_OF_THE_DECODER = DefaultLayers()
+
 
 def base_quantizer(
-    run: FinetuneConfig, targets: Sequence[str] | None = None, *, residuals: bool = False
+    run: FinetuneConfig, layers: DefaultLayers = _OF_THE_DECODER, *, residuals: bool = False
 ) -> BaseQuantizer | None:
     """What packs the base of a run as it is read; `None` where it is kept in full.
 
     Args:
         run: the options.
-        targets: the layers that get adapters if the options name none; the method's own by default.
+        layers: what the options do not name.
         residuals: the adapter is about to start, from residuals if the options say so. Otherwise none are kept.
 
     Raises:
@@ -31,10 +32,11 @@ def base_quantizer(
     return BaseQuantizer(
         run.quantize,
         run.quantize_block_size or BaseQuantizer.block_size,
+        exclude_modules=layers.in_full,
         residual_rank=run.rank if residuals and run.lora_init_method == "svdquant" else None,
         # Also where no adapter starts: the adapter that was trained is a change of the base that is packed so.
         principal_rank=run.rank if pissa else None,
-        principal_modules=adapter_method(run, targets) if pissa else None,
+        principal_modules=adapter_method(run, layers.adapted) if pissa else None,
     )
 
 

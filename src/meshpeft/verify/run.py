@@ -131,7 +131,7 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
     return [
         f"model: {short_path(base.directory)}, {_structure(base)}",
-        f"{config.method}: rank {config.rank} on {describe_targets(config, base.default_targets())}",
+        f"{config.method}: rank {config.rank} on {describe_targets(config, base.default_layers().adapted)}",
     ]
 
 
