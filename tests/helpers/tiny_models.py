@@ -84,6 +84,8 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "n_routed_experts": 2,
     },
+    # Norms with a weight for each head, on queries and keys.
+    "cohere": {"num_hidden_layers": 2, "use_qk_norm": True, "logit_scale": 0.3, "tie_word_embeddings": True},
     # The bias of the tied head is tied, too.
     "bert": {
         "num_hidden_layers": 2,

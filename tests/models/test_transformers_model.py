@@ -32,8 +32,9 @@ from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism, vocab_parallel_cross_entropy
 from meshpeft.peft import LoRA
 
-# Between them: q, k and v packed in both orders, gate and up packed, a tied head, names that are not the files'.
-FAMILIES = ["gemma", "phi3", "gpt_neox"]
+# Between them: q, k and v packed in both orders, gate and up packed, a tied head, names that are not the files', norms
+# with a weight for each head.
+FAMILIES = ["gemma", "phi3", "gpt_neox", "cohere"]
 # Float64, sums in another order.
 TOLERANCE = 1e-10
 

@@ -47,6 +47,7 @@ class _Changes:
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     layouts: list[tuple[nn.Parameter, TensorLayout]] = field(default_factory=list)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     local: list[tuple[PackedLayer, nn.Module]] = field(default_factory=list)
 
 
@@ -83,6 +84,9 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
     for name, layer in changes.layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
+    for name, divided in changes.parameters.items():
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, divided)
     for parameter, layout in changes.layouts:
         set_layout(parameter, layout)
     return model
@@ -115,6 +119,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
                 packing = packed[name].packing(model.get_submodule(name.rpartition(".")[0]))
             if not gather and module is not head:
                 _check_heads(model, name, linear, packing, axis)
+                changes.parameters |= _norms_of_heads(model, name, linear, axis, made)
             changes.layers[name] = _column(linear, name, packing, gather, axis, made)
         elif style in _ROW:
             parallel = _ROW[style] or name in partners
@@ -171,6 +176,20 @@ def _check_heads(model: nn.Module, name: str, linear: nn.Linear, packing: Packin
                 f"{name}: {heads} heads of {head_dim} features cannot be split over {axis.name}={axis.world_size}; "
                 f"use {fitting}"
             )
+
+
+def _norms_of_heads(
+    model: nn.Module, name: str, linear: nn.Linear, axis: ParallelAxis, made: dict[int, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Weights [heads, head_dim] of norms beside a column (Cohere's), which no plan divides: of this rank's heads."""
+    prefix, found = name.rpartition(".")[0], {}
+    for own, weight in model.get_submodule(prefix).named_parameters():
+        if own.endswith("norm.weight") and weight.dim() == 2 and weight.numel() == linear.out_features:
+            layout = TensorLayout(tuple(weight.shape), ((0, axis),))
+            new = nn.Parameter(weight.new_empty(layout.local_shape))
+            set_layout(new, layout)
+            found[f"{prefix}.{own}"] = _kept(new, weight, made)
+    return found
 
 
 def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
