@@ -85,8 +85,8 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
     for name, divided in changes.parameters.items():
-        holder, _, own = name.rpartition(".")
-        setattr(model.get_submodule(holder), own, divided)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, divided)
     for parameter, layout in changes.layouts:
         set_layout(parameter, layout)
     return model
