@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from meshpeft.checkpoint import export_peft_adapter
+from meshpeft.models import LanguageModel
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
-from meshpeft.training.base_model import check_attention, find_base
+from meshpeft.training.base_model import BaseModel, check_attention, find_base
 from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.default_layers import DefaultLayers
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.launch import is_joined, launch
 from meshpeft.training.loop import TrainingLoop
@@ -71,28 +73,10 @@ def finetune(config: FinetuneConfig) -> None:
     tokenizer = load_tokenizer(base.directory)
     inputs = load_inputs(config, tokenizer)
     layers = base.default_layers()
-    model = base.load(
-        tensor_type(config.dtype),
-        quantize=base_quantizer(config, layers, residuals=True),
-        sequence_parallel=config.sequence_parallel,
-        activation_checkpointing=config.activation_checkpointing,
-    )
-    check_attention(model, config)
-    add_adapter(model, config)
-    start_adapter(model, config)
-    parameters = trainable_parameters(model)
+    model = _adapted(config, base, layers)
     loop = TrainingLoop(config, model, inputs, info)
-    report.say(f"model: {short_path(base.directory)}, {config.dtype}")
-    if base.engine == "transformers":
-        why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
-        report.say(f"engine: transformers{why}")
-    report.say(f"{config.method}: rank {config.rank} on {describe_targets(config, layers.adapted)}")
-    experts = describe_experts(model)
-    if experts is not None:
-        report.say(f"experts: {experts}")
-    report.say(str(parameters))
-    if config.quantize is not None:
-        report.say(f"packed: {packed_size(model)}")
+    for line in _subject(config, base, model, layers):
+        report.say(line)
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
@@ -117,7 +101,7 @@ def finetune(config: FinetuneConfig) -> None:
                 "held_out_loss_before": held_out[0],
                 "held_out_loss_after": held_out[-1],
                 "steps": loop.steps,
-                "trainable_parameters": parameters.trainable,
+                "trainable_parameters": trainable_parameters(model).trainable,
                 "packed": packed_size(model)._asdict() if config.quantize is not None else None,
                 "training_seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens / seconds, 1),
@@ -126,6 +110,35 @@ def finetune(config: FinetuneConfig) -> None:
     report.samples(tokenizer, inputs.sample, before, after)
     report.outcome(held_out[0], held_out[-1], tokens, seconds)
     report.next_commands(config.output_dir, inputs.example)
+
+
+def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> LanguageModel:
+    """This rank's share of the base, with its adapter as it starts. Every rank calls it."""
+    model = base.load(
+        tensor_type(config.dtype),
+        quantize=base_quantizer(config, layers, residuals=True),
+        sequence_parallel=config.sequence_parallel,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    check_attention(model, config)
+    add_adapter(model, config)
+    start_adapter(model, config)
+    return model
+
+
+def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, layers: DefaultLayers) -> Iterator[str]:
+    """What is trained, line by line."""
+    yield f"model: {short_path(base.directory)}, {config.dtype}"
+    if base.engine == "transformers":
+        why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
+        yield f"engine: transformers{why}"
+    yield f"{config.method}: rank {config.rank} on {describe_targets(config, layers.adapted)}"
+    experts = describe_experts(model)
+    if experts is not None:
+        yield f"experts: {experts}"
+    yield str(trainable_parameters(model))
+    if config.quantize is not None:
+        yield f"packed: {packed_size(model)}"
 
 
 @contextmanager
