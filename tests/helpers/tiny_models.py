@@ -84,6 +84,10 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "n_routed_experts": 2,
     },
+    # Layers that store their weights transposed.
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    # Stacked experts in files that hold them so.
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
     # Norms with a weight for each head, on queries and keys.
     "cohere": {"num_hidden_layers": 2, "use_qk_norm": True, "logit_scale": 0.3, "tie_word_embeddings": True},
     # The bias of the tied head is tied, too.

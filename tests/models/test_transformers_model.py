@@ -252,6 +252,14 @@ def test_experts_in_another_form_are_refused(tmp_path: Path) -> None:
         load_transformers(save_tiny("mixtral", tmp_path))
 
 
+def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:
+    """In which transformers' own choice of kernels does not."""
+    directory, ids = save_tiny("granitemoe", tmp_path), random_ids()
+    theirs: Any = reference(directory, torch.float32)
+    # Float32.
+    torch.testing.assert_close(load_transformers(directory, torch.float64)(ids).float(), theirs(ids).logits)
+
+
 def test_a_layout_is_refused_before_anything_is_read(tiny: Callable[..., Path]) -> None:
     with pytest.raises(ParallelError, match="cannot be split over tp=3"):
         make_transformers_model(transformers_config(tiny("phi3")), torch.float32, axis=ParallelAxis("tp", world_size=3))

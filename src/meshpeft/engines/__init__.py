@@ -5,6 +5,7 @@
 | `megatron.core` | `meshpeft.engines.megatron_core` |
 | `transformer_engine` | `meshpeft.engines.transformer_engine`, `meshpeft.engines.te_layers` |
 | `modelopt.torch.quantization` | `meshpeft.engines.modelopt`, imported right after it |
+| `transformers.pytorch_utils` | `meshpeft.engines.transformers_conv1d` |
 | `torch.nn`, divided by `transformers` | `meshpeft.engines.transformers_tp`, imported right after what divides |
 
 Importing this package imports none of them.
@@ -25,5 +26,6 @@ def register_engines() -> None:
     register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
     # It quantises layers only if it knew their classes before.
     import_after("modelopt.torch.quantization", "meshpeft.engines.modelopt")
+    register_engine("transformers.pytorch_utils", "meshpeft.engines.transformers_conv1d")
     # The layers keep the class that PyTorch gave them.
     import_after("transformers.distributed.tensor_parallel", "meshpeft.engines.transformers_tp")

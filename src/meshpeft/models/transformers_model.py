@@ -226,7 +226,9 @@ def make_transformers_model(
     axis = parallel_group_info().tp if axis is None else axis
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            # No other implementation of experts takes float64.
+            options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
