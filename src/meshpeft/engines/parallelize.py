@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meshpeft.engines.transformers_packed import PackedLayer, packed_layers
+from meshpeft.engines.transformers_fused import FusedLayer, fused_layers
 from meshpeft.parallel import (
     ColumnParallelLinear,
     Packing,
@@ -48,7 +48,7 @@ class _Changes:
     layers: dict[str, nn.Module] = field(default_factory=dict)
     layouts: list[tuple[nn.Parameter, TensorLayout]] = field(default_factory=list)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    local: list[tuple[PackedLayer, nn.Module]] = field(default_factory=list)
+    local: list[tuple[FusedLayer, nn.Module]] = field(default_factory=list)
 
 
 def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits: bool = True) -> Model:
@@ -79,8 +79,8 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
             f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be divided is not known"
         )
     changes = _planned(model, plan, axis, gather_logits)
-    for packed, holder in changes.local:
-        packed.localise(holder, axis.world_size)
+    for fused, holder in changes.local:
+        fused.localise(holder, axis.world_size)
     for name, layer in changes.layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
@@ -103,9 +103,9 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
         if (style := _style_of(name, plan)) is not None:
             raise _unsupported(name, style)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    packed = packed_layers(model, styles)
-    partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in packed.items()}
-    changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in packed.items()]
+    fused = fused_layers(model, styles)
+    partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in fused.items()}
+    changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in fused.items()]
     whole = _embedding_stays_whole(model, axis)
     for name, style in styles.items():
         module = model.get_submodule(name)
@@ -113,10 +113,10 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             linear = _linear(module, name, style)
             if module is head and (linear.out_features % axis.world_size or linear.weight is whole):
                 continue
-            gather = _COLUMN[style] and name not in packed and (gather_logits or module is not head)
+            gather = _COLUMN[style] and name not in fused and (gather_logits or module is not head)
             packing = None
-            if name in packed:
-                packing = packed[name].packing(model.get_submodule(name.rpartition(".")[0]))
+            if name in fused:
+                packing = fused[name].packing(model.get_submodule(name.rpartition(".")[0]))
             if not gather and module is not head:
                 _check_heads(model, name, linear, packing, axis)
                 changes.parameters |= _norms_of_heads(model, name, linear, axis, made)

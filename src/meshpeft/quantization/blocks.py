@@ -174,9 +174,7 @@ def _pack(storage: WeightFormat, values: Tensor, size: int) -> tuple[Tensor, Ten
 
 @on_each_rank
 def _unpack(storage: WeightFormat, codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    # The libraries know no float64.
-    made = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    return storage.unpack(Packed(codes, scales), size, made).to(dtype)
+    return storage.unpack(Packed(codes, scales), size, _known_to_libraries(dtype)).to(dtype)
 
 
 @on_each_rank
@@ -188,8 +186,13 @@ def _unpack_part(
     before, after = start % size, -(start + length) % size
     filled = pad(codes, (before * storage.bits // 8, after * storage.bits // 8))
     theirs = scales[..., start // size : (start + length + after) // size].contiguous()
-    made = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    return storage.unpack(Packed(filled, theirs), size, made)[..., before : before + length].to(dtype)
+    whole = storage.unpack(Packed(filled, theirs), size, _known_to_libraries(dtype))
+    return whole[..., before : before + length].to(dtype)
+
+
+def _known_to_libraries(dtype: torch.dtype) -> torch.dtype:
+    """The type to unpack in: they know no float64."""
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
 def _of_rows(layout: TensorLayout, rows: int) -> TensorLayout:

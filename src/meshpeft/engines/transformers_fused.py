@@ -1,4 +1,4 @@
-"""Layers of transformers models that pack several parts, and the code around them that takes the parts apart.
+"""Fused layers of transformers models, which pack several parts, and the code around them that takes the parts apart.
 
 Divided part by part, each rank's output holds its slice of every part, and its code finds them there.
 """
@@ -14,11 +14,11 @@ from torch import nn
 
 from meshpeft.parallel import Packing
 
-__all__ = ["PackedLayer", "packed_layers"]
+__all__ = ["FusedLayer", "fused_layers"]
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class FusedLayer:
     """A layer whose output packs several parts, in a module whose code takes them apart.
 
     Attributes:
@@ -58,18 +58,18 @@ def _gate_up(mlp: Any) -> Packing:
 
 
 # (Class of the module that holds the layer, the layer) -> how it is packed.
-_PACKED: dict[tuple[str, str], PackedLayer] = {
-    ("Phi3Attention", "qkv_proj"): PackedLayer(_qkv_of_phi3, "o_proj", _local_heads_of_phi3),
-    ("GPTNeoXAttention", "query_key_value"): PackedLayer(_qkv_of_neox, "dense"),
-} | {(f"{family}MLP", "gate_up_proj"): PackedLayer(_gate_up, "down_proj") for family in ("Phi3", "Glm", "Glm4")}
+_FUSED: dict[tuple[str, str], FusedLayer] = {
+    ("Phi3Attention", "qkv_proj"): FusedLayer(_qkv_of_phi3, "o_proj", _local_heads_of_phi3),
+    ("GPTNeoXAttention", "query_key_value"): FusedLayer(_qkv_of_neox, "dense"),
+} | {(f"{family}MLP", "gate_up_proj"): FusedLayer(_gate_up, "down_proj") for family in ("Phi3", "Glm", "Glm4")}
 
 
-def packed_layers(model: nn.Module, styles: Mapping[str, str]) -> dict[str, PackedLayer]:
+def fused_layers(model: nn.Module, styles: Mapping[str, str]) -> dict[str, FusedLayer]:
     """Those of the layers named in `styles` whose packing is known, by full name."""
     found = {}
     for name in styles:
         parent, _, own = name.rpartition(".")
         for cls in type(model.get_submodule(parent)).__mro__:
-            if (cls.__name__, own) in _PACKED:
-                found[name] = _PACKED[cls.__name__, own]
+            if (cls.__name__, own) in _FUSED:
+                found[name] = _FUSED[cls.__name__, own]
     return found
