@@ -92,9 +92,14 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def run_experts(config: str, ep: int, etp: int) -> list[Tensor]:
-    """The quantised weights of both projections, whole."""
+    """The quantised weights of both projections, whole, and the scale of the second one's input."""
     info = init_parallelism(expert_parallel=ep, expert_tensor_parallel=etp, tensor_parallel=etp)
     x = INPUT.float().flatten(0, 1)
     model = quantized(Experts(), config, x[info.ep.rank * (24 // ep) : (info.ep.rank + 1) * (24 // ep)])
     layers = (model.experts.linear_fc1, model.experts.linear_fc2)
-    return [full_weight(layer, _weight(layer)) for layer in layers]
+    return [*(full_weight(layer, _weight(layer)) for layer in layers), _scale_of_input(layers[1])]
+
+
+def _scale_of_input(layer: Any) -> Tensor:
+    scale: Tensor | None = layer.input_quantizer.amax
+    return torch.zeros(()) if scale is None else scale

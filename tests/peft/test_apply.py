@@ -11,7 +11,14 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from meshpeft.parallel import LayerType, LinearLayout, ShardedTensor, register_layer_type
+from meshpeft.parallel import (
+    ColumnParallelLinear,
+    LayerType,
+    LinearLayout,
+    RowParallelLinear,
+    ShardedTensor,
+    register_layer_type,
+)
 from meshpeft.peft import (
     PEFT,
     AdapterError,
@@ -71,6 +78,19 @@ def test_only_adapters_train(method):
     count = trainable_parameters(net)
     assert count.trainable == sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert str(count).startswith(f"trainable params: {count.trainable} || all params: {count.total}")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [nn.Linear, ColumnParallelLinear, RowParallelLinear])
+def test_under_autocast_an_adapted_layer_returns_the_type_of_its_base(kind, method, fused):
+    net = nn.ModuleDict({"layer": kind(8, 8)})
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net["layer"](X)
+        method(["layer"], dim=2, fused=fused)(net)
+        after = net["layer"](X)
+    assert after.dtype == before.dtype == torch.bfloat16
+    assert torch.allclose(after, before, rtol=2**-6, atol=1e-2)  # two roundings of bfloat16
 
 
 def test_nothing_trains_in_evaluation():

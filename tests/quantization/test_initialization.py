@@ -17,7 +17,7 @@ from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.parallel import layout_of, layout_of_tensor, sharded_state_dict
 from meshpeft.peft import CanonicalLoRA, DoRA, DoRALinear, LoRA, LowRankPEFT, is_peft_model, update_model
-from meshpeft.quantization import QuantizationError, pissa_init, quantize_base, svdquant_init
+from meshpeft.quantization import QuantizationError, forget_residuals, pissa_init, quantize_base, svdquant_init
 
 TARGETS = ["linear_fc1", "linear_fc2"]
 RANK = 8
@@ -92,6 +92,9 @@ def test_the_output_is_closer_to_the_unquantised_models(method):
     _, _, output = started(method, 1, False)
     # Rank 8 of 128 takes a tenth and more of the residual's energy, so at least a twentieth of the error.
     assert (output - exact).norm() < 0.95 * (quantised - exact).norm()
+    # Whatever the method and the scale: DoRA's magnitudes are the lengths of the rows with the adapter. But for the
+    # roundings of factors that are kept in float32 and divided by the scale.
+    assert (output - started("lora", 1, False)[2]).norm() < 1e-8 * output.norm()
 
 
 def test_a_lower_rank_takes_the_leading_factors():
@@ -100,6 +103,13 @@ def test_a_lower_rank_takes_the_leading_factors():
     LoRA(TARGETS, dim=3, alpha=5)(model)
     svdquant_init(model)
     assert captured(product(model.linear_fc2), residual, 3) > 1 - 1e-6
+    # A = V^T: the singular values are all in B. To the roundings of the float32 that factors are kept in.
+    a, b = (factor.detach() for factor in model.linear_fc2.factors())
+    assert torch.allclose(a @ a.mT, torch.eye(3, dtype=a.dtype), atol=1e-6)
+    values = torch.linalg.svdvals(residual)[:3] / model.linear_fc2.one_adapter.scale
+    assert torch.allclose(b.norm(dim=0), values, rtol=1e-6)
+    forget_residuals(model)
+    assert model.linear_fc2.to_wrap.residual is None and not list(model.buffers())
 
 
 def test_canonical_adapters_start_from_the_rows_of_their_parts():
@@ -163,6 +173,17 @@ def test_pissa_moves_the_principal_part_into_the_adapter(method):
     _, divided, divided_output = run(4)
     assert all((divided[name] - products[name]).abs().max() < 1e-12 for name in TARGETS)
     assert (divided_output - output).norm() < 1e-10 * output.norm()
+
+
+def test_the_decomposition_is_made_as_asked():
+    def found(**options: object) -> float:
+        model = LoRA(["linear_fc2"], dim=RANK)(GatedMLP())
+        pissa_init(model, **options)
+        return captured(product(model.linear_fc2), original()["linear_fc2"])
+
+    # The products are rounded to float64; a random block without iterations finds a part of noise's largest values.
+    assert found(exact=True) > 1 - 1e-12
+    assert found(power_iterations=0, oversampling=0) < found() < 1 - 1e-9
 
 
 def test_a_base_that_gave_up_its_principal_part_is_told_by_its_other_tensors():

@@ -105,6 +105,11 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(adapted):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(x).sum().backward()
     assert sizes and max(sizes) < 128 * 64
+    if not adapted:
+        experts, sizes[:] = quantize_base(GroupedColumnParallelLinear(3, 128, 64), "nf4"), []
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            experts(x, torch.tensor([1, 0, 1])).sum().backward()
+        assert sizes and max(sizes) < 128 * 64
 
 
 def test_the_packed_base_takes_the_bytes_that_the_format_promises():
@@ -199,13 +204,28 @@ def test_the_master_weight_is_the_dequantised_one():
         assert torch.equal(on_rank(master, 1), on_rank(layout_of(layer).weight().gather(layer.dequantized_weight()), 0))
 
 
-def test_autocast_decides_the_type_of_the_product():
-    model = LoRA(["output_layer"], dim=4)(quantize_base(GatedMLP(torch.float32, bias=False), exclude_modules=()))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_autocast_decides_the_type_of_the_product(adapted):
+    model = quantize_base(GatedMLP(torch.float32), exclude_modules=())
+    if adapted:
+        model = LoRA(["output_layer"], dim=4)(model)
+    x = torch.randn(2, 128, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(torch.randn(2, 128))
+        out = model(x)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    assert model.output_layer.adapter.linear_out.weight.grad is not None
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert not adapted or model.output_layer.adapter.linear_out.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_autocast_decides_the_type_of_the_products_of_experts(kind):
+    layer, x = quantize_base(GROUPED[kind](3, 128, 64), "nf4"), torch.randn(5, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, torch.tensor([2, 0, 3]))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
 
 
 def test_what_cannot_be_packed_is_named():

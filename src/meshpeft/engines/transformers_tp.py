@@ -167,7 +167,8 @@ def _enter(module: nn.Linear, x: Tensor) -> Tensor:
 
 def _exit(module: nn.Linear, y: Tensor) -> Tensor:
     style, mesh = _style_of(module)
-    left: Tensor = style.transform_output_post_forward(module, y if module.bias is None else y + module.bias, mesh)
+    biased = y if module.bias is None else y + module.bias.to(y.dtype)
+    left: Tensor = style.transform_output_post_forward(module, biased, mesh)
     return left
 
 

@@ -134,6 +134,6 @@ register_layer_type(
         layout=_plain_linear,
         weight=lambda module: module.weight,
         enter=lambda module, x: x,
-        exit=lambda module, y: y if module.bias is None else y + module.bias,
+        exit=lambda module, y: y if module.bias is None else y + module.bias.to(y.dtype),
     ),
 )

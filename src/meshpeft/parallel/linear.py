@@ -179,7 +179,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def exit(self, y: Tensor) -> Tensor:
         """y [*, out / world_size], S(-1): adds the bias shard, and gathers if the layer does."""
-        return self._collect(y if self.bias is None else y + self.bias)
+        return self._collect(y if self.bias is None else y + self.bias.to(y.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + b; the bias is added by the GEMM itself."""
@@ -257,7 +257,7 @@ class RowParallelLinear(_ParallelLinear):
             y = sp_reduce_scatter(y, 0, self.layout.axis)
         else:
             y = mp_reduce(y, axis=self.layout.axis)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + b; on one rank the bias is added by the GEMM itself."""
