@@ -63,7 +63,7 @@ def verify_transformers_layout(
 
         def load(parallel: Any) -> LanguageModel:
             model = load_transformers(directory, torch.float64)
-            _take_float64(model)
+            lift_float32(model)
             return model
 
         text = small.get_text_config()
@@ -97,7 +97,7 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool) -> Pretrai
             if size > _MOST_PARAMETERS:
                 raise ModelError(f"{size:,} parameters are too many")
             with torch.no_grad():
-                _take_float64(_random_model(small))(torch.arange(8)[None])
+                _random_model(small)(torch.arange(8)[None])
             return small
         # A configuration that does not fit together raises anything.
         except Exception as error:
@@ -143,19 +143,15 @@ def _narrow(text: Any, tp: int) -> None:
 
 def _random_model(config: PretrainedConfig) -> Any:
     """In float64, with values far enough from their initial ones that nothing is linear and no bias is zero."""
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64).eval()
+    # No other implementation of experts takes float64.
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).eval()
+    lift_float32(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += noise * (2 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
-    return model
-
-
-def _take_float64(model: Any) -> Any:
-    """Let all of the model's code compute in it."""
-    model.config._experts_implementation = "eager"  # no other takes it
-    lift_float32(model)
     return model
 
 
