@@ -51,12 +51,14 @@ def test_heads_routers_and_layers_whose_weight_is_read_stay_as_they_are(family: 
     assert {name.rpartition(".")[2] for name in packed} == own_names
 
 
-def test_only_the_text_model_of_several_gets_adapters() -> None:
+def test_only_the_text_model_of_several_gets_adapters_and_is_packed() -> None:
     model = made("gemma3")
-    targets = default_layers(model).adapted
-    adapted = [name for name, _ in adapter_wrappers(LoRA(target_modules=targets, dim=2)(model))]
+    layers = default_layers(model)
+    packed = BaseQuantizer(block_size=32, exclude_modules=layers.in_full).layers_of(model)
+    adapted = [name for name, _ in adapter_wrappers(LoRA(target_modules=layers.adapted, dim=2)(model))]
     assert len(adapted) == 2 * 7  # two blocks of four and three layers
     assert all(name.startswith("model.language_model.layers.") for name in adapted)
+    assert sorted(packed) == sorted(adapted)
 
 
 def test_a_layer_whose_weight_is_read_is_refused_where_it_is_named() -> None:

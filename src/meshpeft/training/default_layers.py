@@ -32,8 +32,8 @@ class DefaultLayers(NamedTuple):
 def default_layers(model: LanguageModel) -> DefaultLayers:
     """Of a model of transformers: adapters on every linear layer of its text model, but for those kept in full.
 
-    These are the vocabulary head, routers, and layers whose weight the code around them multiplies by itself, which
-    would leave an adapter out.
+    These are the vocabulary head, routers, layers whose weight the code around them multiplies by itself, which would
+    leave an adapter out, and all that sees no text.
 
     Args:
         model: without adapters; may be on the meta device.
@@ -41,9 +41,11 @@ def default_layers(model: LanguageModel) -> DefaultLayers:
     if isinstance(model, Decoder):
         return DefaultLayers()
     layers = {name: module for name, module in model.named_modules() if layer_type_of(module) is not None}
-    in_full = [name for name, module in layers.items() if _stays_in_full(model, name, module)]
     text = _text_model(model)
-    adapted = [name for name in layers if name not in in_full and f"{name}.".startswith(text)]
+    in_full = [
+        name for name, module in layers.items() if not name.startswith(text) or _stays_in_full(model, name, module)
+    ]
+    adapted = [name for name in layers if name not in in_full]
     return DefaultLayers(_patterns(adapted, layers.keys() - adapted), (*DEFAULT_EXCLUDED, *in_full))
 
 
