@@ -20,12 +20,13 @@ from helpers.checkpoint_jobs import (
     save_known,
     save_stacked_layers,
 )
+from helpers.workers import run_on_ranks
 from torch import Tensor
 
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.tensor_file import TensorFileReader
-from meshpeft.parallel import RowParallelLinear
+from meshpeft.parallel import RowParallelLinear, init_parallelism
 
 FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(dp=2, ep=2)]
 EVERY = [
@@ -116,3 +117,21 @@ def test_a_base_with_the_same_values_in_other_places_is_another(change: Callable
     with torch.no_grad():
         model.weight.copy_(change(model.weight).clone())
     assert describe_base(model, entries) != before
+
+
+def described_twice() -> list[object]:
+    """The description of a base, and that after its first rank alone changed its slice."""
+    tp = init_parallelism(tensor_parallel=2).tp
+    model = RowParallelLinear(8, 4, input_is_parallel=True)
+    entries = list(model.sharded_state_dict().values())
+    before = describe_base(model, entries)
+    if tp.rank == 0:
+        with torch.no_grad():
+            model.weight[0, 0] += 1
+    return [before, describe_base(model, entries)]
+
+
+def test_a_base_that_one_rank_changed_is_another_on_all() -> None:
+    first, second = run_on_ranks(2, described_twice, timeout=30.0)
+    assert first == second
+    assert first[0] != first[1]

@@ -13,12 +13,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.storage import dtype_name
 from meshpeft.parallel.communication import all_reduce
-from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
+from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.peft import AdapterWrapper, GroupedExpertLinearAdapter, LowRankAdapter
 from meshpeft.peft.walk import walk
@@ -73,7 +74,8 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
         frozen: this rank's slices of them, the same keys in the same order on every rank.
     """
     known = _known.get(model)
-    if known is None or not _still_true(known[0], frozen):
+    # Decided together: a rank whose tensors are as they were must compute with one whose are not.
+    if _on_any_rank(known is None or not _still_true(known[0], frozen), frozen) or known is None:
         versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(frozen))
     decomposed = _decomposed(model)
@@ -115,6 +117,12 @@ def _still_true(versions: _Versions, frozen: Sequence[ShardedTensor]) -> bool:
         source() is entry.source and version == entry.source._version
         for (source, version), entry in zip(versions, frozen, strict=True)
     )
+
+
+def _on_any_rank(here: bool, frozen: Sequence[ShardedTensor]) -> bool:
+    """Whether it is so on one of the ranks. A collective."""
+    said = torch.tensor(int(here), device=frozen[0].source.device if frozen else None)
+    return bool(all_reduce(said, parallel_group_info().world, dist.ReduceOp.MAX))
 
 
 def _checksums(frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
