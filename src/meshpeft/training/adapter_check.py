@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import torch
@@ -46,10 +47,17 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     except CheckpointError as error:
         raise ConfigError(f"adapter_format={config.adapter_format!r}: {error}") from error
     _check_started(model, {id(layer) for layer in packed.values()}, config)
-    if caught:
-        others = len(caught) - 1
-        also = f" (and {others} more of the kind)" if others else ""
-        warnings.warn(f"{caught[0].message}{also}", stacklevel=2)
+    for sentence in _one_of_each_kind([str(warning.message) for warning in caught]):
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _one_of_each_kind(sentences: list[str]) -> list[str]:
+    """The first of those that say the same of different layers and sizes, with the number of the others."""
+    kinds: dict[str, list[str]] = {}
+    for sentence in sentences:
+        layer, _, what = sentence.partition(": ")
+        kinds.setdefault(re.sub(r"\d+", "", what or layer), []).append(sentence)
+    return [f"{first} (and {len(others)} more of the kind)" if others else first for first, *others in kinds.values()]
 
 
 def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) -> None:
