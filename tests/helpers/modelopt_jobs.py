@@ -103,3 +103,11 @@ def run_experts(config: str, ep: int, etp: int) -> list[Tensor]:
 def _scale_of_input(layer: Any) -> Tensor:
     scale: Tensor | None = layer.input_quantizer.amax
     return torch.zeros(()) if scale is None else scale
+
+
+def scales_over_data_parallel(config: str) -> list[Tensor]:
+    """Scales of activations, of dense layers and of experts, where 2 data-parallel ranks calibrate on other tokens."""
+    info = init_parallelism()
+    x = INPUT.float().flatten(0, 1).chunk(2)[info.dp.rank] * (1 + info.dp.rank)
+    models = quantized(GatedMLP(torch.float32), config, x), quantized(Experts(), config, x)
+    return [_scale_of_input(layer) for layer in (models[0].linear_fc1, models[1].experts.linear_fc1)]

@@ -133,6 +133,25 @@ def test_one_name_switches_on_a_layer_that_was_off_as_a_whole():
     assert torch.equal(block(x), want)
 
 
+def test_every_adapter_starts_from_values_of_its_own():
+    def values(name: str = "default", seed: int = 0) -> dict[str, Tensor]:
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+        update_model(model, {"adapter_name": name, "seed": seed, "adapter_cfg": {"*": {**RANDOM, "rank": 2}}})
+        return {key: factor for key in "ab" for factor in model[key].factors() for key in (key + str(factor.shape),)}
+
+    first, again, renamed, reseeded = values(), values(), values("other"), values(seed=1)
+    assert len(first) == 4 and all(torch.equal(first[key], again[key]) for key in first)
+    for other in (renamed, reseeded, {key: first[("b" if key[0] == "a" else "a") + key[1:]] for key in first}):
+        assert not any(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_adapters_that_run_otherwise_than_the_others_are_refused():
+    model = update_model(nn.ModuleDict({"a": nn.Linear(8, 8)}), {"adapter_cfg": {"a": {"rank": 2}}})
+    model["a"].to_wrap.register_forward_hook(lambda *call: None)  # which an adapter inside the GEMM would leave out
+    with pytest.raises(AdapterError, match="'second' does not run inside the layer's GEMM, or beside it"):
+        update_model(model, {"adapter_name": "second", "adapter_cfg": {"a": {"rank": 2}}})
+
+
 def test_one_adapter_computes_what_lora_computes():
     x = block_input()
     block = update_model(make_block(None), {"adapter_cfg": {"*": {"rank": 4, "scale": 2.0}}})

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.gated_mlp import INPUT, GatedMLP
-from helpers.modelopt_jobs import Experts, quantized, run, run_experts
+from helpers.modelopt_jobs import Experts, quantized, run, run_experts, scales_over_data_parallel
 from helpers.simulate import per_rank, simulate, the_same
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
@@ -227,6 +227,11 @@ def test_two_ranks_quantise_experts_as_one(config, ep, etp):
         assert torch.equal(two[1], one[1]) != blocks_straddle
         # Of activations whose features are divided; tokens over expert parallel are others, and so are their scales.
         assert ep > 1 or torch.equal(two[2], one[2])
+
+
+def test_ranks_that_calibrate_on_other_tokens_have_the_same_scales():
+    first, second = run_on_ranks(2, scales_over_data_parallel, "INT8_DEFAULT_CFG", timeout=IMPORTED)
+    assert all(torch.equal(*scales) and bool(scales[0] > 0) for scales in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("config", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])

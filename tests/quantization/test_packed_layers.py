@@ -228,6 +228,12 @@ def test_autocast_decides_the_type_of_the_products_of_experts(kind):
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["output_layer", "lm_head", "embed_out", "router", "gate", "shared_expert_gate"])
+def test_heads_routers_and_gates_are_kept_in_full(name):
+    model = quantize_base(nn.ModuleDict({name: nn.Linear(64, 8), "linear": nn.Linear(64, 8)}))
+    assert isinstance(model["linear"], PackedLayer) and not isinstance(model[name], PackedLayer)
+
+
 def test_what_cannot_be_packed_is_named():
     with pytest.raises(QuantizationError, match="holds no values yet: load the model"):
         quantize_base(nn.Linear(64, 8, device="meta"))
