@@ -91,6 +91,19 @@ def test_a_quantised_run_goes_on_at_another_layout(bases: Base, data: Path, tmp_
     assert_one_run(tmp_path / "on", run)
 
 
+def test_adapters_that_no_step_trained_are_named(
+    bases: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(bases("bart"), data, tmp_path / "run", "--steps=2", "--no-packing")
+    written = load_file(tmp_path / "run" / WEIGHTS)
+    unused = {name for name, factor in written.items() if "lora_B" in name and not factor.any()}
+    assert len(unused) == 8 and all("encoder_attn" in name for name in unused)
+    said = capsys.readouterr().err
+    assert "encoder_attn.k_proj and 7 more layers: the adapters had no gradient in any step" in said
+    finetune(bases("phi3"), data, tmp_path / "other", "--steps=1")
+    assert "no gradient" not in capsys.readouterr().err
+
+
 def test_data_parallel_on_a_model_that_native_layers_could_run(bases: Base, data: Path, tmp_path: Path) -> None:
     """The two engines are each other's check: data, positions, labels, loss."""
     base = bases("llama")

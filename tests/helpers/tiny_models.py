@@ -90,6 +90,17 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
     # Norms with a weight for each head, on queries and keys.
     "cohere": {"num_hidden_layers": 2, "use_qk_norm": True, "logit_scale": 0.3, "tie_word_embeddings": True},
+    # Cross-attention that text alone does not pass through.
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_attention_heads": 4,
+        "dropout": 0.0,
+        "is_decoder": True,
+        "is_encoder_decoder": False,
+    },
     # The bias of the tied head is tied, too.
     "bert": {
         "num_hidden_layers": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.mesh import ParallelGroupInfo
@@ -18,6 +19,7 @@ from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.schedule import learning_rate, warmup_steps
 from meshpeft.training.setup import device
 from meshpeft.training.step import StepResult, TrainStep, mean_loss
+from meshpeft.training.untrained import untrained_layers
 
 __all__ = ["TrainingLoop"]
 
@@ -72,6 +74,8 @@ class TrainingLoop:
     def run(self, log: MetricsLog, progress: TrainingProgress) -> None:
         """Take every step that is left, and measure before, after and every `eval_every` steps.
 
+        Warns of adapters that no step trained.
+
         Raises:
             CheckpointError: the run cannot go on from the checkpoint it was told to, or one cannot be written.
             RunInterrupted: a signal asked for an end; there is a checkpoint of the last step.
@@ -91,6 +95,14 @@ class TrainingLoop:
                     self._measure(done, log, progress)
                 self._save(done, interruption.requested(), log)
         self._checkpoints.wait()
+        untrained = untrained_layers(self.model, self._step.optimizer)
+        if untrained:
+            others = f" and {len(untrained) - 1} more layers" if len(untrained) > 1 else ""
+            warnings.warn(
+                f"{untrained[0]}{others}: the adapters had no gradient in any step, so they are as they were; leave "
+                "out layers that text does not pass through with --exclude-modules",
+                stacklevel=2,
+            )
 
     def _save(self, done: int, interrupted_by: int, log: MetricsLog) -> None:
         every = self.config.save_every
