@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class WrappedLayer(nn.Module):
             raise NotImplementedError(f"no layout is registered for layers of type {type(self.to_wrap).__name__}")
         return found
 
-    @property
+    # Asked in every call, and an engine's layers have no layout at hand, only what it is read from.
+    @cached_property
     def is_stacked(self) -> bool:
         """Whether the base is a layer of grouped experts, with a weight [experts, out, in]."""
         return self.layer_type.layout(self.to_wrap).experts is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,10 @@ class AdapterWrapper(WrappedLayer):
             "((output, layernorm_output), bias), or (output, bias, layernorm_output)"
         )
 
+    @cached_property
+    def _states_gathering(self) -> bool:
+        return self.layer_type.layout(self.to_wrap).gather_output
+
     def gathers_now(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call of the base gathers an output that its layout says it leaves divided.
 
@@ -162,7 +166,7 @@ class AdapterWrapper(WrappedLayer):
         layer_type = self.layer_type
         if layer_type.gathers is None:
             return False
-        gathers, stated = layer_type.gathers(self.to_wrap, kwargs), layer_type.layout(self.to_wrap).gather_output
+        gathers, stated = layer_type.gathers(self.to_wrap, kwargs), self._states_gathering
         if stated and not gathers:
             raise AdapterError(
                 f"{type(self.to_wrap).__name__} was made to gather its output and called not to; its adapter gathers. "
