@@ -51,9 +51,17 @@ class NamedLoRALinear(LowRankWrapper):
         """
         if name in self.adapter:
             raise AdapterError(f"there is an adapter {name!r} already")
-        if any(other.fused != adapter.fused for _, other in self.named_adapters()):
-            raise AdapterError(f"adapter {name!r} does not run inside the layer's GEMM, or beside it, as the others do")
+        self.check_runs_alike(name, adapter.fused)
         self.adapter[name] = adapter
+
+    def check_runs_alike(self, name: str, fused: bool) -> None:
+        """Raise what `add` raises for an adapter that is fused, or beside the base, where the others are not.
+
+        Raises:
+            AdapterError: so it is.
+        """
+        if any(other.fused != fused for _, other in self.named_adapters()):
+            raise AdapterError(f"adapter {name!r} does not run inside the layer's GEMM, or beside it, as the others do")
 
     def set_enabled(self, name: str, enabled: bool) -> None:
         """Let the adapter of this name take part in `forward`, or not.

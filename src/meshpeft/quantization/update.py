@@ -88,6 +88,7 @@ class _PatternLoRA(PEFT):
                 )
             if self.config.adapter_name in module.adapter_names:
                 raise AdapterError(f"{name} has an adapter {self.config.adapter_name!r} already; choose another name")
+            module.check_runs_alike(self.config.adapter_name, LoRA().joins(base))
             self._adapted_before.append((name, module))
         check_unshared(chunks, give_up_a_part)
 
