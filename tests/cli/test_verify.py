@@ -55,7 +55,7 @@ def test_a_layout_of_experts_is_exact(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("family", "options"),
     (
-        # One head of keys and values would not divide; scaled and tied embedding.
+        # One head of keys and values on each rank; a scaled and tied embedding.
         ("gemma", ["--tp", "4", "--dp", "2", "--activation-checkpointing"]),
         ("phi3", ["--tp", "2", "--dp", "2", "--exclude-modules", "lm_head", "down_proj"]),
         ("gpt_neox", ["--tp", "2", "--method", "dora", "--target-modules", "*.layers.1.*", "gpt_neox.layers.0.mlp.*"]),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers.peft_files import with_peft
 from helpers.tiny_models import random_ids, reference, save_tiny
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from meshpeft.checkpoint import export_peft_adapter, load_peft_adapter, merge_adapter
 from meshpeft.models import load_transformers
@@ -32,6 +34,12 @@ def test_they_are_those_of_peft_and_are_merged(tmp_path: Path, method: type[LoRA
         torch.testing.assert_close(loaded(ids), adapted, **CLOSE)
         merge_adapter(model, tmp_path / "merged")
         torch.testing.assert_close(reference(tmp_path / "merged")(ids).logits, adapted, **CLOSE)
+
+
+def test_under_autocast_an_adapted_layer_returns_the_type_of_its_base() -> None:
+    model, x = LoRA(target_modules=["*"], dim=2)(nn.ModuleDict({"c_fc": Conv1D(8, 4)})), torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model["c_fc"](x).dtype == model["c_fc"].to_wrap(x).dtype == torch.bfloat16
 
 
 def test_an_adapter_that_takes_a_part_of_the_weight_is_refused(tmp_path: Path) -> None:

@@ -73,9 +73,14 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
         model: whose tensors these are: what was computed is kept until one of them changes.
         frozen: this rank's slices of them, the same keys in the same order on every rank.
     """
+    if not frozen:
+        return {}
     known = _known.get(model)
+    stale = known is None or not _still_true(known[0], frozen)
     # Decided together: a rank whose tensors are as they were must compute with one whose are not.
-    if _on_any_rank(known is None or not _still_true(known[0], frozen), frozen) or known is None:
+    said = torch.tensor(int(stale), device=frozen[0].source.device)
+    said = all_reduce(said, parallel_group_info().world, dist.ReduceOp.MAX)
+    if known is None or bool(said):
         versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(frozen))
     decomposed = _decomposed(model)
@@ -117,12 +122,6 @@ def _still_true(versions: _Versions, frozen: Sequence[ShardedTensor]) -> bool:
         source() is entry.source and version == entry.source._version
         for (source, version), entry in zip(versions, frozen, strict=True)
     )
-
-
-def _on_any_rank(here: bool, frozen: Sequence[ShardedTensor]) -> bool:
-    """Whether it is so on one of the ranks. A collective."""
-    said = torch.tensor(int(here), device=frozen[0].source.device if frozen else None)
-    return bool(all_reduce(said, parallel_group_info().world, dist.ReduceOp.MAX))
 
 
 def _checksums(frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:

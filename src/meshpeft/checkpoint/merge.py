@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.models import Decoder, LanguageModel, save_pretrained
-from meshpeft.parallel import layout_of_tensor, set_layout
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.peft import AdapterError, AdapterWrapper
+from meshpeft.peft.wrapped_layer import parameter_like
 
 __all__ = ["merge_adapter"]
 
@@ -103,11 +103,7 @@ def _untie(model: nn.Module) -> None:
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
         if owners.setdefault(id(parameter), module) is not module:
-            separate = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            layout = layout_of_tensor(parameter)
-            if layout is not None:
-                set_layout(separate, layout)
-            setattr(module, attribute, separate)
+            setattr(module, attribute, parameter_like(parameter, parameter.clone()))
 
 
 def _embedding(model: nn.Module, which: str) -> Tensor | None:

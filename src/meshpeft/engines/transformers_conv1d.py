@@ -21,7 +21,7 @@ register_layer_type(
         layout=lambda module: LinearLayout(module.nx, module.nf),
         weight=_transposed,
         enter=lambda module, x: x,
-        exit=lambda module, y: y + module.bias,
+        exit=lambda module, y: y + module.bias.to(y.dtype),
         store=lambda module, local: {"weight": local.T.contiguous()},
     ),
 )

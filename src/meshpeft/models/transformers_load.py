@@ -16,6 +16,7 @@ from meshpeft.models.language_model import layout_or_whole
 from meshpeft.models.load import common_dtype, fill, first_few
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_transformers", "transformers_config"]
@@ -32,8 +33,7 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{directory / 'config.json'}: {reason[0]}") from error
+        raise ModelError(f"{directory / 'config.json'}: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"{directory} holds weights that are quantised already; give the model in full, and --quantize"

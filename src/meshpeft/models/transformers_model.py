@@ -23,6 +23,7 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart, packed_form
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, TensorLayout, layout_of, mp_gather
+from meshpeft.parallel.errors import first_line
 from meshpeft.parallel.mesh import parallel_group_info
 
 __all__ = ["TransformersModel", "make_transformers_model"]
@@ -230,9 +231,8 @@ def make_transformers_model(
             options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"transformers makes no model of this {config.model_type} configuration: {reason[0]}"
+            f"transformers makes no model of this {config.model_type} configuration: {first_line(error)}"
         ) from error
     _check(model, dtype)
     _compute_buffers(model, device)

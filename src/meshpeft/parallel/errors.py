@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MeshPEFTError", "ParallelError"]
+__all__ = ["MeshPEFTError", "ParallelError", "first_line"]
 
 
 class MeshPEFTError(ValueError):
@@ -11,3 +11,8 @@ class MeshPEFTError(ValueError):
 
 class ParallelError(MeshPEFTError):
     """Sizes that do not divide, axes that do not exist, layers used in a way their layout does not allow."""
+
+
+def first_line(error: Exception) -> str:
+    """What the first line of another package's error says, for a message of ours; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

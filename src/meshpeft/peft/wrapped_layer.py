@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import LayerType, layer_type_of
 from meshpeft.peft.errors import AdapterError
 
-__all__ = ["WrappedLayer", "stored_weight_of"]
+__all__ = ["WrappedLayer", "parameter_like", "stored_weight_of"]
 
 
 class WrappedLayer(nn.Module):
@@ -120,7 +120,7 @@ class WrappedLayer(nn.Module):
         new = {"weight": merged} if store is None else store(self.to_wrap, merged)
         base = {name: self.to_wrap.get_parameter(name) for name in new}
         for name, parameter in base.items():
-            setattr(self.to_wrap, name, _parameter_like(parameter, new[name]))
+            setattr(self.to_wrap, name, parameter_like(parameter, new[name]))
         self._unmerged = base if keep_base else None
         self._is_merged = True
 
@@ -146,9 +146,7 @@ class WrappedLayer(nn.Module):
         for name, base in self.check_unmergeable().items():
             merged = self.to_wrap.get_parameter(name)
             moved = (base.dtype, base.device) != (merged.dtype, merged.device)  # the model was, meanwhile
-            setattr(
-                self.to_wrap, name, _parameter_like(merged, base.to(merged.device, merged.dtype)) if moved else base
-            )
+            setattr(self.to_wrap, name, parameter_like(merged, base.to(merged.device, merged.dtype)) if moved else base)
         self._unmerged, self._is_merged = None, False
 
 
@@ -163,7 +161,7 @@ def stored_weight_of(layer: nn.Module) -> nn.Parameter | None:
     return weight if layer_type.weight(layer) is weight else None
 
 
-def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+def parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
     """New values with everything that is stated on a parameter: its layout, and what an engine reads on it."""
     new = nn.Parameter(values.detach(), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)

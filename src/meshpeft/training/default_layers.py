@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -53,12 +54,18 @@ def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
     if module is model.get_output_embeddings() or not set(name.split(".")).isdisjoint(DEFAULT_EXCLUDED):
         return True
     holder, _, own_name = name.rpartition(".")
-    try:
-        code = inspect.getsource(type(model.get_submodule(holder)))
-    except (OSError, TypeError):  # a class without source
-        return False
+    code = _source(model.get_submodule(holder).__class__)
     # Not a part of the weight: Bloom multiplies by one where its pretraining was divided, and by all of it elsewhere.
     return re.search(rf"\bself\.{re.escape(own_name)}\.weight\b(?!\[)", code) is not None
+
+
+@cache
+def _source(cls: type[nn.Module]) -> str:
+    """The code of a class, which finding in its file takes long; empty where there is none."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def _text_model(model: Any) -> str:
@@ -71,9 +78,13 @@ def _text_model(model: Any) -> str:
 
 def _patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
     """The shortest patterns that match `names` and none of `others`."""
-    found: dict[str, None] = {}
+
+    @cache  # the same patterns serve in every block
+    def fits(pattern: str) -> bool:
+        return not any(is_target(pattern, other) for other in others)
+
+    found = set()
     for name in names:
         candidates = (name.rpartition(".")[2], re.sub(r"\.\d+(?=\.)", ".*", name), name)
-        fitting = (pattern for pattern in candidates if not any(is_target(pattern, other) for other in others))
-        found[next(fitting, name)] = None
+        found.add(next(filter(fits, candidates), name))
     return sorted(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
+from meshpeft.parallel.errors import first_line
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.data import Record, load_records, record_format, split_held_out
 from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
@@ -52,8 +53,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         with quiet("transformers"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{directory}: the tokenizer cannot be read: {reason[0]}") from error
+        raise ModelError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from error
     return tokenizer
 
 

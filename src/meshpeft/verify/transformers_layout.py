@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from meshpeft.models import LanguageModel, ModelError, load_transformers
 from meshpeft.parallel import MeshPEFTError
+from meshpeft.parallel.errors import first_line
 from meshpeft.verify.float64 import lift_float32
 from meshpeft.verify.layout import Verdict, errors_of, few_ranks
 from meshpeft.verify.oracle import Layout
@@ -31,6 +33,18 @@ __all__ = ["verify_transformers_layout"]
 _HEAD_DIM = 16
 # A model of a structure that cannot be made narrower is taken as it is, if it has no more parameters.
 _MOST_PARAMETERS = 30_000_000
+# What the code of an architecture raises for sizes that do not fit together, or where tensors of all ranks stand in the
+# place of one.
+_OF_THEIR_CODE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def verify_transformers_layout(
@@ -55,57 +69,65 @@ def verify_transformers_layout(
         MeshPEFTError: sizes do not divide; a target matches no layer.
     """
     layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing))
-    small = _scaled_down(config, tp, all_layers)
+    small = _small_model(config, tp, all_layers)
+    text = small.config.get_text_config()
 
     with tempfile.TemporaryDirectory() as directory:
-        small.save_pretrained(directory)
-        save_model(_random_model(small), str(Path(directory) / "model.safetensors"))
+        small.config.save_pretrained(directory)
+        save_model(small, str(Path(directory) / "model.safetensors"))
 
         def load(parallel: Any) -> LanguageModel:
             model = load_transformers(directory, torch.float64)
             lift_float32(model)
             return model
 
-        text = small.get_text_config()
         try:
             errors = errors_of(layout, load, adapt, text.vocab_size, steps=steps)
         except MeshPEFTError:
             raise
-        # The architecture's own code may raise anything where tensors of all ranks are in the place of one.
-        except Exception as error:
+        except _OF_THEIR_CODE as error:
             raise ModelError(
-                f"a {config.model_type} model cannot be simulated ({_first_line(error)}); compare a few steps of "
-                "finetune at two layouts instead"
+                f"a {config.model_type} model cannot be simulated ({type(error).__name__}: {first_line(error)}); "
+                "compare a few steps of finetune at two layouts instead"
             ) from error
     return Verdict(None, errors, layout, text.num_hidden_layers, text.hidden_size)
 
 
-def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool) -> PretrainedConfig:
-    """A model of the same structure that takes seconds, of two layers or one of each kind."""
-    reason = ""
+def _small_model(config: PretrainedConfig, tp: int, all_layers: bool) -> Any:
+    """A random model of the same structure that takes seconds, of two layers or one of each kind."""
+    reasons = []
     for narrow in (True, False):
-        small = copy.deepcopy(config)
-        text: Any = small.get_text_config()
         try:
-            if not all_layers:
-                _keep_layers(text)
-            _shrink_vocabulary(text, tp)
-            if narrow:
-                _narrow(text, tp)
-            with torch.device("meta"):
-                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
-            if size > _MOST_PARAMETERS:
-                raise ModelError(f"{size:,} parameters are too many")
+            model = _random_model(_scaled_down(config, tp, all_layers, narrow))
             with torch.no_grad():
-                _random_model(small)(torch.arange(8)[None])
-            return small
-        # A configuration that does not fit together raises anything.
-        except Exception as error:
-            reason = reason or _first_line(error)
+                model(torch.arange(8)[None])
+            return model
+        except _OF_THEIR_CODE as error:
+            reasons.append(first_line(error))
     raise ModelError(
-        f"no small {config.model_type} model of this structure could be made to check ({reason}); compare a few steps "
-        "of finetune at two layouts instead"
+        f"no small {config.model_type} model of this structure could be made to check ({reasons[0]}); compare a few "
+        "steps of finetune at two layouts instead"
     )
+
+
+def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bool) -> PretrainedConfig:
+    """The configuration with fewer layers and a small vocabulary, and narrow if asked for; it may not fit together.
+
+    Raises:
+        ModelError: a model of it would be too large.
+    """
+    small = copy.deepcopy(config)
+    text: Any = small.get_text_config()
+    if not all_layers:
+        _keep_layers(text)
+    _shrink_vocabulary(text, tp)
+    if narrow:
+        _narrow(text, tp)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ModelError(f"{size:,} parameters are too many")
+    return small
 
 
 def _keep_layers(text: Any) -> None:
@@ -153,7 +175,3 @@ def _random_model(config: PretrainedConfig) -> Any:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += noise * (2 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
