@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from meshpeft.parallel import MeshPEFTError, init_parallelism
-from meshpeft.training.launch import is_joined, launch, number_of_workers, speaks_for_all
+from meshpeft.parallel.launcher_world import is_joined
+from meshpeft.training.launch import launch, number_of_workers, speaks_for_all
 
 
 def write_sum(directory: Path) -> None:
@@ -20,6 +24,31 @@ def write_sum(directory: Path) -> None:
     total = torch.tensor([float(info.tp.rank + 1)])
     dist.all_reduce(total, group=info.tp.group)
     (directory / f"{info.tp.rank}").write_text(f"{total.item():g} {torch.get_num_threads()}")
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """Addresses and ports at which a process listens."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return [tuple(found.laddr) for found in connections if found.status == psutil.CONN_LISTEN]
+
+
+def write_listening(directory: Path, launcher: int) -> None:
+    """Each worker leaves where it listens, and rank 0 also where the launcher does, while they are connected."""
+    info = init_parallelism(tensor_parallel=2)
+    dist.all_reduce(torch.ones(1), group=info.tp.group)
+    found = listening(os.getpid()) + (listening(launcher) if info.tp.rank == 0 else [])
+    (directory / f"{info.tp.rank}").write_text(json.dumps(found))
+    dist.all_reduce(torch.ones(1), group=info.tp.group)
+
+
+def hang_up(directory: Path, launcher: int) -> None:
+    """Rank 0 sends the launcher a hang-up, and leaves a file if it lives on."""
+    info = init_parallelism(tensor_parallel=2)
+    if info.tp.rank == 0:
+        os.kill(launcher, signal.SIGHUP)
+        time.sleep(1.5)
+        (directory / "done").touch()
+    dist.all_reduce(torch.ones(1), group=info.tp.group)
 
 
 def fail_on_rank_1(how: str) -> None:

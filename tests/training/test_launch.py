@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 from helpers import launch_jobs
 
 from meshpeft.parallel import MeshPEFTError
+from meshpeft.training.interruption import RunInterrupted
 from meshpeft.training.launch import LaunchError, WorkerDied, launch, number_of_workers
 
 
@@ -33,8 +36,8 @@ def test_a_world_that_does_not_fit_names_one_that_would(monkeypatch: pytest.Monk
         number_of_workers(tensor_parallel=2, data_parallel=3, expert_parallel=2)
     with pytest.raises(LaunchError, match="tp=0: expected a size of at least 1"):
         number_of_workers(tensor_parallel=0)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "6", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert number_of_workers(tensor_parallel=2) == 6
     with pytest.raises(LaunchError, match="a multiple of 4"):
         number_of_workers(tensor_parallel=4)
@@ -47,6 +50,32 @@ def test_workers_are_connected_and_share_the_cores(tmp_path: Path, monkeypatch: 
     launch(launch_jobs.write_sum, tmp_path, workers=2)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == [f"3 {threads}", f"3 {threads}"]
+
+
+def test_one_machine_s_processes_listen_on_the_loopback_interface_only(tmp_path: Path) -> None:
+    """The launcher's store has no credentials: whoever reaches it can write what the workers read."""
+    before = launch_jobs.listening(os.getpid())
+    launch(launch_jobs.write_listening, tmp_path, os.getpid(), workers=2)
+    found = [tuple(address) for rank in ("0", "1") for address in json.loads((tmp_path / rank).read_text())]
+    ours = [host for host, port in found if (host, port) not in before]
+    assert len(ours) >= 3  # the store's, and one of gloo's in each worker
+    assert set(ours) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_that_the_caller_ignores_ends_no_run(ignored: bool, tmp_path: Path) -> None:
+    """A hang-up ends a run, but not under nohup, which ignores it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            launch(launch_jobs.hang_up, tmp_path, os.getpid(), workers=2)
+        else:
+            with pytest.raises(RunInterrupted, match="SIGHUP") as raised:
+                launch(launch_jobs.hang_up, tmp_path, os.getpid(), workers=2)
+            assert raised.value.exit_code == 129
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert (tmp_path / "done").exists() == ignored
 
 
 @pytest.mark.parametrize(
@@ -77,7 +106,7 @@ def test_under_a_launcher_the_process_joins_and_one_worker_speaks(how: str, code
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = str(Path(__file__).parents[1])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "helpers.launch_jobs", how],

@@ -17,13 +17,11 @@ and [`on_each_rank`][meshpeft.parallel.on_each_rank] runs a function once per si
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed._local_tensor import (
     enabled_local_tensor_mode,
@@ -34,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.launcher_world import launcher_world, start_process_group
 
 __all__ = [
     "ParallelAxis",
@@ -216,7 +215,7 @@ def init_parallelism(
                 f"{text} = {product} does not divide the world of {world_size} processes; "
                 f"start a multiple of {math.lcm(dense, expert)} processes"
             )
-    started = _start_process_group(world_size)
+    started = start_process_group()
     _current = _build(world_size, pipeline_parallel, tensor_parallel, expert_parallel, etp) if started else _SERIAL
     return _current
 
@@ -230,21 +229,8 @@ def destroy_parallelism() -> None:
 def _world_size() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def _start_process_group(world_size: int) -> bool:
-    """Whether there is a process group, after starting one if the environment asks for it."""
-    if dist.is_available() and dist.is_initialized():
-        return True
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return False
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        return False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return True
+    world = launcher_world()
+    return 1 if world is None else world.world_size
 
 
 def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGroupInfo:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.models import LanguageModel
+from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
@@ -17,7 +18,7 @@ from meshpeft.training.base_model import BaseModel, check_attention, find_base
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers
 from meshpeft.training.inputs import load_inputs, load_tokenizer
-from meshpeft.training.launch import is_joined, launch
+from meshpeft.training.launch import launch
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.output import OutputDirectory

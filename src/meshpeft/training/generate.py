@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 
 from meshpeft.models import generate as generate_tokens
+from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.training.adapter_use import GenerateConfig
 from meshpeft.training.base_model import base_directory, find_base, load_base_and_adapter
 from meshpeft.training.config import ConfigError
 from meshpeft.training.inputs import load_tokenizer
-from meshpeft.training.launch import is_joined, launch
+from meshpeft.training.launch import launch
 from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
 from meshpeft.training.report import Report
 from meshpeft.training.setup import device, join_mesh, workers_for

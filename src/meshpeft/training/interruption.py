@@ -1,4 +1,6 @@
-"""A run that is asked to stop: by Ctrl-C, or by the SIGTERM of a scheduler that wants the machine back."""
+"""A run that is asked to stop: by Ctrl-C, by a scheduler that wants the machine back (SIGTERM), or by a terminal that
+goes away (SIGHUP).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,18 @@ import torch.distributed as dist
 from meshpeft.checkpoint.coordination import cpu_group
 from meshpeft.parallel.errors import MeshPEFTError
 
-__all__ = ["Interruption", "RunInterrupted"]
+__all__ = ["Interruption", "RunInterrupted", "heeded_signals"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """List the signals that end a run: those that ask for it, less those that the caller ignores.
+
+    Under `nohup` a run ignores SIGHUP, and goes on when its terminal is gone; a shell's background job may ignore
+    SIGINT.
+    """
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class RunInterrupted(MeshPEFTError):
@@ -47,7 +58,7 @@ class Interruption:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in heeded_signals()}
         return self
 
     def __exit__(

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -29,19 +30,29 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.launcher_world import is_joined, launcher_world
 from meshpeft.parallel.mesh import destroy_parallelism
-from meshpeft.training.interruption import RunInterrupted
+from meshpeft.training.interruption import RunInterrupted, heeded_signals
 from meshpeft.training.plain_warnings import plain_warnings
 
-__all__ = ["LaunchError", "WorkerDied", "is_joined", "launch", "number_of_workers", "speaks_for_all"]
+__all__ = ["LaunchError", "WorkerDied", "launch", "number_of_workers", "speaks_for_all"]
 
 # A worker that lost its connection waits before it dies: the launcher is to see the one that broke it first.
 LOST_CONNECTION_GRACE_SECONDS = 2.0
 # How long workers may take to end after SIGTERM before SIGKILL.
 SHUTDOWN_SECONDS = 5
+# Processes of one machine meet on its own address, not on a name that has to be looked up.
+_LOOPBACK = "127.0.0.1"
+_LOOPBACK_RENDEZVOUS = "meshpeft-loopback"
 
 
 class LaunchError(MeshPEFTError):
@@ -64,11 +75,6 @@ class _Report:
     interrupted_by: int | None = None
 
 
-def is_joined() -> bool:
-    """Whether a launcher started this process as one of its workers."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def number_of_workers(
     tensor_parallel: int = 1,
     data_parallel: int | None = None,
@@ -84,6 +90,7 @@ def number_of_workers(
 
     Raises:
         LaunchError: the sizes do not fit together, or not the launcher's world; it names what would.
+        ParallelError: the launcher's variables make no sense.
     """
     etp = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
     sizes = {"tp": tensor_parallel, "pp": pipeline_parallel, "ep": expert_parallel, "etp": etp}
@@ -100,9 +107,10 @@ def number_of_workers(
             f"dp={data_parallel} makes {wanted} processes, which pp*ep*etp={expert} does not divide; "
             f"use a dp that is a multiple of {smallest // dense}"
         )
-    if not is_joined():
+    joined = launcher_world()
+    if joined is None:
         return wanted
-    world = int(os.environ["WORLD_SIZE"])
+    world = joined.world_size
     if world % smallest:
         raise LaunchError(f"WORLD_SIZE={world} processes were started, but these sizes need a multiple of {smallest}")
     if data_parallel is not None and world != wanted:
@@ -144,14 +152,14 @@ def launch(
             max_nodes=1,
             nproc_per_node=workers,
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
+            rdzv_backend=_LOOPBACK_RENDEZVOUS,
+            local_addr=_LOOPBACK,
             max_restarts=0,
             shutdown_timeout=shutdown_seconds,
+            signals_to_handle=",".join(number.name for number in heeded_signals()),
         )
         try:
-            with _signal_handlers_restored():
+            with _signal_handlers_restored(), _loopback_interface():
                 elastic_launch(config, _reporting_work)(Path(reports), function, *arguments)
         except ChildFailedError as error:
             raise _root_cause(Path(reports), error) from None
@@ -159,9 +167,9 @@ def launch(
             for report in _reports(Path(reports)):
                 if report.interrupted_by is not None:
                     raise RunInterrupted(str(report.sentence), report.interrupted_by) from None
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + error.sigval) from None
+            raise RunInterrupted(
+                f"ended by {signal.Signals(error.sigval).name}, with nothing to save", int(error.sigval)
+            ) from None
 
 
 def speaks_for_all() -> bool:
@@ -269,10 +277,77 @@ def _quiet_launcher() -> Iterator[None]:
 @contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
     """The launcher installs handlers and leaves them: put the caller's back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in heeded_signals()}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class _LoopbackRendezvous(RendezvousHandler):
+    """Where the workers of one machine meet: a store that other machines cannot reach.
+
+    The launcher's own rendezvous listens on every address, without credentials, and reads a pickle from the store.
+    """
+
+    def __init__(self) -> None:
+        listener = socket.create_server((_LOOPBACK, 0))
+        self._port: int = listener.getsockname()[1]
+        # The store owns the socket from now on.
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and left out of its __all__
+            _LOOPBACK, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers use this store, and open none of their own."""
+        return True
+
+    def get_backend(self) -> str:
+        """Name the rendezvous."""
+        return _LOOPBACK_RENDEZVOUS
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet alone: the launcher is the only one."""
+        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(_LOOPBACK, self._port))
+
+    def is_closed(self) -> bool:
+        """Tell that nobody has closed it."""
+        return False
+
+    def set_closed(self) -> None:
+        """Do nothing: no other launcher is to be told."""
+
+    def num_nodes_waiting(self) -> int:
+        """Count the launchers that wait to join: none."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """Identify the run."""
+        return _LOOPBACK_RENDEZVOUS
+
+    def shutdown(self) -> bool:
+        """Nothing is left to be shut down: the store goes with the launcher."""
+        return True
+
+
+rendezvous_handler_registry.register(_LOOPBACK_RENDEZVOUS, lambda parameters: _LoopbackRendezvous())
+
+
+@contextmanager
+def _loopback_interface() -> Iterator[None]:
+    """Let gloo's connections listen on the loopback interface too, unless the user has chosen one.
+
+    By default they listen where the host's name points, which other machines may reach.
+    """
+    name = "GLOO_SOCKET_IFNAME"
+    loopback = next((interface for _, interface in socket.if_nameindex() if interface in ("lo", "lo0")), None)
+    if loopback is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = loopback
+    try:
+        yield
+    finally:
+        del os.environ[name]
