@@ -1,7 +1,8 @@
 """A directory of checkpoints: `step-00000010`, `step-00000020`, ..
 
 A name that shows belongs to a checkpoint that was whole when it got it: a save is written under a hidden name, flushed
-to the disk and renamed. Removing renames first, too.
+to the disk and renamed. Removing renames first, too. While it saves, the process owns the directory
+(`meshpeft.models.directory_lock`): what is hidden there otherwise was left by one that was killed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import MANIFEST
+from meshpeft.models.directory_lock import DirectoryLock
 from meshpeft.models.staging import flush
 
 __all__ = ["CheckpointDirectory"]
@@ -26,6 +28,7 @@ class CheckpointDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: DirectoryLock | None = None
 
     def of_step(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -56,8 +59,14 @@ class CheckpointDirectory:
         return found
 
     def prepare(self, step: int) -> None:
-        """Make the empty folder for a save, throwing away what killed saves left."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Own the directory, and make the empty folder for a save, throwing away what killed saves left.
+
+        Raises:
+            DirectoryInUse: Another process saves there.
+        """
+        lock = DirectoryLock(self.path)
+        lock.acquire()
+        self._lock = lock
         for path in self.path.iterdir():
             if _HIDDEN.fullmatch(path.name):
                 shutil.rmtree(path)
@@ -77,8 +86,11 @@ class CheckpointDirectory:
         shutil.rmtree(self._hidden(step), ignore_errors=True)
 
     def discard(self, step: int) -> None:
-        """Remove the folder of a save, if it is still there."""
-        shutil.rmtree(self.partial(step), ignore_errors=True)
+        """Remove the folder of a save, if it is still there, and give the directory up."""
+        if self._lock is not None:
+            shutil.rmtree(self.partial(step), ignore_errors=True)
+            self._lock.release()
+            self._lock = None
 
     def keep(self, count: int) -> None:
         """Remove all but the newest checkpoints."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +33,7 @@ def save_pretrained(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
+    companions: Iterable[Path] = (),
 ) -> None:
     """Write `config.json` and safetensors files that transformers reads. A collective: every rank calls it.
 
@@ -43,6 +45,7 @@ def save_pretrained(
         directory: made if it does not exist; other files in it are left alone.
         overwrite: replace a model that is there.
         max_shard_bytes: size of a weights file at which the next one begins.
+        companions: files to copy beside them, such as the tokenizer's.
 
     Raises:
         ModelError: the model carries adapters, or parameters that the format has no name for; the directory holds a
@@ -62,18 +65,20 @@ def save_pretrained(
     with kept(failures):
         writer = _Writer(directory, overwrite, max_shard_bytes) if writes else None
     raise_everywhere(failures, what, ModelError)
-    for tensor, layout, stored in tensors:
-        full = layout.gather(tensor)
+    try:
+        for tensor, layout, stored in tensors:
+            full = layout.gather(tensor)
+            with kept(failures):
+                if writer is not None and not failures:
+                    for name, values in _named_parts(full, layout, stored):
+                        writer.add(name, values)
         with kept(failures):
             if writer is not None and not failures:
-                for name, values in _named_parts(full, layout, stored):
-                    writer.add(name, values)
-    with kept(failures):
-        if writer is not None and not failures:
-            config.to_json_file(writer.folder / _CONFIG_NAME)
-            writer.publish()
-    if writer is not None:
-        writer.staged.clean_up()
+                config.to_json_file(writer.folder / _CONFIG_NAME)
+                writer.publish(list(companions))
+    finally:
+        if writer is not None:
+            writer.staged.clean_up()
     raise_everywhere(failures, what, ModelError)
 
 
@@ -121,11 +126,13 @@ class _Writer:
         self.pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
 
-    def publish(self) -> None:
+    def publish(self, companions: list[Path]) -> None:
         """Write what is left and move all files to the target, `config.json` last."""
         self._flush()
+        for path in companions:
+            shutil.copyfile(path, self.folder / path.name)
         replaced = [*self.directory.glob("*.safetensors"), self.directory / INDEX_NAME]
-        self.staged.publish([*self._name_shards(), _CONFIG_NAME], replaced)
+        self.staged.publish([*(path.name for path in companions), *self._name_shards(), _CONFIG_NAME], replaced)
 
     def _flush(self) -> None:
         try:

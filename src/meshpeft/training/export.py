@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ from typing import Annotated, Literal
 import torch
 
 from meshpeft.checkpoint import (
+    CheckpointError,
     export_peft_adapter,
     find_checkpoint,
     load_checkpoint,
     load_peft_adapter,
     merge_adapter,
 )
+from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
+from meshpeft.models.staging import StagedFiles, write_flushed
 from meshpeft.models.weights import read_json
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
@@ -148,14 +151,16 @@ def export(config: ExportConfig) -> str:
         dequantize_base(model)
         _write_merged(model, tensor_type(run.dtype), base, config.to, config.overwrite)
         return f"wrote {config.to}: {base} with {found.path} merged into it, {run.dtype}"
+    _check_free(config.to, config.overwrite, "an adapter", CONFIG_NAME)
     model = _without_base(base, run)
     load_checkpoint(model, found.path, check_base=False)
     options = run.as_json() | {"model": None if run.model is None else str(base.resolve())}
     record = {"options": options, "results": {"steps": found.step}}
-    named, overwrite = str(base.resolve()), config.overwrite
-    with _all_or_nothing(config.to):
-        export_peft_adapter(model, config.to, base_model_name_or_path=named, overwrite=overwrite, format=config.format)
-        (config.to / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    with _staged(config.to) as staged:
+        named = str(base.resolve())
+        export_peft_adapter(model, staged.folder, base_model_name_or_path=named, format=config.format)
+        write_flushed(staged.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        staged.publish([WEIGHTS_NAME, CONFIG_NAME, RECORD])
     per_expert = ", every expert by itself" if config.format == "peft-per-expert" else ""
     return f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"
 
@@ -170,32 +175,36 @@ def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
     return model
 
 
-def _check_free(to: Path, overwrite: bool) -> None:
-    """Before the work, not after it."""
-    if (to / "config.json").exists() and not overwrite:
-        raise ConfigError(f"{to}: holds a model; choose another directory, or replace it with --overwrite")
+def _check_free(to: Path, overwrite: bool, what: str = "a model", file: str = "config.json") -> None:
+    """Before the work, not after it.
+
+    Raises:
+        ConfigError: The directory holds what is to be written.
+        OutputError: It cannot be written to.
+    """
+    if os.path.lexists(to / file) and not overwrite:
+        raise ConfigError(f"{to}: holds {what}; choose another directory, or replace it with --overwrite")
+    with _staged(to):
+        pass
 
 
 def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
-    merged = merge_adapter(model).to(dtype)
-    with _all_or_nothing(to):
-        # The companions first: a directory is a model when its config.json is there.
-        to.mkdir(parents=True, exist_ok=True)
-        for pattern in _COMPANIONS:
-            for path in base.glob(pattern):
-                shutil.copy(path, to / path.name)
-        save_pretrained(merged, to, overwrite=overwrite)
+    companions = [path for pattern in _COMPANIONS for path in base.glob(pattern)]
+    save_pretrained(merge_adapter(model).to(dtype), to, overwrite=overwrite, companions=companions)
 
 
 @contextmanager
-def _all_or_nothing(to: Path) -> Iterator[None]:
-    """A directory that was not there, and could not be filled, is not left behind."""
-    new = not to.exists()
+def _staged(to: Path) -> Iterator[StagedFiles]:
+    """Files that one process writes.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
     try:
-        yield
-    except BaseException as error:
-        if new:
-            shutil.rmtree(to, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{to}: cannot be written: {error.strerror or error}") from error
-        raise
+        with StagedFiles(to) as staged:
+            try:
+                yield staged
+            except CheckpointError as error:  # what was to be written there names the folder
+                raise OutputError(str(error).replace(str(staged.folder), str(to))) from error
+    except OSError as error:
+        raise OutputError(f"{to}: cannot be written: {error.strerror or error}") from error
