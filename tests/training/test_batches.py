@@ -114,6 +114,14 @@ def test_evaluation_has_each_row_once_in_equally_many_forwards(dp_size: int, mic
     assert {part.global_target_tokens for part in slices} == {int(rows.row_targets.sum())}
 
 
+def test_a_bounded_evaluation_takes_rows_of_every_length_once() -> None:
+    rows = make_rows(70)
+    slices = [eval_batches(rows, 2, rank, 2, most=7) for rank in range(2)]
+    assert Counter(chain.from_iterable(map(row_numbers, slices))) == Counter(range(0, 70, 10))
+    assert {part.global_target_tokens for part in slices} == {int(rows.row_targets[::10].sum())}
+    assert len(eval_batches(rows, most=100).rows) == 70
+
+
 def test_a_slice_is_a_sequence() -> None:
     part = eval_batches(make_rows(5), 2)
     assert len(part[1:]) == 2

@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from meshpeft.training.streams import make_streams_lenient
+
 __all__ = ["main"]
 
 COMMANDS = {
@@ -21,6 +23,9 @@ COMMANDS = {
     "plan": "count what one process of a fine-tune will hold and send",
 }
 
+# Commands that do more than print: they go on when nobody reads what they print.
+_WITH_RESULTS_OF_THEIR_OWN = ("finetune", "merge", "export")
+
 USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(
     "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
 )
@@ -32,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for bad input, after one sentence on stderr; 1 for a worker that died, after its
         traceback; 128 and the signal's number for an interrupted run, or where nobody reads the output any more (as
-        after `| head`). What else goes wrong is raised.
+        after `| head`) of a command that only prints. What else goes wrong is raised.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv) or [""]
+    make_streams_lenient(end_without_reader=arguments[0] not in _WITH_RESULTS_OF_THEIR_OWN)
     try:
-        code = _run(*(list(sys.argv[1:] if argv is None else argv) or [""]))
+        code = _run(*arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # What is left to be written has nowhere to go, and would fail again when the interpreter ends.

@@ -170,11 +170,18 @@ def eval_batches(
     dp_size: int = 1,
     *,
     pad_to_longest: bool = True,
+    most: int = 0,
 ) -> GlobalBatchSlice:
-    """All rows exactly once, as one global batch (arguments as for :class:`RowSampler`)."""
+    """Every row once, as one global batch (other arguments as for :class:`RowSampler`).
+
+    Args:
+        most: take at most this many rows, evenly spaced: packing has sorted them by the length of their documents.
+            0 takes all.
+    """
     _check_split(micro_batch_size, dp_rank, dp_size)
-    everything = np.arange(len(rows), dtype=np.int64)
-    return GlobalBatchSlice(rows, everything, micro_batch_size, dp_rank, dp_size, pad_to_longest)
+    count = min(most, len(rows)) if most else len(rows)
+    taken = np.arange(count, dtype=np.int64) * len(rows) // max(1, count)
+    return GlobalBatchSlice(rows, taken, micro_batch_size, dp_rank, dp_size, pad_to_longest)
 
 
 def _check_split(micro_batch_size: int, dp_rank: int, dp_size: int) -> None:

@@ -8,12 +8,13 @@ is what the model has to learn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from meshpeft.training.templates import render_chat
 
 __all__ = ["encode_chat"]
 
@@ -21,7 +22,6 @@ Message = Mapping[str, Any]
 Span = tuple[int, int]
 """Characters ``[start, end)`` of a rendered chat."""
 
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A character that no text contains and no template strips, to see where a template puts the content.
 _SENTINEL = "\ue000"
 
@@ -30,6 +30,8 @@ def encode_chat(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    today: date | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
     """Render and tokenise one chat.
 
@@ -45,6 +47,7 @@ def encode_chat(
         messages: ``{"role", "content"}``, and whatever else the template reads.
         tokenizer: with a chat template.
         tools: schemas handed to the template.
+        today: the date that a template gets that asks for it. Default: the machine's.
 
     Returns:
         documents, as token ids and the mask of the targets; one with no target if no turn is an assistant's.
@@ -52,43 +55,31 @@ def encode_chat(
     Raises:
         ValueError: no template, the template refuses the chat, or its assistant turns cannot be told apart.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use a chat model's tokenizer or prompt/completion data.")
     if not tokenizer.is_fast:
         raise ValueError("this tokenizer does not say which characters a token covers; use its fast version.")
-    conversation: Any = list(messages)
-    given: Any = list(tools) if tools else None
-    try:
-        template = tokenizer.get_chat_template(None, given)
-        if _GENERATION_MARKER.search(template):
-            marked: Any = tokenizer.apply_chat_template(
-                conversation, tools=given, return_dict=True, return_assistant_tokens_mask=True
-            )
-            encoded = [(list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]])]
-        else:
-            encoded = [
-                _tokenize(text, spans, tokenizer) for text, spans in _assistant_spans(messages, tokenizer, given)
-            ]
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
+    rendered = render_chat(tokenizer, messages, tools, today=today)
+    if rendered.spans is None:
+        shown = _assistant_spans(messages, tokenizer, tools, rendered.text, today)
+    else:
+        shown = [(rendered.text, rendered.spans)]
+    encoded = [_tokenize(text, spans, tokenizer) for text, spans in shown]
     return [_closed(tokens, targets, tokenizer.eos_token_id) for tokens, targets in encoded]
 
 
 def _assistant_spans(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any, whole: str, today: date | None
 ) -> list[tuple[str, list[Span]]]:
-    """The rendered chat and its assistant turns, or one rendering per turn (see :func:`encode_chat`)."""
+    """The rendered chat (`whole`) and its assistant turns, or one rendering per turn (see :func:`encode_chat`)."""
 
     def render(shown: Sequence[Message], ask: bool = False) -> str:
-        conversation: Any = list(shown)
-        return str(tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False, add_generation_prompt=ask))
+        return render_chat(tokenizer, shown, tools, add_generation_prompt=ask, today=today).text
 
     turns: list[tuple[str, list[Span]]] = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         history = messages[:number]
-        text = render(messages[: number + 1])
+        text = whole if number + 1 == len(messages) else render(messages[: number + 1])
         opening = render(history, ask=True) if history else ""
         start = len(opening)
         if not history or not text.startswith(opening):
@@ -105,7 +96,6 @@ def _assistant_spans(
         turn = text[start:].rstrip()
         end = start + len(turn) if turn.endswith(str(tokenizer.eos_token)) else len(text)
         turns.append((text, [(start, end)]))
-    whole = render(messages)
     if all(whole.startswith(text) for text, _ in turns):
         return [(whole, [span for _, spans in turns for span in spans])]
     return turns

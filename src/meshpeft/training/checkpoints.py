@@ -30,7 +30,8 @@ __all__ = ["RunCheckpoints", "checkpoints_in"]
 _NEUTRAL = frozenset(
     {
         "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "engine",
-        "data", "adapter_format", "output_dir", "overwrite", "eval_every", "save_every", "keep", "resume", "config",
+        "data", "adapter_format", "output_dir", "overwrite", "eval_every", "eval_rows", "save_every", "keep", "resume",
+        "config",
     }
 )  # fmt: skip
 

@@ -43,6 +43,7 @@ from meshpeft.parallel.launcher_world import is_joined, launcher_world
 from meshpeft.parallel.mesh import destroy_parallelism
 from meshpeft.training.interruption import RunInterrupted, heeded_signals
 from meshpeft.training.plain_warnings import plain_warnings
+from meshpeft.training.streams import make_streams_lenient
 
 __all__ = ["LaunchError", "WorkerDied", "launch", "number_of_workers", "speaks_for_all"]
 
@@ -200,6 +201,7 @@ def _work(function: Callable[..., object], *arguments: Any) -> None:
 
 
 def _reporting_work(reports: Path, function: Callable[..., object], *arguments: Any) -> None:
+    make_streams_lenient()
     try:
         with plain_warnings("meshpeft"):
             _work(function, *arguments)

@@ -16,7 +16,7 @@ from meshpeft.training.interruption import Interruption, RunInterrupted
 from meshpeft.training.metrics import MetricsLog
 from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.progress import TrainingProgress
-from meshpeft.training.schedule import learning_rate, warmup_steps
+from meshpeft.training.schedule import learning_rate, steps_between_measurements, warmup_steps
 from meshpeft.training.setup import device
 from meshpeft.training.step import StepResult, TrainStep, mean_loss
 from meshpeft.training.untrained import untrained_layers
@@ -55,6 +55,7 @@ class TrainingLoop:
             micro_batch_size=config.micro_batch_size,
             dp_rank=info.dp.rank,
             dp_size=info.dp.world_size,
+            most=config.eval_rows,
         )
         self.steps = self._sampler.steps(config.epochs or 1.0) if config.steps is None else config.steps
         self.epochs = self.steps / self._sampler.steps(1)
@@ -82,7 +83,10 @@ class TrainingLoop:
             TrainingError: the loss of a step is not finite.
         """
         start = self._checkpoints.start(log)
-        every = self.config.eval_every or self.steps
+        every = self.config.eval_every
+        if every is None:
+            every = steps_between_measurements(self.steps, self.config.batch_size, len(self._held_out.rows))
+        every = every or self.steps
         with progress, Interruption() as interruption:
             progress.start_at(start)
             if start:

@@ -14,13 +14,14 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 __all__ = ["TrainingProgress"]
 
 LINES_WITHOUT_TERMINAL = 20
 SPEED_WINDOW_STEPS = 20
+FIRST_LINE_SECONDS = 60.0
+LONGEST_SILENCE_SECONDS = 1800.0
 
 
 class TrainingProgress:
@@ -35,6 +36,8 @@ class TrainingProgress:
         self._steps = steps
         self._console = console
         self._done = 0
+        self._elapsed = 0.0  # seconds in the steps of this process
+        self._last_line = 0.0
         # (tokens, seconds) of the last steps: the speed now, without the measurements between steps.
         self._window: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
         self._bar: Progress | None = None
@@ -46,11 +49,11 @@ class TrainingProgress:
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                # Not rich's own estimate: it forgets what is older than 30 seconds, and so knows none of slow steps.
+                TextColumn("{task.fields[left]} left"),
                 console=console,
             )
-            self._task = self._bar.add_task("training", total=steps, loss="-", speed="-")
+            self._task = self._bar.add_task("training", total=steps, loss="-", speed="-", left="-:--")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -75,13 +78,22 @@ class TrainingProgress:
             return
         self._done += 1
         self._window.append((tokens, seconds))
+        self._elapsed += seconds
         spent = max(sum(seconds for _, seconds in self._window), 1e-9)
-        speed = sum(tokens for tokens, _ in self._window) / spent
+        speed = f"{sum(tokens for tokens, _ in self._window) / spent:,.0f}"
+        left = _clock((self._steps - self._done) * spent / len(self._window))
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
-        elif self._done % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0 or self._done == self._steps:
-            left = (self._steps - self._done) * spent / len(self._window)
-            self.note(f"step {self._done}/{self._steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {_clock(left)} left")
+            self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", speed=speed, left=left)
+        elif self._line_is_due():
+            self._last_line = self._elapsed
+            self.note(f"step {self._done}/{self._steps}  loss {loss:.4f}  {speed} tokens/s  {left} left")
+
+    def _line_is_due(self) -> bool:
+        if self._done % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0 or self._done == self._steps:
+            return True
+        # A twentieth of a long run is hours: a line a minute at first, then less and less often.
+        wait = min(max(FIRST_LINE_SECONDS, self._elapsed / 10), LONGEST_SILENCE_SECONDS)
+        return self._elapsed - self._last_line >= wait
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -91,4 +103,5 @@ class TrainingProgress:
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

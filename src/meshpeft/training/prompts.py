@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
-import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,7 @@ from meshpeft.models.weights import read_json
 from meshpeft.training.config import ConfigError
 from meshpeft.training.documents import Document
 from meshpeft.training.setup import device
+from meshpeft.training.templates import TemplateError, render_chat
 
 __all__ = ["continuation", "decoded", "end_tokens", "prompt_of", "prompt_tokens"]
 
@@ -28,21 +29,26 @@ def prompt_of(document: Document) -> list[int]:
     return tokens
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False, today: date | None = None
+) -> list[int]:
     """A prompt as training would have made it: with what the tokenizer puts before a text, or its chat template.
+
+    Args:
+        tokenizer: of the model.
+        text: the prompt, or what a user says in a chat.
+        chat: render the text with the chat template.
+        today: the date that a template gets that asks for it. Default: the machine's.
 
     Raises:
         ConfigError: there are no tokens, or there is no chat template for a chat.
     """
     if chat:
         try:
-            text = str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-                )
-            )
-        except (ValueError, jinja2.TemplateError) as error:
-            raise ConfigError(f"the tokenizer's chat template cannot be used: {error}") from error
+            question = {"role": "user", "content": text}
+            text = render_chat(tokenizer, [question], add_generation_prompt=True, today=today).text
+        except TemplateError as error:
+            raise ConfigError(f"--chat: {error}") from error
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     while len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         tokens.pop()

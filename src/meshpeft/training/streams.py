@@ -1,0 +1,83 @@
+"""Standard streams that never end a run: closed ones, encodings that lack a character, readers that are gone.
+
+A training is worth more than its log. What cannot be written is dropped, and the run goes on to its result.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["make_streams_lenient"]
+
+
+def make_streams_lenient(*, end_without_reader: bool = False) -> None:
+    """Replace this process's standard streams by ones that can always be used.
+
+    * A stream that was closed when the process started (`>&-`, some daemons) leads to the null device; otherwise the
+      next file that is opened would take its descriptor, and get what libraries print.
+    * A character that the stream's encoding lacks is written as `?`.
+    * What cannot be written (a terminal that hung up, a full disk) is dropped.
+
+    Streams that the caller has replaced already, as test runners do, are left alone.
+
+    Args:
+        end_without_reader: raise `BrokenPipeError` when nobody reads a pipe any more, for commands whose output is
+            their result; else that is dropped too.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            _open_null(descriptor)
+            mode = "r" if name == "stdin" else "w"
+            null = open(descriptor, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115  # kept
+            setattr(sys, name, null)
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and type(stream) is io.TextIOWrapper:
+            with suppress(OSError):
+                stream.flush()
+            raw = _LenientFile(descriptor, end_without_reader)
+            lenient = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                encoding=stream.encoding,
+                errors="backslashreplace" if name == "stderr" else "replace",
+                line_buffering=stream.line_buffering or name == "stderr",
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, lenient)
+
+
+def _open_null(descriptor: int) -> None:
+    """Make `descriptor` lead to the null device, unless a file has taken it."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        os.set_inheritable(descriptor, True)
+
+
+class _LenientFile(io.FileIO):
+    """Writes to a descriptor of the process, and takes what cannot be written as written."""
+
+    def __init__(self, descriptor: int, end_without_reader: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._end_without_reader = end_without_reader
+
+    def write(self, data: Buffer) -> int:
+        """Write what can be written."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            if self._end_without_reader:
+                raise
+        except OSError:
+            pass
+        return memoryview(data).nbytes
