@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
 
+from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.training import templates
-from meshpeft.training.templates import TemplateError, close_renderer, render_chat
+from meshpeft.training.checkpoints import run_date
+from meshpeft.training.config import ConfigError, FinetuneConfig
+from meshpeft.training.templates import TemplateError, chat_templates, render_chat
 
 PLAIN_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
 MARKED_TEMPLATE = (
@@ -152,13 +156,16 @@ def test_a_template_of_another_type_is_refused(template: Any) -> None:
 
 def test_the_date_is_the_one_that_is_given() -> None:
     tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y %H:%M') }}")
-    assert render_chat(tokenizer, QUESTION, today=date(2024, 7, 26)).text == "26 Jul 2024 00:00"
+    with chat_templates("2024-07-26"):
+        assert render_chat(tokenizer, QUESTION).text == "26 Jul 2024 00:00"
+    assert render_chat(tokenizer, QUESTION).text == date.today().strftime("%d %b %Y 00:00")
 
 
 def test_chance_is_the_same_for_every_chat() -> None:
     tokenizer = byte_tokenizer("{{ range(10 ** 5) | random }}{{ lipsum(1) }}")
-    first = render_chat(tokenizer, QUESTION).text
-    close_renderer()
+    with chat_templates(None):
+        first = render_chat(tokenizer, QUESTION).text
+    assert templates._renderer._process is None
     assert render_chat(tokenizer, QUESTION).text == first == render_chat(tokenizer, QUESTION).text
 
 
@@ -201,8 +208,8 @@ def test_threads_and_forks_get_answers_of_their_own() -> None:
     assert not wrong
     child = os.fork()
     if child == 0:
-        ask("child")
-        close_renderer()
+        with chat_templates(None):
+            ask("child")
         os._exit(len(wrong))
     ask("parent")
     assert os.waitpid(child, 0)[1] == 0 and not wrong
@@ -241,3 +248,30 @@ if {end == "is killed"}: os.kill(os.getpid(), signal.SIGKILL)
             break
     else:
         assert not Path(f"/proc/{done.stdout.strip()}/cmdline").exists()
+
+
+@pytest.mark.parametrize("resume", ("auto", "directory", "step"))
+def test_a_run_that_goes_on_keeps_its_date(resume: str, tmp_path: Path) -> None:
+    today = date.today().isoformat()
+    checkpoints = tmp_path / "checkpoints"
+    config = FinetuneConfig(output_dir=tmp_path, resume=resume)
+    if resume != "auto":
+        config = replace(config, resume=str(tmp_path if resume == "directory" else checkpoints / "step-00000004"))
+    assert run_date(config) == today  # there is no checkpoint yet
+    for step, day in ((2, "2023-01-01"), (4, "2024-07-26")):
+        path = checkpoints / f"step-{step:08}"
+        path.mkdir(parents=True)
+        manifest = Manifest(step, False, {}, {}, extra={"run": {"template_date": day}})
+        (path / MANIFEST).write_bytes(manifest.encode())
+    assert run_date(config) == "2024-07-26"
+    assert run_date(replace(config, template_date="2025-01-01")) == "2025-01-01"
+    assert run_date(replace(config, resume=None)) == today
+    (path / MANIFEST).write_bytes(Manifest(4, False, {}, {}, extra={"run": {"template_date": ["x"]}}).encode())
+    assert run_date(config) == ("2023-01-01" if resume != "step" else today)
+
+
+def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="template_date='yesterday': expected a date"):
+        FinetuneConfig(template_date="yesterday").check()
+    with pytest.raises(ConfigError, match="template_date=\\[1\\]: expected a date"):
+        FinetuneConfig.from_options({**FinetuneConfig().as_json(), "template_date": [1]}, tmp_path)

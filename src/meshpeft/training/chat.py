@@ -9,7 +9,6 @@ is what the model has to learn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +29,6 @@ def encode_chat(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    today: date | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
     """Render and tokenise one chat.
 
@@ -47,7 +44,6 @@ def encode_chat(
         messages: ``{"role", "content"}``, and whatever else the template reads.
         tokenizer: with a chat template.
         tools: schemas handed to the template.
-        today: the date that a template gets that asks for it. Default: the machine's.
 
     Returns:
         documents, as token ids and the mask of the targets; one with no target if no turn is an assistant's.
@@ -57,9 +53,9 @@ def encode_chat(
     """
     if not tokenizer.is_fast:
         raise ValueError("this tokenizer does not say which characters a token covers; use its fast version.")
-    rendered = render_chat(tokenizer, messages, tools, today=today)
+    rendered = render_chat(tokenizer, messages, tools)
     if rendered.spans is None:
-        shown = _assistant_spans(messages, tokenizer, tools, rendered.text, today)
+        shown = _assistant_spans(messages, tokenizer, tools, rendered.text)
     else:
         shown = [(rendered.text, rendered.spans)]
     encoded = [_tokenize(text, spans, tokenizer) for text, spans in shown]
@@ -67,12 +63,12 @@ def encode_chat(
 
 
 def _assistant_spans(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any, whole: str, today: date | None
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any, whole: str
 ) -> list[tuple[str, list[Span]]]:
     """The rendered chat (`whole`) and its assistant turns, or one rendering per turn (see :func:`encode_chat`)."""
 
     def render(shown: Sequence[Message], ask: bool = False) -> str:
-        return render_chat(tokenizer, shown, tools, add_generation_prompt=ask, today=today).text
+        return render_chat(tokenizer, shown, tools, add_generation_prompt=ask).text
 
     turns: list[tuple[str, list[Span]]] = []
     for number, message in enumerate(messages):

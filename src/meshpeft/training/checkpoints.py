@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from meshpeft.checkpoint import CheckpointError, Save, load_checkpoint, save_checkpoint
 from meshpeft.checkpoint.coordination import agreed, checkpoint_group, rank_and_world_size
 from meshpeft.checkpoint.directory import CheckpointDirectory
+from meshpeft.checkpoint.manifest import Manifest
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
 from meshpeft.training.metrics import MetricsLog
@@ -23,15 +28,15 @@ from meshpeft.training.optimizer import LossScale
 from meshpeft.training.output import CHECKPOINTS
 from meshpeft.training.packing import PackedRows
 
-__all__ = ["RunCheckpoints", "checkpoints_in"]
+__all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "run_date"]
 
-# Options that change no number of the training: where it runs and reads, how often it measures and saves. The model
-# and the data are compared by their content.
+# Options that change no number of the training: where it runs and reads, how often it measures and saves. The model,
+# the data and what a template makes of them are compared by their content.
 _NEUTRAL = frozenset(
     {
         "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "engine",
         "data", "adapter_format", "output_dir", "overwrite", "eval_every", "eval_rows", "save_every", "keep", "resume",
-        "config",
+        "config", "template_date",
     }
 )  # fmt: skip
 
@@ -40,6 +45,37 @@ def checkpoints_in(directory: Path) -> Path:
     """A checkpoint, a directory of them, or the output directory of a run that holds one: the first or second."""
     inside = directory / CHECKPOINTS
     return inside if inside.is_dir() else directory
+
+
+def run_date(config: FinetuneConfig) -> str:
+    """The date that chat templates get in this run, the same on every rank. A collective.
+
+    It is the option, or that of the checkpoint to go on from, or today's.
+    """
+    return agreed_date(config.template_date or _checkpoint_date(config))
+
+
+def agreed_date(day: str | None) -> str:
+    """This day, or today by the clock of rank 0, since machines differ in their time zone. A collective."""
+    days = [day or date.today().isoformat()]
+    world = parallel_group_info().world
+    if world.world_size > 1 and not is_simulated():
+        dist.broadcast_object_list(days, src=0, group=world.group)
+    return days[0]
+
+
+def _checkpoint_date(config: FinetuneConfig) -> str | None:
+    """The date that a run to go on from recorded. `None` if there is none; whether it may go on is asked later."""
+    if config.resume is None:
+        return None
+    own = config.output_dir.resolve() / CHECKPOINTS
+    directory = CheckpointDirectory(own if config.resume == "auto" else checkpoints_in(Path(config.resume)))
+    with suppress(CheckpointError, OSError):
+        for path in directory.candidates():
+            with suppress(CheckpointError, ValueError, TypeError, AttributeError):
+                day = Manifest.read(path).extra.get("run", {}).get("template_date")
+                return date.fromisoformat(day).isoformat()
+    return None
 
 
 class RunCheckpoints:
@@ -125,7 +161,9 @@ class RunCheckpoints:
                 )
         for name, digest in self._data.items():
             if extra["data"].get(name) != digest:
-                raise CheckpointError(f"the {name} rows are not those of {path}: the data, or its tokenizer, changed")
+                raise CheckpointError(
+                    f"the {name} rows are not those of {path}: the data, its tokenizer or --template-date changed"
+                )
 
     def save(self, step: int, log: MetricsLog) -> None:
         """Write the checkpoint of a step in the background. A collective."""

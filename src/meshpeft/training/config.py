@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import tyro
 
-from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.errors import MeshPEFTError, shown
 
 __all__ = [
     "ConfigError",
@@ -91,6 +92,9 @@ class FinetuneConfig(LayoutConfig):
     fp8 (1.06). Embedding, vocabulary head, norms and routers stay as they are. Default: in full."""
     quantize_block_size: Annotated[int | None, OptionalField] = None
     """Parameters of a row that share a scale: 32, 64, 128, .. Default: 64."""
+    template_date: Annotated[str | None, OptionalField] = None
+    """Date that a chat template gets that asks for today's, such as 2026-11-29. Default: the day on which the run
+    started."""
     held_out: float = 0.05
     """Part of the records of --data that is set aside to measure the held-out loss."""
     output_dir: Path = Path("runs/finetune")
@@ -212,6 +216,7 @@ class FinetuneConfig(LayoutConfig):
         above(self, 0, "alpha", "epochs", "lr", "lora_plus")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: expected a probability from 0 up to, not including, 1")
+        self._check_date()
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a part of the data, between 0 and 1")
         for name in ("target_modules", "exclude_modules"):
@@ -224,6 +229,14 @@ class FinetuneConfig(LayoutConfig):
         self._check_init_method()
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs} were both given; leave one out")
+
+    def _check_date(self) -> None:
+        try:
+            date.fromisoformat(self.template_date or "2000-01-01")
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"template_date={shown(self.template_date)}: expected a date, such as 2026-11-29"
+            ) from error
 
     def _check_init_method(self) -> None:
         if self.lora_init_method is None:
@@ -288,7 +301,9 @@ class FinetuneConfig(LayoutConfig):
                 values[name] = None if values.get(name) is None else tuple(values[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: not the record of a meshpeft run ({error})") from error
-        return cls(**values)
+        config = cls(**values)
+        config._check_date()
+        return config
 
 
 def at_least(config: object, least: float, *names: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
 from meshpeft.training.batches import eval_batches
+from meshpeft.training.checkpoints import agreed_date
 from meshpeft.training.inputs import load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
@@ -40,6 +41,7 @@ def evaluate(config: EvaluateConfig) -> float:
     info = join_mesh(config)
     report = Report(info)
     run = config.run()
+    run = replace(run, template_date=agreed_date(run.template_date))
     if config.seq_length is not None:
         run = replace(run, seq_length=config.seq_length)
     tokenizer = load_tokenizer(base_directory(run.model))

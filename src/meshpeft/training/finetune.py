@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.models import LanguageModel
@@ -15,6 +16,7 @@ from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
 from meshpeft.training.base_model import BaseModel, check_attention, find_base
+from meshpeft.training.checkpoints import run_date
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers
 from meshpeft.training.inputs import load_inputs, load_tokenizer
@@ -68,6 +70,7 @@ def finetune(config: FinetuneConfig) -> None:
         TrainingError: the loss is not finite.
     """
     info = join_mesh(config)
+    config = replace(config, template_date=run_date(config))
     report = Report(info)
     set_seed(config.seed)
     base = find_base(config.model, config.engine)

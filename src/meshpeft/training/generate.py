@@ -11,12 +11,14 @@ from meshpeft.models import generate as generate_tokens
 from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.training.adapter_use import GenerateConfig
 from meshpeft.training.base_model import base_directory, find_base, load_base_and_adapter
+from meshpeft.training.checkpoints import agreed_date
 from meshpeft.training.config import ConfigError
 from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
 from meshpeft.training.report import Report
 from meshpeft.training.setup import device, join_mesh, workers_for
+from meshpeft.training.templates import chat_templates
 
 __all__ = ["generate", "start"]
 
@@ -51,7 +53,8 @@ def generate(config: GenerateConfig) -> str:
     run = config.run()
     directory = base_directory(run.model)
     tokenizer = load_tokenizer(directory)
-    prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
+    with chat_templates(agreed_date(run.template_date)):
+        prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     tokens = generate_tokens(
         model,

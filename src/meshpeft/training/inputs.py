@@ -16,6 +16,7 @@ from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
+from meshpeft.training.templates import chat_templates
 
 __all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
 
@@ -64,8 +65,9 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
         DataError: the data cannot be used as given.
     """
     train, held_out = _records(config)
-    documents = tokenize_records(train, tokenizer, config.seq_length)
-    held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length)
+    with chat_templates(config.template_date):
+        documents = tokenize_records(train, tokenizer, config.seq_length)
+        held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length)
     rows = _pack(documents, config, tokenizer)
     return Inputs(
         train=rows,
@@ -83,7 +85,9 @@ def load_rows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, data: 
         DataError: the data cannot be used as given.
     """
     records = _records(config)[1] if data is None else load_records(data)
-    return _pack(tokenize_records(records, tokenizer, config.seq_length), config, tokenizer)
+    with chat_templates(config.template_date):
+        documents = tokenize_records(records, tokenizer, config.seq_length)
+    return _pack(documents, config, tokenizer)
 
 
 def _records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:

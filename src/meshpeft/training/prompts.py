@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -29,16 +28,8 @@ def prompt_of(document: Document) -> list[int]:
     return tokens
 
 
-def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False, today: date | None = None
-) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False) -> list[int]:
     """A prompt as training would have made it: with what the tokenizer puts before a text, or its chat template.
-
-    Args:
-        tokenizer: of the model.
-        text: the prompt, or what a user says in a chat.
-        chat: render the text with the chat template.
-        today: the date that a template gets that asks for it. Default: the machine's.
 
     Raises:
         ConfigError: there are no tokens, or there is no chat template for a chat.
@@ -46,7 +37,7 @@ def prompt_tokens(
     if chat:
         try:
             question = {"role": "user", "content": text}
-            text = render_chat(tokenizer, [question], add_generation_prompt=True, today=today).text
+            text = render_chat(tokenizer, [question], add_generation_prompt=True).text
         except TemplateError as error:
             raise ConfigError(f"--chat: {error}") from error
     tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]

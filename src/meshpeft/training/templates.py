@@ -20,8 +20,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.parallel.errors import MeshPEFTError, first_line
 
-__all__ = ["RenderedChat", "TemplateError", "close_renderer", "render_chat"]
+__all__ = ["RenderedChat", "TemplateError", "chat_templates", "render_chat"]
 
 CHAT_SECONDS = 3.0
 """Processor time that a template may take for one chat."""
@@ -73,7 +74,6 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     add_generation_prompt: bool = False,
-    today: date | None = None,
 ) -> RenderedChat:
     """Render a chat with the tokenizer's template.
 
@@ -82,7 +82,6 @@ def render_chat(
         messages: at least one; keys without a value (`None`) are left out.
         tools: schemas handed to the template.
         add_generation_prompt: end with what precedes an answer.
-        today: the date that a template gets that asks for it (``strftime_now``). Default: the machine's.
 
     Raises:
         TemplateError: there is no template, it takes too long or too much memory, shows too much, or fails.
@@ -101,13 +100,23 @@ def render_chat(
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
     }
-    rendered = _renderer.render(template, variables, date.today() if today is None else today)
+    rendered = _renderer.render(template, variables, _today.get() or date.today())
     return rendered if _GENERATION_MARKER.search(template) else rendered._replace(spans=None)
 
 
-def close_renderer() -> None:
-    """End the process that renders, if there is one; another starts with the next chat."""
-    _renderer.close()
+@contextmanager
+def chat_templates(day: str | None) -> Iterator[None]:
+    """Within the block, a template that asks for the date (``strftime_now``) gets this one; then nothing is left of it.
+
+    Args:
+        day: in ISO format; `None`: today.
+    """
+    token = _today.set(None if day is None else date.fromisoformat(day))
+    try:
+        yield
+    finally:
+        _today.reset(token)
+        _renderer.close()
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
@@ -275,6 +284,7 @@ def _read(process: subprocess.Popen[bytes]) -> bytes:
     return bytes(received[_LENGTH.size :])
 
 
+_today: ContextVar[date | None] = ContextVar("today", default=None)
 _renderer = _Renderer()
 atexit.register(_renderer.close)
 os.register_at_fork(after_in_child=_renderer.forget)
