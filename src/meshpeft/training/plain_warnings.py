@@ -1,4 +1,4 @@
-"""Warnings on the command line, ours and those of other packages."""
+"""What the command line lets through of warnings: ours, each as one sentence, and no noise of other packages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from typing import TextIO
 
 __all__ = ["plain_warnings", "quiet"]
 
+_FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning)
+# They log at import what they cannot use on this machine ("Failed to load ..").
+_NOISY = ("torchao", "bitsandbytes")
+
 
 @contextmanager
 def plain_warnings(speaker: str) -> Iterator[None]:
-    """Our warnings as one sentence each, without the place in the source, and from one process.
+    """Print our warnings as one sentence each, without the place in the source, and from one process.
+
+    What other packages say to their own developers (deprecations, extensions that they could not load) is left out;
+    it is nothing that a user can act on. `python -W` and PYTHONWARNINGS bring the warnings back.
 
     Args:
-        speaker: whose warnings they are; it stands before each.
+        speaker: Command whose warnings they are; it stands before each.
     """
     show = warnings.showwarning
 
@@ -30,19 +37,21 @@ def plain_warnings(speaker: str) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        if issubclass(category, _FOR_DEVELOPERS) and not sys.warnoptions:
+            return
         if category is not UserWarning:
             show(message, category, filename, lineno, file, line)
         elif int(os.environ.get("RANK", "0")) == 0:
             print(f"{speaker}: warning: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet(*_NOISY):
         warnings.showwarning = show_plainly
         yield
 
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Leave out what these loggers say that is no error."""
+    """Leave out what these loggers print below the level of an error."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
