@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import adapted, peft_adapted
-from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, with_peft
+from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import on_rank, simulate, standing_at
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +35,7 @@ from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.checkpoint.peft_plan import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
-from meshpeft.peft import LoRA
+from meshpeft.peft import LoRA, LowRankAdapter
 
 Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
@@ -142,35 +142,42 @@ def test_some_experts_alone(targets: list[str], format: Any, tiny: Tiny, tmp_pat
         torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
 
 
-def test_experts_of_another_rank_keep_their_scale(tiny: Tiny, tmp_path: Path) -> None:
-    model = experts_adapted(tiny("mixtral"), "mixtral", dim=4, normalize_moe_lora=True, share_expert_adapters=False)
-    export_peft_adapter(model.eval(), tmp_path / "adapter")
-    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
-    assert load_file(tmp_path / "adapter" / WEIGHTS)[key].shape == (8 * 2, 48)
-    theirs = with_peft(tiny("mixtral"), tmp_path / "adapter")
-    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
-    ours = load_peft_adapter(load_pretrained(tiny("mixtral"), torch.float64), tmp_path / "adapter")
-    torch.testing.assert_close(logits(ours), logits(model), rtol=0.0, atol=0.0)
+UNEQUAL: dict[str, dict[str, Any]] = {
+    "normalised": {"normalize_moe_lora": True, "share_expert_adapters": False},
+    "normalised, shared, rslora": {"normalize_moe_lora": True, "use_rslora": True},
+    "router": {"rank_pattern": {"router": 3}, "alpha_pattern": {"*.1.mlp.experts.linear_fc1": 5}},
+    "dora": {"method": "dora", "normalize_moe_lora": True, "targets": ["linear_qkv", "linear_fc1", "linear_fc2"]},
+}
 
 
-@pytest.mark.parametrize("use_rslora", (False, True))
-def test_the_per_expert_form_has_one_scale(use_rslora: bool, tiny: Tiny, tmp_path: Path) -> None:
-    """vLLM scales every module by the file's alpha / r: an alpha of a module's own would be passed over in silence."""
-    options: dict[str, Any] = {"normalize_moe_lora": True, "share_expert_adapters": False, "use_rslora": use_rslora}
-    model = experts_adapted(tiny("mixtral"), "mixtral", dim=4, **options).eval()
-    export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
-    config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), load_file(tmp_path / "adapter" / WEIGHTS)
-    assert (config["r"], config["lora_alpha"]) == (4, 8)
-    assert len(config["rank_pattern"]) == 2 * 3  # of layers and projections, not of every expert
-    name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2"
-    a, b = (tensors[f"{name}.lora_{factor}.weight"] for factor in "AB")
-    adapter = model.decoder.layers[1].mlp.experts.linear_fc2.adapter
-    expected = adapter.scale * adapter.linear_out.weight[3] @ adapter.linear_in.weight[3]
-    assert a.shape == (2, 48)
-    # As vLLM's peft_helper has it.
-    torch.testing.assert_close(8 / (4**0.5 if use_rslora else 4) * b @ a, expected.detach(), rtol=1e-14, atol=1e-15)
-    ours = load_peft_adapter(load_pretrained(tiny("mixtral"), torch.float64), tmp_path / "adapter")
-    torch.testing.assert_close(logits(ours), logits(model), **CLOSE)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_one_scale_serves_experts_of_another_rank(case: str, format: Any, tiny: Tiny, tmp_path: Path) -> None:
+    """Servers read `r` and `lora_alpha` alone; what every expert has of its own is in its factors."""
+    options = dict(UNEQUAL[case])
+    if format == "peft" and options.get("method") == "dora":
+        pytest.skip("peft has no DoRA on parameters")
+    base, folder = tiny("mixtral"), tmp_path / "adapter"
+    model = experts_adapted(base, "mixtral", dim=4, **options).eval()
+    export_peft_adapter(model, folder, format=format)
+    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, {}, {})
+    name = "mlp.experts" if format == "peft" else "block_sparse_moe.experts.3.w2"
+    assert tensors[f"base_model.model.model.layers.1.{name}.lora_A.weight"].shape[0] == (
+        8 * 4 if format == "peft" else 4
+    )
+    expected = logits(model)
+    torch.testing.assert_close(logits(served(base, folder)), expected, **CLOSE)
+    if options.get("method") != "dora":
+        torch.testing.assert_close(logits(with_peft(base, folder)), expected, **CLOSE)
+    with simulate(tp=2, dp=2, ep=2, etp=2):
+        again = load_peft_adapter(load_pretrained(base, torch.float64), folder)
+        torch.testing.assert_close(logits(again), expected, **CLOSE)
+        export_peft_adapter(again, tmp_path / "again", format=format)
+        load_peft_adapter(again, tmp_path / "again")
+    shapes = [[(a.dim, a.alpha) for a in each.modules() if isinstance(a, LowRankAdapter)] for each in (model, again)]
+    assert shapes[0] == shapes[1]
+    assert (tmp_path / "again" / CONFIG).read_bytes() == (folder / CONFIG).read_bytes()
 
 
 def test_dropout_that_is_over_is_written_as_none(tiny: Tiny, tmp_path: Path) -> None:

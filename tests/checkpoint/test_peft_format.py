@@ -13,17 +13,18 @@ import pytest
 import torch
 from helpers.adapters import EVERYTHING, METHODS, adapted, peft_adapted, share_a
 from helpers.checkpoint_jobs import export_and_fail
-from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, with_peft
+from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import simulate, the_same
 from helpers.tiny_models import random_ids, reference
 from helpers.workers import run_on_ranks
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
 from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.models import Decoder, load_pretrained
-from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, adapter_wrappers
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankAdapter, adapter_wrappers
 
 Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
@@ -120,9 +121,8 @@ def test_ranks_and_alphas_that_differ_within_a_fused_layer(use_rslora: bool, tin
         assert [adapter.dim for adapter in adapters.values()] == [6, 4, 1]
         load_peft_adapter(ours, tmp_path / "theirs")
         export_peft_adapter(ours, tmp_path / "ours")
-    written, expected = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
-    assert written.keys() == expected.keys()
-    assert all(torch.equal(written[name], expected[name]) for name in expected)
+        load_peft_adapter(ours, tmp_path / "ours")  # whose ranks and alphas are as they were
+    torch.testing.assert_close(logits(served(tiny("llama"), tmp_path / "ours"), ids), logits(theirs, ids), **CLOSE)
 
 
 def test_dora_whose_parts_do_not_share_a_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -132,18 +132,125 @@ def test_dora_whose_parts_do_not_share_a_is_refused(tiny: Tiny, tmp_path: Path) 
         load_peft_adapter(load_pretrained(tiny("llama")), tmp_path)
 
 
+# What makes ranks and scales unequal; whether every factor of B is a power of two; rank and alpha of the file.
+UNEQUAL: dict[str, tuple[dict[str, Any], bool, tuple[int, float]]] = {
+    "ranks": ({"rank_pattern": {"linear_qkv": 2, "*.1.mlp.linear_fc1": 1}}, True, (4, 8)),
+    "ranks of one scale": ({"rank_pattern": {"linear_qkv": 2}, "alpha_pattern": {"linear_qkv": 4}}, True, (4, 8)),
+    "alphas": ({"alpha_pattern": {"linear_fc2": 5, "*.0.*.linear_proj": -3}}, False, (4, 8)),
+    "rslora": ({"use_rslora": True}, True, (4, 16)),
+    "rslora, ranks": ({"use_rslora": True, "rank_pattern": {"linear_fc2": 3}}, False, (4, 16)),
+    "an alpha of zero": ({"alpha_pattern": {"linear_qkv": 0}}, True, (4, 8)),
+    "dora": ({"method": "dora", "rank_pattern": {"linear_qkv": 6}, "alpha_pattern": {"linear_fc1": 7}}, False, (6, 12)),
+    "parts": ({"method": "canonical_lora", "rank_pattern": {"linear_k": 2, "linear_fc1_up": 6}}, False, (6, 12)),
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_one_scale_serves_a_file_of_several_ranks_and_scales(case: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Servers read `r` and `lora_alpha` alone; our readers restore what they were made of."""
+    options, exact, (rank, alpha) = UNEQUAL[case]
+    base, ids = tiny("llama"), random_ids()
+    model = adapted(base, **options).eval()
+    export_peft_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, alpha, False)
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    expected = logits(model, ids)
+    for other in (served(base, tmp_path / "adapter"), with_peft(base, tmp_path / "adapter")):
+        torch.testing.assert_close(logits(other, ids), expected, **CLOSE)
+    with simulate(tp=2):
+        again = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "adapter")
+        torch.testing.assert_close(logits(again, ids), expected, **CLOSE)
+        export_peft_adapter(again, tmp_path / "again")
+        load_peft_adapter(adapted(base, seed=1, **options), tmp_path / "adapter")
+    shapes = [[(a.dim, a.alpha, a.use_rslora) for a in adapters_of(each)] for each in (model, again)]
+    assert shapes[0] == shapes[1]
+    alone = load_peft_adapter(load_pretrained(base, torch.float64), tmp_path / "adapter")
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if case == "an alpha of zero" and "linear_qkv.adapter.linear_out" in name:
+            assert not theirs.any()
+        elif exact or "linear_out" not in name:
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(theirs, ours, rtol=1e-15, atol=0.0)
+
+
+def adapters_of(model: nn.Module) -> list[LowRankAdapter]:
+    return [module for module in model.modules() if isinstance(module, LowRankAdapter)]
+
+
+def test_an_adapter_of_one_rank_and_scale_is_written_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    model = adapted(tiny("llama"))
+    export_peft_adapter(model, tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / WEIGHTS, "pt") as file:
+        assert file.metadata().keys() == {"format", "sha256"}
+    q = load_file(tmp_path / "adapter" / WEIGHTS)[Q_A]
+    assert torch.equal(q, model.decoder.layers[0].self_attention.linear_qkv.adapter.linear_in.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_factors_are_not_rounded_by_the_files_scale(dtype: torch.dtype, tiny: Tiny, tmp_path: Path) -> None:
+    """A B that is multiplied with more than a power of two becomes float32 in the file; of float32 it is rounded."""
+    model = adapted(tiny("llama"), lora_dtype=dtype, alpha_pattern={"linear_fc2": 5, "linear_qkv": 16}).eval()
+    export_peft_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    widened = {"q_proj", "k_proj", "v_proj", "down_proj"} if dtype == torch.float16 else {"down_proj"}
+    for key, tensor in tensors.items():
+        wide = "lora_B" in key and key.split(".")[-3] in widened
+        assert tensor.dtype == (torch.float32 if wide else dtype)
+    ids = random_ids()
+    reached = (logits(served(tiny("llama"), tmp_path / "adapter"), ids) - logits(model, ids)).abs().max()
+    assert reached < (1e-4 if dtype == torch.float32 else 1e-3)
+    again = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path / "adapter")
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(theirs, ours, rtol=1e-7 if dtype == torch.float32 else 0.0, atol=0.0)
+
+
+def test_what_another_program_changed_is_read_as_it_reads_it(tiny: Tiny, tmp_path: Path) -> None:
+    """The ranks in the header are of the config, and of the values, that were written with them."""
+    model = adapted(tiny("llama"), rank_pattern={"linear_qkv": 2})
+    export_peft_adapter(model, tmp_path / "adapter")
+    ids = random_ids()
+    for change in (
+        lambda: edit_config(tmp_path / "adapter", lora_alpha=4),
+        lambda: edit_weights(tmp_path / "adapter", lambda tensors: tensors[Q_A].mul_(2)),
+    ):
+        change()
+        again = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path / "adapter")
+        assert {adapter.dim for adapter in adapters_of(again)} == {4}
+        theirs = served(tiny("llama"), tmp_path / "adapter")
+        torch.testing.assert_close(logits(again.eval(), ids), logits(theirs, ids), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["", "[]", "{}", '{"r":4}', '{"r":0,"lora_alpha":8,"use_rslora":false,"adapters":{}}',
+     '{"r":4,"lora_alpha":8,"use_rslora":false,"adapters":{"x":{"r":5,"lora_alpha":1}}}',
+     '{"r":4,"lora_alpha":8,"use_rslora":false,"adapters":{"x":{"r":4,"lora_alpha":1,"b_type":"int8"}}}',
+     '{"r":4,"lora_alpha":1e999,"use_rslora":0,"adapters":[]}', "[" * 10**5],
+)  # fmt: skip
+def test_a_damaged_header_is_named(entry: str, exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "adapter")
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {**metadata, "meshpeft.scales": entry})
+    with pytest.raises(CheckpointError, match=r"(meshpeft.scales in its header|adapter_model.safetensors) is damaged"):
+        load_peft_adapter(load_pretrained(tiny("llama")), folder)
+
+
 def test_ranks_and_targets_that_differ_by_layer_survive(tiny: Tiny, tmp_path: Path) -> None:
     model = adapted(tiny("llama"), ["*.layers.0.*.linear_proj", "*.layers.2.*"], dim=4, seed=1)
     model = LoRA(["*.layers.1.*.linear_qkv"], dim=2, alpha=5, lora_B_init_method="normal")(model).eval()
     export_peft_adapter(model, tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    assert config["rank_pattern"] == {f"model.layers.1.self_attn.{part}_proj": 2 for part in "qkv"}
-    assert config["alpha_pattern"] == {f"model.layers.1.self_attn.{part}_proj": 5 for part in "qkv"}
     ids = random_ids()
-    theirs = with_peft(tiny("llama"), tmp_path / "adapter")
-    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
+    for theirs in (with_peft(tiny("llama"), tmp_path / "adapter"), served(tiny("llama"), tmp_path / "adapter")):
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids), **CLOSE)
     ours = load_peft_adapter(load_pretrained(tiny("llama"), torch.float64), tmp_path / "adapter")
-    torch.testing.assert_close(logits(ours, ids), logits(model, ids), rtol=0.0, atol=0.0)
+    torch.testing.assert_close(logits(ours, ids), logits(model, ids), **CLOSE)
+    assert [(each.dim, each.alpha) for each in adapters_of(ours)] == [
+        (each.dim, each.alpha) for each in adapters_of(model)
+    ]
 
 
 def test_the_head_of_a_tied_model_keeps_its_adapter(tiny: Tiny, tmp_path: Path) -> None:
@@ -208,6 +315,35 @@ def test_the_files_keep_the_adapters_type(dtype: torch.dtype, tiny: Tiny, tmp_pa
     assert {tensor.dtype for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values()} == {dtype}
     loaded = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter")
     assert loaded.decoder.layers[0].mlp.linear_fc1.adapter.linear_in.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_every_parameter_keeps_its_own_type(method: str, tp: int, tiny: Tiny, tmp_path: Path) -> None:
+    """DoRA's magnitudes are float32 beside factors of bfloat16; other programs mix as they like."""
+    types = {"lora_A": torch.bfloat16, "lora_B": torch.float16, "magnitude": torch.float32, "o_proj": torch.float64}
+
+    def type_of(name: str) -> torch.dtype:
+        return next((dtype for part, dtype in reversed(types.items()) if part in name), torch.bfloat16)
+
+    export_peft_adapter(adapted(tiny("llama"), method=method), tmp_path / "adapter")
+    edit_weights(
+        tmp_path / "adapter",
+        lambda tensors: tensors.update({key: value.to(type_of(key)) for key, value in tensors.items()}),
+    )
+    with simulate(tp=tp):
+        model = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter", trainable=True)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                renamed = name.replace("linear_in", "lora_A").replace("linear_out", "lora_B")
+                assert parameter.dtype == type_of(renamed.replace("linear_proj", "o_proj")), name
+        model(random_ids()).sum().backward()
+        assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+        export_peft_adapter(model, tmp_path / "again")
+    written, expected = load_file(tmp_path / "again" / WEIGHTS), load_file(tmp_path / "adapter" / WEIGHTS)
+    assert all(
+        torch.equal(written[key], value) and written[key].dtype == value.dtype for key, value in expected.items()
+    )
 
 
 def test_a_loaded_adapter_trains_only_if_asked(tiny: Tiny, tmp_path: Path) -> None:
@@ -285,13 +421,6 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "integers": (
         lambda folder: edit_weights(folder, lambda tensors: tensors.update({O_B: tensors[O_B].to(torch.int64)})),
         "stored as torch.int64",
-    ),
-    "two types": (
-        lambda folder: edit_weights(
-            folder,
-            lambda tensors: tensors.update({key: value.float() for key, value in tensors.items() if ".2." in key}),
-        ),
-        "several types",
     ),
 }
 

@@ -87,6 +87,7 @@ class AdaptedLinear:
     """One pair of factors on one layer of ours: on all its parts together, or on one of them.
 
     Attributes:
+        adapter: the module that holds the parameters.
         module: full name of the layer.
         names: the Hugging Face modules, in the canonical order of B's rows; they share A. For stacked experts the
             one parameter.
@@ -94,9 +95,9 @@ class AdaptedLinear:
         magnitude: of DoRA, else `None`.
         shape, use_rslora, dropout: as in an `adapter_config.json`.
         experts: number of stacked experts; `None` for an ordinary layer.
-        b_factor: what the values of B are multiplied with where they are written, for `shape` to be true of them.
     """
 
+    adapter: LowRankAdapter
     module: str
     names: tuple[str, ...]
     a: Factor
@@ -106,7 +107,13 @@ class AdaptedLinear:
     use_rslora: bool
     dropout: float
     experts: int | None = None
-    b_factor: float = 1.0
+
+    def cast(self, a: torch.dtype, b: torch.dtype, magnitude: torch.dtype | None) -> None:
+        """Give each parameter a type of its own."""
+        if magnitude is not None:
+            self.adapter.to(magnitude)
+        self.adapter.linear_in.to(a)
+        self.adapter.linear_out.to(b)
 
 
 def hub_linears(model: nn.Module) -> list[HubLinear]:
@@ -227,6 +234,7 @@ def _of_adapter(
         a, b = a.beside(start_a, -2), b.beside(-start_b, -1)
         shape = AdapterShape.of_scale(2 * adapter.dim, adapter.scale, adapter.use_rslora)
     return AdaptedLinear(
+        adapter,
         module,
         tuple(part.name for part in parts),
         a,

@@ -160,10 +160,8 @@ def describe(
     adapted: Collection[str],
     modules: Collection[str],
     parameters: Collection[str],
-    shapes: Mapping[str, AdapterShape],
+    shape: AdapterShape,
     *,
-    usual: AdapterShape,
-    use_rslora: bool,
     use_dora: bool,
     dropout: float,
     base_model_name_or_path: str | None,
@@ -174,9 +172,8 @@ def describe(
         adapted: full name of each adapted module.
         modules: full names of all modules that could have an adapter.
         parameters: full name of each parameter that is adapted as such.
-        shapes: full name, or a regular expression of full names -> the adapters there.
-        usual: the shape that the others are exceptions to.
-        use_rslora, use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
+        shape: rank and alpha of all of them; alpha / rank is their scale.
+        use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
         base_model_name_or_path: where the base model is to be found.
     """
     return {
@@ -184,15 +181,16 @@ def describe(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
-        "r": usual.rank,
-        "lora_alpha": _plain(usual.alpha),
+        "r": shape.rank,
+        "lora_alpha": _plain(shape.alpha),
         "lora_dropout": 0.0 if parameters else dropout,
         "target_modules": _short_names(adapted, modules),
         **({"target_parameters": sorted(parameters)} if parameters else {}),
-        "rank_pattern": {name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
-        "alpha_pattern": {name: _plain(shape.alpha) for name, shape in shapes.items() if shape.alpha != usual.alpha},
+        # Serving systems pass over these three, or refuse them; see meshpeft.checkpoint.peft_scales.
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "bias": "none",
-        "use_rslora": use_rslora,
+        "use_rslora": False,
         "use_dora": use_dora,
     }
 

@@ -1,19 +1,18 @@
-"""Adapters in the format of Hugging Face PEFT, which `peft` and serving systems load unchanged.
+"""Adapters in the format of Hugging Face PEFT.
 
 A layer of ours that is fused is several modules there: LoRA or DoRA on `linear_qkv` is written as adapters of
 `q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes. For the forms of
-stacked experts see `meshpeft.checkpoint.places`.
+stacked experts see `meshpeft.checkpoint.places`; for adapters of several ranks and scales, of which a file has one,
+`meshpeft.checkpoint.peft_scales`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from operator import attrgetter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +21,9 @@ from torch.distributed._local_tensor import LocalTensor
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
+from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
 from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
+from meshpeft.checkpoint.stored_factors import StoredFactor
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.models.staging import StagedFiles
@@ -62,7 +63,7 @@ def export_peft_adapter(
             adapter; or it cannot be written.
     """
     directory = Path(directory)
-    adapted, names, config = _described(model, format, base_model_name_or_path)
+    described = _described(model, format, base_model_name_or_path)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"writing {directory}"
@@ -74,19 +75,21 @@ def export_peft_adapter(
             if (directory / CONFIG_NAME).exists() and not overwrite:
                 raise CheckpointError(f"{directory} holds an adapter; choose another directory or overwrite it")
             staged = StagedFiles(directory)
-            declared = [tensor for linear in adapted for tensor in _declared(linear, names)]
-            writer = TensorFileWriter(staged.folder / WEIGHTS_NAME, declared)
+            declared = [tensor for linear in described.adapted for tensor in described.declared(linear)]
+            writer = TensorFileWriter(staged.folder / WEIGHTS_NAME, declared, metadata=described.metadata)
     try:
         raise_everywhere(failures, what, CheckpointError)
-        for linear in adapted:
-            for tensor in _gathered(linear, names):
+        for linear in described.adapted:
+            for tensor in described.gathered(linear):
                 with kept(failures):
                     if writer is not None and not failures:
                         writer.write(tensor)
         with kept(failures):
             if writer is not None and staged is not None and not failures:
                 writer.close()
-                (staged.folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                (staged.folder / CONFIG_NAME).write_text(
+                    json.dumps(described.config, indent=2) + "\n", encoding="utf-8"
+                )
                 staged.publish([WEIGHTS_NAME, CONFIG_NAME])
         raise_everywhere(failures, what, CheckpointError)
     finally:
@@ -105,18 +108,63 @@ def check_exportable(model: nn.Module, format: AdapterFormat) -> None:
     _described(model, format, None)
 
 
-def _described(
-    model: nn.Module, format: AdapterFormat, base_model_name_or_path: str | None
-) -> tuple[list[AdaptedLinear], WrittenNames, dict[str, object]]:
-    """The adapters as they are written, their names, and the content of `adapter_config.json`."""
+@dataclass(frozen=True)
+class _Described:
+    """The adapters of a model as they are written.
+
+    Attributes:
+        adapted: the adapters.
+        names: theirs in the file.
+        scale: the rank and scale of the file, where not all adapters have these.
+        config: content of `adapter_config.json`.
+    """
+
+    adapted: list[AdaptedLinear]
+    names: WrittenNames
+    scale: FileScale | None
+    config: dict[str, object]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of the weights' file says besides."""
+        return {} if self.scale is None else self.scale.as_metadata()
+
+    # The two below say the same in the same order: A, then B, then the magnitude.
+
+    def declared(self, linear: AdaptedLinear) -> Iterator[Declared]:
+        """Names, types and shapes of an adapter's tensors."""
+        for factor, written, stored in self._factors(linear):
+            for key, shape in stored.declared():
+                yield Declared(key, written.b_dtype(factor.values.dtype), shape)
+
+    def gathered(self, linear: AdaptedLinear) -> Iterator[Tensor]:
+        """The tensors. A collective."""
+        for factor, written, stored in self._factors(linear):
+            yield from stored.split(written.b_in_file(_plain(factor.layout.gather(factor.values))))
+
+    def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, StoredFactor]]:
+        """Every parameter; how its values are written (those of A and the magnitude as they are); and where."""
+        place = Place.of(linear, _written(linear, self.scale))
+        factors = [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
+        for factor, stored in zip(factors, stored_factors(place, self.names), strict=True):
+            yield factor, place.written if factor is linear.b else AS_THEY_ARE, stored
+
+
+def _written(linear: AdaptedLinear, scale: FileScale | None) -> Written:
+    return AS_THEY_ARE if scale is None else scale.written(linear.shape)
+
+
+def _described(model: nn.Module, format: AdapterFormat, base_model_name_or_path: str | None) -> _Described:
     if format not in get_args(AdapterFormat):
         raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
     model = held_module(model)
     adapted = adapted_linears(model)
-    if format == "peft-per-expert":
-        adapted = _of_one_scale(adapted)
     names = _names(model, adapted, format)
-    return adapted, names, _config(model, adapted, names, base_model_name_or_path)
+    _check_alike(adapted)
+    addressed = [_addressed(model, linear, names) for linear in adapted]
+    scale = _file_scale(adapted, addressed)
+    shape = adapted[0].shape if scale is None else scale.shape
+    return _Described(adapted, names, scale, _config(model, adapted, addressed, names, shape, base_model_name_or_path))
 
 
 def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat) -> WrittenNames:
@@ -125,35 +173,73 @@ def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat
     return WrittenNames(format, linears, stacks, model.config.model_type if isinstance(model, Decoder) else None)
 
 
-def _config(
-    model: nn.Module, adapted: list[AdaptedLinear], names: WrittenNames, base_model_name_or_path: str | None
-) -> dict[str, object]:
+def _check_alike(adapted: list[AdaptedLinear]) -> None:
     first = adapted[0]
-    use_dora = first.magnitude is not None
     for linear in adapted:
         for option, (a, b) in {
             "use_rslora": (first.use_rslora, linear.use_rslora),
-            "use_dora": (use_dora, linear.magnitude is not None),
+            "use_dora": (first.magnitude is not None, linear.magnitude is not None),
         }.items():
             if a != b:
                 raise CheckpointError(
                     f"{option} is {a} on {first.module}, {b} on {linear.module}; a file has one value"
                 )
+
+
+class _Addressed(NamedTuple):
+    """What a reader of the config is to adapt: modules, and parameters; and under which names it looks for shapes."""
+
+    modules: list[str]
+    parameters: list[str]
+    known_as: list[str]
+
+
+def _addressed(model: nn.Module, linear: AdaptedLinear, names: WrittenNames) -> _Addressed:
     modules: list[str] = []
     parameters: list[str] = []
-    shapes: dict[str, AdapterShape] = {}
-    for linear in adapted:
-        own_modules, own_parameters, patterns = _addressed(model, linear, names)
-        modules += own_modules
-        parameters += own_parameters
-        shapes |= dict.fromkeys(patterns, linear.shape)
+    for name in linear.names:
+        if linear.experts is not None and names.per_expert:
+            return _Addressed(names.of_experts(name), [], names.of_first_expert(name))
+        if linear.experts is not None:
+            parameters.append(name)
+        elif is_adapted_as_parameter(model, name) and not names.per_expert:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(names.of_module(name))
+    return _Addressed(modules, parameters, [*modules, *parameters])
+
+
+def _file_scale(adapted: list[AdaptedLinear], addressed: list[_Addressed]) -> FileScale | None:
+    use_rslora = adapted[0].use_rslora
+    shape = FileScale.common([linear.shape for linear in adapted], use_rslora)
+    if shape is None:
+        return None
+    own: dict[str, OwnAdapter] = {}
+    scale = FileScale(shape, use_rslora, own)
+    for linear, names in zip(adapted, addressed, strict=True):
+        dtype = linear.b.values.dtype
+        changed = scale.written(linear.shape).b_dtype(dtype) != dtype
+        own |= dict.fromkeys(names.known_as, OwnAdapter(linear.shape, dtype if changed else None))
+    return scale
+
+
+def _config(
+    model: nn.Module,
+    adapted: list[AdaptedLinear],
+    addressed: list[_Addressed],
+    names: WrittenNames,
+    shape: AdapterShape,
+    base_model_name_or_path: str | None,
+) -> dict[str, object]:
+    first = adapted[0]
+    use_dora = first.magnitude is not None
+    modules = [name for each in addressed for name in each.modules]
+    parameters = [name for each in addressed for name in each.parameters]
     if use_dora and parameters:
         raise CheckpointError(
             f"{min(parameters)}: peft adapts this parameter with LoRA only, not with DoRA; export in the form "
             "'peft-per-expert', or merge the adapter and save the model"
         )
-    # Servers allot room for the rank that stands there.
-    largest, most = max(shapes.values(), key=attrgetter("rank")), Counter(shapes.values()).most_common(1)[0][0]
     others = names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters})
     if not has_our_names(model):  # peft has a say on modules of every kind
         others += [
@@ -165,64 +251,11 @@ def _config(
         modules,
         others,
         parameters,
-        shapes,
-        usual=largest if names.per_expert else most,
-        use_rslora=first.use_rslora,
+        shape,
         use_dora=use_dora,
         dropout=first.dropout,
         base_model_name_or_path=base_model_name_or_path,
     )
-
-
-def _addressed(model: nn.Module, linear: AdaptedLinear, names: WrittenNames) -> tuple[list[str], list[str], list[str]]:
-    """The modules, and the parameters, that a reader is to adapt; and the patterns by which it knows their shape."""
-    modules: list[str] = []
-    parameters: list[str] = []
-    for name in linear.names:
-        if linear.experts is not None and names.per_expert:
-            return names.of_experts(name), [], names.patterns_of_experts(name)
-        if linear.experts is not None:
-            parameters.append(name)
-        elif is_adapted_as_parameter(model, name) and not names.per_expert:
-            parameters.append(f"{name}.weight")
-        else:
-            modules.append(names.of_module(name))
-    return modules, parameters, [*modules, *parameters]
-
-
-def _of_one_scale(adapted: list[AdaptedLinear]) -> list[AdaptedLinear]:
-    """The same adapters, all scaled alike: what their scales differ by becomes part of B, when it is written.
-
-    Serving systems take one scale for the whole file, `lora_alpha / r`, whatever its patterns say.
-    """
-    largest = max(adapted, key=lambda linear: linear.shape.rank)
-    scale = largest.shape.scale(largest.use_rslora)
-    found = []
-    for linear in adapted:
-        own = linear.shape.scale(linear.use_rslora)
-        shape = AdapterShape.of_scale(linear.shape.rank, scale, linear.use_rslora)
-        found.append(linear if own == scale else replace(linear, shape=shape, b_factor=own / scale))
-    return found
-
-
-# The two below say the same in the same order: A, then B, then the magnitude.
-
-
-def _declared(linear: AdaptedLinear, names: WrittenNames) -> Iterator[Declared]:
-    for factor, stored in zip(_factors(linear), stored_factors(Place.of(linear), names), strict=True):
-        for key, shape in stored.declared():
-            yield Declared(key, factor.values.dtype, shape)
-
-
-def _gathered(linear: AdaptedLinear, names: WrittenNames) -> Iterator[Tensor]:
-    for factor, stored in zip(_factors(linear), stored_factors(Place.of(linear), names), strict=True):
-        full = _plain(factor.layout.gather(factor.values))
-        changed = factor is linear.b and linear.b_factor != 1
-        yield from stored.split(full * linear.b_factor if changed else full)
-
-
-def _factors(linear: AdaptedLinear) -> list[Factor]:
-    return [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
 
 
 def _plain(full: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def load_peft_adapter(
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
         trainable: leave the adapters trainable, the rest frozen and the model in training mode; otherwise
             everything is frozen and the model in evaluation mode. Ignored where the model has adapters.
-        dtype: of the adapters' parameters; that of the file by default.
+        dtype: Type of A and B. By default each keeps its own, that of the file. Magnitudes keep theirs, and are float32
+            at least. Ignored where the model has adapters.
 
     Returns:
         The model, changed in place, with `LoRA`, `CanonicalLoRA` or `DoRA`.
@@ -47,13 +48,11 @@ def load_peft_adapter(
             file.check_values()
             plan = AdapterPlan(model, config, file)
             values = {(place.module, place.names): plan.read(place) for place in plan.places}
-            types = {file.tensors[key].dtype for key in file.tensors.keys() - set(plan.names.base_copies.values())}
-            if dtype is None and len(types) > 1:
-                raise CheckpointError(
-                    f"{file.path} holds several types ({', '.join(sorted(map(str, types)))}); choose one with dtype="
-                )
     if not is_adapted(model):
-        model = plan.adapted(model, types.pop() if dtype is None else dtype, trainable)
+        model = plan.adapted(model, dtype, trainable)
+        for linear in adapted_linears(model):
+            a, b, magnitude = values[linear.module, linear.names]
+            linear.cast(dtype or a.dtype, dtype or b.dtype, None if magnitude is None else magnitude.dtype)
     with torch.no_grad():
         for linear in adapted_linears(model):
             factors = (linear.a, linear.b, linear.magnitude)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint.base_copies import compare_base_copies
 from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import HubLinear, adapted_linears, hub_linears, is_adapted
+from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear, adapted_linears, hub_linears, is_adapted
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, PREFIX, AdapterShape, PeftConfig
 from meshpeft.checkpoint.peft_names import FoundNames
+from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
 from meshpeft.checkpoint.places import Place, parts_of, stored_factors
 from meshpeft.checkpoint.stored_factors import SeparateA, SeparateB, StoredFactor
 from meshpeft.checkpoint.tensor_file import TensorFileReader
@@ -42,11 +43,13 @@ class AdapterPlan:
     def __init__(self, model: nn.Module, config: PeftConfig, file: TensorFileReader) -> None:
         self.config, self.file, model = config, file, held_module(model)
         self.linears = {linear.name: linear for linear in hub_linears(model)}
+        self.scale = FileScale.read(file.metadata, config, file.path)
+        self.use_rslora = config.use_rslora if self.scale is None else self.scale.use_rslora
         self.names = FoundNames(model, config, file, self.linears)
         self._compare_targets()
         self.separate = self._separate_parts()
         self.canonical = False
-        self.places = [Place.of(linear) for linear in adapted_linears(model)] if is_adapted(model) else self._new()
+        self.places = self._there(adapted_linears(model)) if is_adapted(model) else self._new()
         self._compare_places()
         for place in self.places:
             self._compare_tensors(place)
@@ -70,7 +73,7 @@ class AdapterPlan:
             parts = parts_of(linear.layout)
             if linear.experts is None or not self.names.per_expert or len(parts) == 1:
                 continue
-            shapes = [self.config.shape_of(self.names.of_expert(name, part, 0)) for part in parts]
+            shapes = [self._own(self.names.of_expert(name, part, 0)).shape for part in parts]
             if len(set(shapes)) > 1 or not self._share_a(name, linear):
                 if self.config.use_dora:
                     raise CheckpointError(
@@ -95,9 +98,21 @@ class AdapterPlan:
         """Rank and alpha of our adapter on what has this name in transformers."""
         shapes = self.separate.get(name)
         if shapes is None:
-            return self.config.shape_of(self.names.in_config(name))
-        rank, use_rslora = sum(shape.rank for shape in shapes), self.config.use_rslora
+            return self._own(self.names.in_config(name)).shape
+        rank, use_rslora = sum(shape.rank for shape in shapes), self.use_rslora
         return AdapterShape.of_scale(rank, shapes[0].scale(use_rslora), use_rslora)
+
+    def _own(self, name: str) -> OwnAdapter:
+        """The adapter that the file knows by this name, as it was where it was written."""
+        own = None if self.scale is None else self.scale.own.get(name)
+        return OwnAdapter(self.config.shape_of(name)) if own is None else own
+
+    def _written(self, shape: AdapterShape) -> Written:
+        return AS_THEY_ARE if self.scale is None else self.scale.written(shape)
+
+    def _there(self, linears: list[AdaptedLinear]) -> list[Place]:
+        """The places of the model's adapters."""
+        return [Place.of(linear, self._written(linear.shape)) for linear in linears]
 
     def _new(self) -> list[Place]:
         """The places of adapters that are yet to be made, of the method that the file allows."""
@@ -163,8 +178,9 @@ class AdapterPlan:
             factors.factor_b(shape.rank),
             layout.magnitude() if self.config.use_dora else None,
             shape,
-            self.config.use_rslora,
+            self.use_rslora,
             parts[0].experts,
+            self._written(shape),
         )
 
     def _compare_places(self) -> None:
@@ -182,7 +198,7 @@ class AdapterPlan:
                     f"the model's rank {place.shape.rank} and alpha {place.shape.alpha:g}"
                 )
             for option, theirs, ours in (
-                ("use_rslora", self.config.use_rslora, place.use_rslora),
+                ("use_rslora", self.use_rslora, place.use_rslora),
                 ("use_dora", self.config.use_dora, place.magnitude is not None),
             ):
                 if theirs != ours:
@@ -218,17 +234,21 @@ class AdapterPlan:
         if not place.stacked:
             raise CheckpointError(f"the parts of {place.names[0]} have different A factors")
         ranks = [shape.rank for shape in shapes]
-        scales = [shape.scale(self.config.use_rslora) for shape in shapes]
+        scales = [shape.scale(self.use_rslora) for shape in shapes]
         a, b = (self.names.keys_by_part(place.names[0], suffix) for suffix in (FACTOR_A, FACTOR_B))
         return [SeparateA(place.a, a, ranks), SeparateB(place.b, b, ranks, [scale / scales[0] for scale in scales])]
 
-    def read(self, place: Place) -> tuple[Tensor | None, ...]:
-        """This rank's slices of A, B and the magnitude, in packed order."""
-        found: list[Tensor | None] = [stored.read(self.file) for stored in self._stored(place)]
-        return (*found, None)[:3]
+    def read(self, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's slices of A, B and the magnitude, in packed order, each of its own type.
 
-    def adapted(self, model: Model, dtype: torch.dtype, trainable: bool) -> Model:
-        """The model with adapters of the file's method, ranks and targets."""
+        That of the file, but for a B that was widened when it was written, and a magnitude narrower than float32.
+        """
+        a, b, *magnitudes = [stored.read(self.file) for stored in self._stored(place)]
+        b = place.written.b_from_file(b, self._own(self.names.in_config(place.names[0])).b_dtype)
+        return a, b, _at_least_float32(magnitudes[0]) if magnitudes else None
+
+    def adapted(self, model: Model, dtype: torch.dtype | None, trainable: bool) -> Model:
+        """Put adapters of the file's method, ranks and targets on the model."""
         targets = [self._target(place.module, name) for place in self.places for name in place.names]
         # Experts are one target as a whole, whatever parts of them were named.
         shapes = {
@@ -244,7 +264,7 @@ class AdapterPlan:
             rank_pattern={name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
             alpha_pattern={name: shape.alpha for name, shape in shapes.items() if shape.alpha != usual.alpha},
             dropout=self.config.dropout,
-            use_rslora=self.config.use_rslora,
+            use_rslora=self.use_rslora,
             share_expert_adapters=not any(place.stacked for place in self.places),
             lora_dtype=dtype,
         )
@@ -257,3 +277,7 @@ class AdapterPlan:
         linear = self.linears[name]
         part = parts_of(linear.layout)[0] if linear.experts is not None else linear.part
         return component_name(module, part) if self.canonical and part is not None else module
+
+
+def _at_least_float32(magnitude: Tensor) -> Tensor:
+    return magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))

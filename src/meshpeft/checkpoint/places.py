@@ -5,7 +5,7 @@ Adapters of models with experts have two forms:
 * `peft`, as peft adapts transformers' models: two matrices for each parameter of stacked experts (`target_parameters`).
   Routers, and MLPs beside experts, are adapted by their parameters as well.
 * `peft-per-expert`, as serving systems read them, and as they were when every expert was a module: A and B of each
-  expert's gate, up and down projection, under the names of the family's checkpoints; one scale for the whole file.
+  expert's gate, up and down projection, under the names of the family's checkpoints.
 
 An adapter that all experts share is written once for each of them, in both.
 """
@@ -20,6 +20,7 @@ from torch import nn
 
 from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear
 from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
+from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, Written
 from meshpeft.checkpoint.stored_factors import Matrix, StackedA, StackedB, StoredFactor, StoredMatrices
 from meshpeft.models import DecoderConfig
 from meshpeft.models.hf_names import hf_module_name
@@ -42,6 +43,8 @@ AdapterFormat = Literal["peft", "peft-per-expert"]
 # peft wraps a module with two adapted parameters twice; the one that the module lists first is inside.
 _INNER, _NESTED = "gate_up_proj", "base_layer"
 
+_RANK_DIMS = {FACTOR_A: -2, FACTOR_B: -1}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,6 +57,7 @@ class Place:
         shape: rank and alpha.
         use_rslora: how they scale.
         experts: number of stacked experts; `None` for an ordinary layer.
+        written: how the file has the factors.
     """
 
     module: str
@@ -64,10 +68,11 @@ class Place:
     shape: AdapterShape
     use_rslora: bool
     experts: int | None = None
+    written: Written = AS_THEY_ARE
 
     @classmethod
-    def of(cls, linear: AdaptedLinear) -> Place:
-        """That of an adapter which is there."""
+    def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
+        """Place of an adapter which is there."""
         return cls(
             linear.module,
             linear.names,
@@ -77,6 +82,7 @@ class Place:
             linear.shape,
             linear.use_rslora,
             linear.experts,
+            written,
         )
 
     @property
@@ -151,10 +157,9 @@ class WrittenNames:
             self.of_expert(name, part, expert) for expert in range(layout.experts or 0) for part in parts_of(layout)
         ]
 
-    def patterns_of_experts(self, name: str) -> list[str]:
-        """Regular expressions, each of one part in every expert."""
-        parts = [self.of_expert(name, part, 0) for part in parts_of(self.linears[name].layout)]
-        return [r"{}.\d+.{}".format(*first.rsplit(".0.", 1)) for first in parts]
+    def of_first_expert(self, name: str) -> list[str]:
+        """The first expert's every part of it: under these names a file's header speaks of all experts."""
+        return [self.of_expert(name, part, 0) for part in parts_of(self.linears[name].layout)]
 
     def of_all(self, skip: Collection[str]) -> list[str]:
         """Of every layer that is a module, but for `skip`: those that are adapted by their parameter."""
@@ -205,10 +210,10 @@ def stored_factors(place: Place, names: Names) -> list[StoredFactor]:
         return [_by_module(place, names, layout, suffix) for layout, suffix in place.layouts]
     if names.per_expert:
         return [_by_expert(place, names, layout, suffix) for layout, suffix in place.layouts]
-    prefix = f"{PREFIX}{names.of_stack(place.names[0])}"
+    prefix, rank = f"{PREFIX}{names.of_stack(place.names[0])}", place.written.rank
     return [
-        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.stacked),
-        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.stacked),
+        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.stacked, rank),
+        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.stacked, rank),
     ]
 
 
@@ -221,6 +226,8 @@ def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
             Matrix(f"{PREFIX}{names.of_module(name)}.{suffix}", number if divided else None)
             for number, name in enumerate(place.names)
         ],
+        rank_dim=_RANK_DIMS.get(suffix),
+        rank=place.written.rank,
     )
 
 
@@ -235,4 +242,4 @@ def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
 
     # Of DoRA experts that share A and B, each has its own magnitude.
     stacked = len(layout.global_shape) == (2 if suffix == MAGNITUDE else 3)
-    return StoredMatrices(layout, list(matrices()), stacked)
+    return StoredMatrices(layout, list(matrices()), stacked, _RANK_DIMS.get(suffix), place.written.rank)

@@ -7,6 +7,8 @@ in whose columns the experts take turns.
 
 Shapes: A [r, in] and B [out, r] of a layer, [experts, r, in] and [experts, out, r] of stacked experts; an adapter that
 the experts share has the first. A magnitude is [out], or [experts, out].
+
+A file may hold matrices of a larger rank R than the parameter's r: A's rows, and B's columns, from r on are zeros then.
 """
 
 from __future__ import annotations
@@ -77,18 +79,29 @@ class StoredMatrices(StoredFactor):
     Attributes:
         matrices: in the order in which they are written.
         stacked: the parameter has a matrix for each expert too, in its first dim; otherwise experts share it.
+        rank_dim: which dim of a matrix is the rank: -2 of A, -1 of B; `None` of a magnitude.
+        rank: R, the rank in the file; `None` for the parameter's own.
     """
 
     layout: TensorLayout
     matrices: Sequence[Matrix]
     stacked: bool = False
+    rank_dim: int | None = None
+    rank: int | None = None
 
     def declared(self) -> list[Declaration]:
         """Key and shape of every tensor."""
         lead = int(self.stacked)
-        whole = self.layout.global_shape[lead:]
-        parts = [piece.global_shape[lead:] for piece in self.layout.pieces()]
+        whole = self._in_file(self.layout.global_shape[lead:])
+        parts = [self._in_file(piece.global_shape[lead:]) for piece in self.layout.pieces()]
         return [(matrix.key, whole if matrix.part is None else parts[matrix.part]) for matrix in self.matrices]
+
+    def _in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.rank is None or self.rank_dim is None:
+            return shape
+        sizes = list(shape)
+        sizes[self.rank_dim] = self.rank
+        return tuple(sizes)
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """The tensors of the whole parameter."""
@@ -98,7 +111,8 @@ class StoredMatrices(StoredFactor):
         whole = full if packing is None else packing.pack(parts, self.layout.packed_dim, 1)
         for matrix in self.matrices:
             values = whole if matrix.part is None else parts[matrix.part]
-            yield values[matrix.expert] if self.stacked and matrix.expert is not None else values
+            values = values[matrix.expert] if self.stacked and matrix.expert is not None else values
+            yield values if self.rank_dim is None else _padded(values, self.rank_dim, self.rank)
 
     def check_copies(self, file: TensorFileReader) -> None:
         """Compare what is repeated."""
@@ -141,20 +155,23 @@ class StackedA(StoredFactor):
         key: its name.
         experts: their number over all ranks.
         stacked: the parameter is [experts, r, in]; otherwise the experts share [r, in].
+        rank: R, the rows that each expert has in the file; `None` for r.
     """
 
     layout: TensorLayout
     key: str
     experts: int
     stacked: bool
+    rank: int | None = None
 
     def declared(self) -> list[Declaration]:
         """Key and shape of every tensor."""
         *_, rank, features = self.layout.global_shape
-        return [(self.key, (self.experts * rank, features))]
+        return [(self.key, (self.experts * (self.rank or rank), features))]
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """The tensors of the whole parameter."""
+        full = _padded(full, -2, self.rank)
         yield full.expand(self.experts, *full.shape[-2:]).reshape(-1, full.shape[-1])
 
     def check_copies(self, file: TensorFileReader) -> None:
@@ -167,10 +184,10 @@ class StackedA(StoredFactor):
         (piece,) = self.layout.pieces()
         *lead, rank, features = piece.shape
         first_expert = piece.offset[0] if self.stacked else 0
-        rows = (lead[0] if lead else 1) * rank
+        each, experts = self.rank or rank, lead[0] if lead else 1
         # Each expert's rows are whole: A is never divided over its rank.
-        box = file.read_box(self.key, (first_expert * rank, piece.offset[-1]), (rows, features))
-        return box.view(piece.shape)
+        box = file.read_box(self.key, (first_expert * each, piece.offset[-1]), (experts * each, features))
+        return box.view(experts, each, features)[:, :rank].reshape(piece.shape)
 
 
 @dataclass(frozen=True)
@@ -181,14 +198,16 @@ class StackedB(StoredFactor):
     key: str
     experts: int
     stacked: bool
+    rank: int | None = None
 
     def declared(self) -> list[Declaration]:
         """Key and shape of every tensor."""
         *_, features, rank = self.layout.global_shape
-        return [(self.key, (features, rank * self.experts))]
+        return [(self.key, (features, (self.rank or rank) * self.experts))]
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """The tensors of the whole parameter."""
+        full = _padded(full, -1, self.rank)
         yield full.expand(self.experts, *full.shape[-2:]).permute(1, 2, 0).reshape(full.shape[-2], -1)
 
     def check_copies(self, file: TensorFileReader) -> None:
@@ -274,6 +293,12 @@ class SeparateB(StoredFactor):
             parts.append(torch.nn.functional.pad(own, (column, sum(self.ranks) - column - rank)))
             column += rank
         return self.layout.join_parts(parts)
+
+
+def _padded(values: Tensor, dim: int, rank: int | None) -> Tensor:
+    """The values, and zeros behind them along `dim` up to `rank`."""
+    missing = 0 if rank is None else rank - values.shape[dim]
+    return torch.nn.functional.pad(values, (0, 0) * (-dim - 1) + (0, missing)) if missing else values
 
 
 def _check_same(experts: Tensor, key: str) -> None:

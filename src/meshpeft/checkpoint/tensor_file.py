@@ -58,13 +58,22 @@ class TensorFileWriter:
         path: of the file, which is made, or replaced.
         declared: names, types and shapes of all tensors.
         checksum: put the SHA-256 of the values into the header.
+        metadata: more entries of the header, which other readers ignore.
 
     Raises:
         CheckpointError: a type that the format does not have.
     """
 
-    def __init__(self, path: Path, declared: Sequence[Declared], *, checksum: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        declared: Sequence[Declared],
+        *,
+        checksum: bool = True,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._expected = list(declared)
+        self._metadata = dict(metadata or {})
         self._written = 0
         self._digest = hashlib.sha256() if checksum else None
         header = self._header()
@@ -74,7 +83,7 @@ class TensorFileWriter:
     def _header(self) -> bytes:
         # Its length stays the same while the checksum grows into its final value.
         checksum = {} if self._digest is None else {_CHECKSUM: self._digest.hexdigest()}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **checksum}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **self._metadata, **checksum}}
         offset = 0
         for name, dtype, shape in self._expected:
             if dtype not in _NAMES:
@@ -152,6 +161,15 @@ class TensorFileReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The entries of the header of a file that was written here; empty for a file without a checksum.
+
+        What other programs write has none: its values may not be those that the entries speak of.
+        """
+        found = self._opened.metadata() or {}
+        return found if _CHECKSUM in found else {}
 
     def check_values(self) -> None:
         """Compare the values with the checksum, if the file has one; reads all of it once.
