@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import shutil
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from helpers.adapters import EVERYTHING, METHODS, adapted, peft_adapted, share_a
 from helpers.checkpoint_jobs import export_and_fail
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
@@ -24,7 +27,16 @@ from torch import Tensor, nn
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
 from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.models import Decoder, load_pretrained
-from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankAdapter, adapter_wrappers
+from meshpeft.peft import (
+    CanonicalLoRA,
+    DoRA,
+    LoRA,
+    LowRankAdapter,
+    adapter_wrappers,
+    disable_adapters,
+    enable_adapters,
+    update_model,
+)
 
 Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
@@ -353,6 +365,73 @@ def test_a_loaded_adapter_trains_only_if_asked(tiny: Tiny, tmp_path: Path) -> No
     trained = load_peft_adapter(load_pretrained(tiny("llama")), tmp_path / "adapter", trainable=True)
     names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
     assert names and all(".adapter." in name for name in names)
+
+
+def test_one_of_several_named_adapters_is_written_and_read(tiny: Tiny, tmp_path: Path) -> None:
+    base, ids = tiny("llama"), random_ids()
+    model = load_pretrained(base, torch.float64)
+    random = {"lora_b_init": "torch.nn.init.normal_"}
+    update_model(model, {"adapter_name": "small", "adapter_cfg": {"*linear_fc*": {"rank": 2, "scale": 0.5, **random}}})
+    export_peft_adapter(model, tmp_path / "only")  # one name needs no choice
+    everywhere = {"*": {"rank": 4, **random}, "*output*": {"enable": False}, "*.0.*linear_proj": {"rank": 3, **random}}
+    update_model(model, {"adapter_name": "large", "adapter_cfg": everywhere})
+    with pytest.raises(CheckpointError, match="adapter_name=None: the model has adapters named large, small; choose"):
+        export_peft_adapter(model, tmp_path / "small")
+    with pytest.raises(CheckpointError, match="adapter_name='medium': the model has adapters named large, small"):
+        export_peft_adapter(model, tmp_path / "small", adapter_name="medium")
+    with pytest.raises(CheckpointError, match="adapter_name='x': the model's adapters have no names"):
+        export_peft_adapter(adapted(base), tmp_path / "small", adapter_name="x")
+    model.eval()
+    for name, other in (("small", "large"), ("large", "small")):
+        export_peft_adapter(model, tmp_path / name, adapter_name=name)
+        enable_adapters(model, adapters_to_enable=name)
+        disable_adapters(model, adapters_to_disable=other)
+        alone = logits(model, ids)
+        for theirs in (served(base, tmp_path / name), with_peft(base, tmp_path / name)):
+            torch.testing.assert_close(logits(theirs, ids), alone, **CLOSE)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                value.mul_(0 if f".{name}." in key else 1)
+        load_peft_adapter(model, tmp_path / name, adapter_name=name)
+        torch.testing.assert_close(logits(model, ids), alone, **CLOSE)
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "only" / file).read_bytes() == (tmp_path / "small" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class", "auto_class", "targets"),
+    [
+        ("llama", "LlamaForCausalLM", "AutoPeftModelForCausalLM", ["q_proj"]),
+        ("llama", "LlamaModel", "AutoPeftModel", ["q_proj"]),
+        ("llama", "LlamaForSequenceClassification", "AutoPeftModel", ["q_proj"]),
+    ],
+)
+def test_the_task_is_the_models_and_pefts_auto_classes_load_it(
+    family: str, model_class: str, auto_class: str, targets: list[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    made = getattr(transformers, model_class).from_pretrained(tiny(family), dtype=torch.float64)
+    made.save_pretrained(tmp_path / "base")
+    model = getattr(transformers, model_class).from_pretrained(tmp_path / "base").eval()
+    LoRA(targets, dim=4, lora_B_init_method="normal")(model, training=False)
+    export_peft_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["task_type"] == ("CAUSAL_LM" if auto_class == "AutoPeftModelForCausalLM" else None)
+    theirs = getattr(peft, auto_class).from_pretrained(tmp_path / "adapter", dtype=torch.float64).eval()
+    ids = random_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids)[0], model(ids)[0], **CLOSE)
+
+
+def test_a_plain_module_has_no_task(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    base = copy.deepcopy(model)
+    LoRA(["0", "2"], dim=2, lora_B_init_method="normal")(model, training=False)
+    export_peft_adapter(model, tmp_path, base_model_name_or_path="somewhere")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == (None, "somewhere")
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x), **CLOSE)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

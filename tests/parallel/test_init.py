@@ -23,6 +23,7 @@ from meshpeft.parallel import (
     VocabParallelEmbedding,
     initialize_,
     initialize_model_parallel_affine_weight_,
+    mp_scatter,
     named_init_,
     parallel_group_info,
     set_layout,
@@ -165,6 +166,26 @@ def test_the_meta_device_and_perform_initialization_draw_nothing() -> None:
     ColumnParallelLinear(8, 16, perform_initialization=False)
     ParallelEmbedding(8, 16, padding_idx=1, device="meta")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("partition_dim", (0, 1))
+def test_a_dim_counts_from_the_end_too(partition_dim: int) -> None:
+    size, local = (8, 12), [8, 12]
+    local[partition_dim] //= 2
+    with simulate(tp=2):
+        made = []
+        for dim in (partition_dim, partition_dim - 2):
+            torch.manual_seed(0)
+            made.append(torch.empty(local))
+            initialize_model_parallel_affine_weight_(made[-1], *size, local[partition_dim], dim, "normal")
+        assert torch.equal(*made)
+        axis = parallel_group_info().tp
+        front, back = (TensorLayout(size, ((dim, axis),)) for dim in (partition_dim, partition_dim - 2))
+        assert front == back and back.local_shape == tuple(local)
+        with pytest.raises(ParallelError, match="dim=2: a tensor of 2 dims has those from -2 to 1"):
+            TensorLayout(size, ((2, axis),))
+        with pytest.raises(ParallelError, match="dim=-3: a tensor of 2 dims"):
+            mp_scatter(torch.zeros(size), dim=-3)
 
 
 @pytest.mark.parametrize("stride", (1, 2, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,16 @@ from meshpeft.parallel import LayerType, LinearLayout, Packing, register_layer_t
 from meshpeft.peft import (
     AdapterError,
     CanonicalLoRA,
+    DoRALinear,
     LoRA,
     LoRALinear,
     LoRALinearSplitFC1UpGate,
     LoRALinearSplitQKV,
+    LoRATopKRouter,
     ModuleDict,
 )
 from meshpeft.peft.canonical_lora import _should_treat_linear_fc1_as_unfused
+from meshpeft.peft.named_adapters import NamedLoRALinear
 from meshpeft.peft.packed_factors import pack_factors
 
 PARTS = {
@@ -202,6 +207,22 @@ def test_layers_that_do_not_pack_parts_are_kept_whole():
     assert not _should_treat_linear_fc1_as_unfused("decoder.linear_fc1")
     with pytest.raises(AdapterError, match="does not say how q, k, v are packed"):
         CanonicalLoRA(target_modules=["linear_q"], dim=2)(nn.ModuleDict({"linear_qkv": Fused(8, 8)}))
+
+
+@pytest.mark.parametrize("foreign", [nn.Linear(4, 4), None], ids=["a layer", "nothing"])
+def test_an_adapter_of_another_package_is_refused_where_it_is_given(foreign: nn.Module | None):
+    base, named = make_block(None).self_attention.linear_qkv, NamedLoRALinear(make_block(None).mlp.linear_fc1)
+    for give in (
+        partial(LoRALinear, base, foreign),
+        partial(LoRATopKRouter, base, foreign),
+        partial(DoRALinear, base, foreign),
+        partial(LoRALinearSplitQKV, base, foreign if foreign is None else ModuleDict({"adapter_q": foreign})),
+        partial(named.add, "named", foreign),
+    ):
+        with pytest.raises(
+            AdapterError, match=r"(Linear|QKV|Router): got an adapter of type .*, expected a meshpeft.peft"
+        ):
+            give()
 
 
 def test_a_split_wrapper_refuses_what_it_cannot_hold():

@@ -29,6 +29,7 @@ from meshpeft.peft import (
     LoRALinearSplitQKV,
     LowRankAdapter,
 )
+from meshpeft.peft.named_adapters import NamedLoRALinear
 from meshpeft.peft.walk import walk
 
 __all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "has_our_names", "hub_linears", "is_adapted"]
@@ -186,12 +187,18 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, AdapterWrapper) for module in model.modules())
 
 
-def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
+def adapted_linears(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedLinear]:
     """The adapters on a model, in the order of its layers.
 
+    Args:
+        model: the model.
+        adapter_name: which of its named adapters; `None` where all of them have one name, or none.
+
     Raises:
-        CheckpointError: an adapter has no counterpart in Hugging Face PEFT, or the model has none at all.
+        CheckpointError: an adapter has no counterpart in Hugging Face PEFT, or the model has none at all, or several
+            of which no name chooses one, or none of this name.
     """
+    adapter_name = _chosen_name(model, adapter_name)
     parts: dict[str, dict[str | None, HubLinear]] = {}
     for linear in hub_linears(model):
         parts.setdefault(linear.module, {})[linear.part] = linear
@@ -199,16 +206,38 @@ def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
         adapted
         for place, wrapper in walk(model)
         if isinstance(wrapper, AdapterWrapper)
-        for adapted in _of_wrapper(place.full_name, wrapper, parts.get(place.full_name, {}))
+        for adapted in _of_wrapper(place.full_name, wrapper, parts.get(place.full_name, {}), adapter_name)
     ]
     if not found:
         raise CheckpointError("the model carries no adapter")
     return found
 
 
-def _of_wrapper(module: str, wrapper: AdapterWrapper, parts: dict[str | None, HubLinear]) -> Iterator[AdaptedLinear]:
+def _chosen_name(model: nn.Module, wanted: str | None) -> str | None:
+    """The name of the named adapters that are meant; `None` for a model without any."""
+    wrappers = [module for module in model.modules() if isinstance(module, NamedLoRALinear)]
+    names = sorted({name for wrapper in wrappers for name in wrapper.adapter_names})
+    if wanted is None and len(names) < 2:
+        return names[0] if names else None
+    if wanted in names:
+        return wanted
+    if not names:
+        raise CheckpointError(f"adapter_name={wanted!r}: the model's adapters have no names; leave it out")
+    raise CheckpointError(
+        f"adapter_name={wanted!r}: the model has adapters named {', '.join(names)}; choose one of them, for a file "
+        "holds one"
+    )
+
+
+def _of_wrapper(
+    module: str, wrapper: AdapterWrapper, parts: dict[str | None, HubLinear], adapter_name: str | None
+) -> Iterator[AdaptedLinear]:
     whole = list(parts.values())
-    if parts and isinstance(wrapper, LoRALinear | DoRALinear) and wrapper.adapter.is_linear:
+    if parts and isinstance(wrapper, NamedLoRALinear):
+        named = dict(wrapper.named_adapters()).get(adapter_name or "")
+        if named is not None:
+            yield _of_adapter(module, whole, named, None)
+    elif parts and isinstance(wrapper, LoRALinear | DoRALinear) and wrapper.adapter.is_linear:
         magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
     elif (

@@ -165,6 +165,7 @@ def describe(
     use_dora: bool,
     dropout: float,
     base_model_name_or_path: str | None,
+    task: Mapping[str, object],
 ) -> dict[str, Any]:
     """The content of an `adapter_config.json`.
 
@@ -175,10 +176,11 @@ def describe(
         shape: rank and alpha of all of them; alpha / rank is their scale.
         use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
         base_model_name_or_path: where the base model is to be found.
+        task: the fields that say what model that is.
     """
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        **task,
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
         "r": shape.rank,

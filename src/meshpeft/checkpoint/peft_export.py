@@ -12,11 +12,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
@@ -25,7 +26,7 @@ from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, 
 from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
 from meshpeft.checkpoint.stored_factors import StoredFactor
 from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
-from meshpeft.models import Decoder
+from meshpeft.models import Decoder, LanguageModel
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.held_modules import held_module
@@ -43,6 +44,7 @@ def export_peft_adapter(
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
     format: AdapterFormat = "peft",
+    adapter_name: str | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`. A collective: every rank calls it.
 
@@ -52,18 +54,21 @@ def export_peft_adapter(
     Args:
         model: with adapters; a [`Decoder`][meshpeft.models.Decoder], or any model of layers under their own names.
         directory: made if it does not exist; other files in it are left alone.
-        base_model_name_or_path: where readers find the base model.
+        base_model_name_or_path: where readers find the base model; by default where a model of transformers says that
+            it came from.
         overwrite: replace an adapter that is there.
         format: how stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
             `peft-per-expert`, every expert by itself under the names of the family's checkpoints on the hub, as
             serving systems read them. Of models without experts both are the same.
+        adapter_name: which of the adapters of [`update_model`][meshpeft.peft.update_model] to write, where these have
+            several names.
 
     Raises:
         CheckpointError: there is no adapter, or one that the format cannot express; the directory holds an
             adapter; or it cannot be written.
     """
     directory = Path(directory)
-    described = _described(model, format, base_model_name_or_path)
+    described = _described(model, format, base_model_name_or_path, adapter_name)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"writing {directory}"
@@ -105,7 +110,7 @@ def check_exportable(model: nn.Module, format: AdapterFormat) -> None:
     Raises:
         CheckpointError: it cannot; see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
     """
-    _described(model, format, None)
+    _described(model, format, None, None)
 
 
 @dataclass(frozen=True)
@@ -154,11 +159,13 @@ def _written(linear: AdaptedLinear, scale: FileScale | None) -> Written:
     return AS_THEY_ARE if scale is None else scale.written(linear.shape)
 
 
-def _described(model: nn.Module, format: AdapterFormat, base_model_name_or_path: str | None) -> _Described:
+def _described(
+    model: nn.Module, format: AdapterFormat, base_model_name_or_path: str | None, adapter_name: str | None
+) -> _Described:
     if format not in get_args(AdapterFormat):
         raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
     model = held_module(model)
-    adapted = adapted_linears(model)
+    adapted = adapted_linears(model, adapter_name)
     names = _names(model, adapted, format)
     _check_alike(adapted)
     addressed = [_addressed(model, linear, names) for linear in adapted]
@@ -254,8 +261,27 @@ def _config(
         shape,
         use_dora=use_dora,
         dropout=first.dropout,
-        base_model_name_or_path=base_model_name_or_path,
+        base_model_name_or_path=base_model_name_or_path or getattr(model, "name_or_path", None) or None,
+        task=_task_of(model),
     )
+
+
+def _task_of(model: nn.Module) -> dict[str, object]:
+    """The fields by which peft knows how to load the base model, and with which class of its own.
+
+    A task that the model does not have keeps `PeftModel.from_pretrained` from loading the adapter; of a model without
+    one `AutoPeftModel` goes by the class.
+    """
+    config_class: Any = type(getattr(model, "config", None))
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, ())
+    if has_our_names(model) or isinstance(model, (LanguageModel, causal)):
+        return {"task_type": "CAUSAL_LM"}
+    # The class itself: sharded data parallel puts one of its own before it.
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("transformers.models."):
+            mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+            return {"task_type": None, "auto_mapping": mapping}
+    return {"task_type": None}
 
 
 def _plain(full: Tensor) -> Tensor:

@@ -21,7 +21,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_peft_adapter(
-    model: Model, directory: str | Path, *, trainable: bool = False, dtype: torch.dtype | None = None
+    model: Model,
+    directory: str | Path,
+    *,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+    adapter_name: str | None = None,
 ) -> Model:
     """Put the adapter of a directory on a model. Every rank calls it, and reads its own slices of the file.
 
@@ -33,6 +38,7 @@ def load_peft_adapter(
             everything is frozen and the model in evaluation mode. Ignored where the model has adapters.
         dtype: Type of A and B. By default each keeps its own, that of the file. Magnitudes keep theirs, and are float32
             at least. Ignored where the model has adapters.
+        adapter_name: which of the model's named adapters takes the values, where these have several names.
 
     Returns:
         The model, changed in place, with `LoRA`, `CanonicalLoRA` or `DoRA`.
@@ -46,7 +52,7 @@ def load_peft_adapter(
         config = PeftConfig.read(directory / CONFIG_NAME)
         with TensorFileReader(_weights(directory)) as file:
             file.check_values()
-            plan = AdapterPlan(model, config, file)
+            plan = AdapterPlan(model, config, file, adapter_name)
             values = {(place.module, place.names): plan.read(place) for place in plan.places}
     if not is_adapted(model):
         model = plan.adapted(model, dtype, trainable)
@@ -54,7 +60,7 @@ def load_peft_adapter(
             a, b, magnitude = values[linear.module, linear.names]
             linear.cast(dtype or a.dtype, dtype or b.dtype, None if magnitude is None else magnitude.dtype)
     with torch.no_grad():
-        for linear in adapted_linears(model):
+        for linear in adapted_linears(model, adapter_name):
             factors = (linear.a, linear.b, linear.magnitude)
             for factor, value in zip(factors, values[linear.module, linear.names], strict=True):
                 if factor is not None and value is not None:

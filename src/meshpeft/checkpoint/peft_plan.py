@@ -40,7 +40,9 @@ class AdapterPlan:
         CheckpointError: the first difference.
     """
 
-    def __init__(self, model: nn.Module, config: PeftConfig, file: TensorFileReader) -> None:
+    def __init__(
+        self, model: nn.Module, config: PeftConfig, file: TensorFileReader, adapter_name: str | None = None
+    ) -> None:
         self.config, self.file, model = config, file, held_module(model)
         self.linears = {linear.name: linear for linear in hub_linears(model)}
         self.scale = FileScale.read(file.metadata, config, file.path)
@@ -49,7 +51,7 @@ class AdapterPlan:
         self._compare_targets()
         self.separate = self._separate_parts()
         self.canonical = False
-        self.places = self._there(adapted_linears(model)) if is_adapted(model) else self._new()
+        self.places = self._there(adapted_linears(model, adapter_name)) if is_adapted(model) else self._new()
         self._compare_places()
         for place in self.places:
             self._compare_tensors(place)

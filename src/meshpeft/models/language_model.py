@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 
 from meshpeft.models.hf_names import StoredPart
 from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
 __all__ = ["LanguageModel", "layout_or_whole"]
@@ -70,6 +72,15 @@ class LanguageModel(nn.Module, ABC):
             if name not in module._non_persistent_buffers_set
         }
         return dict(self.named_parameters()) | buffers
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[ShardedOffset] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
+        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     def assign_parameter(self, name: str, value: Tensor) -> Tensor:
         """Replace a parameter or buffer, on whatever device it is, by this rank's slice `value`; its layout is kept.

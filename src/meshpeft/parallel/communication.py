@@ -13,11 +13,22 @@ from torch import Tensor
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter", "take_slice"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "positive_dim", "reduce_scatter", "take_slice"]
 
 # Renamed in torch 2.12; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def positive_dim(dim: int, dims: int) -> int:
+    """A dim that may count from the end, counted from the front.
+
+    Raises:
+        ParallelError: there is no such dim.
+    """
+    if not -dims <= dim < dims:
+        raise ParallelError(f"dim={dim}: a tensor of {dims} dims has those from {-dims} to {dims - 1}")
+    return dim % dims
 
 
 def all_reduce(x: Tensor, axis: ParallelAxis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -36,7 +47,7 @@ def all_gather(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
     """x [.., N / R, ..] per rank -> [.., N, ..], on every rank."""
     if axis.world_size == 1:
         return x
-    dim = dim % x.dim()
+    dim = positive_dim(dim, x.dim())
     x = x.contiguous()
     stacked = x.new_empty((axis.world_size * x.shape[0], *x.shape[1:]))
     _all_gather_single(stacked, x, group=axis.group)
@@ -47,7 +58,7 @@ def reduce_scatter(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
     """x [.., N, ..], a summand per rank -> this rank's slice [.., N / R, ..] of the sum."""
     if axis.world_size == 1:
         return x
-    dim = dim % x.dim()
+    dim = positive_dim(dim, x.dim())
     length = _divided(x, axis, dim)
     if dim != 0:
         x = torch.cat(x.split(length, dim), 0)
@@ -65,6 +76,7 @@ def all_to_all(x: Tensor, axis: ParallelAxis, split_dim: int, concat_dim: int) -
     """
     if axis.world_size == 1:
         return x
+    split_dim, concat_dim = positive_dim(split_dim, x.dim()), positive_dim(concat_dim, x.dim())
     length = _divided(x, axis, split_dim)
     sent = torch.stack(x.split(length, split_dim))
     received = torch.empty_like(sent)
@@ -76,8 +88,9 @@ def take_slice(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
     """x [.., N, ..], the same on every rank -> this rank's slice [.., N / R, ..]. No communication."""
     if axis.world_size == 1:
         return x
+    dim = positive_dim(dim, x.dim())
     length = _divided(x, axis, dim)
-    return _narrow(x, dim % x.dim(), axis.rank * length, length)
+    return _narrow(x, dim, axis.rank * length, length)
 
 
 @on_each_rank

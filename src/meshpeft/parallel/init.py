@@ -172,7 +172,7 @@ def initialize_model_parallel_affine_weight_(
         out_features: rows of the full matrix.
         in_features: columns of the full matrix.
         per_partition_size: size of the slice along `partition_dim`.
-        partition_dim: 0 or 1.
+        partition_dim: 0 (out) or 1 (in); -2 and -1 are the same, counted from the end.
         init_type: initialization type.
         stride: the full matrix is cut into `stride * world_size` strips along `partition_dim`, and rank r holds
             strips r, r + world_size, ..
@@ -183,8 +183,9 @@ def initialize_model_parallel_affine_weight_(
     """
     axis = parallel_group_info().tp if axis is None else axis
     shape = (out_features, in_features)
-    if partition_dim not in (0, 1):
-        raise ParallelError(f"partition_dim={partition_dim}: expected 0 (out) or 1 (in)")
+    if partition_dim not in (0, 1, -2, -1):
+        raise ParallelError(f"partition_dim={partition_dim}: expected 0 (out) or 1 (in); -1 is the last, 1")
+    partition_dim %= len(shape)
     layout = TensorLayout(
         shape,
         ((partition_dim, axis),),

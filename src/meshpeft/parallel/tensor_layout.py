@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from meshpeft.parallel.communication import all_gather
+from meshpeft.parallel.communication import all_gather, positive_dim
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
@@ -124,7 +124,8 @@ class TensorLayout:
 
     Attributes:
         global_shape: shape of the unsharded tensor; along a packed dim, the sum of the parts.
-        shards: `(dim, axis)` for each dim that is divided over a mesh axis. Axes not named hold the same values.
+        shards: `(dim, axis)` for each dim that is divided over a mesh axis; a negative dim counts from the end. Axes
+            not named hold the same values.
         packing: the canonical parts of dim `packed_dim`, if it is fused.
         grad_partial: model axes on which the gradient of this tensor is a summand (`P`), so that
             `finalize_gradients` sums it there.
@@ -151,6 +152,10 @@ class TensorLayout:
     counts_as: int | None = None
 
     def __post_init__(self) -> None:
+        dims = len(self.global_shape)
+        object.__setattr__(self, "shards", tuple((positive_dim(dim, dims), axis) for dim, axis in self.shards))
+        if self.packing is not None:
+            object.__setattr__(self, "packed_dim", positive_dim(self.packed_dim, dims))
         for dim, axis in self.shards:
             if self.global_shape[dim] % axis.world_size:
                 raise ParallelError(

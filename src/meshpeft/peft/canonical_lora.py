@@ -15,7 +15,7 @@ from meshpeft.peft.lora_linear import LoRALinear, LowRankWrapper
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import default_targets, is_target
 from meshpeft.peft.packed_factors import pack_factors
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.wrapper import AdapterWrapper, check_ours
 
 __all__ = [
     "CanonicalLoRA",
@@ -48,6 +48,9 @@ class _SplitLoRALinear(LowRankWrapper):
     parts: ClassVar[tuple[str, ...]]
 
     def __init__(self, to_wrap: nn.Module, adapter: ModuleDict) -> None:
+        check_ours(type(self), adapter, ModuleDict)
+        for part in adapter.values():
+            check_ours(type(self), part, LowRankAdapter)
         super().__init__(to_wrap, adapter)
         known = [f"adapter_{part}" for part in self.parts]
         if not len(adapter) or any(name not in known for name in adapter):

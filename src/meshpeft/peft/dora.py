@@ -17,7 +17,7 @@ from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.magnitude import AdapterWithMagnitude, GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
 from meshpeft.peft.products import rows_for
 from meshpeft.peft.row_norms import RowNorms
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.wrapper import AdapterWrapper, check_ours
 
 __all__ = ["DoRA", "DoRALinear"]
 
@@ -36,6 +36,7 @@ class DoRALinear(AdapterWrapper):
     adapter: AdapterWithMagnitude
 
     def __init__(self, to_wrap: nn.Module, adapter: AdapterWithMagnitude) -> None:
+        check_ours(type(self), adapter, AdapterWithMagnitude)
         super().__init__(to_wrap, adapter)
         layout = adapter.layout
         if adapter.dropout_position != "pre":

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshpeft.parallel import mp_gather
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.functional import fused_lora, product
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.wrapper import AdapterWrapper, check_ours
 
 __all__ = ["LoRALinear", "LowRankWrapper"]
 
@@ -69,9 +69,16 @@ class LoRALinear(LowRankWrapper):
     Args:
         to_wrap: the base layer.
         adapter: its adapter.
+
+    Raises:
+        AdapterError: the adapter is not one of this package.
     """
 
     adapter: LowRankAdapter
+
+    def __init__(self, to_wrap: nn.Module, adapter: LowRankAdapter) -> None:
+        check_ours(type(self), adapter, LowRankAdapter)
+        super().__init__(to_wrap, adapter)
 
     @property
     def one_adapter(self) -> LowRankAdapter:

@@ -16,6 +16,7 @@ from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.canonical_lora import ModuleDict
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora_linear import LowRankWrapper
+from meshpeft.peft.wrapper import check_ours
 
 __all__ = ["NamedLoRALinear"]
 
@@ -51,6 +52,7 @@ class NamedLoRALinear(LowRankWrapper):
         """
         if name in self.adapter:
             raise AdapterError(f"there is an adapter {name!r} already")
+        check_ours(type(self), adapter, LowRankAdapter)
         self.check_runs_alike(name, adapter.fused)
         self.adapter[name] = adapter
 

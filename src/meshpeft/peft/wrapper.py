@@ -15,7 +15,21 @@ from meshpeft.peft.errors import AdapterError, UnseenAdapterError
 from meshpeft.peft.wrapped_keys import hide_wrapping, inside_wrapper, restore_wrapping
 from meshpeft.peft.wrapped_layer import WrappedLayer
 
-__all__ = ["AdapterWrapper", "BaseOutput"]
+__all__ = ["AdapterWrapper", "BaseOutput", "check_ours"]
+
+
+def check_ours(wrapper: type, adapter: object, kind: type) -> None:
+    """Refuse an adapter of another package where a wrapper gets it: it has no layout, by which ours run and are saved.
+
+    Raises:
+        AdapterError: the adapter is not of the kind that the wrapper takes.
+    """
+    if not isinstance(adapter, kind):
+        raise AdapterError(
+            f"{wrapper.__name__}: got an adapter of type {type(adapter).__module__}.{type(adapter).__qualname__}, "
+            f"expected a meshpeft.peft.{kind.__name__}; let LoRA, CanonicalLoRA or DoRA make it, or derive a wrapper "
+            "of your own from AdapterWrapper"
+        )
 
 
 class BaseOutput(NamedTuple):
