@@ -1,74 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from helpers.chats import (
+    EOS,
+    MARKED_TEMPLATE,
+    PLAIN_TEMPLATE,
+    REASONING_TEMPLATE,
+    all_shown,
+    chat,
+    make_tokenizer,
+    shown,
+)
 
 from meshpeft.training.data import DataError
-from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
-
-SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
-BOS, EOS = 0, 1
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-MARKED_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# As reasoning models do: an answer is shown with its reasoning only while it is the last message.
-REASONING_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('~')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tokenizer(
-    template: str | None = None, *, adds_bos: bool = False, merges: tuple[tuple[str, str], ...] = ()
-) -> PreTrainedTokenizerFast:
-    """One token per byte, but for the special tokens and the merges."""
-    symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    model = models.BPE({symbol: number for number, symbol in enumerate(symbols)}, list(merges))
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(symbol, special=True) for symbol in SPECIAL])
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = template
-    return wrapped
-
-
-def shown(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The document as text, with its targets in brackets."""
-    out, inside = "", False
-    for token, target in zip(document.tokens.tolist(), document.targets.tolist(), strict=True):
-        if target != inside:
-            out, inside = out + ("[" if target else "]"), target
-        out += tokenizer.decode([token])
-    return out + ("]" if inside else "")
-
-
-def all_shown(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, seq_length: int = 64) -> list[str]:
-    return [shown(document, tokenizer) for document in tokenize_records(records, tokenizer, seq_length)]
-
-
-def chat(*turns: str) -> dict[str, Any]:
-    """User and assistant in turn."""
-    return {
-        "messages": [
-            {"role": "assistant" if number % 2 else "user", "content": turn} for number, turn in enumerate(turns)
-        ]
-    }
+from meshpeft.training.documents import TokenizedRecords, tokenize_records
 
 
 def test_every_token_of_a_text_but_its_first_is_a_target() -> None:
@@ -148,9 +93,6 @@ def test_a_chat_without_an_answer_is_dropped_and_counted() -> None:
 def test_an_end_is_appended_where_the_template_has_none() -> None:
     tokenizer = make_tokenizer(PLAIN_TEMPLATE.replace("</s>", ";"))
     assert all_shown([chat("a", "b")], tokenizer) == ["<s><|user|>a;\n<|assistant|>[b;\n</s>]"]
-    # The template closes the turn, but says that closing it is not the assistant's part.
-    unclosed = MARKED_TEMPLATE.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>")
-    assert all_shown([chat("a", "b")], make_tokenizer(unclosed)) == ["<s><|user|>a</s>\n<|assistant|>[b]"]
 
 
 def test_a_template_that_rewrites_earlier_answers_gives_one_document_per_answer() -> None:

@@ -25,12 +25,34 @@ def parse(options: type[T], argv: Sequence[str], prog: str, description: str | N
     A field called `config` names a YAML file whose values stand before those of the command line, which therefore
     override them. `description` stands above the options in the help; by default the dataclass's docstring does.
 
+    An option that takes several values (``--data``) may be repeated: all are taken. Of any other the last one is.
+
     Raises:
         ConfigError: the YAML file cannot be read, or has a key that is no option.
         SystemExit: the command line is wrong (code 2, explained on stderr), or asks for help (code 0).
     """
-    arguments = [*_yaml_arguments(options, argv), *argv]
+    arguments = [*_yaml_arguments(options, argv), *_joined(options, argv)]
     return tyro.cli(options, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
+
+
+def _joined(options: type[Any], argv: Sequence[str]) -> list[str]:
+    """The arguments, with the values of a repeated option that takes several behind one: none is lost."""
+    several = {"--" + field.name.replace("_", "-") for field in fields(options) if "tuple[" in str(field.type)}
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = others
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        option = name.replace("_", "-")
+        if option in several:
+            into = values.setdefault(option, [])
+            into += [value] if equals else []
+        elif argument.startswith("--"):
+            into = others
+            others.append(argument)
+        else:
+            into.append(argument)
+    return others + [argument for option, given in values.items() for argument in (option, *given)]
 
 
 def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:

@@ -60,8 +60,8 @@ class AdapterUse(LayoutConfig):
 class EvaluateConfig(AdapterUse):
     """Measure the loss of a model, with or without an adapter."""
 
-    data: Annotated[Path | None, OptionalField] = None
-    """Measure on all of this file. Default: what the adapter's run held out of its data."""
+    data: Annotated[tuple[Path, ...] | None, OptionalField] = None
+    """Measure on all of this file, or these files. Default: what the adapter's run held out of its data."""
     micro_batch_size: int = 4
     """Rows that one process computes at a time."""
     seq_length: Annotated[int | None, OptionalField] = None
@@ -72,6 +72,8 @@ class EvaluateConfig(AdapterUse):
         super().check()
         at_least(self, 1, "micro_batch_size")
         at_least(self, 2, "seq_length")
+        if self.data == ():
+            raise ConfigError("data is empty: name at least one file")
 
 
 @dataclass(frozen=True, kw_only=True)

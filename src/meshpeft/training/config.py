@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingError",
     "above",
     "at_least",
+    "paths",
     "tensor_type",
 ]
 
@@ -84,9 +86,10 @@ class FinetuneConfig(LayoutConfig):
     engine: Annotated[EngineName | None, OptionalField] = None
     """Whose layers run it: native (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE), or those of
     transformers, divided by their architecture's plan. Default: native, where it has the model."""
-    data: Annotated[Path | None, OptionalField] = None
-    """Training data: JSONL, JSON, CSV or Parquet with a `text` column, `prompt` and `completion`, or chat
-    `messages`. Default: functions and docstrings of the running Python's standard library."""
+    data: Annotated[tuple[Path, ...] | None, OptionalField] = None
+    """Training data: a file, or several that are read one after the other: JSONL, JSON, CSV or Parquet with a `text`
+    column, `prompt` and `completion`, or chat `messages`. Default: functions and docstrings of the running Python's
+    standard library."""
     quantize: Annotated[FormatName | None, OptionalField] = None
     """Store the frozen base in few bits, layer after layer as it is read: nf4 or int4 (0.56 bytes a parameter), int8 or
     fp8 (1.06). Embedding, vocabulary head, norms and routers stay as they are. Default: in full."""
@@ -219,9 +222,9 @@ class FinetuneConfig(LayoutConfig):
         self._check_date()
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a part of the data, between 0 and 1")
-        for name in ("target_modules", "exclude_modules"):
+        for name, kind in (("target_modules", "layer"), ("exclude_modules", "layer"), ("data", "file")):
             if getattr(self, name) == ():
-                raise ConfigError(f"{name} is empty: name at least one layer")
+                raise ConfigError(f"{name} is empty: name at least one {kind}")
         if self.target_modules and self.exclude_modules:
             raise ConfigError("target_modules and exclude_modules were both given; leave one out")
         if self.quantize_block_size is not None and self.quantize is None:
@@ -262,11 +265,17 @@ class FinetuneConfig(LayoutConfig):
             lr = self.EMBEDDED_LEARNING_RATE if self.model is None else self.GENERAL_LEARNING_RATE
         return replace(self, steps=steps, epochs=epochs, lr=lr)
 
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        """The files of `data`; none stands for the embedded data."""
+        return paths(self.data)
+
     def as_json(self) -> dict[str, Any]:
         """The options as plain values, with absolute paths; `from_json` reads them."""
-        return {
+        options = {
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
+        return options | {"data": [str(path.resolve()) for path in self.data_files] or None}
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
@@ -295,8 +304,9 @@ class FinetuneConfig(LayoutConfig):
         try:
             known = {field.name for field in fields(cls)}
             values = {name: value for name, value in options.items() if name in known}
-            for name in ("model", "data", "output_dir", "config"):
+            for name in ("model", "output_dir", "config"):
                 values[name] = None if values[name] is None else Path(values[name])
+            values["data"] = paths(values["data"]) or None
             for name in ("target_modules", "exclude_modules"):
                 values[name] = None if values.get(name) is None else tuple(values[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -304,6 +314,13 @@ class FinetuneConfig(LayoutConfig):
         config = cls(**values)
         config._check_date()
         return config
+
+
+def paths(given: Path | str | Sequence[Path | str] | None) -> tuple[Path, ...]:
+    """The paths of an option that takes one or several."""
+    if given is None:
+        return ()
+    return (Path(given),) if isinstance(given, Path | str) else tuple(map(Path, given))
 
 
 def at_least(config: object, least: float, *names: str) -> None:

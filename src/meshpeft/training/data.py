@@ -11,7 +11,9 @@ import csv
 import glob
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.training.messages import check_messages, is_blank, is_learned
 
 __all__ = [
     "ACCEPTED_COLUMNS",
     "DataError",
+    "FileRecord",
+    "Findings",
     "Record",
     "RecordFormat",
     "load_records",
+    "nothing_to_learn",
+    "place_of",
     "record_format",
     "seeded_permutation",
     "split_held_out",
@@ -42,6 +49,25 @@ _REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL: dict[RecordFormat, tuple[str, ...]] = {"messages": ("tools",), "prompt/completion": (), "text": ()}
+
+# Columns that say what is learned, or belong to the example: to leave them out would train on something else.
+_REFUSED: dict[str, str] = {
+    **dict.fromkeys(("weight", "weights", "loss_weight", "loss_mask", "loss", "train", "trainable", "mask", "labels"),
+                    "says what is learned, and is read in messages only ('weight': 0 or 1)"),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "cannot be learned from; only text can"),
+    **dict.fromkeys(("system", "history"), "belongs to the example; put it into the messages, or into the prompt"),
+    **dict.fromkeys(("chosen", "rejected"), "is for learning from preferences, which finetune does not do"),
+    **dict.fromkeys(("functions", "function_call"), "is an older form; give 'tools' and 'tool_calls' beside messages"),
+    **dict.fromkeys(("documents", "chat_template_kwargs"), "is not handed to the chat template"),
+}  # fmt: skip
+_REFUSED_BESIDE: dict[RecordFormat, dict[str, str]] = {
+    "messages": {},
+    "prompt/completion": {
+        "tools": "is read beside messages only",
+        "label": "marks completions as good or bad, which finetune does not tell apart",
+    },
+    "text": {"tools": "is read beside messages only"},
+}
 ACCEPTED_COLUMNS = '"text", or "prompt" and "completion", or "messages"'
 _SUFFIXES = ".jsonl, .json, .csv, .parquet"
 
@@ -50,10 +76,53 @@ class DataError(MeshPEFTError):
     """The data cannot be used as given; the message is one sentence for the user."""
 
 
+class FileRecord(dict[str, Any]):
+    """A record that knows where it is from.
+
+    Attributes:
+        where: its file, and its line or row there, counted from 1.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def place_of(record: Record, number: int) -> str:
+    """Where a record is from, for messages; of one that is from no file, its number."""
+    if isinstance(record, FileRecord):
+        return record.where
+    return f"{'chat' if 'messages' in record else 'record'} {number}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is to be said of the records: how often each thing was found, and where first."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, what: str, where: str, count: int = 1) -> None:
+        """Count what was found at a place."""
+        self.counts[what] += count
+        self.first.setdefault(what, where)
+
+    def update(self, other: Findings) -> None:
+        """Add what others found."""
+        for what, count in other.counts.items():
+            self.add(what, other.first[what], count)
+
+    def lines(self) -> list[str]:
+        """A line for each thing."""
+        return [f"{count:,} {what} (first: {self.first[what]})" for what, count in self.counts.items()]
+
+
 class _Row(NamedTuple):
     where: str
     """Where the row is, for messages: ``line 3`` or ``row 3``, counted from 1."""
     values: Mapping[str, Any]
+    unread: Sequence[str] = ()
+    """Columns that were not read, being of no use."""
 
 
 def record_format(columns: Sequence[str]) -> RecordFormat | None:
@@ -64,11 +133,11 @@ def record_format(columns: Sequence[str]) -> RecordFormat | None:
     return None
 
 
-def load_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read a data file into records that hold the columns of one format and nothing else.
+def load_records(*paths: str | Path, findings: Findings | None = None) -> list[dict[str, Any]]:
+    """Read data files into records that hold the columns of one format and nothing else.
 
     The suffix says how the file is read: ``.jsonl`` (one object per line), ``.json`` (a list of objects,
-    or lines), ``.csv`` (with a header) or ``.parquet``. The first row decides which format the file has
+    or lines), ``.csv`` (with a header) or ``.parquet``. The first row decides which format the files have
     (see :func:`record_format`), and every row must have its columns, with a value.
 
     JSON and CSV are read by the standard library: the readers of ``datasets`` infer column types, which
@@ -76,16 +145,47 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     Parquet carries its types and is streamed by ``datasets``, which leaves no cache behind.
 
     Args:
-        path: the file.
+        paths: files of one format; at least one.
+        findings: is told which columns are left out.
 
     Returns:
-        the records in the order of the file; at least one.
+        the records (:class:`FileRecord`) in the order of the files; at least one of each.
 
     Raises:
-        DataError: the file is missing, empty, of another kind or cannot be parsed, it has no usable
-            column, or a row lacks a value; the message names the file and, where there is one, the row.
+        DataError: a file is missing, empty, of another kind or cannot be parsed, it has no usable
+            column, a row lacks a value, or a column or a field of a message says what is learned in a way that
+            cannot be honoured; the message names the file and, where there is one, the line or row.
     """
-    path = Path(path)
+    records: list[dict[str, Any]] = []
+    found: RecordFormat | None = None
+    unread: Counter[str] = Counter()
+    seen: set[Path] = set()
+    for path in map(Path, paths):
+        if path.resolve() in seen:
+            raise DataError(f"{path}: given twice; its records would be learned twice.")
+        seen.add(path.resolve())
+        before = len(records)
+        for row in _rows(path):
+            here = record_format(list(row.values)) if len(records) == before else found
+            if here is None:
+                columns = ", ".join(map(repr, row.values)) or "none"
+                raise DataError(f"{path}: no usable column; found {columns}, expected {ACCEPTED_COLUMNS}.")
+            if found not in (None, here):
+                raise DataError(f"{path}: holds {here}, but {paths[0]} holds {found}; give files of one format.")
+            found = here
+            records.append(_checked(row, found, path))
+            unread.update(name for name, value in row.values.items() if value is not None and name not in records[-1])
+            unread.update(row.unread)
+        if len(records) == before:
+            raise DataError(f"{path}: holds no records; at least one is needed.")
+    if findings is not None and unread:
+        findings.add(
+            f"columns of {found} files not read: {', '.join(map(repr, sorted(unread)))}", str(paths[0]), len(unread)
+        )
+    return records
+
+
+def _rows(path: Path) -> Iterator[_Row]:
     readers = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     if not path.is_file():
         problem = "is not a file" if path.exists() else "no such file"
@@ -93,23 +193,12 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; use one of {_SUFFIXES}.")
-    records: list[dict[str, Any]] = []
-    found: RecordFormat | None = None
     try:
-        for row in reader(path):
-            if found is None:
-                found = record_format(list(row.values))
-                if found is None:
-                    columns = ", ".join(map(repr, row.values)) or "none"
-                    raise DataError(f"{path}: no usable column; found {columns}, expected {ACCEPTED_COLUMNS}.")
-            records.append(_checked(row, found, path))
+        yield from reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if not records:
-        raise DataError(f"{path}: holds no records; at least one is needed.")
-    return records
 
 
 def _read_json_lines(path: Path) -> Iterator[_Row]:
@@ -188,12 +277,14 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
         if found is None:
             yield _Row("row 1", dict.fromkeys(names))
             return
-        columns = [name for name in (*_REQUIRED[found], *_OPTIONAL[found]) if name in names]
+        asked = {*_REQUIRED[found], *_OPTIONAL[found], *_REFUSED, *_REFUSED_BESIDE[found]}
+        columns = [name for name in names if name in asked]
+        unread = [name for name in names if name not in asked]
         stream = datasets.load_dataset(
             "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, columns=columns
         )
         for number, values in enumerate(stream, start=1):
-            yield _Row(f"row {number}", _without_nulls(values))
+            yield _Row(f"row {number}", _without_nulls(values), unread)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
 
@@ -207,10 +298,10 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _checked(row: _Row, found: RecordFormat, path: Path) -> dict[str, Any]:
+def _checked(row: _Row, found: RecordFormat, path: Path) -> FileRecord:
     """The columns of the format, each with a value of the right kind."""
     at = f"{path}, {row.where}"
-    record: dict[str, Any] = {}
+    record = FileRecord({}, at)
     for column in _REQUIRED[found]:
         value = row.values.get(column)
         if value is None:
@@ -219,10 +310,24 @@ def _checked(row: _Row, found: RecordFormat, path: Path) -> dict[str, Any]:
     for column in _OPTIONAL[found]:
         value = row.values.get(column)
         if value is not None:
-            if not isinstance(value, list):
-                raise DataError(f"{at}: {column!r} is of type {type(value).__name__}; expected a list.")
-            record[column] = value
+            record[column] = _checked_tools(value, column, at)
+    for column, why in (*_REFUSED.items(), *_REFUSED_BESIDE[found].items()):
+        if row.values.get(column) not in (None, [], {}, ""):
+            raise DataError(f"{at}: the column {column!r} {why}. Remove it if it is not meant.")
     return record
+
+
+def _checked_tools(value: Any, column: str, at: str) -> list[dict[str, Any]]:
+    given = value
+    if isinstance(value, str):  # as tables hold them, whose columns have one type
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        kind = type(given).__name__
+        raise DataError(f"{at}: {column!r} is of type {kind}; expected a list of objects, or the JSON text of one.")
+    return value
 
 
 def _checked_text(value: Any, column: str, at: str) -> str:
@@ -242,13 +347,36 @@ def _checked_messages(value: Any, at: str) -> list[dict[str, Any]]:
     for number, given in enumerate(value, start=1):
         message = {key: content for key, content in given.items() if content is not None}
         for key in ("role", "content"):
-            if key == "content" and "tool_calls" in message and key not in message:
+            if key == "content" and message.get("tool_calls") and key not in message:
                 continue
             if key not in message:
                 raise DataError(f"{at}: message {number} has no {key!r}.")
             _checked_text(message[key], key, f"{at}, message {number}")
         messages.append(message)
+    try:
+        check_messages(messages)
+    except ValueError as error:
+        raise DataError(f"{at}, {error}") from error
     return messages
+
+
+def nothing_to_learn(record: Record) -> str | None:
+    """Why nothing can be learned from a record, or None: it holds no answer, or one that is blank.
+
+    A blank answer would teach the model to say nothing.
+    """
+    if "messages" not in record:
+        column = "completion" if "prompt" in record else "text"
+        return None if record[column].strip() else f"blank {column}"
+    messages = record["messages"]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        roles = sorted({str(message["role"]) for message in messages})
+        return f"no message of role 'assistant' (only {', '.join(map(repr, roles))})"
+    kept = [message for message in answers if is_learned(message)]
+    if not kept:
+        return "every assistant message has weight 0"
+    return "every assistant message is blank" if all(map(is_blank, kept)) else None
 
 
 def seeded_permutation(count: int, seed: int, *stream: int) -> NDArray[np.int64]:

@@ -6,8 +6,9 @@ loss is taken on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -15,7 +16,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.training.chat import encode_chat
-from meshpeft.training.data import ACCEPTED_COLUMNS, DataError, Record, record_format
+from meshpeft.training.data import (
+    ACCEPTED_COLUMNS,
+    DataError,
+    Findings,
+    Record,
+    nothing_to_learn,
+    place_of,
+    record_format,
+)
+from meshpeft.training.special_tokens import SpecialTokens, continued_ids, token_ids
 
 __all__ = ["Document", "TokenizedRecords", "tokenize_records"]
 
@@ -47,13 +57,15 @@ class TokenizedRecords(Sequence[Document]):
         documents: in the order of the records; each has at least one target.
         truncated: prompt/completion and chat documents that were cut to the sequence length.
         split: texts that were split into several documents.
-        dropped: documents left out because no target was in them.
+        dropped: records left out because nothing in them can be learned.
+        findings: why records were dropped, and what of others is not learned or not shown to the model.
     """
 
     documents: list[Document]
     truncated: int = 0
     split: int = 0
     dropped: int = 0
+    findings: Findings = field(default_factory=Findings)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -71,34 +83,39 @@ Encoded = tuple[list[int], list[bool]]
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    *,
+    ends: Iterable[int] | None = None,
 ) -> TokenizedRecords:
     """Turn records into documents of at most ``seq_length`` tokens.
 
-    * A text is trained on whole. The tokenizer's own leading tokens (such as BOS) and its end-of-sequence
-      token are added unless the text has them. A longer text is split; a piece starts with the token that
+    * A text is trained on whole. A longer text is split; a piece starts with the token that
       ended the one before, so that every token but the text's first is a target exactly once.
-    * Of a prompt/completion pair the completion and its end-of-sequence token are targets. The prompt is
+    * Of a prompt/completion pair the completion and its end token are targets. The prompt is
       tokenised as it will be when the model is asked to complete it.
     * Of a chat, rendered by the tokenizer's template, the assistant's turns are targets
       (:func:`meshpeft.training.chat.encode_chat`).
-    * A pair or chat that is too long loses its beginning (BOS is kept); if its last completion alone is too
-      long, that is cut at its end.
+    * How texts and pairs begin and end says :mod:`meshpeft.training.special_tokens`.
+    * A pair or chat that is too long loses its beginning (leading tokens are kept); if its last completion alone is
+      too long, that is cut at its end.
+    * A record without an answer, or whose answers are blank, is dropped.
 
     Args:
         records: all of one format (:data:`Record`); at least one.
         tokenizer: with an end-of-sequence token; for chats with a template.
         seq_length: longest document in tokens, at least 2.
+        ends: tokens that end a text besides the tokenizer's own
+            (:func:`meshpeft.training.special_tokens.end_tokens`).
 
     Raises:
         DataError: no records, or of no or of different formats, a tokenizer without what is needed, a chat that the
-            template refuses, a sequence length below 2.
+            template refuses or whose answers it leaves out, a sequence length below 2.
     """
     if seq_length < 2:
         raise DataError(f"sequence length: {seq_length} leaves nothing to predict; use 2 or more.")
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise DataError("the tokenizer has no end-of-sequence token to teach the model to stop; set eos_token.")
+    special = SpecialTokens.of(tokenizer, ends)
     if not records:
         raise DataError("there are no records to tokenise; give at least one.")
     formats = {record_format(list(record)) for record in records}
@@ -107,15 +124,10 @@ def tokenize_records(
     found = formats.pop()
 
     documents: list[Document] = []
+    findings = Findings()
     truncated = split = dropped = 0
-    for start in range(0, len(records), _TOKENIZER_BATCH):
-        batch = records[start : start + _TOKENIZER_BATCH]
-        if found == "text":
-            encoded = _encode_texts([record["text"] for record in batch], tokenizer, eos)
-        elif found == "prompt/completion":
-            encoded = _encode_pairs(batch, tokenizer, eos)
-        else:
-            encoded = _encode_chats(batch, tokenizer, start)
+    for number, (record, encoded) in enumerate(_encoded(records, special, findings), start=1):
+        kept = False
         for tokens, targets in encoded:
             if len(tokens) <= seq_length:
                 pieces = [(tokens, targets)]
@@ -126,83 +138,80 @@ def tokenize_records(
                 pieces = [(tokens[at : at + seq_length], targets[at : at + seq_length]) for at in starts]
             else:
                 truncated += 1
-                pieces = [_truncate(tokens, targets, seq_length, tokenizer.bos_token_id)]
+                pieces = [_truncate(tokens, targets, seq_length, special)]
             for piece_tokens, piece_targets in pieces:
                 mask = np.asarray(piece_targets, dtype=bool)
                 mask[:1] = False
                 if mask.any():
                     documents.append(Document(np.asarray(piece_tokens, dtype=np.int32), mask))
-                else:
-                    dropped += 1
-    return TokenizedRecords(documents, truncated, split, dropped)
+                    kept = True
+        if not kept:
+            dropped += 1
+            why = nothing_to_learn(record) or "nothing to learn in the tokens"
+            findings.add(f"dropped: {why}", place_of(record, number))
+    return TokenizedRecords(documents, truncated, split, dropped, findings)
 
 
-def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # verbose=False: documents beyond the model's length are ours to cut, the tokenizer need not warn.
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return batch["input_ids"]
+def _encoded(
+    records: Sequence[Record], special: SpecialTokens, findings: Findings
+) -> Iterator[tuple[Record, list[Encoded]]]:
+    """Each record and its documents, not cut; none of a record without anything to learn."""
+    for start in range(0, len(records), _TOKENIZER_BATCH):
+        batch = records[start : start + _TOKENIZER_BATCH]
+        if "messages" in batch[0]:
+            yield from _encode_chats(batch, special, start, findings)
+        elif "prompt" in batch[0] and "completion" in batch[0]:
+            yield from _encode_pairs(batch, special)
+        else:
+            yield from _encode_texts(batch, special)
 
 
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens (mostly none or BOS) that the tokenizer itself puts before a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a")["input_ids"]
-    for at in range(len(dressed) - len(bare) + 1):
-        if bare and dressed[at : at + len(bare)] == bare:
-            return dressed[:at]
-    return []
+def _encode_texts(records: Sequence[Record], special: SpecialTokens) -> Iterator[tuple[Record, list[Encoded]]]:
+    texts = [special.without_space_behind_end(record["text"]) for record in records]
+    for record, ids in zip(records, token_ids(special.tokenizer, texts), strict=True):
+        tokens = special.ended(special.begun(ids))
+        yield record, [] if nothing_to_learn(record) else [(tokens, [True] * len(tokens))]
 
 
-def _with_leading(tokens: list[int], leading: list[int]) -> list[int]:
-    return tokens if tokens[: len(leading)] == leading else leading + tokens
-
-
-def _with_eos(tokens: list[int], eos: int) -> list[int]:
-    return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
-
-
-def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, eos: int) -> Iterator[Encoded]:
-    leading = _leading_tokens(tokenizer)
-    for ids in _token_ids(texts, tokenizer):
-        # An empty text stays empty, to be dropped: it would teach the model to say nothing.
-        tokens = _with_eos(_with_leading(ids, leading), eos) if ids else []
-        yield tokens, [True] * len(tokens)
-
-
-def _encode_pairs(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, eos: int) -> Iterator[Encoded]:
-    leading = _leading_tokens(tokenizer)
+def _encode_pairs(records: Sequence[Record], special: SpecialTokens) -> Iterator[tuple[Record, list[Encoded]]]:
     prompts = [record["prompt"] for record in records]
-    joined = [record["prompt"] + record["completion"] for record in records]
-    both = zip(_token_ids(prompts, tokenizer), _token_ids(joined, tokenizer), strict=True)
-    for record, (prompt, whole) in zip(records, both, strict=True):
+    completions = [special.without_space_behind_end(record["completion"]) for record in records]
+    joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    both = zip(token_ids(special.tokenizer, prompts), token_ids(special.tokenizer, joined), strict=True)
+    for record, text, (prompt, whole) in zip(records, completions, both, strict=True):
         # Generation starts from the prompt's own tokens, so training does. Mostly the tokens of the whole
         # text continue them; where one would span the boundary, the completion is tokenised alone. Not
         # always, because some tokenizers put a space before whatever text begins with.
-        if whole[: len(prompt)] == prompt:
-            completion = whole[len(prompt) :]
-        else:
-            (completion,) = _token_ids([record["completion"]], tokenizer)
-        context = _with_leading(prompt, leading)
-        answer = _with_eos(completion, eos)
-        yield context + answer, [False] * len(context) + [True] * len(answer)
+        continued = whole[: len(prompt)] == prompt
+        completion = whole[len(prompt) :] if continued else continued_ids(special.tokenizer, text)
+        context, answer = special.begun(prompt), special.ended(completion)
+        targets = [False] * len(context) + [True] * len(answer)
+        yield record, [] if nothing_to_learn(record) else [(context + answer, targets)]
 
 
-def _encode_chats(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, first: int) -> Iterator[Encoded]:
+def _encode_chats(
+    records: Sequence[Record], special: SpecialTokens, first: int, findings: Findings
+) -> Iterator[tuple[Record, list[Encoded]]]:
     for number, record in enumerate(records, start=first + 1):
+        where = place_of(record, number)
         try:
-            yield from encode_chat(record["messages"], tokenizer, tools=record.get("tools"))
+            encoded = encode_chat(
+                record["messages"], special, tools=record.get("tools"), note=partial(findings.add, where=where)
+            )
         except ValueError as error:
-            raise DataError(f"chat {number}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
+        yield record, encoded
 
 
-def _truncate(tokens: list[int], targets: list[bool], seq_length: int, bos: int | None) -> Encoded:
+def _truncate(tokens: list[int], targets: list[bool], seq_length: int, special: SpecialTokens) -> Encoded:
     """The ``seq_length`` tokens that hold what fits of the last run of targets, and what precedes it."""
-    head = 1 if tokens[0] == bos else 0
+    leading = special.leading or [special.tokenizer.bos_token_id]
+    head = len(leading) if tokens[: len(leading)] == leading and len(leading) < seq_length else 0
     room = seq_length - head
     last = max((at for at, target in enumerate(targets) if target), default=len(tokens) - 1)
     first = last
     while first > 0 and targets[first - 1]:
         first -= 1
-    # A run that starts right after the kept BOS has its context; any other needs one token before it.
-    start = min(len(tokens) - room, max(first - (1 - head), head))
+    # A run that starts right after the kept beginning has its context; any other needs one token before it.
+    start = min(len(tokens) - room, max(first - (0 if head else 1), head))
     return tokens[:head] + tokens[start : start + room], targets[:head] + targets[start : start + room]

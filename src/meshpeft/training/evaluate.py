@@ -9,6 +9,7 @@ from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
 from meshpeft.training.batches import eval_batches
 from meshpeft.training.checkpoints import agreed_date
+from meshpeft.training.config import paths
 from meshpeft.training.inputs import load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
@@ -45,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> float:
     if config.seq_length is not None:
         run = replace(run, seq_length=config.seq_length)
     tokenizer = load_tokenizer(base_directory(run.model))
-    rows = load_rows(run, tokenizer, config.data)
+    rows, findings = load_rows(run, tokenizer, config.data)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     check_attention(model, run)
     batches = eval_batches(
@@ -56,8 +57,11 @@ def evaluate(config: EvaluateConfig) -> float:
     )
     loss = float(mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens))
     report.say(f"model: {base_directory(run.model)}, {run.quantize or run.dtype}; adapter: {config.adapter or 'none'}")
-    source = config.data or f"held out of {run.data or 'the embedded data'}"
+    files = ", ".join(map(str, paths(config.data) or run.data_files)) or "the embedded data"
+    source = files if config.data else f"held out of {files}"
     report.say(f"data: {source}, {batches.global_target_tokens:,} target tokens")
+    for line in findings.lines():
+        report.say(f"  {line}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"loss: {loss:.4f} nats per target token (perplexity {math.exp(loss):.2f})")
     return loss

@@ -85,11 +85,11 @@ def finetune(config: FinetuneConfig) -> None:
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
     prompt = prompt_of(inputs.sample)
-    before = continuation(model, tokenizer, prompt)
+    before = continuation(model, tokenizer, prompt, inputs.ends)
     with _staged(config, info) as output:
         log = MetricsLog(output.stage / METRICS if report.speaks else None)
         loop.run(log, TrainingProgress(loop.steps, report.console))
-        after = continuation(model, tokenizer, prompt)
+        after = continuation(model, tokenizer, prompt, inputs.ends)
         log.close()
         export_peft_adapter(
             model,

@@ -15,9 +15,10 @@ from meshpeft.training.checkpoints import agreed_date
 from meshpeft.training.config import ConfigError
 from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.launch import launch
-from meshpeft.training.prompts import decoded, end_tokens, prompt_tokens
+from meshpeft.training.prompts import decoded, prompt_tokens
 from meshpeft.training.report import Report
 from meshpeft.training.setup import device, join_mesh, workers_for
+from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
 
 __all__ = ["generate", "start"]

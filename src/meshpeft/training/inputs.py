@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
 from meshpeft.parallel.errors import first_line
-from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.data import Record, load_records, record_format, split_held_out
+from meshpeft.training.base_model import base_directory
+from meshpeft.training.config import FinetuneConfig, paths
+from meshpeft.training.data import (
+    DataError,
+    Findings,
+    Record,
+    load_records,
+    nothing_to_learn,
+    place_of,
+    record_format,
+    split_held_out,
+)
 from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
 from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
+from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
 
 __all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
@@ -31,7 +43,8 @@ class Inputs:
         train: rows to train on.
         held_out: rows to measure on.
         sample: the held-out document whose beginning is continued as a sample.
-        summary: a line that says how much there is, and what had to be cut.
+        summary: how much there is, what had to be cut, and what is not learned, with a place in the file.
+        ends: the tokens that end a text.
         example: options of `meshpeft generate`, in the shell's words, for a prompt like those of the data.
     """
 
@@ -40,6 +53,7 @@ class Inputs:
     sample: Document
     summary: str
     example: str
+    ends: tuple[int, ...]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -63,41 +77,98 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
 
     Raises:
         DataError: the data cannot be used as given.
+        ModelError: the model's generation_config.json cannot.
     """
-    train, held_out = _records(config)
+    ends = end_tokens(base_directory(config.model), tokenizer)
+    (train, held_out), findings, dropped = _records(config)
     with chat_templates(config.template_date):
-        documents = tokenize_records(train, tokenizer, config.seq_length)
-        held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length)
-    rows = _pack(documents, config, tokenizer)
+        documents = tokenize_records(train, tokenizer, config.seq_length, ends=ends)
+        held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length, ends=ends)
+    rows = _pack(documents, config, tokenizer, "training")
+    parts = (documents, held_out_documents)
+    for part in parts:
+        findings.update(part.findings)
+    counts = {
+        "truncated": sum(part.truncated for part in parts),
+        "split": sum(part.split for part in parts),
+        "dropped": sum(part.dropped for part in parts) + dropped,
+    }
+    summary = [
+        f"{len(documents):,} documents in {len(rows):,} rows of {rows.seq_length} tokens, {rows.fill:.0%} filled",
+        f"{len(held_out_documents):,} held out",
+        *(f"{count:,} {name}" for name, count in counts.items() if count),
+    ]
     return Inputs(
         train=rows,
-        held_out=_pack(held_out_documents, config, tokenizer),
+        held_out=_pack(held_out_documents, config, tokenizer, "held-out"),
         sample=_sample(held_out_documents),
-        summary=_summary(documents, held_out_documents, rows),
+        summary="\n  ".join(["; ".join(summary), *findings.lines()]),
         example=_example(config, train[0]),
+        ends=tuple(ends),
     )
 
 
-def load_rows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> PackedRows:
-    """Rows to measure on: all of `data`, or what the run of `config` held out.
+def load_rows(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, data: Path | Sequence[Path] | None
+) -> tuple[PackedRows, Findings]:
+    """Rows to measure on: all of `data`, or what the run of `config` held out; and what is to be said of them.
 
     Raises:
         DataError: the data cannot be used as given.
+        ModelError: the model's generation_config.json cannot.
     """
-    records = _records(config)[1] if data is None else load_records(data)
+    ends = end_tokens(base_directory(config.model), tokenizer)
+    if data is None:
+        (_, records), findings, _ = _records(config)
+    else:
+        findings = Findings()
+        records = _learnable(load_records(*paths(data), findings=findings), findings)
     with chat_templates(config.template_date):
-        documents = tokenize_records(records, tokenizer, config.seq_length)
-    return _pack(documents, config, tokenizer)
+        documents = tokenize_records(records, tokenizer, config.seq_length, ends=ends)
+    findings.update(documents.findings)
+    return _pack(documents, config, tokenizer, "given" if data else "held-out"), findings
 
 
-def _records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
+def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]], Findings, int]:
+    """The records to train on and those held out, what is to be said of the file, and how many were dropped.
+
+    What holds nothing to learn is dropped before the split, so that neither part is made of it.
+    """
+    findings = Findings()
     if config.data is None:
         train, held_out = embedded_records()
-        return list(train), list(held_out)
-    return split_held_out(load_records(config.data), config.held_out, config.seed)
+        return (list(train), list(held_out)), findings, 0
+    loaded = load_records(*config.data_files, findings=findings)
+    records = _learnable(loaded, findings)
+    return split_held_out(records, config.held_out, config.seed), findings, len(loaded) - len(records)
 
 
-def _pack(documents: TokenizedRecords, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:
+    """The records that hold something to learn.
+
+    Raises:
+        DataError: there are none.
+    """
+    kept = []
+    for number, record in enumerate(records, start=1):
+        why = nothing_to_learn(record)
+        if why is None:
+            kept.append(record)
+        else:
+            findings.add(f"dropped: {why}", place_of(record, number))
+    if not kept:
+        raise DataError(
+            f"there is nothing to learn in any of the {len(records):,} records: {'; '.join(findings.lines())}."
+        )
+    return kept
+
+
+def _pack(
+    documents: TokenizedRecords, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: str
+) -> PackedRows:
+    if not len(documents):
+        why = "; ".join(documents.findings.lines())
+        raise DataError(f"there is nothing to learn in the {part} records: {why}.")
     pad = tokenizer.pad_token_id
     return pack_documents(
         documents,
@@ -123,15 +194,3 @@ def _example(config: FinetuneConfig, record: Record) -> str:
     if record_format(list(record)) == "messages":
         return "--chat --prompt 'Your question'"
     return "--prompt 'Your prompt'"
-
-
-def _summary(train: TokenizedRecords, held_out: TokenizedRecords, rows: PackedRows) -> str:
-    parts = [
-        f"{len(train):,} documents in {len(rows):,} rows of {rows.seq_length} tokens, {rows.fill:.0%} filled",
-        f"{len(held_out):,} held out",
-    ]
-    for name in ("truncated", "split", "dropped"):
-        count = getattr(train, name) + getattr(held_out, name)
-        if count:
-            parts.append(f"{count:,} {name}")
-    return "; ".join(parts)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.models import LanguageModel, ModelError, generate
-from meshpeft.models.weights import read_json
+from meshpeft.models import LanguageModel, generate
 from meshpeft.training.config import ConfigError
 from meshpeft.training.documents import Document
 from meshpeft.training.setup import device
+from meshpeft.training.special_tokens import token_ids, with_leading
 from meshpeft.training.templates import TemplateError, render_chat
 
-__all__ = ["continuation", "decoded", "end_tokens", "prompt_of", "prompt_tokens"]
+__all__ = ["continuation", "decoded", "prompt_of", "prompt_tokens"]
 
 SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 32
@@ -39,31 +39,21 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool =
             question = {"role": "user", "content": text}
             text = render_chat(tokenizer, [question], add_generation_prompt=True).text
         except TemplateError as error:
-            raise ConfigError(f"--chat: {error}") from error
-    tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    while len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        tokens.pop()
+            raise ConfigError(f"--chat: the chat template cannot be used: {error}") from error
+    (tokens,) = token_ids(tokenizer, [text])
+    if not chat:  # special tokens of a chat are the template's alone
+        tokens = with_leading(tokenizer, tokens)
     if not tokens:
         raise ConfigError("the prompt is empty, and the tokenizer puts nothing before a text; give at least a word")
     return tokens
 
 
-def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's `generation_config.json`."""
-    ends = {tokenizer.eos_token_id}
-    if (directory / "generation_config.json").is_file():
-        more = read_json(directory / "generation_config.json").get("eos_token_id")
-        ends.update(more if isinstance(more, list) else [more])
-    found = sorted(end for end in ends if end is not None)
-    if not all(isinstance(end, int) for end in found):
-        raise ModelError(f"{directory / 'generation_config.json'}: eos_token_id is {found}; expected integers")
-    return found
-
-
-def continuation(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """What the model says after these tokens: its likeliest tokens, up to the end of the sequence. A collective."""
+def continuation(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int] | None = None
+) -> str:
+    """What the model says after these tokens: its likeliest tokens, up to an end token. A collective."""
     ids = torch.tensor([prompt], device=device())
-    tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=tokenizer.eos_token_id)
+    tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=list(ends or [tokenizer.eos_token_id]))
     return decoded(tokenizer, tokens[0, len(prompt) :].tolist())
 
 
