@@ -1,14 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from helpers.simulate import per_rank, rank_values, simulate
 from torch import Tensor
 from torch.nn import functional
 
 from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import LoRA
 from meshpeft.training.batches import GlobalBatchSlice, RowSampler
 from meshpeft.training.documents import Document
@@ -160,3 +164,43 @@ def test_the_scale_grows_after_enough_good_steps() -> None:
         lambda: scale.accept(torch.tensor(1.0)),
     ]
     assert [(verdict(), scale.value) for verdict in verdicts] == [(True, 4), (False, 2), (True, 2), (True, 4)]
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_no_rank_takes_a_step_that_is_not_finite_on_one(rows: PackedRows, what: str, rank: int) -> None:
+    """Whichever parameter it is, replicated or sharded: where one rank alone left it out, the copies would differ."""
+    with simulate(tp=2, dp=2):
+        model = Decoder(CONFIG, ModelParallelConfig(tensor_model_parallel_size=2), dtype=torch.float64)
+        LoRA(dim=2, alpha=2, lora_B_init_method="normal")(model)
+        step = TrainStep(model, adamw(model, lr=0.1), clip=1.0)
+        before = [parameter.detach().clone() for parameter in step.parameters]
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        micro_batch = rows.gather(np.array([0, 1]))
+        for place in range(len(names) if what == "gradient" else 1):
+            with spoiled(step, what, place, rank):
+                result = step([micro_batch], 24)
+            assert all(math.isnan(value.item()) for value in rank_values(result.grad_norm))
+            assert result.skipped is not None and (names[place] if what == "gradient" else "the loss") in result.skipped
+        for parameter, values in zip(step.parameters, before, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(rank_values(parameter), rank_values(values), strict=True))
+        assert not step.optimizer.state
+        assert step([micro_batch], 24).skipped is None
+
+
+@contextmanager
+def spoiled(step: TrainStep, what: str, place: int, rank: int) -> Iterator[None]:
+    """One rank's gradient of one parameter is NaN, or its loss."""
+    nan = per_rank(lambda own: torch.full((), math.nan if own == rank else 0.0, dtype=torch.float64))
+    if what == "loss":
+        losses = step._losses
+        step._losses = lambda batch: losses(batch) + nan  # type: ignore[method-assign]
+    else:
+        hook = step.parameters[place].register_hook(lambda grad: grad + nan)
+    try:
+        yield
+    finally:
+        if what == "loss":
+            del step._losses
+        else:
+            hook.remove()

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from meshpeft.checkpoint.content import check_finite_adapters
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.models import Decoder, LanguageModel, save_pretrained
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.finite import check_finite
 from meshpeft.peft import AdapterError, AdapterWrapper
 from meshpeft.peft.wrapped_layer import parameter_like
 
@@ -39,7 +41,8 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
 
     Raises:
         CheckpointError: there is no adapter, or one that a weight cannot take (a quantised weight, an activation
-            between the factors) or that is switched off, or the directory holds a model; nothing is changed.
+            between the factors) or that is not finite or switched off, or the directory holds a model; nothing is
+            changed. Or a sum is too large for its type; then nothing is written.
         ModelError: the directory cannot be written.
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
@@ -47,10 +50,12 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
         _check(wrappers)
         if directory is not None:
             _check_target(model, Path(directory), overwrite)
+    check_finite_adapters(model, "merging")
     for name, wrapper in wrappers.items():
         wrapper.merge(keep_base=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapper.to_wrap)
+    _check_merged(wrappers)
     _state_untied(model)
     if directory is not None:
         assert isinstance(model, LanguageModel)
@@ -66,6 +71,17 @@ def _check(wrappers: Mapping[str, AdapterWrapper]) -> None:
             wrapper.check_mergeable()
         except AdapterError as error:
             raise CheckpointError(f"{name}: {error}") from error
+
+
+def _check_merged(wrappers: Mapping[str, AdapterWrapper]) -> None:
+    """Check that no sum is too large for its type. A collective."""
+    merged = (
+        (f"{name}.{own}", parameter)
+        for name, wrapper in wrappers.items()
+        for own, parameter in wrapper.to_wrap.named_parameters()
+    )
+    advice = "the model is of no use any more: load it again in a wider type, such as float32, and merge there"
+    check_finite(merged, "merging", CheckpointError, advice=advice)
 
 
 def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:

@@ -29,6 +29,7 @@ from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
+from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_types import layer_type_of
 from meshpeft.peft import AdapterWrapper
@@ -64,11 +65,12 @@ def export_peft_adapter(
             several names.
 
     Raises:
-        CheckpointError: there is no adapter, or one that the format cannot express; the directory holds an
-            adapter; or it cannot be written.
+        CheckpointError: there is no adapter, or one that the format cannot express, or that is not finite; the
+            directory holds an adapter; or it cannot be written.
     """
     directory = Path(directory)
     described = _described(model, format, base_model_name_or_path, adapter_name)
+    check_finite(described.values(), f"writing {directory}", CheckpointError)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
     what = f"writing {directory}"
@@ -93,7 +95,7 @@ def export_peft_adapter(
             if writer is not None and staged is not None and not failures:
                 writer.close()
                 (staged.folder / CONFIG_NAME).write_text(
-                    json.dumps(described.config, indent=2) + "\n", encoding="utf-8"
+                    json.dumps(described.config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
                 )
                 staged.publish([WEIGHTS_NAME, CONFIG_NAME])
         raise_everywhere(failures, what, CheckpointError)
@@ -128,6 +130,13 @@ class _Described:
     names: WrittenNames
     scale: FileScale | None
     config: dict[str, object]
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's slices of all parameters."""
+        for linear in self.adapted:
+            for name, factor in {"linear_in": linear.a, "linear_out": linear.b, "magnitude": linear.magnitude}.items():
+                if factor is not None:
+                    yield f"{linear.module}.{name}", factor.values
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from meshpeft.checkpoint.slices import Slice, SliceSavePlanner, labelled
 from meshpeft.checkpoint.storage import Writer
 from meshpeft.models.staging import write_flushed
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.finite import check_finite
 
 __all__ = ["Save", "finish_saves", "save_checkpoint"]
 
@@ -116,8 +117,8 @@ def save_checkpoint(
         The save; done already, or to be waited for. The next one waits for it first.
 
     Raises:
-        CheckpointError: nothing to save, a state that cannot be stored, or (unless asynchronous) a directory that
-            cannot be written; the checkpoints that were there are as they were.
+        CheckpointError: nothing to save, a state that cannot be stored, a value that is not finite, or (unless
+            asynchronous) a directory that cannot be written; the checkpoints that were there are as they were.
     """
     finish_saves()
     group = checkpoint_group()
@@ -141,6 +142,7 @@ def save_checkpoint(
         )
         if asynchronous:
             slices = [_copied(part) for part in slices]
+    check_finite(((part.key, part.values()) for part in slices), f"saving to {directory}", CheckpointError)
     manifest = replace(manifest, model={**manifest.model, "base": describe_base(model, content.frozen)})
 
     def publish(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.parallel.finite import finite_flag
 from meshpeft.parallel.mesh import on_each_rank
 
 __all__ = ["Declared", "TensorFileReader", "TensorFileWriter"]
@@ -97,10 +98,16 @@ class TensorFileWriter:
         return len(text).to_bytes(8, "little") + text
 
     def write(self, tensor: Tensor) -> None:
-        """The next tensor, on any device."""
+        """The next tensor, on any device.
+
+        Raises:
+            CheckpointError: it is not what was declared, or holds values that are not finite.
+        """
         name, dtype, shape = self._expected[self._written]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name}: declared as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if not finite_flag(tensor):
+            raise CheckpointError(f"{name}: its values are not finite (NaN or infinity)")
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         if self._digest is not None:
             self._digest.update(values)

@@ -19,6 +19,7 @@ from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.staging import StagedFiles
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.agreement import kept, raise_everywhere
+from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.peft import AdapterWrapper
 
@@ -55,6 +56,12 @@ def save_pretrained(
     if any(isinstance(module, AdapterWrapper) for module in model.modules()):
         raise ModelError("the model carries adapters; merge them before saving it")
     tensors = [(tensor, *_storage(model, name, tensor)) for name, tensor in model.stored_tensors().items()]
+    check_finite(
+        ((name, tensor) for name, (tensor, _, _) in zip(model.stored_tensors(), tensors, strict=True)),
+        f"saving to {directory}",
+        ModelError,
+        advice="look at these weights of the base, or merge the adapter in a wider type, such as float32",
+    )
     config = model.hub_config()
     config.dtype = next(model.parameters()).dtype
     # Under simulation there is one process, and torch.distributed calls it rank 0.
@@ -154,7 +161,7 @@ class _Writer:
             weight_map.update(dict.fromkeys(tensors, file))
             files.append(file)
         content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (self.folder / INDEX_NAME).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return [*files, INDEX_NAME]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.parallel.mesh import is_simulated, parallel_group_info
+from meshpeft.parallel.mesh import ParallelAxis, is_simulated, parallel_group_info
 
-__all__ = ["all_or_none", "kept", "raise_everywhere"]
+__all__ = ["all_or_none", "gathered", "kept", "raise_everywhere"]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def raise_everywhere(failures: list[Exception], what: str, error_type: type[Mesh
         what, error_type: see [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
     """
     failure = failures[0] if failures else None
-    reports = _gathered(None if failure is None else f"{what}: {failure}")
+    reports = gathered(None if failure is None else f"{what}: {failure}")
     if isinstance(failure, OSError):
         raise error_type(f"{what}: {failure.strerror or failure}") from failure
     if failure is not None:
@@ -54,10 +57,18 @@ def raise_everywhere(failures: list[Exception], what: str, error_type: type[Mesh
             raise error_type(f"on rank {rank}, {report}")
 
 
-def _gathered(report: str | None) -> list[str | None]:
-    world = parallel_group_info().world
-    if world.world_size == 1 or is_simulated():
-        return [report]
-    reports: list[str | None] = [None] * world.world_size
-    dist.all_gather_object(reports, report, group=world.group)
-    return reports
+def gathered(value: T, axis: ParallelAxis | None = None) -> list[T]:
+    """Every rank's value, a plain python object, in the order of the ranks. A collective.
+
+    Simulated ranks share one object: there is one value then, as there is with one rank.
+
+    Args:
+        value: of this rank.
+        axis: over which; the whole mesh by default.
+    """
+    axis = parallel_group_info().world if axis is None else axis
+    if axis.world_size == 1 or is_simulated():
+        return [value]
+    values: list[T] = [value] * axis.world_size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values

@@ -83,11 +83,15 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def gradient_norm(source: nn.Module | Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all final gradients: a replicated parameter counts once, a divided one over its shards.
+def gradient_norm(source: nn.Module | Iterable[Tensor], *, spoiled_by: Tensor | None = None) -> Tensor:
+    """The 2-norm of all final gradients: a replicated parameter counts once, a sharded one over its shards.
+
+    It is not finite on every rank if it is not on one: ranks that share a parameter leave the same steps out.
 
     Args:
         source: a module or parameters whose gradients `finalize_gradients` has summed.
+        spoiled_by: values that make the norm NaN, and change nothing else, where they are not finite on a rank of
+            tensor parallel.
 
     Returns:
         A scalar, the same on every rank, in float32 or the widest type of the gradients.
@@ -101,23 +105,38 @@ def gradient_norm(source: nn.Module | Iterable[Tensor]) -> Tensor:
         wide = torch.promote_types(parameter.grad.dtype, torch.float32)
         square = parameter.grad.detach().to(wide).square().sum()
         squares[axes] = squares[axes] + square if axes in squares else square
-    total = torch.zeros((), dtype=torch.float32)
+    total = squares.pop((), torch.zeros((), dtype=torch.float32))
+    tp = parallel_group_info().tp
+    if tp.world_size > 1 and not any(tp in axes for axes in squares):
+        squares[(tp,)] = torch.zeros_like(total)
+    # Replicated gradients, and what the caller knows, are alike over data parallel, and ought to be over tensor
+    # parallel. Where they are not, the sums over shards tell the other ranks: 0 * x is NaN where x is not finite.
+    spoiled = total * 0 if spoiled_by is None else total * 0 + (spoiled_by.detach().to(total.device) * 0).sum()
+    total = total + spoiled
     for axes, square in squares.items():
+        square = square + spoiled.to(square)
         for axis in _reduction_groups(axes):
             square = all_reduce(square, axis)
-        total = total.to(square) + square
+        total = total.to(torch.promote_types(total.dtype, square.dtype)).to(square.device) + square
     return total.sqrt()
 
 
-def clip_gradients_(source: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_gradients_(source: nn.Module | Iterable[Tensor], max_norm: float, *, norm: Tensor | None = None) -> Tensor:
     """Scale all gradients down so that their global norm is at most `max_norm`; in place.
+
+    A norm that is not finite makes every gradient NaN, or 0: ask for it first and leave the optimizer's step out.
+
+    Args:
+        source: a module, or parameters.
+        max_norm: the largest norm.
+        norm: what `gradient_norm` gave, if it was asked for already.
 
     Returns:
         The norm before clipping. The factor is `torch.nn.utils.clip_grad_norm_`'s: max_norm / (norm + 1e-6), at
         most 1.
     """
     parameters = _trainable(source)
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(parameters) if norm is None else norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:

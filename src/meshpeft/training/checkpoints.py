@@ -190,6 +190,12 @@ class RunCheckpoints:
         """
         return None if self._save is None else self._save.wait()
 
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint of the run, also one from before it was resumed."""
+        self.wait()
+        directory = CheckpointDirectory(self.directory)
+        return next((directory.of_step(step) for step in directory.steps()), None)
+
 
 def _digest(rows: PackedRows) -> str:
     """A checksum of everything that training reads."""

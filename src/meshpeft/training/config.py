@@ -48,7 +48,7 @@ class ConfigError(MeshPEFTError):
 
 
 class TrainingError(MeshPEFTError):
-    """A run that cannot go on with these options: its loss is not a number any more."""
+    """A run that cannot go on with these options: its loss or its gradients are not finite any more."""
 
 
 def tensor_type(name: TensorType) -> torch.dtype:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
 from meshpeft.training.batches import eval_batches
 from meshpeft.training.checkpoints import agreed_date
-from meshpeft.training.config import paths
+from meshpeft.training.config import TrainingError, paths
 from meshpeft.training.inputs import load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
@@ -38,6 +39,9 @@ def evaluate(config: EvaluateConfig) -> float:
 
     Returns:
         The mean loss in nats per target token, the same on every rank.
+
+    Raises:
+        TrainingError: it is not finite.
     """
     info = join_mesh(config)
     report = Report(info)
@@ -55,7 +59,13 @@ def evaluate(config: EvaluateConfig) -> float:
         dp_rank=info.dp.rank,
         dp_size=info.dp.world_size,
     )
-    loss = float(mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens))
+    mean = mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens)
+    if not finite_everywhere(mean):
+        raise TrainingError(
+            f"the loss is {float(mean)}: the model overflows in {run.dtype}, or its weights are not finite; use a "
+            "wider --dtype, or an adapter from before"
+        )
+    loss = float(mean)
     report.say(f"model: {base_directory(run.model)}, {run.quantize or run.dtype}; adapter: {config.adapter or 'none'}")
     files = ", ".join(map(str, paths(config.data) or run.data_files)) or "the embedded data"
     source = files if config.data else f"held out of {files}"
@@ -63,5 +73,7 @@ def evaluate(config: EvaluateConfig) -> float:
     for line in findings.lines():
         report.say(f"  {line}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
-    report.say(f"loss: {loss:.4f} nats per target token (perplexity {math.exp(loss):.2f})")
+    # The exponential of more than 709 is no float64.
+    perplexity = f"{math.exp(loss):.2f}" if loss < 700 else f"e^{loss:.0f}"
+    report.say(f"loss: {loss:.4f} nats per target token (perplexity {perplexity})")
     return loss

@@ -159,7 +159,7 @@ def export(config: ExportConfig) -> str:
     with _staged(config.to) as staged:
         named = str(base.resolve())
         export_peft_adapter(model, staged.folder, base_model_name_or_path=named, format=config.format)
-        write_flushed(staged.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_flushed(staged.folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         staged.publish([WEIGHTS_NAME, CONFIG_NAME, RECORD])
     per_expert = ", every expert by itself" if config.format == "peft-per-expert" else ""
     return f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"

@@ -1,12 +1,21 @@
-"""The loop over the steps, with a measurement of the held-out loss now and then."""
+"""The loop over the steps, with a measurement of the held-out loss now and then.
+
+A step without a finite gradient is left out. `MOST_SKIPPED` of them in a row end the run: its adapter is what it was
+before them, and is kept as a checkpoint. A held-out loss that is not finite ends it at once, before a checkpoint of
+such an adapter takes the place of an older one.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
+from itertools import takewhile
+
+from torch import Tensor
 
 from meshpeft.models import LanguageModel
+from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.batches import RowSampler, eval_batches
 from meshpeft.training.checkpoints import RunCheckpoints
@@ -18,10 +27,13 @@ from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.schedule import learning_rate, steps_between_measurements, warmup_steps
 from meshpeft.training.setup import device
-from meshpeft.training.step import StepResult, TrainStep, mean_loss
+from meshpeft.training.step import TrainStep, mean_loss
 from meshpeft.training.untrained import untrained_layers
 
-__all__ = ["TrainingLoop"]
+__all__ = ["MOST_SKIPPED", "TrainingLoop"]
+
+MOST_SKIPPED = 5
+"""So many steps in a row without a finite gradient end a run. Those that lower float16's loss scale do not count."""
 
 
 class TrainingLoop:
@@ -71,6 +83,8 @@ class TrainingLoop:
             router_aux_loss_coef=config.router_aux_loss_coef,
         )
         self._checkpoints = RunCheckpoints(config, model, optimizer, loss_scale, inputs)
+        # Steps in a row that were not taken, and steps that were since the last checkpoint.
+        self._skipped = self._unsaved = 0
 
     def run(self, log: MetricsLog, progress: TrainingProgress) -> None:
         """Take every step that is left, and measure before, after and every `eval_every` steps.
@@ -80,9 +94,10 @@ class TrainingLoop:
         Raises:
             CheckpointError: the run cannot go on from the checkpoint it was told to, or one cannot be written.
             RunInterrupted: a signal asked for an end; there is a checkpoint of the last step.
-            TrainingError: the loss of a step is not finite.
+            TrainingError: a held-out loss is not finite, or the gradients of too many steps in a row are not.
         """
         start = self._checkpoints.start(log)
+        self._skipped = _skipped_at_the_end(log)
         every = self.config.eval_every
         if every is None:
             every = steps_between_measurements(self.steps, self.config.batch_size, len(self._held_out.rows))
@@ -99,6 +114,9 @@ class TrainingLoop:
                     self._measure(done, log, progress)
                 self._save(done, interruption.requested(), log)
         self._checkpoints.wait()
+        skipped = sum(bool(row.get("skipped")) for row in log.rows)
+        if skipped:
+            progress.note(f"{skipped:,} of {self.steps:,} steps were skipped: their gradients were not finite")
         untrained = untrained_layers(self.model, self._step.optimizer)
         if untrained:
             others = f" and {len(untrained) - 1} more layers" if len(untrained) > 1 else ""
@@ -112,6 +130,7 @@ class TrainingLoop:
         every = self.config.save_every
         if interrupted_by or (every and (done % every == 0 or done == self.steps)):
             self._checkpoints.save(done, log)
+            self._unsaved = 0
         if interrupted_by:
             path = self._checkpoints.wait()
             raise RunInterrupted(
@@ -125,32 +144,71 @@ class TrainingLoop:
         lr = learning_rate(number - 1, peak=self._peak, steps=self.steps, warmup=self._warmup)
         micro_batches = (micro_batch.to(device()) for micro_batch in batch)
         result = self._step(micro_batches, batch.global_target_tokens, lr=lr)
-        loss, norm = self._checked(number, result)
+        loss, norm = _if_finite(result.loss), _if_finite(result.grad_norm)
         seconds = time.monotonic() - begun
-        balance = {} if result.router_loss is None else {"router_loss": float(result.router_loss)}
+        balance = {} if result.router_loss is None else {"router_loss": _if_finite(result.router_loss)}
+        # A loss scale that was too large is no fault of the run.
+        skipped = {} if result.skipped is None else {"skipped": "overflow" if result.rescaled else "not finite"}
         log.add(
             step=number,
             loss=loss,
             **balance,
             learning_rate=lr,
-            grad_norm=norm if math.isfinite(norm) else None,
+            grad_norm=norm,
+            **skipped,
             tokens=batch.global_tokens,
             target_tokens=batch.global_target_tokens,
             seconds=round(seconds, 4),
         )
-        progress.advance(loss, batch.global_tokens, seconds)
+        progress.advance(math.nan if loss is None else loss, batch.global_tokens, seconds)
+        if result.skipped is None:
+            self._skipped, self._unsaved = 0, self._unsaved + 1
+        elif not result.rescaled:
+            self._skipped += 1
+            progress.note(f"step {number} skipped: {result.skipped}")
+            if self._skipped >= MOST_SKIPPED:
+                self._give_up(number, result.skipped, log)
 
-    def _checked(self, number: int, result: StepResult) -> tuple[float, float]:
-        loss = float(result.loss)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {number}: the loss is {loss}; use a lower --lr than {self._peak:g}, or a wider --dtype than "
-                f"{self.config.dtype}"
-            )
-        return loss, float(result.grad_norm)
+    def _give_up(self, number: int, why: str, log: MetricsLog) -> None:
+        """End the run, whose adapter is that of the last step that was taken."""
+        if self._unsaved:
+            self._checkpoints.save(number, log)
+        path = self._checkpoints.newest()
+        kept = "" if path is None else f"; {path} holds the adapter from before them"
+        raise TrainingError(
+            f"step {number}: {self._skipped} steps in a row were skipped: {why}{kept}. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return f"Use a lower --lr than {self._peak:g}, or a wider --dtype than {self.config.dtype}"
 
     def _measure(self, done: int, log: MetricsLog, progress: TrainingProgress) -> None:
         batches = (micro_batch.to(device()) for micro_batch in self._held_out)
-        loss = float(mean_loss(self.model, batches, self._held_out.global_target_tokens))
-        log.add(step=done, held_out_loss=loss)
-        progress.note(f"held-out loss after {done} steps: {loss:.4f}")
+        loss = mean_loss(self.model, batches, self._held_out.global_target_tokens)
+        if not finite_everywhere(loss):
+            log.add(step=done, held_out_loss=None)
+            path = self._checkpoints.newest()
+            if not done:
+                raise TrainingError(
+                    f"the held-out loss before training is {float(loss)}: the model itself overflows, or its weights "
+                    f"are not finite. Use a wider --dtype than {self.config.dtype}, or other weights"
+                )
+            kept = "no checkpoint was saved before" if path is None else f"{path} is from before"
+            raise TrainingError(
+                f"the held-out loss after {done} steps is {float(loss)}: the steps have broken the adapter ({kept}). "
+                f"{self._advice()}"
+            )
+        log.add(step=done, held_out_loss=float(loss))
+        progress.note(f"held-out loss after {done} steps: {float(loss):.4f}")
+
+
+def _if_finite(value: Tensor) -> float | None:
+    """A number for a JSON file, which has none for NaN and infinity."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _skipped_at_the_end(log: MetricsLog) -> int:
+    """How many of the last steps were skipped, one after the other."""
+    steps = [row.get("skipped") for row in log.rows if "loss" in row]
+    return len(list(takewhile(lambda skipped: skipped == "not finite", reversed(steps))))

@@ -13,9 +13,10 @@ class MetricsLog:
     """Keeps the rows of `metrics.jsonl` and writes each as it comes, so that a run can be watched.
 
     A row of a step has `step` (from 1), `loss` (nats per target token), `router_loss` (load balance of the experts,
-    before its coefficient, where it is trained), `learning_rate`, `grad_norm` (null where float16 overflowed and the
-    step was skipped), `tokens`, `target_tokens` (of the global batch) and `seconds` (of the step); a row of a
-    measurement has `step` (steps done so far) and `held_out_loss`.
+    before its coefficient, where it is trained), `learning_rate`, `grad_norm`, `tokens`, `target_tokens` (of the global
+    batch) and `seconds` (of the step); a row of a measurement has `step` (steps done so far) and `held_out_loss`. A
+    number that is not finite is null. A step that was not taken has `skipped`: `overflow` where float16's loss scale
+    was too large, else `not finite`.
 
     Args:
         path: the file; `None` keeps the rows only (on ranks other than 0).
@@ -29,7 +30,7 @@ class MetricsLog:
         """Append a row."""
         self.rows.append(row)
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
@@ -38,8 +39,8 @@ class MetricsLog:
             self.add(**row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the rows that have `name`."""
-        rows = [row for row in self.rows if name in row]
+        """Steps and values of the rows that have a number of this name."""
+        rows = [row for row in self.rows if row.get(name) is not None]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def close(self) -> None:

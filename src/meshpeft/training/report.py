@@ -66,7 +66,7 @@ def write_record(directory: Path, config: FinetuneConfig, info: ParallelGroupInf
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "results": results,
     }
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class Report:

@@ -3,6 +3,9 @@
     micro-batches -> logits -> cross entropy, summed -> / target tokens of the global batch -> backward
         -> finalize_gradients -> clip -> AdamW
 
+A step whose loss or whose gradients' norm is not finite changes nothing: neither the adapter nor the optimizer's
+state. Whether it is, the ranks decide together: one that went on alone would train another adapter.
+
 Where the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the
 same number: the loss stays one sum over the global batch, however that is split.
 
@@ -15,10 +18,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from meshpeft.models import LanguageModel
+from meshpeft.parallel.agreement import gathered
 from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.finite import first_names, on_ranks, true_on_all_ranks
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_norm
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import parallel_group_info
@@ -33,14 +39,18 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: cross entropy, mean over the target tokens of the global batch, in nats.
-        grad_norm: of all gradients before clipping; not finite where float16 overflowed and the step was skipped.
+        grad_norm: of all gradients before clipping; not finite where they are not, on any rank.
         router_loss: load-balancing loss, before its coefficient: the mean over the rows of the global batch, weighted
             with their target tokens; `None` if it is not part of what is trained.
+        skipped: what was not finite, and where, if the step was not taken.
+        rescaled: whether float16's loss scale was too large for it, and is lower now.
     """
 
     loss: Tensor
     grad_norm: Tensor
     router_loss: Tensor | None = None
+    skipped: str | None = None
+    rescaled: bool = False
 
 
 def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
@@ -113,17 +123,57 @@ class TrainStep:
             total = summed.detach() if total is None else total + summed.detach()
         if total is None:
             raise ValueError("a step needs at least one micro-batch, on every rank")
+        # Before the sums over ranks spread what one of them has.
+        largest = _largest_gradients(self.parameters)
         finalize_gradients(self.parameters)
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.parameters)
-        norm = clip_gradients_(self.parameters, self.clip) if self.clip else gradient_norm(self.parameters)
-        if lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_ratio", 1.0)
-        if self.loss_scale is None or self.loss_scale.accept(norm):
-            self.optimizer.step()
         means = all_reduce(total, parallel_group_info().dp) / max(1, target_tokens)
-        return StepResult(means[0], norm, means[1] if self.router_aux_loss_coef else None)
+        norm = gradient_norm(self.parameters, spoiled_by=means)
+        skipped, rescaled = None, False
+        if not _is_finite(norm):
+            norm = torch.full_like(norm, torch.nan)  # infinite on some ranks, maybe
+            skipped, rescaled = self._skipped(total, largest)
+        else:
+            if self.loss_scale is not None:
+                self.loss_scale.accept(norm)
+            if self.clip:
+                clip_gradients_(self.parameters, self.clip, norm=norm)
+            if lr is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_ratio", 1.0)
+            self.optimizer.step()
+        return StepResult(means[0], norm, means[1] if self.router_aux_loss_coef else None, skipped, rescaled)
+
+    def _skipped(self, total: Tensor, largest: list[Tensor]) -> tuple[str, bool]:
+        """Why a step is not taken, and whether the loss scale was at fault, which is lower then. A collective.
+
+        Args:
+            total: this rank's summed losses.
+            largest: of this rank's gradients, before they were summed over ranks.
+        """
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        bad = [
+            names[id(parameter)]
+            for parameter, value in zip(self.parameters, largest, strict=True)
+            if not true_on_all_ranks(value.isfinite())
+        ]
+        found = gathered((not true_on_all_ranks(total.isfinite().all()), bad))
+        losses = [rank for rank, (loss, _) in enumerate(found) if loss]
+        # The scale multiplies what comes after the loss.
+        if self.loss_scale is not None and not losses and self.loss_scale.value > 1:
+            self.loss_scale.accept(torch.tensor(torch.nan))
+            return f"float16 overflowed; the loss scale is {self.loss_scale.value:g} from now on", True
+        what = []
+        if losses:
+            what.append("the loss" + on_ranks(losses, len(found)))
+        gradients = list(dict.fromkeys(name for _, own in found for name in own))
+        if gradients:
+            ranks = [rank for rank, (_, own) in enumerate(found) if own]
+            what.append(f"the gradient of {first_names(gradients)}" + on_ranks(ranks, len(found)))
+        if not what:
+            return "the norm of the gradients is larger than their type holds", False
+        return " and ".join(what) + (" is" if len(what) == 1 else " are") + " not finite", False
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         """[1] or [2]: the summed cross entropy, and the routers' balance where it is trained."""
@@ -133,6 +183,26 @@ class TrainStep:
 
     def _weighted(self, losses: Tensor) -> Tensor:
         return losses[0] + self.router_aux_loss_coef * losses[1] if self.router_aux_loss_coef else losses[0]
+
+
+def _largest_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The largest absolute value in each parameter's gradient as it is on this rank; nothing waits for them."""
+    found = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None and grad.is_sparse:
+            grad = grad.coalesce().values()
+        if grad is None or grad.numel() == 0:
+            found.append(torch.zeros((), device=parameter.device))
+        else:
+            found.append(torch.linalg.vector_norm(grad.detach(), torch.inf))
+    return found
+
+
+def _is_finite(norm: Tensor) -> bool:
+    if isinstance(norm, FakeTensor):  # it has no value: the step is that of any other time
+        return True
+    return true_on_all_ranks(norm.isfinite())
 
 
 @torch.no_grad()
