@@ -25,7 +25,7 @@ def byte_tokenizer(chat_template: Any = None) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def with_tokenizer(directory: Path) -> Path:
+def with_tokenizer(directory: Path, chat_template: Any = None) -> Path:
     """The directory of a model, with a tokenizer in it."""
-    byte_tokenizer().save_pretrained(directory)
+    byte_tokenizer(chat_template).save_pretrained(directory)
     return directory

@@ -16,7 +16,7 @@ from meshpeft.models.language_model import layout_or_whole
 from meshpeft.models.load import common_dtype, fill, first_few
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.models.weights import WeightFiles, read_json
-from meshpeft.parallel.errors import first_line
+from meshpeft.parallel.errors import reason_of
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_transformers", "transformers_config"]
@@ -33,11 +33,13 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise ModelError(f"{directory / 'config.json'}: {first_line(error)}") from error
+        raise ModelError(f"{directory / 'config.json'}: {reason_of(error)}") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"{directory} holds weights that are quantised already; give the model in full, and --quantize"
         )
+    # A file may name a kernel of the Hub as its attention, which transformers would fetch and run.
+    config._attn_implementation = config._experts_implementation = None
     found: PretrainedConfig = config
     return found
 

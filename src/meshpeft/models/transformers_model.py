@@ -229,7 +229,9 @@ def make_transformers_model(
         with torch.device("meta"):
             # No other implementation of experts takes float64.
             options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
+            model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **options
+            )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"transformers makes no model of this {config.model_type} configuration: {first_line(error)}"

@@ -72,10 +72,7 @@ def first_line(error: BaseException) -> str:
 
     A line that only introduces the next one, as those of transformers' strict configuration classes do, brings it.
     """
-    try:
-        text = str(error)
-    except Exception:  # an error whose own text fails on the value that it is about
-        text = ""
+    text = _text(error)
     lines = [line.strip() for line in text[: 10 * _LINE_CHARACTERS].strip().splitlines()] or [type(error).__name__]
     count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     return _cut(_printable(" ".join(lines[:count])), _LINE_CHARACTERS)
@@ -89,6 +86,8 @@ def reason_of(error: BaseException) -> str:
         return "it is nested too deep"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
+    if "trust_remote_code=True" in _text(error):  # what transformers advises
+        return "it needs code of its own, and code of a model's directory is never run"
     if isinstance(error, KeyError):  # whose text is the key alone
         return f"it lacks {shown(error.args[0] if error.args else None)}"
     return first_line(error)
@@ -110,8 +109,18 @@ def blamed_on(source: object, error_type: type[MeshPEFTError], what: str = "cann
         yield
     except MeshPEFTError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A library in Rust that panics raises what is no Exception, under this name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise error_type(f"{source}: {what}: {reason_of(error)}") from error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error whose own text fails on the value that it is about
+        return ""
 
 
 def _printable(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
-from meshpeft.parallel.errors import first_line
+from meshpeft.parallel.errors import blamed_on
 from meshpeft.training.base_model import base_directory
 from meshpeft.training.config import FinetuneConfig, paths
 from meshpeft.training.data import (
@@ -29,6 +29,7 @@ from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
 from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
+from meshpeft.training.tokenizer_growth import check_growth
 
 __all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
 
@@ -57,18 +58,22 @@ class Inputs:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory, without asking the network.
+    """The tokenizer of a Hugging Face directory, without asking the network and without running code of its own.
 
     Raises:
         ModelError: the directory holds none that can be read.
     """
     # Files that are missing are an error here; transformers also explains them at length, as if they were names
     # of repositories.
-    try:
-        with quiet("transformers"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from error
+    with blamed_on(directory, ModelError, "the tokenizer cannot be read"), quiet("transformers"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        try:
+            check_growth(tokenizer)
+        except ModelError as error:
+            raise ModelError(f"{directory}: {error}") from error
+        tokenizer("a")  # some options are looked at only now
     return tokenizer
 
 

@@ -124,7 +124,7 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bo
     if narrow:
         _narrow(text, tp)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small, trust_remote_code=False).parameters())
     if size > _MOST_PARAMETERS:
         raise ModelError(f"{size:,} parameters are too many")
     return small
@@ -167,7 +167,7 @@ def _random_model(config: PretrainedConfig) -> Any:
     """In float64, with values far enough from their initial ones that nothing is linear and no bias is zero."""
     # No other implementation of experts takes float64.
     options = {"dtype": torch.float64, "experts_implementation": "eager"}
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).eval()
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options).eval()
     lift_float32(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
