@@ -11,13 +11,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from helpers.byte_tokenizer import VOCABULARY, with_tokenizer
 from helpers.finetune_jobs import finetune_here
-from helpers.tiny_models import reference
+from helpers.tiny_models import reference, save_tiny
 from helpers.workers import run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from meshpeft.checkpoint import CheckpointError
+from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.cli.main import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -121,18 +124,85 @@ def test_an_exported_adapter_is_evaluated_like_the_run(
     assert "loss" in said[0] and said[0] == said[1].replace(str(tmp_path / "adapter"), str(run))
 
 
-def test_an_adapter_that_peft_made_is_merged_into_the_base_that_it_names(base: Path, tmp_path: Path) -> None:
-    options = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj", "lm_head"]}
+def peft_made(base: Path, adapter: Path, **options: Any) -> Tensor:
+    """Write an adapter as peft makes it, with values, that names its base; peft's logits with it."""
     theirs = peft.get_peft_model(reference(base), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1.1)
+            elif "lora_" in name:
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
-    theirs.save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
-    run_main("merge", "--adapter", tmp_path / "adapter", "--to", tmp_path / "merged", "--dtype", "float64")
-    torch.testing.assert_close(logits(reference(tmp_path / "merged")), logits(theirs.eval()), **CLOSE)
+    theirs.save_pretrained(adapter)
+    config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / CONFIG).write_text(json.dumps(config))
+    return logits(theirs.eval())
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(save_tiny("gpt2", tmp_path_factory.mktemp("gpt2"), vocab_size=VOCABULARY))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "arguments"),
+    [
+        ("llama", {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj", "lm_head"]}, []),
+        # peft sets fan_in_fan_out for GPT-2's layers, which store their weights transposed ..
+        ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}, []),
+        # .. and people set it on any model's, where peft leaves it in the file and out of the arithmetic.
+        ("llama", {"target_modules": ["v_proj", "up_proj"], "fan_in_fan_out": True}, []),
+        # Each of q, k and v has a magnitude and an A of its own: more than a fused layer can hold.
+        ("llama", {"use_dora": True, "target_modules": ["q_proj", "v_proj"]}, ["--engine", "transformers"]),
+    ],
+    ids=["rslora", "gpt2", "fan_in_fan_out", "dora"],
+)
+def test_an_adapter_that_peft_made_is_merged_into_the_base_that_it_names(
+    family: str, options: dict[str, Any], arguments: list[str], base: Path, gpt2: Path, tmp_path: Path
+) -> None:
+    named = {"llama": base, "gpt2": gpt2}[family]
+    expected = peft_made(named, tmp_path / "adapter", **options)
+    merged = tmp_path / "merged"
+    run_main("merge", "--adapter", tmp_path / "adapter", "--to", merged, "--dtype", "float64", *arguments)
+    torch.testing.assert_close(logits(reference(merged)), expected, **CLOSE)
+    assert (logits(reference(named)) - expected).abs().max() > 1e-3
+
+
+def test_an_adapter_that_peft_made_is_used_on_the_engine_that_holds_it(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a run's record: the base is the one that the adapter names."""
+    adapter = tmp_path / "adapter"
+    peft_made(base, adapter, use_dora=True, target_modules=["q_proj", "v_proj"])
+    commands = {
+        "evaluate": ["--data", data, "--seq-length", "48"],
+        "generate": ["--prompt", "1 + 2 =", "--max-new-tokens", "3"],
+        "merge": ["--to", tmp_path / "merged"],
+    }
+    for command, arguments in commands.items():
+        assert "--engine transformers" in refused(capsys, command, "--adapter", adapter, *arguments)
+        run_main(command, "--adapter", adapter, "--engine", "transformers", *arguments)
+    losses = []
+    for model in (["--adapter", adapter, "--engine", "transformers"], ["--model", tmp_path / "merged"]):
+        capsys.readouterr()
+        run_main("evaluate", *model, *commands["evaluate"])
+        losses.append(capsys.readouterr().out.rpartition("loss: ")[2])
+    assert losses[0] == losses[1]
+    assert "what data its training held out; give --data" in refused(capsys, "evaluate", "--adapter", adapter)
+
+
+def test_a_field_is_neutral_at_the_default_of_the_installed_peft(tmp_path: Path, base: Path) -> None:
+    """A field of a newer peft than this package knows is refused, unless it says what that peft says by default."""
+    path = tmp_path / CONFIG
+    peft_made(base, tmp_path, target_modules=["q_proj"])
+    config = json.loads(path.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft.LoraConfig, "to_dict", lambda self: {"new_feature": "off"})
+        path.write_text(json.dumps(config | {"new_feature": "off"}))
+        assert PeftConfig.read(path).default.rank == 8
+        path.write_text(json.dumps(config | {"new_feature": "on"}))
+        with pytest.raises(CheckpointError, match="new_feature='on' is not implemented"):
+            PeftConfig.read(path)
 
 
 def test_the_merged_type_is_that_of_the_bases_files_unless_given(

@@ -40,12 +40,13 @@ _READ = frozenset(
         "layers_to_transform", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias",
     }
 )  # fmt: skip
-# Fields that change no number of an adapter that is trained already.
+# Fields that change no number of an adapter that is trained already. `fan_in_fan_out` says that the layer stores its
+# weight transposed, which the layer knows better: peft itself corrects the field by the layer's class.
 _IRRELEVANT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
         "layers_pattern", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config",
-        "eva_config", "corda_config", "lora_ga_config",
+        "eva_config", "corda_config", "lora_ga_config", "fan_in_fan_out",
     }
 )  # fmt: skip
 # These start from a changed base model: an adapter that was not converted when it was saved needs that one.
@@ -107,9 +108,12 @@ class PeftConfig:
         fields = _read_object(path)
         if fields.get("peft_type") != "LORA":
             raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; expected 'LORA'")
-        for name, value in fields.items():
-            # None, False, 0 and empty collections switch a feature off.
-            if name not in _READ and name not in _IRRELEVANT and value:
+        unknown = {name: value for name, value in fields.items() if name not in _READ and name not in _IRRELEVANT}
+        defaults = _peft_defaults() if any(unknown.values()) else {}
+        for name, value in unknown.items():
+            # None, False, 0 and empty collections switch a feature off; so does the default of a field that a newer
+            # peft has, where that peft is installed and can be asked.
+            if value and value != defaults.get(name):
                 raise CheckpointError(
                     f"{path}: {name}={value!r} is not implemented and may change numbers; remove it if it does not"
                 )
@@ -219,6 +223,16 @@ def _matches(wanted: list[str] | str, name: str) -> bool:
 
 def _looked_up(patterns: Mapping[str, float], name: str, default: float) -> float:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _peft_defaults() -> dict[str, Any]:
+    """What the fields of an adapter that uses no special feature hold, by the installed peft; empty without one."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        return {}
+    fields: dict[str, Any] = LoraConfig().to_dict()
+    return fields
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class AdapterPlan:
         reasons = [reason for parts in modules.values() if (reason := self._why_separate(parts))]
         if reasons and self.config.use_dora:
             raise CheckpointError(
-                f"{self.file.path}: {reasons[0]}; they are one layer here, on which DoRA has one A and needs all parts"
+                f"{self.file.path}: {reasons[0]}; they are one layer here, where DoRA has one A and needs all parts; "
+                "on transformers' own layers (--engine transformers) they have one each"
             )
         self.canonical = bool(reasons)
         shared = self._experts_share()

@@ -27,7 +27,6 @@ from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers, default_layers
 from meshpeft.training.embedded import embedded_model_dir
-from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.setup import device
 
@@ -165,9 +164,8 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
 
 
 def _transformers() -> ModuleType:
-    """The engine, imported when it is needed: it takes seconds, and its optional packages have much to say."""
-    with quiet("torchao", "torch.utils._pytree"):
-        return importlib.import_module("meshpeft.models.transformers_load")
+    """Import the engine when it is needed: it takes seconds."""
+    return importlib.import_module("meshpeft.models.transformers_load")
 
 
 def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:

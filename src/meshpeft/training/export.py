@@ -23,13 +23,13 @@ from meshpeft.checkpoint import (
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
 from meshpeft.models.staging import StagedFiles, write_flushed
-from meshpeft.models.weights import read_json
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
+from meshpeft.training.adapter_use import named_base, recorded_run
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.base_model import base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
-from meshpeft.training.config import ConfigError, FinetuneConfig, OptionalField, TensorType, tensor_type
+from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, OptionalField, TensorType, tensor_type
 from meshpeft.training.output import RECORD, OutputError
 from meshpeft.training.quantized_base import base_quantizer, reserve_start, start_adapter
 
@@ -56,7 +56,9 @@ class MergeConfig:
     to: Path
     """Where the model goes."""
     model: Annotated[Path | None, OptionalField] = None
-    """Base model: a Hugging Face directory. Default: that of the adapter's run, or the one that it names."""
+    """Base model: a Hugging Face directory. Default: that of the adapter's run, or the one that the adapter names."""
+    engine: Annotated[EngineName | None, OptionalField] = None
+    """Whose layers hold the adapter, as for `meshpeft evaluate`."""
     dtype: Annotated[TensorType | None, OptionalField] = None
     """Type of the merged weights, rounded to once. Default: that of the base's files."""
     overwrite: bool = False
@@ -90,9 +92,12 @@ def merge(config: MergeConfig) -> str:
         MeshPEFTError: the adapter or the model cannot be read or do not fit; the directory cannot be written.
     """
     _check_free(config.to, config.overwrite)
-    base = _base_of_adapter(config)
+    run = recorded_run(config.adapter)
+    base = config.model
+    if base is None:
+        base = named_base(config.adapter) if run is None else base_directory(run.model)
     wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
-    model = _base_as_used(base, _run_of(config.adapter))
+    model = _base_as_used(base, run, config.engine)
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
     used = next(model.parameters()).dtype
     model = load_peft_adapter(model.to(torch.promote_types(used, wanted)), config.adapter)
@@ -100,31 +105,13 @@ def merge(config: MergeConfig) -> str:
     return f"wrote {config.to}: {base} with {config.adapter} merged into it, {str(wanted).removeprefix('torch.')}"
 
 
-def _run_of(adapter: Path) -> FinetuneConfig | None:
-    """The options of the run that made an adapter; `None` where another program did."""
-    record = adapter / RECORD
-    return FinetuneConfig.from_json(record) if record.is_file() else None
-
-
-def _base_as_used(base: Path, run: FinetuneConfig | None) -> LanguageModel:
+def _base_as_used(base: Path, run: FinetuneConfig | None, engine: EngineName | None) -> LanguageModel:
     """The base that an adapter was trained on: as its files have it, or as it was after packing."""
-    found = find_base(base, None if run is None else run.engine)
+    found = find_base(base, run.engine if engine is None and run is not None else engine)
     quantizer = None if run is None else base_quantizer(run, found.default_layers())
     if run is None or quantizer is None:
         return found.load(stored_dtype(base, widest=True))
     return dequantize_base(found.load(tensor_type(run.dtype), quantize=quantizer))
-
-
-def _base_of_adapter(config: MergeConfig) -> Path:
-    if config.model is not None:
-        return config.model
-    run = _run_of(config.adapter)
-    if run is not None:
-        return base_directory(run.model)
-    named = read_json(config.adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not Path(named).is_dir():
-        raise ConfigError(f"{config.adapter}: names {named!r} as its base model, no directory here; give --model")
-    return Path(named)
 
 
 def export(config: ExportConfig) -> str:

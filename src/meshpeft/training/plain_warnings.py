@@ -13,8 +13,8 @@ from typing import TextIO
 __all__ = ["plain_warnings", "quiet"]
 
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning)
-# They log at import what they cannot use on this machine ("Failed to load ..").
-_NOISY = ("torchao", "bitsandbytes")
+# They log at import what they cannot use on this machine ("Failed to load .."), and what they will not do one day.
+_NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 @contextmanager
