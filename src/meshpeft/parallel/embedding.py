@@ -12,6 +12,7 @@ from meshpeft.parallel.collectives import mp_gather, mp_reduce, sp_reduce_scatte
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_
+from meshpeft.parallel.master import master_tensor
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
@@ -41,8 +42,8 @@ class _Embedding(ShardedTensors, nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The full table [num_embeddings, embedding_dim], on every rank. A collective; no gradient."""
-        return self.layout.gather(self.weight)
+        """The full table [num_embeddings, embedding_dim], on every rank. A collective; see `master_tensor`."""
+        return master_tensor(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.axis.name}={self.axis.world_size}"

@@ -22,6 +22,7 @@ from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear
 from meshpeft.parallel.init import InitializationType, initialize_
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import LayerType, register_layer_type
+from meshpeft.parallel.master import master_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.tensor_layout import Packing, set_layout
@@ -88,8 +89,8 @@ class _GroupedLinear(ShardedTensors, nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The full weight [experts, out_features, in_features], on every rank. A collective; no gradient."""
-        return self.layout.weight().gather(self.weight)
+        """The full weight [experts, out_features, in_features], on every rank. A collective; see `master_tensor`."""
+        return master_tensor(self.weight)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """y = x W_e^T for each local expert's tokens.

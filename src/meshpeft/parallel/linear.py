@@ -23,9 +23,10 @@ from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_, stride_packing
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import LayerType, register_layer_type
+from meshpeft.parallel.master import master_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import Packing, TensorLayout, layout_of_tensor, set_layout
+from meshpeft.parallel.tensor_layout import Packing, TensorLayout, set_layout
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "gather_features"]
 
@@ -69,13 +70,13 @@ class _ParallelLinear(ShardedTensors, nn.Module):
 
     @property
     def master_weight(self) -> Tensor:
-        """The full weight [out_features, in_features], on every rank. A collective; no gradient."""
-        return _gathered(self.weight)
+        """The full weight [out_features, in_features], on every rank. A collective; see `master_tensor`."""
+        return master_tensor(self.weight)
 
     @property
     def master_bias(self) -> Tensor | None:
-        """The full bias [out_features], or `None`. A collective in a column; no gradient."""
-        return None if self.bias is None else _gathered(self.bias)
+        """The full bias [out_features], or `None`. A collective in a column; see `master_tensor`."""
+        return None if self.bias is None else master_tensor(self.bias)
 
     def enter(self, x: Tensor) -> Tensor:
         """The collective before the GEMM."""
@@ -95,16 +96,6 @@ class _ParallelLinear(ShardedTensors, nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{axis.name}={axis.world_size}"
         )
-
-
-def _gathered(parameter: nn.Parameter) -> Tensor:
-    layout = layout_of_tensor(parameter)
-    if layout is None:
-        raise ParallelError(
-            f"a parameter of shape {tuple(parameter.shape)} has lost its layout: it was replaced by a new one; "
-            "copy into it instead, or call set_layout on the new one"
-        )
-    return layout.gather(parameter)
 
 
 def _check_sizes(kind: str, dim: str, size: int, axis: ParallelAxis) -> None:
