@@ -13,6 +13,7 @@ from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
 
 pytest.importorskip("megatron.core")
 from helpers.megatron_gpt import EXPERTS
+from helpers.megatron_models import routed_alike
 from helpers.megatron_runs import Run, assert_same, train_decoder, train_decoder_one_by_one, train_gpt
 
 # Float64, as in the tests of dense models.
@@ -115,3 +116,21 @@ def test_adapters_of_experts_train_as_those_of_our_decoder(
 def test_on_four_ranks_too(method: str, sizes: dict[str, Any], options: dict[str, Any]) -> None:
     runs = run_on_ranks(4, train_gpt, ON_EXPERTS[method], sizes, options, EXPERTS)
     assert_same(runs, reference(method), TOLERANCE)
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "random logits": {"moe_router_force_load_balancing": True},
+    "jitter": {"moe_input_jitter_eps": 0.1},
+    "losses": {"moe_z_loss_coeff": 0.1, "moe_aux_loss_coeff": 0.1, "moe_router_load_balancing_type": "aux_loss"},
+    "bias": {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"},
+    "type": {"moe_router_dtype": "fp32"},
+    "dropped tokens": {"moe_expert_capacity_factor": 1.0},
+    "sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
+}
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, "losses, masked"])
+def test_a_router_with_an_adapter_does_whatever_else_the_router_does(name: str) -> None:
+    method = LoRA(target_modules=["router"], dim=2)  # B is zero: the logits are the router's
+    options, _, masked = name.partition(", ")
+    assert run_on_ranks(1, routed_alike, method, ROUTERS[options], bool(masked)) == [True]

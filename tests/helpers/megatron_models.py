@@ -159,6 +159,25 @@ def started_without_a_quantiser() -> tuple[bool, bool]:
         return bool(wrappers) and zero, torch.equal(logits_of(model), before)
 
 
+def routed_alike(method: PEFT, options: dict[str, Any], masked: bool) -> bool:
+    """Whether a router with an adapter that is zero does what the router does without: choice, gradients, counts."""
+    with megatron_on_cpu(tensor_model_parallel_size=1):
+        found = []
+        for adapted in (True, False):
+            model = make_gpt(EXPERTS, **options)
+            model = method(model) if adapted else model.requires_grad_(False)
+            router = model.decoder.layers[0].mlp.router
+            generator = torch.Generator().manual_seed(2)
+            x = torch.randn(6, 2, EXPERTS.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
+            mask = torch.rand(6, 2, generator=generator) < 0.3 if masked else None
+            torch.manual_seed(5)
+            probabilities, choice = router(x, padding_mask=mask)
+            (probabilities * torch.linspace(0, 1, probabilities.numel()).view_as(probabilities)).sum().backward()
+            base = router.to_wrap if adapted else router
+            found.append([probabilities.detach(), choice, x.grad, *base.buffers()])
+        return all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @torch.no_grad()
 def merged_logits(method: PEFT, sizes: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
     """Logits with adapters, with them merged, and unmerged; and how many layers of the merged model have adapters."""

@@ -501,10 +501,11 @@ class Router(nn.Linear):
         return self.routing(self.gating(self.apply_input_jitter(x)), count)
 
 
-def test_a_router_gets_its_logits_adapted():
+@pytest.mark.parametrize("method", [LoRA, CanonicalLoRA])
+def test_a_router_gets_its_logits_adapted(method):
     model = nn.ModuleDict({"router": Router(8, 6, bias=False)})
     base = copy.deepcopy(model["router"])
-    LoRA(target_modules=["router"], dim=2, lora_B_init_method="normal")(model)
+    method(target_modules=["router"], dim=2, lora_B_init_method="normal")(model)
     router = model["router"]
     assert isinstance(router, LoRATopKRouter)
     a, b = router.adapter.linear_in.weight, router.adapter.linear_out.weight
@@ -515,7 +516,31 @@ def test_a_router_gets_its_logits_adapted():
     router.merge()
     torch.testing.assert_close(router(X, count=2).values, want.values)
     with pytest.raises(AdapterError, match="cannot adapt a router"):
-        CanonicalLoRA(target_modules=["router"], dim=2)(nn.ModuleDict({"router": Router(8, 6)}))
+        DoRA(target_modules=["router"], dim=2)(nn.ModuleDict({"router": Router(8, 6)}))
+
+
+class RouterByItself(Router):
+    """Has the two steps, and does not go by them."""
+
+    def forward(self, x, count=1):
+        return self.routing(nn.functional.linear(x, self.weight), count)
+
+
+def test_a_router_whose_forward_leaves_out_gating_is_refused():
+    model = LoRA(target_modules=["router"], dim=2)(nn.ModuleDict({"router": RouterByItself(8, 6, bias=False)}))
+    with pytest.raises(AdapterError, match="RouterByItself does not call its gating"):
+        model["router"](X)
+    assert "gating" not in vars(model["router"].to_wrap)
+
+
+def test_an_adapter_of_a_router_computes_in_the_type_of_its_logits():
+    model = nn.ModuleDict({"router": Router(8, 6, bias=False).to(torch.bfloat16)})
+    x = X.to(torch.bfloat16)
+    LoRA(target_modules=["router"], dim=2, lora_B_init_method="normal")(model)
+    router = model["router"]
+    a, b = router.adapter.linear_in.weight.float(), router.adapter.linear_out.weight.float()
+    logits = router.to_wrap.gating(2 * x) + router.adapter.scale * (2 * x.float() @ a.t() @ b.t())
+    torch.testing.assert_close(router(x, count=2).values, logits.softmax(-1).topk(2).values, rtol=0, atol=1e-6)
 
 
 def test_experts_share_the_rank_of_a_dense_layer():

@@ -15,6 +15,7 @@ from meshpeft.peft.lora_linear import LoRALinear, LowRankWrapper
 from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import default_targets, is_target
 from meshpeft.peft.packed_factors import pack_factors
+from meshpeft.peft.router import LoRATopKRouter
 from meshpeft.peft.wrapper import AdapterWrapper, check_ours
 
 __all__ = [
@@ -126,6 +127,8 @@ def _should_treat_linear_fc1_as_unfused(full_name: str) -> bool:
 class CanonicalLoRA(LowRankPEFT):
     """LoRA on q, k, v, and on gate and up, separately. Options as in `LowRankPEFT`.
 
+    Routers that are targets get a `LoRATopKRouter`.
+
     Attributes:
         target_modules: `linear_q linear_k linear_v linear_proj linear_fc1_up linear_fc1_gate linear_fc2`, or some of
             them, also with wildcards: `*.layers.0.*.linear_q`.
@@ -204,6 +207,10 @@ class CanonicalLoRA(LowRankPEFT):
             if part in wanted
         }
         return wrapper(base, ModuleDict(adapters))
+
+    def adapt_router(self, router: nn.Module, full_name: str) -> AdapterWrapper:
+        """A `LoRATopKRouter`, as LoRA puts on it: its logits have no parts."""
+        return LoRATopKRouter(router, self.make_adapter(router, full_name))
 
     def _targets_of(self, full_name: str) -> list[str]:
         parts = [name for name, (fused, _) in _COMPONENTS.items() if full_name.endswith(fused)]
