@@ -9,9 +9,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from meshpeft.parallel import ParallelAxis, TensorLayout, parallel_group_info
 from meshpeft.parallel import ShardedTensor as Entry
-from meshpeft.parallel import TensorLayout
-from meshpeft.parallel.sharded_tensor import part_name
+from meshpeft.parallel.sharded_tensor import part_name, register_checkpoint_format
 
 __all__ = ["megatron_entries", "place_among_copies"]
 
@@ -86,16 +86,31 @@ def _join(layout: TensorLayout, parts: list[Tensor]) -> Tensor:
 
 def _replica_id(layout: TensorLayout | None) -> ReplicaId:
     """(0, place among the ranks of the layer's model axes, place among data parallel) of those with the same slice."""
-    if layout is None or layout.mesh_axes is None:
-        return (0, 0, 0)
-    return (0, place_among_copies(layout), layout.mesh_axes[0].rank)
+    axes = _mesh_axes(layout)
+    return (0, _place(axes[1:], layout), axes[0].rank)
 
 
 def place_among_copies(layout: TensorLayout) -> int:
     """This rank's place among those that hold the same slice of a parameter, data parallel ones aside."""
-    divided = {axis.name for _, axis in layout.shards}
+    return _place((layout.mesh_axes or ())[1:], layout)
+
+
+def _mesh_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
+    """The axes of the mesh that a tensor is on, data parallel first: those of its layer, or the mesh's own."""
+    if layout is not None and layout.mesh_axes is not None:
+        return layout.mesh_axes
+    info = parallel_group_info()
+    return (info.edp, info.ep, info.etp) if layout is not None and layout.expert else (info.dp, info.tp)
+
+
+def _place(axes: tuple[ParallelAxis, ...], layout: TensorLayout | None) -> int:
+    divided = {axis.name for _, axis in layout.shards} if layout is not None else set()
     place = 0
-    for axis in (layout.mesh_axes or ())[1:]:
+    for axis in axes:
         if axis.name not in divided:
             place = place * axis.world_size + axis.rank
     return place
+
+
+# Every module of Megatron's hands this group down with a call, or adds it.
+register_checkpoint_format(lambda metadata: "dp_cp_group" in metadata, megatron_entries)

@@ -10,10 +10,13 @@ layer does not hold are `parallel_state`'s.
 | `RowParallelLinear` | divided along in |
 | ... with `explicit_expert_comm` | its output is a summand |
 | `TopKRouter` | undivided; tokens are divided under sequence parallel |
+
+Layers without tensor parallel are in `megatron_plain.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -24,13 +27,13 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from meshpeft.engines.megatron_checkpoint import megatron_entries, place_among_copies
-from meshpeft.engines.megatron_mesh import megatron_mesh
-from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines.megatron_checkpoint import megatron_entries
+from meshpeft.engines.megatron_mesh import data_axis, megatron_marks, megatron_mesh, model_axis, reduced_as_dense
+from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers, sum_rotary_gradients
 from meshpeft.parallel import (
     ContainerType,
     LayerType,
@@ -38,68 +41,22 @@ from meshpeft.parallel import (
     Packing,
     ParallelAxis,
     ParallelError,
-    TensorLayout,
     packing_of,
-    parallel_group_info,
     register_container_type,
     register_layer_type,
     register_mesh_provider,
 )
 from meshpeft.parallel.init import stride_packing
 
-__all__ = ["megatron_marks"]
-
-
-def _model_axis(layer: Any) -> ParallelAxis:
-    """The axis that divides the layer: expert-tensor parallel for experts, else tensor parallel."""
-    expert = getattr(layer, "is_expert", False)
-    if layer.tp_group is not None:
-        return axis_of_group("etp" if expert else "tp", layer.tp_group)
-    return parallel_group_info().etp if expert else parallel_group_info().tp
-
-
-def _data_axis(expert: bool) -> ParallelAxis:
-    """The axis over which gradients of different tokens are summed, which no layer holds."""
-    return parallel_group_info().edp if expert else parallel_group_info().dp
+__all__: list[str] = []
 
 
 def _reduced_as_dense(layer: Any) -> bool:
-    """Whether Megatron may sum the parameters' gradients over the data parallel of dense layers.
-
-    Its own mark says so for all experts without expert parallel. That leaves gradients unsummed where expert-tensor
-    parallel differs from tensor parallel, whose ranks then hold different tokens of one expert.
-    """
-    if not layer.is_expert:
-        return True
-    return not layer.expert_parallel and _data_axis(True).world_size == _data_axis(False).world_size
-
-
-def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: bool | None = None) -> dict[str, Any]:
-    """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters.
-
-    Its norm takes a parameter that is not `tensor_model_parallel` from the first rank of dense tensor parallel only,
-    also of experts, whose ranks lie otherwise: theirs count everywhere, but for copies, which are `shared`.
-
-    Args:
-        allreduce: summed over the data parallel of dense layers, not of experts.
-        sequence_parallel: summed over dense tensor parallel; `None` means where the gradient is a summand.
-    """
-    # Undivided experts may lie on several ranks of dense tensor parallel.
-    dims = [dim for dim, axis in layout.shards if axis.name == "tp" or (axis.name == "etp" and axis.world_size > 1)]
-    packing = layout.packing
-    interleaved = packing is not None and packing.blocks is None and layout.packed_dim in dims
-    return {
-        "allreduce": allreduce,
-        "sequence_parallel": bool(layout.grad_partial) if sequence_parallel is None else sequence_parallel,
-        "tensor_model_parallel": bool(dims) or not allreduce,
-        "shared": not allreduce and place_among_copies(layout) > 0,
-        "partition_dim": dims[0] if dims else -1,
-        "partition_stride": len(packing.names) if packing is not None and interleaved else 1,
-    }
+    return not layer.is_expert or reduced_as_dense(layer.expert_parallel)
 
 
 def _column(layer: ColumnParallelLinear) -> LinearLayout:
-    axis = _model_axis(layer)
+    axis = model_axis(layer.tp_group, layer.is_expert)
     sequence_parallel = layer.sequence_parallel and not layer.explicit_expert_comm
     return LinearLayout(
         layer.input_size,
@@ -111,13 +68,13 @@ def _column(layer: ColumnParallelLinear) -> LinearLayout:
         packing=packing_of(layer) or _stride_packing(layer, layer.output_size, axis),
         input_grad_is_reduced_outside=not sequence_parallel
         and (layer.explicit_expert_comm or layer.disable_grad_reduce),
-        data_axis=_data_axis(layer.is_expert),
+        data_axis=data_axis(layer.is_expert),
         marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
 
 
 def _row(layer: RowParallelLinear) -> LinearLayout:
-    axis = _model_axis(layer)
+    axis = model_axis(layer.tp_group, layer.is_expert)
     return LinearLayout(
         layer.input_size,
         layer.output_size,
@@ -127,7 +84,7 @@ def _row(layer: RowParallelLinear) -> LinearLayout:
         input_is_parallel=layer.input_is_parallel,
         in_packing=_stride_packing(layer, layer.input_size, axis),
         output_is_partial=layer.explicit_expert_comm,
-        data_axis=_data_axis(layer.is_expert),
+        data_axis=data_axis(layer.is_expert),
         marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
 
@@ -136,9 +93,9 @@ def _router(router: TopKRouter) -> LinearLayout:
     return LinearLayout(
         router.config.hidden_size,
         router.config.num_moe_experts,
-        axis=_model_axis(router),
+        axis=model_axis(router.tp_group, expert=False),
         sequence_parallel=router.config.sequence_parallel,
-        data_axis=_data_axis(expert=False),
+        data_axis=data_axis(expert=False),
         marks=partial(megatron_marks, allreduce=True),
     )
 
@@ -196,6 +153,7 @@ def _expert_numbers(experts: SequentialMLP) -> dict[nn.Module, str]:
 
 
 register_mesh_provider(megatron_mesh)
+importlib.import_module("meshpeft.engines.megatron_plain")
 register_layer_type(
     ColumnParallelLinear,
     LayerType(layout=_column, weight=_weight, gathers=_gathers, checkpoint=megatron_entries),
@@ -203,6 +161,7 @@ register_layer_type(
 register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, checkpoint=megatron_entries))
 register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries, decides=True))
 register_container_type(SelfAttention, ContainerType(packings=_qkv_packing))
+register_container_type(MLASelfAttention, ContainerType(adapted=sum_rotary_gradients))
 register_container_type(MLP, ContainerType(packings=_gate_up_packing))
 register_container_type(TEGroupedMLP, ContainerType(packings=_gate_up_packing_of_experts))
 register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))

@@ -7,10 +7,49 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["let_gradients_enter", "remake_buffers"]
+from meshpeft.engines.megatron_mesh import model_axis
+from meshpeft.parallel import mp_copy, mp_gather, mp_scatter
+
+__all__ = ["let_gradients_enter", "remake_buffers", "sum_rotary_gradients"]
+
+_SUMMED = "meshpeft_sums_rotary_gradients"
+
+
+def sum_rotary_gradients(attention: MLASelfAttention) -> None:
+    """Let the gradient of multi-latent attention's rotary key be that of all heads, not of this rank's.
+
+    Every rank rotates the same key for its own heads, so its gradient is a summand. Megatron (0.16) sums it in one
+    of four cases, a replicated down-projection under sequence parallel. In the others all gradients below an
+    attention layer, of its weights and of adapters, are wrong by what the other ranks' heads add. From now on the
+    down-projection returns what Megatron takes from a replicated one, with a summed gradient.
+
+    It is called again after each adapter method: the layer that returns may be another one then.
+    """
+    axis = model_axis(attention.pg_collection.tp, expert=False)
+    if axis.world_size == 1:
+        return
+    hook: RemovableHandle | None = getattr(attention, _SUMMED, None)
+    if hook is not None:
+        hook.remove()
+    config = attention.config
+
+    def summed(layer: nn.Module, args: tuple[Any, ...], returned: tuple[Tensor, Tensor | None]) -> Any:
+        latent, bias = returned
+        if latent.shape[-1] != config.kv_lora_rank + config.qk_pos_emb_head_dim:  # a column-parallel layer
+            latent = mp_gather(latent, -1, axis)
+            latent = mp_scatter(latent, 0, axis) if config.sequence_parallel else latent
+        if not config.sequence_parallel:  # otherwise Megatron gathers the key's tokens, whose gradients it then sums
+            key = latent[..., config.kv_lora_rank :]
+            latent = torch.cat([latent[..., : config.kv_lora_rank], mp_copy(key, axis=axis)], -1)
+        return latent, bias
+
+    setattr(attention, _SUMMED, attention.linear_kv_down_proj.register_forward_hook(summed))
+
 
 _HOOKED = "meshpeft_lets_gradients_enter"
 

@@ -42,7 +42,7 @@ from meshpeft.parallel import (
     derive_layer_types,
     parallel_group_info,
 )
-from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_tensors
+from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format_of_caller, sharded_state_dict, sharded_tensors
 
 __all__: list[str] = []
 
@@ -80,9 +80,9 @@ class _QuantParallelLinear(QuantLinearConvBase):
         prefix: str = "",
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
-    ) -> ShardedStateDict:
+    ) -> dict[str, Any]:
         """The layer's, with the weight's scales divided like the weight: [.., out, scales of a row]."""
-        described: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        described = sharded_state_dict(self, prefix, sharded_offsets, metadata)
         for name, quantizer in self.weight_quantizer.named_modules(prefix=f"{prefix}weight_quantizer"):
             amax: Tensor | None = getattr(quantizer, "_amax", None)
             layout = None if amax is None else self._layout_of_scales(amax, quantizer.block_sizes is not None)
@@ -91,7 +91,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
                 scales = amax.view(layout.local_shape)
                 for entry in sharded_tensors(f"{name}._amax", scales, layout, sharded_offsets):
                     described[entry.key] = entry
-        return described
+        return in_format_of_caller(described, metadata)
 
     def _layout_of_scales(self, amax: Tensor, in_blocks: bool) -> TensorLayout | None:
         """Of [.., out, n], n to a row; `None` where they are one scale, or cannot be told apart by rows."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.engines.megatron_checkpoint import megatron_entries
-from meshpeft.engines.megatron_core import megatron_marks
+from meshpeft.engines.megatron_mesh import megatron_marks
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.parallel import (
     LayerType,
@@ -41,6 +41,7 @@ from meshpeft.parallel import (
     parallel_group_info,
     register_layer_type,
 )
+from meshpeft.parallel.layer_types import in_surroundings
 
 __all__ = ["register_te_layers"]
 
@@ -90,7 +91,7 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
     gathered = _returns_gathered_norm(layer)
     expert_axis, data_axis = _expert_axes(layer)
     sequence_parallel = bool(getattr(getattr(layer, "config", None), "sequence_parallel", False))
-    return LinearLayout(
+    layout = LinearLayout(
         layer.in_features * (size if shard == "in" else 1),
         layer.out_features * (size if shard == "out" else 1),
         shard=shard,
@@ -106,6 +107,8 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
         marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
         sums=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
     )
+    # Outside Megatron-Core's wrapper an undivided layer does not know what tokens it meets.
+    return layout if shard is not None or grouped or hasattr(layer, "config") else in_surroundings(layer, layout)
 
 
 def _axis(layer: Any, expert: bool) -> ParallelAxis:

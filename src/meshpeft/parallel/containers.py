@@ -23,6 +23,7 @@ __all__ = [
     "global_names",
     "packing_of",
     "register_container_type",
+    "register_description",
 ]
 
 
@@ -67,10 +68,20 @@ def global_names(model: nn.Module) -> dict[nn.Module, str]:
 
 
 _ATTRIBUTE = "meshpeft_packing"
+_descriptions: list[Callable[[nn.Module], None]] = []
+
+
+def register_description(describe: Callable[[nn.Module], None]) -> None:
+    """Let an engine describe layers that are of no class of its own, in models that are.
+
+    Args:
+        describe: called on a model; it calls `set_surroundings` on such layers in it.
+    """
+    _descriptions.append(describe)
 
 
 def describe_layers(model: nn.Module) -> None:
-    """Let every layer in `model` know what only the module that holds it knows, for its layout.
+    """Let every layer in `model` know what only the modules around it know, for its layout.
 
     Applying an adapter method does it first; call it before reading the layouts of a foreign model's layers.
     """
@@ -81,6 +92,8 @@ def describe_layers(model: nn.Module) -> None:
                 layer = getattr(holder, name)
                 if layer_type_of(layer) is not None:  # otherwise it is adapted already, and was described before
                     setattr(layer, _ATTRIBUTE, packing)
+    for describe in _descriptions:  # of the engines whose classes were met
+        describe(model)
 
 
 def packing_of(layer: nn.Module) -> Packing | None:

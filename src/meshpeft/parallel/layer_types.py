@@ -16,9 +16,11 @@ __all__ = [
     "LayerType",
     "derive_layer_types",
     "does_more_than_its_type",
+    "in_surroundings",
     "layer_type_of",
     "layout_of",
     "register_layer_type",
+    "set_surroundings",
 ]
 
 
@@ -124,8 +126,27 @@ def layout_of(module: nn.Module) -> LinearLayout:
     return layer_type.layout(module)
 
 
+_SURROUNDINGS = "meshpeft_surroundings"
+
+
+def set_surroundings(layer: nn.Module, change: Callable[[Any, LinearLayout], LinearLayout]) -> None:
+    """State what the model around a layer implies for its layout, where the layer itself cannot know it.
+
+    Args:
+        layer: a layer whose class knows nothing of the mesh, such as `nn.Linear`.
+        change: The layer and the layout of its class -> its layout in this model.
+    """
+    setattr(layer, _SURROUNDINGS, change)
+
+
+def in_surroundings(layer: nn.Module, layout: LinearLayout) -> LinearLayout:
+    """Return the layout of a layer in the model around it, given the layout that its class states."""
+    change: Callable[[Any, LinearLayout], LinearLayout] | None = getattr(layer, _SURROUNDINGS, None)
+    return layout if change is None else change(layer, layout)
+
+
 def _plain_linear(module: nn.Linear) -> LinearLayout:
-    return LinearLayout(module.in_features, module.out_features)
+    return in_surroundings(module, LinearLayout(module.in_features, module.out_features))
 
 
 register_layer_type(

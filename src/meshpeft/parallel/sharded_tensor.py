@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.held_modules import is_held
 from meshpeft.parallel.mesh import is_simulated, on_each_rank, parallel_group_info
@@ -28,7 +29,10 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensors",
     "expert_key",
+    "in_format",
+    "in_format_of_caller",
     "part_name",
+    "register_checkpoint_format",
     "sharded_state_dict",
     "sharded_tensors",
 ]
@@ -105,10 +109,13 @@ class ShardedTensors:
         prefix: str = "",
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
-    ) -> ShardedStateDict:
-        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
+    ) -> dict[str, Any]:
+        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
+
+        An engine that asks gets entries of its own format, see `in_format_of_caller`.
+        """
         assert isinstance(self, nn.Module)
-        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return in_format_of_caller(sharded_state_dict(self, prefix, sharded_offsets, metadata), metadata)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, layout in _layouts(self).items():
@@ -204,6 +211,42 @@ def sharded_state_dict(
         else:
             entries.update(sharded_state_dict(child, child_prefix, sharded_offsets, metadata))
     return entries
+
+
+Format: TypeAlias = "Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]]"
+_formats: list[tuple[Callable[[Mapping[str, Any]], bool], Format]] = []
+
+
+def register_checkpoint_format(asks: Callable[[Mapping[str, Any]], bool], entries: Format) -> None:
+    """State how an engine's checkpoints describe what this package's modules hold.
+
+    Args:
+        asks: Whether the `metadata` of a call of `sharded_state_dict` are those of the engine's own calls.
+        entries: Entries of this package -> those of the engine's format.
+    """
+    _formats.append((asks, entries))
+
+
+def in_format_of_caller(entries: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Convert entries to the format of the engine that asks for them; keep them if it is none.
+
+    An engine that recurses through a model meets modules of this package on layers, and in places, of any class. Its
+    checkpoints would store entries that it does not know as objects, the same on every rank.
+    """
+    if not metadata:
+        return dict(entries)
+    load_engines_in_use()
+    converted = dict(entries)
+    for asks, form in _formats:
+        if asks(metadata):
+            converted = in_format(converted, form)
+    return converted
+
+
+def in_format(entries: Mapping[str, Any], form: Format) -> dict[str, Any]:
+    """Convert the entries that are this package's; others are in a format already."""
+    ours = {name: entry for name, entry in entries.items() if isinstance(entry, ShardedTensor)}
+    return {**{name: entry for name, entry in entries.items() if name not in ours}, **form(ours)}
 
 
 def sharded_tensors(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import group_offsets, layer_type_of, sharded_state_dict
-from meshpeft.parallel.sharded_tensor import ShardedOffset
+from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
 from meshpeft.peft.wrapped_keys import hide_wrapping, inside_wrapper, restore_wrapping
 from meshpeft.peft.wrapped_layer import WrappedLayer
@@ -196,14 +196,15 @@ class AdapterWrapper(WrappedLayer):
     ) -> dict[str, Any]:
         """The base's entries as if it were not wrapped, and the adapter's under `adapter.`.
 
-        On a layer of an engine with a checkpoint format of its own, both are in that format.
+        On a layer of an engine with a checkpoint format of its own, and for an engine that asks, both are in that
+        format.
         """
         entries = _described(self.to_wrap, prefix, sharded_offsets, metadata)
         adapter = _described(self.adapter, f"{prefix}adapter.", sharded_offsets, metadata)
         layer_type = layer_type_of(self.to_wrap)
         if layer_type is not None and layer_type.checkpoint is not None:
-            adapter = layer_type.checkpoint(adapter)
-        return {**entries, **adapter}
+            adapter = in_format(adapter, layer_type.checkpoint)
+        return in_format_of_caller({**entries, **adapter}, metadata)
 
 
 def _described(
