@@ -176,3 +176,23 @@ def test_no_token_spans_the_beginning_of_a_turn() -> None:
     asked = tokenizer("user:x</s>assistant:", add_special_tokens=False)["input_ids"]
     assert document.tokens[: len(asked)].tolist() == asked
     assert shown(document, tokenizer) == "user:x</s>assistant:[xy</s>]"
+
+
+def test_the_first_of_several_ends_is_learned() -> None:
+    """As with Phi-3: a turn is closed with one token, the chat with another behind it."""
+    template = PLAIN_TEMPLATE.replace("</s>", "<|user|>").replace(
+        "{% if", "{% if not add_generation_prompt %}</s>{% endif %}{% if"
+    )
+    tokenizer = make_tokenizer(template)
+    (user,) = tokenizer.convert_tokens_to_ids(["<|user|>"])
+    (document,) = tokenize_records([chat("a", "b", "c", "d")], tokenizer, 64, ends=[user])
+    assert shown(document, tokenizer).endswith("<|assistant|>[b<|user|>]\n<|user|>c<|user|>\n<|assistant|>[d<|user|>]")
+
+
+def test_what_begins_an_answer_elsewhere_is_not_learned_behind_a_tool() -> None:
+    """As with Gemma 4: there is no prompt to generate behind a tool's answer, and the chat shows one all the same."""
+    template = CALLS.replace("{% if add", "{% if messages[-1].role != 'tool' and add")
+    record = with_call({"x": 1})
+    record["messages"] += [{"role": "tool", "content": "5"}, {"role": "assistant", "content": "v"}]
+    (text,) = all_shown([record], make_tokenizer(template))
+    assert text.endswith("<|tool|>5</s><|assistant|>[v</s>]")

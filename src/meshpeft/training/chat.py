@@ -128,7 +128,7 @@ class _Chat:
         whole = self.upto(len(self.messages)).text
         if not turns:
             return [_tokenize(whole, [], self.special.tokenizer)]
-        if all(whole.startswith(turn.text) for turn in turns):
+        if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
             parts = [(whole, turns)]
         else:
             parts = [(turn.text, [turn]) for turn in turns]
@@ -156,7 +156,10 @@ class _Chat:
                 )
         else:
             spans = [(self._start(at, text), len(text))]
-        return _Turn(at, text, spans)
+        turn = _Turn(at, text, spans)
+        if spans:
+            turn.spans[-1] = self._closed(text, turn)[1]
+        return turn
 
     def _marked_before(self, at: int, count: int) -> list[Span]:
         """The parts marked before this turn; all of the `count` but one where the template refuses what is before."""
@@ -168,7 +171,9 @@ class _Chat:
     def _start(self, at: int, text: str) -> int:
         opening = self.upto(at, ask=True).text if at else ""
         if at and text.startswith(opening):
-            return len(opening)
+            # Some templates show no prompt behind a tool's answer, and all the same what begins an answer elsewhere.
+            begun = self._prompt() if opening == self.upto(at).text else ""
+            return len(opening) + (len(begun) if text.startswith(begun, len(opening)) else 0)
         # The prompt to generate is more than what precedes an answer (it opens a reasoning block), or there is nothing
         # to answer: the turn starts where its content does.
         message = self.messages[at]
@@ -182,6 +187,14 @@ class _Chat:
             f"the chat template does not show where message {at + 1} begins; "
             "mark the assistant's part of the template with {% generation %}."
         )
+
+    def _prompt(self) -> str:
+        """The template's prompt to generate, behind a question."""
+        try:
+            asked, shown_alone = self.render([_QUESTION], ask=True).text, self.render([_QUESTION]).text
+        except TemplateError:
+            return ""
+        return asked[len(shown_alone) :] if asked.startswith(shown_alone) else ""
 
     def _document(self, text: str, turns: list[_Turn]) -> tuple[list[int], list[bool]]:
         spans: list[Span] = []
@@ -207,8 +220,9 @@ class _Chat:
         special, calls = self.special, bool(self.messages[turn.at].get("tool_calls"))
         start, end = turn.spans[-1]
         kept = text[start:end].rstrip()
-        if special.end_of(kept) is not None:
-            return True, (start, start + len(kept))
+        length = special.length_to_end(kept)
+        if length is not None:
+            return True, (start, start + length)
         behind = len(text) - len(text[end:].lstrip())
         found = special.end_at(text, behind)
         if found is not None:
@@ -222,7 +236,9 @@ class _Chat:
         """What to append to a turn that the template leaves open: what would begin the next message, if that stops."""
         calls = bool(self.messages[turn.at].get("tool_calls"))
         start, end = turn.spans[-1]
-        tail = turn.text[start:end].rstrip()[-64:]
+        said = str(self.messages[turn.at].get("content") or "").strip()
+        own = turn.text[start:end].rstrip()
+        tail = said if said and own.endswith(said) else own[-64:]  # reasoning may be gone when a message follows
         following = {"role": "tool", "name": "f", "content": _SENTINEL} if calls else _QUESTION
         if tail and (calls or len(self.special.ends) > 1):
             try:

@@ -139,6 +139,16 @@ class SpecialTokens:
         stripped = text.rstrip()
         return stripped if self.end_of(stripped) is not None else text
 
+    def length_to_end(self, text: str) -> int | None:
+        """The length of a text up to the first end token of the special tokens that it ends with, if there is one."""
+        found = None
+        text = text.rstrip()
+        while token := self.end_of(text, special=True):
+            if token in self.end_texts:
+                found = len(text)
+            text = text[: -len(token)].rstrip()
+        return found
+
     def end_of(self, text: str, *, special: bool = False) -> str | None:
         """The end token, or with `special` any special token, that the text ends with, as it is written."""
         return _longest(token for token in self._texts(special) if text.endswith(token))
@@ -148,7 +158,7 @@ class SpecialTokens:
         return _longest(token for token in self._texts(special) if text.startswith(token, at))
 
     def _texts(self, special: bool) -> dict[str, int]:
-        return self.special_texts if special else self.end_texts
+        return {**self.special_texts, **self.end_texts} if special else self.end_texts
 
 
 def _longest(tokens: Iterable[str]) -> str | None:
