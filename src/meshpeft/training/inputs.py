@@ -90,6 +90,8 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
         documents = tokenize_records(train, tokenizer, config.seq_length, ends=ends)
         held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length, ends=ends)
     rows = _pack(documents, config, tokenizer, "training")
+    held_out_rows = _pack(held_out_documents, config, tokenizer, "held-out")
+    measured = f" in {len(held_out_rows):,} rows, {config.eval_rows:,} of them measured"
     parts = (documents, held_out_documents)
     for part in parts:
         findings.update(part.findings)
@@ -100,12 +102,12 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
     }
     summary = [
         f"{len(documents):,} documents in {len(rows):,} rows of {rows.seq_length} tokens, {rows.fill:.0%} filled",
-        f"{len(held_out_documents):,} held out",
+        f"{len(held_out_documents):,} held out{measured if 0 < config.eval_rows < len(held_out_rows) else ''}",
         *(f"{count:,} {name}" for name, count in counts.items() if count),
     ]
     return Inputs(
         train=rows,
-        held_out=_pack(held_out_documents, config, tokenizer, "held-out"),
+        held_out=held_out_rows,
         sample=_sample(held_out_documents),
         summary="\n  ".join(["; ".join(summary), *findings.lines()]),
         example=_example(config, train[0]),
