@@ -9,8 +9,9 @@ again in the backward pass (`recompute=True`).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import spmd_types as spmd
@@ -23,7 +24,10 @@ from torch.autograd import Function
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
-__all__ = ["draw_seed", "dropout", "dropout_mask", "set_seed"]
+__all__ = ["MaskWitness", "draw_seed", "dropout", "dropout_mask", "masks_seen_by", "set_seed"]
+
+MaskWitness: TypeAlias = "Callable[[int, Tensor, Tensor], Tensor]"
+"""Gets a mask's seed, what it drops (or a gradient) and the mask; returns the mask to use."""
 
 # Seeds are numbers modulo a prime below 2^31 (torch's CPU generator reads 32 bits). An axis is a digit to a base
 # larger than any axis: ranks that differ on one or two axes can't meet, whatever those axes' sizes.
@@ -61,17 +65,40 @@ def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     return torch.rand(like.shape, generator=generator, dtype=torch.float32, device=like.device) >= p
 
 
+_witnesses: list[MaskWitness] = []
+
+
+@contextmanager
+def masks_seen_by(witness: MaskWitness) -> Iterator[None]:
+    """Show `witness` every mask that is drawn inside, and use what it returns: for proofs about masks.
+
+    A mask that is made again, by a backward pass or by activation checkpointing, is shown again, with its seed.
+    """
+    _witnesses.append(witness)
+    try:
+        yield
+    finally:
+        _witnesses.remove(witness)
+
+
+def _mask(like: Tensor, p: float, seed: int) -> Tensor:
+    mask = dropout_mask(like, p, seed)
+    for witness in _witnesses:
+        mask = witness(seed, like, mask)
+    return mask
+
+
 class _Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int, recompute: bool) -> Tensor:
-        mask = dropout_mask(x, p, seed)
+        mask = _mask(x, p, seed)
         ctx.p, ctx.seed = p, seed
         ctx.mask = None if recompute else mask
         return x * mask * (1 / (1 - p))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        mask = dropout_mask(grads[0], ctx.p, ctx.seed) if ctx.mask is None else ctx.mask
+        mask = _mask(grads[0], ctx.p, ctx.seed) if ctx.mask is None else ctx.mask
         return grads[0] * mask * (1 / (1 - ctx.p)), None, None, None
 
     @staticmethod

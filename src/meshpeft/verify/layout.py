@@ -4,9 +4,9 @@ Two checks, both in this process and without a GPU:
 
 1. the states of the model at its real size and the full number of ranks ([`typecheck_layout`]);
 2. a few optimizer steps of a scaled-down model of the same structure, in float64, on simulated ranks, against one
-   rank ([`trace_layout`]). Scaled down are widths, layers, vocabulary and the number of experts; heads, query groups,
-   biases, norms, windows, the router and the adapter are the model's own. Data parallel is cut to 2 and expert
-   parallel to 4: more ranks add no other arithmetic.
+   rank, with what they write and read ([`prove`][meshpeft.verify.proof.prove]). Scaled down are widths, layers,
+   vocabulary and the number of experts; heads, query groups, biases, norms, windows, the router and the adapter are the
+   model's own. Data parallel is cut to 2 and expert parallel to 4: more ranks add no other arithmetic.
 
 The states of experts are not followed (the checker has none for tokens that choose their rank): the numbers are all
 that is known of a model with experts.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,16 @@ from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
 from meshpeft.parallel import ModelParallelConfig
+from meshpeft.quantization import BaseQuantizer
+from meshpeft.quantization.formats import BLOCK_SIZES
 from meshpeft.training.documents import Document
 from meshpeft.training.packing import PackedRows, pack_documents
-from meshpeft.verify.oracle import Layout, compare, trace_layout
+from meshpeft.verify.masks import set_dropout
+from meshpeft.verify.oracle import Layout, Recipe
+from meshpeft.verify.proof import Check, Proof, prove
 from meshpeft.verify.typecheck import typecheck_layout
 
-__all__ = ["TOLERANCE", "Verdict", "errors_of", "few_ranks", "first_layers", "scaled_down", "verify_layout"]
+__all__ = ["TOLERANCE", "Verdict", "few_ranks", "first_layers", "prove_adapter", "scaled_down", "verify_layout"]
 
 TOLERANCE = 1e-10
 """Largest relative error, in float64, that two orders of summation explain; measured errors are below 1e-11."""
@@ -43,16 +48,23 @@ class Verdict:
 
     Attributes:
         states: the loss's state per axis, from the type check; `None` where they are not followed.
-        errors: largest relative error of loss, gradient norm, gradients, weights, and of the exported adapter.
+        checks: what was compared, each with its largest relative error and what was done.
+        unchecked: what could not be, each with the reason.
         layout: the simulated layout.
         num_layers, hidden_size: of the scaled-down model.
     """
 
     states: dict[str, str] | None
-    errors: dict[str, float]
+    checks: tuple[Check, ...]
+    unchecked: tuple[str, ...]
     layout: Layout
     num_layers: int
     hidden_size: int
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The largest relative error of each check, by its name."""
+        return {check.name: check.error for check in self.checks}
 
     @property
     def is_exact(self) -> bool:
@@ -70,9 +82,12 @@ def verify_layout(
     etp: int | None = None,
     sequence_parallel: bool = False,
     activation_checkpointing: bool = False,
-    router_aux_loss_coef: float = 0.0,
+    quantizer: BaseQuantizer | None = None,
+    start: Callable[[LanguageModel], None] | None = None,
+    dropout: float = 0.0,
     all_layers: bool = False,
     steps: int = 3,
+    **options: Any,
 ) -> Verdict:
     """Check a model, an adapter and a layout together.
 
@@ -81,9 +96,13 @@ def verify_layout(
         adapt: adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
         tp, dp, ep, etp: sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing, router_aux_loss_coef: as the run will have them.
+        sequence_parallel, activation_checkpointing: as the run will have them.
+        quantizer: packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
+        start: gives the adapters the values that they start from, where these depend on the base.
+        dropout: of the run; its masks are checked, at another probability.
         all_layers: keep all layers instead of two, for adapters that name layers by their number.
         steps: optimizer steps to compare.
+        options: `lr_ratio` and `router_aux_loss_coef`, see [`Recipe`][meshpeft.verify.oracle.Recipe].
 
     Raises:
         MeshPEFTError: the sizes do not divide, or a state is wrong.
@@ -93,38 +112,69 @@ def verify_layout(
     structure = config if all_layers else first_layers(config, 2)  # two show what any number does
     states = None
     if config.moe is None:
-        states = typecheck_layout(structure, adapt, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
+
+        def adapt_and_drop(model: LanguageModel) -> nn.Module:
+            adapted = adapt(model)
+            set_dropout(adapted, dropout)
+            return adapted
+
+        states = typecheck_layout(structure, adapt_and_drop, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
     layout = few_ranks(asked)
-    small = scaled_down(structure, layout)
+    small = scaled_down(structure, layout, blocks=quantizer is not None)
 
     def make(parallel: ModelParallelConfig) -> Decoder:
-        return Decoder(small, parallel, dtype=torch.float64)
+        model = Decoder(small, parallel, dtype=torch.float64)
+        if quantizer is not None:
+            few = in_smallest_blocks(quantizer)
+            for name, layer in few.layers_of(model).items():
+                few.pack_(layer, name)
+        return model
 
-    errors = errors_of(layout, make, adapt, small.vocab_size, steps=steps, router_aux_loss_coef=router_aux_loss_coef)
-    return Verdict(states, errors, layout, small.num_layers, small.hidden_size)
+    proof = prove_adapter(
+        layout, make, started(adapt, start), small.vocab_size, steps=steps, dropout=dropout > 0, **options
+    )
+    return Verdict(states, tuple(proof.checks), tuple(proof.unchecked), layout, small.num_layers, small.hidden_size)
 
 
-def errors_of(
+def prove_adapter(
     layout: Layout,
     make_model: Callable[[ModelParallelConfig], LanguageModel],
     adapt: Callable[[LanguageModel], nn.Module],
     vocab_size: int,
     *,
     steps: int,
-    router_aux_loss_coef: float = 0.0,
-) -> dict[str, float]:
-    """The largest relative error of each quantity that a few steps at a layout have, against one rank.
+    dropout: bool,
+    **options: Any,
+) -> Proof:
+    """Prove a layout on random documents, see [`prove`][meshpeft.verify.proof.prove].
 
     Args:
         layout: simulated in this process.
-        make_model, adapt, steps, router_aux_loss_coef: see [`trace_layout`][meshpeft.verify.oracle.trace_layout].
-        vocab_size: of the model; the documents are random.
+        make_model, adapt, options: see [`Recipe`][meshpeft.verify.oracle.Recipe].
+        vocab_size: of the model.
+        steps, dropout: see `prove`.
     """
-    expected, found = (
-        trace_layout(at, make_model, adapt, _rows(vocab_size), steps=steps, router_aux_loss_coef=router_aux_loss_coef)
-        for at in (Layout(), layout)
-    )
-    return compare(expected, found)
+    recipe = Recipe(make_model=make_model, adapt=adapt, rows=_rows(vocab_size, 32, seed=0), **options)
+    return prove(recipe, layout, _rows(vocab_size, 7, seed=1), steps=steps, dropout=dropout)
+
+
+def started(
+    adapt: Callable[[LanguageModel], nn.Module], start: Callable[[LanguageModel], None] | None
+) -> Callable[[LanguageModel], nn.Module]:
+    """What puts adapters on a model and lets them start."""
+
+    def adapt_and_start(model: LanguageModel) -> nn.Module:
+        adapted = adapt(model)
+        if start is not None:
+            start(model)
+        return adapted
+
+    return adapt_and_start
+
+
+def in_smallest_blocks(quantizer: BaseQuantizer) -> BaseQuantizer:
+    """The same with the smallest blocks there are, for narrow layers."""
+    return replace(quantizer, block_size=BLOCK_SIZES[0])
 
 
 def few_ranks(layout: Layout) -> Layout:
@@ -137,24 +187,39 @@ def few_ranks(layout: Layout) -> Layout:
     return replace(layout, dp=ranks // tp, ep=few_ep, micro_batch_size=2)
 
 
-def scaled_down(config: DecoderConfig, layout: Layout) -> DecoderConfig:
-    """A model of the same structure that takes seconds: narrow heads, small widths and vocabulary, few experts."""
+def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) -> DecoderConfig:
+    """A model of the same structure that takes seconds: narrow heads, small widths and vocabulary, few experts.
+
+    Args:
+        config: of the model.
+        layout: which its sizes divide over.
+        blocks: rows divide into the smallest blocks of a packed weight. Those of attention's output do on each rank,
+            too; those of the MLP's straddle ranks.
+    """
     heads, tp = config.num_attention_heads, layout.tp
     windows, moe = config.sliding_windows, config.moe
+    square = config.hidden_size == heads * config.head_dim
+    head_dim = 4
+    if blocks:
+        head_dim = math.lcm(heads * head_dim, BLOCK_SIZES[0] * tp) // heads
+
+    def inner(ranks: int) -> int:
+        return straddling_width(ranks) if blocks else 8 * ranks
+
     if moe is not None:
         etp = tp if layout.etp is None else layout.etp
         per_rank = math.ceil((moe.moe_router_topk + 1) / layout.ep)  # so that some expert may get no token
         moe = replace(
             moe,
             num_experts=min(moe.num_experts, layout.ep * per_rank),
-            intermediate_size=8 * etp,
-            shared_intermediate_size=None if moe.shared_intermediate_size is None else 8 * tp,
+            intermediate_size=inner(etp),
+            shared_intermediate_size=None if moe.shared_intermediate_size is None else inner(tp),
         )
     return replace(
         config,
-        hidden_size=math.lcm(heads * 4, 4 * tp) if config.hidden_size == heads * config.head_dim else 8 * tp,
-        head_dim=4,
-        intermediate_size=8 * tp,
+        hidden_size=math.lcm(heads * head_dim, 4 * tp) if square else inner(tp),
+        head_dim=head_dim,
+        intermediate_size=inner(tp),
         vocab_size=16 * tp,
         # A window shorter than a row, where the model has windows at all.
         sliding_windows=None if windows is None else tuple(None if window is None else 4 for window in windows),
@@ -162,6 +227,17 @@ def scaled_down(config: DecoderConfig, layout: Layout) -> DecoderConfig:
         initializer_range=0.3,
         moe=moe,
     )
+
+
+def straddling_width(ranks: int) -> int:
+    """A small number of input features that divide into blocks, some of which have values on two of the ranks.
+
+    Where there is no such number (three ranks), one that divides.
+    """
+    block, fits = BLOCK_SIZES[0], 2 * ranks  # two values to a byte
+    widths = range(2 * block, 2 * block * ranks, block)
+    straddling = (width for width in widths if width % fits == 0 and width // ranks % block)
+    return next(straddling, math.lcm(block, fits))
 
 
 def first_layers(config: DecoderConfig, count: int) -> DecoderConfig:
@@ -176,11 +252,11 @@ def first_layers(config: DecoderConfig, count: int) -> DecoderConfig:
     return replace(config, num_layers=count, sliding_windows=windows, moe=moe)
 
 
-def _rows(vocab_size: int) -> PackedRows:
+def _rows(vocab_size: int, count: int, seed: int) -> PackedRows:
     """Random documents of unequal lengths and numbers of targets, in rows of an odd length."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     documents = []
-    for _ in range(32):
+    for _ in range(count):
         length = int(generator.integers(3, 15))
         tokens = generator.integers(0, vocab_size, length).astype(np.int32)
         documents.append(Document(tokens, np.arange(length) >= generator.integers(1, length)))

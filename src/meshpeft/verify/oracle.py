@@ -8,9 +8,10 @@ process ([`simulate`][meshpeft.verify.simulation.simulate]), in float64, where t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,13 +20,23 @@ from torch import Tensor, nn
 from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.models import LanguageModel
 from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, TensorLayout, layout_of_tensor, set_seed
-from meshpeft.training.batches import RowSampler
+from meshpeft.training.batches import GlobalBatchSlice, RowSampler
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.packing import MicroBatch, PackedRows
-from meshpeft.training.step import TrainStep
+from meshpeft.training.step import StepResult, TrainStep
 from meshpeft.verify.simulation import on_rank, simulate, the_same
 
-__all__ = ["Layout", "Trace", "compare", "trace_layout"]
+__all__ = [
+    "Layout",
+    "Recipe",
+    "Run",
+    "Trace",
+    "agreed",
+    "compare",
+    "full_tensors",
+    "largest_error",
+    "trace_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,121 @@ class Trace:
     exported: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, and how; the same at every layout.
+
+    Attributes:
+        make_model: builds or loads the base, the same values at every layout, in float64.
+        adapt: adds the adapters and freezes the rest, for instance a `LoRA`.
+        rows: what to train on.
+        batch_size: rows of the global batch.
+        lr, lr_ratio, weight_decay, clip: of AdamW.
+        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
+        seed: of the data order and of dropout.
+    """
+
+    make_model: Callable[[ModelParallelConfig], LanguageModel]
+    adapt: Callable[[LanguageModel], nn.Module]
+    rows: PackedRows
+    batch_size: int = 4
+    lr: float = 1e-2
+    lr_ratio: float = 1.0
+    weight_decay: float = 0.1
+    clip: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    seed: int = 0
+
+
+class Run:
+    """A fine-tune at one layout, before its first step. Made and used inside `simulate`.
+
+    Attributes:
+        recipe, layout, mesh: as given.
+        model: with its adapters.
+        optimizer: over them.
+        step: `training`'s own.
+    """
+
+    def __init__(self, recipe: Recipe, layout: Layout, mesh: ParallelGroupInfo) -> None:
+        self.recipe, self.layout, self.mesh = recipe, layout, mesh
+        set_seed(recipe.seed)
+        self.model = recipe.make_model(replace(layout.parallel_config(), params_dtype=torch.float64))
+        self.model.set_activation_checkpointing(layout.activation_checkpointing)
+        recipe.adapt(self.model)
+        self.optimizer = adamw(self.model, lr=recipe.lr, lr_ratio=recipe.lr_ratio, weight_decay=recipe.weight_decay)
+        self.step = TrainStep(
+            self.model, self.optimizer, clip=recipe.clip, router_aux_loss_coef=recipe.router_aux_loss_coef
+        )
+
+    def take(self, number: int, trace: Trace) -> StepResult:
+        """Take the optimizer step of this number, and note its loss and norm; of a first one, the gradients."""
+        return self.take_on(*self.batches(number), trace)
+
+    def take_on(self, batches: list[MicroBatch], targets: int, trace: Trace) -> StepResult:
+        """Take an optimizer step on given micro-batches; otherwise as `take`."""
+        result = self.step(batches, targets)
+        balance = 0.0 if result.router_loss is None else float(agreed(result.router_loss))
+        trace.losses.append(float(agreed(result.loss)) + self.recipe.router_aux_loss_coef * balance)
+        trace.grad_norms.append(float(agreed(result.grad_norm)))
+        if not trace.gradients:
+            trace.gradients.update(full_tensors(self.model, lambda parameter: parameter.grad))
+        return result
+
+    def batches(self, number: int) -> tuple[list[MicroBatch], int]:
+        """This (possibly simulated) rank's own micro-batches of a step, and the target tokens of all ranks."""
+        return self.own(self._of_every_rank(number))
+
+    def all_batches(self, number: int) -> tuple[list[MicroBatch], int]:
+        """The micro-batches of all data-parallel ranks together, for one rank to compute."""
+        slices = self._of_every_rank(number)
+        batches = [
+            MicroBatch(*(torch.cat([getattr(b, name) for b in ranks]) for name in MicroBatch.__dataclass_fields__))
+            for ranks in zip(*slices, strict=True)
+        ]
+        return batches, slices[0].global_target_tokens
+
+    def _of_every_rank(self, number: int) -> list[GlobalBatchSlice]:
+        return [self._sampler(rank).micro_batches(number) for rank in range(self.layout.dp)]
+
+    def own(self, slices: Sequence[GlobalBatchSlice]) -> tuple[list[MicroBatch], int]:
+        """This rank's own of every data-parallel rank's micro-batches, and the target tokens of all of them."""
+        stacked = TensorLayout((self.layout.dp,), ((0, self.mesh.dp),))
+
+        def own(tensors: Sequence[Tensor]) -> Tensor:
+            every = torch.stack(list(tensors))
+            return replace(stacked, global_shape=tuple(every.shape)).slice(every)[0]
+
+        batches = [
+            MicroBatch(*(own([getattr(batch, name) for batch in ranks]) for name in MicroBatch.__dataclass_fields__))
+            for ranks in zip(*slices, strict=True)
+        ]
+        return batches, slices[0].global_target_tokens
+
+    def _sampler(self, rank: int) -> RowSampler:
+        return RowSampler(
+            rows=self.recipe.rows,
+            batch_size=self.recipe.batch_size,
+            micro_batch_size=self.layout.micro_batch_size,
+            dp_rank=rank,
+            dp_size=self.layout.dp,
+            seed=self.recipe.seed,
+        )
+
+    def finish(self, trace: Trace) -> None:
+        """Note the weights, and the tensors of the exported file."""
+        trace.weights.update(full_tensors(self.model, lambda parameter: parameter))
+        # Ranks that hold different copies have no adapter to export; `compare` then finds none.
+        if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
+            with tempfile.TemporaryDirectory() as directory:
+                self.export(directory)
+                trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
+
+    def export(self, directory: str | Path) -> None:
+        """Write the adapter, in the form that holds every method's on experts; of other layers there is one form."""
+        export_peft_adapter(self.model, directory, format="peft-per-expert")
+
+
 def trace_layout(
     layout: Layout,
     make_model: Callable[[ModelParallelConfig], LanguageModel],
@@ -90,90 +216,38 @@ def trace_layout(
     rows: PackedRows,
     *,
     steps: int = 5,
-    batch_size: int = 4,
-    lr: float = 1e-2,
-    weight_decay: float = 0.1,
-    clip: float = 0.0,
-    router_aux_loss_coef: float = 0.0,
-    seed: int = 0,
+    **options: Any,
 ) -> Trace:
     """Fine-tune at one layout and keep what it computed.
 
     Args:
         layout: the layout.
-        make_model: builds or loads the base, the same values at every layout, in float64.
-        adapt: adds the adapters and freezes the rest, for instance a `LoRA`.
-        rows: what to train on.
+        make_model, adapt, rows: see [`Recipe`][meshpeft.verify.oracle.Recipe].
         steps: optimizer steps.
-        batch_size: rows of the global batch.
-        lr, weight_decay, clip: of AdamW.
-        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
-        seed: of the data order and of dropout.
+        options: the other options of a `Recipe`.
     """
     trace = Trace()
+    recipe = Recipe(make_model=make_model, adapt=adapt, rows=rows, **options)
     with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
-        set_seed(seed)
-        model = make_model(replace(layout.parallel_config(), params_dtype=torch.float64))
-        model.set_activation_checkpointing(layout.activation_checkpointing)
-        adapt(model)
-        optimizer = adamw(model, lr=lr, weight_decay=weight_decay)
-        step = TrainStep(model, optimizer, clip=clip, router_aux_loss_coef=router_aux_loss_coef)
+        run = Run(recipe, layout, mesh)
         for number in range(steps):
-            batches, targets = _micro_batches(rows, layout, mesh, number, batch_size, seed)
-            result = step(batches, targets)
-            balance = 0.0 if result.router_loss is None else float(_agreed(result.router_loss))
-            trace.losses.append(float(_agreed(result.loss)) + router_aux_loss_coef * balance)
-            trace.grad_norms.append(float(_agreed(result.grad_norm)))
-            if number == 0:
-                trace.gradients.update(_whole(model, lambda parameter: parameter.grad))
-        trace.weights.update(_whole(model, lambda parameter: parameter))
-        # Ranks that hold different copies have no adapter to export; `compare` then finds none.
-        if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
-            with tempfile.TemporaryDirectory() as directory:
-                # The form that holds every method's adapters on experts; of other layers there is one form.
-                export_peft_adapter(model, directory, format="peft-per-expert")
-                trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
+            run.take(number, trace)
+        run.finish(trace)
     return trace
 
 
-def _micro_batches(
-    rows: PackedRows, layout: Layout, mesh: ParallelGroupInfo, step: int, batch_size: int, seed: int
-) -> tuple[list[MicroBatch], int]:
-    """Every data-parallel rank's own micro-batches, as this (possibly simulated) rank sees them."""
-    slices = [
-        RowSampler(
-            rows=rows,
-            batch_size=batch_size,
-            micro_batch_size=layout.micro_batch_size,
-            dp_rank=rank,
-            dp_size=layout.dp,
-            seed=seed,
-        ).micro_batches(step)
-        for rank in range(layout.dp)
-    ]
-
-    def own(tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(tensors))
-        return TensorLayout(tuple(stacked.shape), ((0, mesh.dp),)).slice(stacked)[0]
-
-    batches = [
-        MicroBatch(*(own([getattr(batch, name) for batch in ranks]) for name in MicroBatch.__dataclass_fields__))
-        for ranks in zip(*slices, strict=True)
-    ]
-    return batches, slices[0].global_target_tokens
-
-
-def _whole(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-    whole = {}
+def full_tensors(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """A value of each trainable parameter, gathered, by the parameter's name; NaN where copies differ."""
+    full = {}
     for name, parameter in model.named_parameters():
         value = value_of(parameter)
         if parameter.requires_grad and value is not None:
             layout = layout_of_tensor(parameter)
-            whole[name] = _agreed(value if layout is None else layout.gather(value))
-    return whole
+            full[name] = agreed(value if layout is None else layout.gather(value))
+    return full
 
 
-def _agreed(tensor: Tensor) -> Tensor:
+def agreed(tensor: Tensor) -> Tensor:
     """The value that all ranks hold; not a number where they differ, which no comparison forgives."""
     same: Tensor
     try:
@@ -192,9 +266,9 @@ def compare(expected: Trace, found: Trace) -> dict[str, float]:
     return {
         "loss": _scalars(expected.losses, found.losses),
         "grad_norm": _scalars(expected.grad_norms, found.grad_norms),
-        "gradient": _tensors(expected.gradients, found.gradients),
-        "weight": _tensors(expected.weights, found.weights),
-        "export": _tensors(expected.exported, found.exported),
+        "gradient": largest_error(expected.gradients, found.gradients),
+        "weight": largest_error(expected.weights, found.weights),
+        "export": largest_error(expected.exported, found.exported),
     }
 
 
@@ -202,10 +276,11 @@ def _scalars(expected: list[float], found: list[float]) -> float:
     def named(values: list[float]) -> dict[str, Tensor]:
         return {"steps": torch.tensor(values, dtype=torch.float64)}
 
-    return _tensors(named(expected), named(found))
+    return largest_error(named(expected), named(found))
 
 
-def _tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
+def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """The largest error of the tensors of a kind, see [`compare`][meshpeft.verify.oracle.compare]."""
     if expected.keys() != found.keys() or not expected:
         return float("inf")
     worst = 0.0

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,13 +18,17 @@ from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_targets
 from meshpeft.training.base_model import BaseModel, find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.quantized_base import base_quantizer, start_adapter
 from meshpeft.training.report import describe_processes, short_path
 from meshpeft.training.setup import workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
 
 __all__ = ["NotExact", "plan_run", "verify_run"]
+
+
+# Starts that depend on the base's weights; the others are drawn.
+STARTS = ("svdquant", "pissa")
 
 
 class NotExact(MeshPEFTError):
@@ -33,9 +38,8 @@ class NotExact(MeshPEFTError):
 def verify_run(config: FinetuneConfig) -> str:
     """Whether the run with these options would train the adapter that one process trains.
 
-    Its model's structure, method, targets and layout are taken; not its weights and data. Dropout is left out, since
-    its masks belong to a layout; a quantised base is checked in full, since packing a layer is the same at every
-    layout.
+    Its model's structure, method, targets and layout are taken, its quantisation and the start of its adapters; not its
+    weights and data. Dropout is part of one step only, since its masks belong to a layout.
 
     Args:
         config: of the run; one that could not be started is refused as `finetune` refuses it.
@@ -107,25 +111,21 @@ def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, BaseModel, int]:
 
 def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
     adapt, layout = _quietly(_at_random(config)), _layout(config, world)
+    options: dict[str, Any] = {
+        "activation_checkpointing": config.activation_checkpointing,
+        "quantizer": base_quantizer(config, base.default_layers(), residuals=True),
+        "start": None if config.lora_init_method not in STARTS else partial(start_adapter, run=config),
+        "dropout": config.dropout,
+        "all_layers": _names_layers(config),
+        "lr_ratio": config.lora_plus,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
     if isinstance(base.config, DecoderConfig):
-        return verify_layout(
-            base.config,
-            adapt,
-            **layout,
-            router_aux_loss_coef=config.router_aux_loss_coef,
-            all_layers=_names_layers(config),
-        )
+        return verify_layout(base.config, adapt, **{**layout, **options})
     # It takes seconds, and there is something to import: the model is of transformers.
     from meshpeft.verify.transformers_layout import verify_transformers_layout
 
-    return verify_transformers_layout(
-        base.config,
-        adapt,
-        tp=config.tp,
-        dp=layout["dp"],
-        activation_checkpointing=config.activation_checkpointing,
-        all_layers=_names_layers(config),
-    )
+    return verify_transformers_layout(base.config, adapt, tp=config.tp, dp=layout["dp"], **options)
 
 
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
@@ -200,9 +200,7 @@ def _quietly(config: FinetuneConfig) -> Callable[[LanguageModel], nn.Module]:
 
 def _at_random(config: FinetuneConfig) -> FinetuneConfig:
     """The run's adapter in float64, with a B that does not hide A, and without dropout."""
-    return replace(
-        config, dtype="float64", dropout=0.0, lora_b_init_method="normal", lora_init_method=None, quantize=None
-    )
+    return replace(config, dtype="float64", dropout=0.0, lora_b_init_method="normal", lora_init_method=None)
 
 
 def _names_layers(config: FinetuneConfig) -> bool:
@@ -230,14 +228,16 @@ def _findings(verdict: Verdict, world: int, base: BaseModel) -> list[str]:
             ", ".join(f"{state} on {axis}" for axis, state in verdict.states.items()) or "one rank, nothing to check"
         )
         states = f"states at {world:,} ranks: every operation's operands agree; the loss is {found}"
-    errors = [
-        f"  {name.replace('_', ' '):<14}{error:.1e}{'' if error < TOLERANCE else '   <- wrong'}"
-        for name, error in verdict.errors.items()
+    checks = [
+        f"  {check.name.replace('_', ' '):<10}{check.error:.1e}   {'' if check.error < TOLERANCE else '<- wrong: '}"
+        f"{check.did}"
+        for check in verdict.checks
     ]
     small = f"{verdict.num_layers} layers, hidden {verdict.hidden_size}"
     return [
         states,
         f"numbers, float64, {verdict.layout} against one rank ({small}):",
-        *errors,
+        *checks,
         f"  largest relative error allowed: {TOLERANCE:.0e}",
+        *(f"not checked: {what}" for what in verdict.unchecked),
     ]

@@ -9,6 +9,7 @@ terms of them.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from meshpeft.models import LanguageModel, ModelError, load_transformers
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import first_line
+from meshpeft.quantization import BaseQuantizer
+from meshpeft.quantization.formats import BLOCK_SIZES
 from meshpeft.verify.float64 import lift_float32
-from meshpeft.verify.layout import Verdict, errors_of, few_ranks
+from meshpeft.verify.layout import Verdict, few_ranks, in_smallest_blocks, prove_adapter, started, straddling_width
 from meshpeft.verify.oracle import Layout
 
 __all__ = ["verify_transformers_layout"]
@@ -54,14 +57,18 @@ def verify_transformers_layout(
     tp: int = 1,
     dp: int = 1,
     activation_checkpointing: bool = False,
+    quantizer: BaseQuantizer | None = None,
+    start: Callable[[LanguageModel], None] | None = None,
+    dropout: float = 0.0,
     all_layers: bool = False,
     steps: int = 3,
+    **options: Any,
 ) -> Verdict:
     """Check a model, an adapter and a layout together.
 
     Args:
         config: of the model, at its real size.
-        adapt, tp, dp, activation_checkpointing, all_layers, steps: see
+        adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: see
             [`verify_layout`][meshpeft.verify.layout.verify_layout].
 
     Raises:
@@ -69,7 +76,7 @@ def verify_transformers_layout(
         MeshPEFTError: sizes do not divide; a target matches no layer.
     """
     layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing))
-    small = _small_model(config, tp, all_layers)
+    small = _small_model(config, tp, all_layers, blocks=quantizer is not None)
     text = small.config.get_text_config()
 
     with tempfile.TemporaryDirectory() as directory:
@@ -77,12 +84,21 @@ def verify_transformers_layout(
         save_model(small, str(Path(directory) / "model.safetensors"))
 
         def load(parallel: Any) -> LanguageModel:
-            model = load_transformers(directory, torch.float64)
+            few = None if quantizer is None else in_smallest_blocks(quantizer)
+            model = load_transformers(directory, torch.float64, quantize=few)
             lift_float32(model)
             return model
 
         try:
-            errors = errors_of(layout, load, adapt, text.vocab_size, steps=steps)
+            proof = prove_adapter(
+                layout,
+                load,
+                started(adapt, start),
+                text.vocab_size,
+                steps=steps,
+                dropout=dropout > 0,
+                **options,
+            )
         except MeshPEFTError:
             raise
         except _OF_THEIR_CODE as error:
@@ -90,15 +106,15 @@ def verify_transformers_layout(
                 f"a {config.model_type} model cannot be simulated ({type(error).__name__}: {first_line(error)}); "
                 "compare a few steps of finetune at two layouts instead"
             ) from error
-    return Verdict(None, errors, layout, text.num_hidden_layers, text.hidden_size)
+    return Verdict(None, tuple(proof.checks), tuple(proof.unchecked), layout, text.num_hidden_layers, text.hidden_size)
 
 
-def _small_model(config: PretrainedConfig, tp: int, all_layers: bool) -> Any:
+def _small_model(config: PretrainedConfig, tp: int, all_layers: bool, *, blocks: bool) -> Any:
     """A random model of the same structure that takes seconds, of two layers or one of each kind."""
     reasons = []
     for narrow in (True, False):
         try:
-            model = _random_model(_scaled_down(config, tp, all_layers, narrow))
+            model = _random_model(_scaled_down(config, tp, all_layers, narrow, blocks))
             with torch.no_grad():
                 model(torch.arange(8)[None])
             return model
@@ -110,7 +126,7 @@ def _small_model(config: PretrainedConfig, tp: int, all_layers: bool) -> Any:
     )
 
 
-def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bool) -> PretrainedConfig:
+def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bool, blocks: bool) -> PretrainedConfig:
     """The configuration with fewer layers and a small vocabulary, and narrow if asked for; it may not fit together.
 
     Raises:
@@ -122,7 +138,7 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bo
         _keep_layers(text)
     _shrink_vocabulary(text, tp)
     if narrow:
-        _narrow(text, tp)
+        _narrow(text, tp, blocks)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small, trust_remote_code=False).parameters())
     if size > _MOST_PARAMETERS:
@@ -150,15 +166,16 @@ def _shrink_vocabulary(text: Any, tp: int) -> None:
             setattr(text, name, 0)
 
 
-def _narrow(text: Any, tp: int) -> None:
-    """Narrow heads and MLPs, and windows shorter than a row."""
+def _narrow(text: Any, tp: int, blocks: bool) -> None:
+    """Narrow heads and MLPs, and windows shorter than a row; rows of whole blocks where weights are packed."""
     heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", None)
     square = head_dim is None or text.hidden_size == heads * head_dim
-    text.hidden_size = heads * _HEAD_DIM * (1 if square else 2)
+    width = math.lcm(heads * _HEAD_DIM, BLOCK_SIZES[0] * tp) // heads if blocks else _HEAD_DIM
+    text.hidden_size = heads * width * (1 if square else 2)
     if head_dim is not None:
-        text.head_dim = _HEAD_DIM
+        text.head_dim = width
     if isinstance(getattr(text, "intermediate_size", None), int):
-        text.intermediate_size = 8 * tp
+        text.intermediate_size = straddling_width(tp) if blocks else 8 * tp
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4
 

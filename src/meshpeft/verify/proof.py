@@ -1,0 +1,333 @@
+"""What a layout is held against one rank in, one check after the other, each with what it did.
+
+| check | compared with one rank |
+|---|---|
+| loss, grad norm, gradient, weight | every step of `training`'s own, clipped |
+| held-out | the loss without training, over rows that do not divide |
+| export | the exported file; read back on one rank, it computes the layout's held-out loss |
+| merged | (one rank) the base with its adapters merged computes the loss of the step that was trained on them |
+| resume | a checkpoint of the layout goes on at one rank, and one of one rank at the layout |
+| masks | a step with dropout, with the masks that the layout drew |
+| packed | codes and scales of a quantised base, bit for bit |
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshpeft.checkpoint import CheckpointError, load_peft_adapter, merge_adapter
+from meshpeft.models import Decoder
+from meshpeft.parallel import layout_of_tensor
+from meshpeft.parallel.random import masks_seen_by
+from meshpeft.peft import AdapterError, AdapterWrapper, DoRALinear
+from meshpeft.quantization import PackedLayer, dequantize_base
+from meshpeft.training.batches import eval_batches
+from meshpeft.training.packing import MicroBatch, PackedRows
+from meshpeft.training.step import mean_loss
+from meshpeft.verify.masks import MaskFault, MasksOfALayout, set_dropout
+from meshpeft.verify.oracle import Layout, Recipe, Run, Trace, agreed, compare, full_tensors, largest_error
+from meshpeft.verify.resume import restore, store
+from meshpeft.verify.simulation import simulate
+
+__all__ = ["DROPOUT", "Check", "Proof", "prove"]
+
+DROPOUT = 0.4
+"""Of the step that masks are checked in; not 0.5, where keeping and dropping are alike."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: what was compared.
+        error: the largest relative error; infinite where there was nothing to compare.
+        did: what was done, or what is wrong.
+    """
+
+    name: str
+    error: float
+    did: str
+
+
+@dataclass
+class Proof:
+    """The checks of one layout, and what could not be checked, each with the reason."""
+
+    checks: list[Check] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def add(self, name: str, error: float, did: str) -> None:
+        """Enter a check."""
+        self.checks.append(Check(name, error, did))
+
+    @contextmanager
+    def check(self, name: str, did: str) -> Iterator[list[float]]:
+        """Enter a check whose errors the body appends; one that the body refuses to make has an infinite error."""
+        errors: list[float] = []
+        try:
+            yield errors
+        except (CheckpointError, MaskFault) as error:
+            self.add(name, float("inf"), str(error))
+        else:
+            self.add(name, max(errors, default=float("inf")), did)
+
+
+def prove(recipe: Recipe, layout: Layout, held_out: PackedRows, *, steps: int = 3, dropout: bool = False) -> Proof:
+    """Train at a layout and on one rank, and compare everything that a run computes, writes and reads.
+
+    Args:
+        recipe: what is trained; its `clip` is set to a quarter of the first step's norm, so that clipping acts.
+        layout: simulated in this process.
+        held_out: rows of the loss without training.
+        steps: optimizer steps; the last one is taken again from checkpoints.
+        dropout: check the masks of a step with dropout, too.
+    """
+    recipe, proof = replace(recipe, clip=_first_norm(recipe) / 4), Proof()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        expected = _trained(recipe, Layout(), held_out, steps, directory / "one-rank")
+        found = _trained(recipe, layout, held_out, steps, directory / "layout", expected.checkpoint, dropout)
+        _compare_numbers(proof, expected, found, recipe, steps)
+        _compare_files(proof, expected, found, recipe, held_out, directory / "layout")
+        _compare_merged(proof, expected, recipe, steps)
+        _compare_resumed(proof, expected, found, recipe, steps)
+    if found.packed:
+        layers = f"{len(found.packed) // 2} packed layers: codes and scales are slices of one rank's"
+        proof.add("packed", largest_error(expected.packed, found.packed), layers)
+    return proof
+
+
+def _first_norm(recipe: Recipe) -> float:
+    with simulate() as mesh:
+        return float(Run(replace(recipe, clip=0.0), Layout(), mesh).take(0, Trace()).grad_norm)
+
+
+@dataclass
+class _Trained:
+    """A layout's run.
+
+    Attributes:
+        trace: of its steps.
+        held_out: the loss without training, after them.
+        packed: codes and scales of the base's packed layers, gathered.
+        checkpoint: of the state before the last step; or why there is none.
+        entropy: the cross entropy of the last step.
+        resumed: the last step, taken from the other layout's checkpoint; or why it was not.
+        masks: of one more step, with dropout, and what it computed.
+    """
+
+    trace: Trace
+    held_out: float
+    packed: dict[str, Tensor]
+    checkpoint: Path | CheckpointError
+    entropy: float
+    resumed: Trace | CheckpointError | None = None
+    masks: MasksOfALayout | MaskFault | None = None
+    dropped: Trace = field(default_factory=Trace)
+    dropped_batches: tuple[list[MicroBatch], int] | None = None
+
+
+def _trained(
+    recipe: Recipe,
+    layout: Layout,
+    held_out: PackedRows,
+    steps: int,
+    directory: Path,
+    resume: Path | CheckpointError | None = None,
+    dropout: bool = False,
+) -> _Trained:
+    with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
+        run, trace = Run(recipe, layout, mesh), Trace()
+        packed = _packed(run.model)
+        checkpoint: Path | CheckpointError
+        for number in range(steps):
+            if number == steps - 1:
+                try:
+                    checkpoint = store(run.model, run.optimizer, directory, number)
+                except CheckpointError as error:
+                    checkpoint = error
+            entropy = float(agreed(run.take(number, trace).loss))
+        run.finish(trace)
+        if trace.exported:
+            run.export(directory)
+        done = _Trained(trace, _held_out(run, held_out), packed, checkpoint, entropy)
+        if isinstance(resume, Path):
+            done.resumed = _last_step(Run(recipe, layout, mesh), resume, steps)
+        if dropout:
+            _drop(done, run, steps)
+    return done
+
+
+def _held_out(run: Run, rows: PackedRows) -> float:
+    slices = [eval_batches(rows, run.layout.micro_batch_size, rank, run.layout.dp) for rank in range(run.layout.dp)]
+    return float(agreed(mean_loss(run.model, *run.own(slices))))
+
+
+def _last_step(run: Run, checkpoint: Path, steps: int) -> Trace | CheckpointError:
+    trace = Trace()
+    try:
+        restore(run.model, run.optimizer, checkpoint)
+    except CheckpointError as error:
+        return error
+    run.take(steps - 1, trace)
+    trace.weights.update(full_tensors(run.model, lambda parameter: parameter))
+    return trace
+
+
+def _drop(done: _Trained, run: Run, number: int) -> None:
+    """Take one more step, with dropout."""
+    adapters = set_dropout(run.model, DROPOUT)
+    done.masks = masks = MasksOfALayout(DROPOUT, run.mesh, 1 if isinstance(run.model, Decoder) else 0)
+    done.dropped_batches = run.all_batches(number)
+    with masks_seen_by(masks.record):
+        run.take(number, done.dropped)
+    if adapters[0].dropout_position != "pre":
+        return
+    try:
+        masks.check(1 + run.layout.activation_checkpointing + adapters[0].dropout_recompute)
+    except MaskFault as error:
+        done.masks = error
+
+
+def _packed(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            for key in ("weight_packed", "weight_scale"):
+                tensor: Tensor = getattr(module, key)
+                layout = layout_of_tensor(tensor)
+                found[f"{name}.{key}"] = agreed(tensor if layout is None else layout.gather(tensor)).double()
+    return found
+
+
+def _compare_numbers(proof: Proof, expected: _Trained, found: _Trained, recipe: Recipe, steps: int) -> None:
+    errors, norms = compare(expected.trace, found.trace), expected.trace.grad_norms
+    did = {
+        "loss": f"{steps} steps of {recipe.batch_size} rows",
+        "grad_norm": f"{min(norms):.3g} to {max(norms):.3g}, clipped to {recipe.clip:.3g}",
+        "gradient": f"{len(expected.trace.gradients)} tensors, summed and clipped, of the first step",
+        "weight": f"after {steps} steps of AdamW",
+    }
+    if min(norms) <= recipe.clip:
+        proof.unchecked.append("clipping in all of the steps: a norm is too small")
+    errors["gradient"] = max(errors["gradient"], _error_of_clipping(found.trace, recipe.clip))
+    for name, text in did.items():
+        proof.add(name, errors[name], text)
+    proof.add("held-out", _difference(expected.held_out, found.held_out), "the loss without training")
+
+
+def _error_of_clipping(trace: Trace, clip: float) -> float:
+    """How far the norm of all gradients, gathered, is from what clipping is to leave of the norm that was reported."""
+    norm = trace.grad_norms[0]
+    left = math.sqrt(sum(float(gradient.square().sum()) for gradient in trace.gradients.values()))
+    return _difference(norm * min(1.0, clip / (norm + 1e-6)), left)
+
+
+def _difference(expected: float, found: float) -> float:
+    def named(value: float) -> dict[str, Tensor]:
+        return {"loss": torch.tensor([value], dtype=torch.float64)}
+
+    return largest_error(named(expected), named(found))
+
+
+def _compare_files(
+    proof: Proof, expected: _Trained, found: _Trained, recipe: Recipe, held_out: PackedRows, directory: Path
+) -> None:
+    with proof.check("export", "the adapter's file; read back on one rank, it gives the held-out loss") as errors:
+        errors.append(largest_error(expected.trace.exported, found.trace.exported))
+        if found.trace.exported:
+            with simulate() as mesh:
+                run = Run(replace(recipe, adapt=lambda model: _read(model, directory)), Layout(), mesh)
+                errors.append(_difference(expected.held_out, _held_out(run, held_out)))
+
+
+def _read(model: Any, directory: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said already, where the run's own adapter was made
+        read: nn.Module = load_peft_adapter(model, directory, trainable=True)
+    return read
+
+
+def _compare_merged(proof: Proof, expected: _Trained, recipe: Recipe, steps: int) -> None:
+    """The adapter before the last step, merged: the loss that this step was taken on, without the adapter's code."""
+    if not isinstance(expected.checkpoint, Path):
+        return
+    with simulate() as mesh:
+        run = Run(recipe, Layout(), mesh)
+        restore(run.model, run.optimizer, expected.checkpoint)
+        dequantize_base(run.model)
+        wrappers = [module for module in run.model.modules() if isinstance(module, AdapterWrapper)]
+        try:
+            for wrapper in wrappers:
+                if isinstance(wrapper, DoRALinear):
+                    wrapper.forget_norms()  # those that training used may be old
+                wrapper.check_mergeable()
+        except AdapterError as error:
+            proof.unchecked.append(f"merging: {error}")
+            return
+        merge_adapter(run.model)
+        loss = float(mean_loss(run.model, *run.batches(steps - 1)))
+    did = f"on one rank: the base with {len(wrappers)} adapters merged gives the loss of step {steps}"
+    proof.add("merged", _difference(expected.entropy, loss), did)
+
+
+def _compare_resumed(proof: Proof, expected: _Trained, found: _Trained, recipe: Recipe, steps: int) -> None:
+    """The layout's checkpoint at one rank, and one rank's at the layout; and a step with dropout after the first."""
+    after = f"saved after {steps - 1} steps: this layout's goes on at one rank, one rank's at this layout"
+    with simulate() as mesh:
+        run = Run(recipe, Layout(), mesh)
+        with proof.check("resume", after) as errors:
+            if isinstance(found.checkpoint, CheckpointError):
+                raise found.checkpoint
+            for trace in (_last_step(run, found.checkpoint, steps), found.resumed):
+                if isinstance(trace, CheckpointError):
+                    raise trace
+                if trace is not None:
+                    errors.extend(_errors_of_last_step(expected.trace, trace))
+        if found.masks is not None:
+            _compare_dropped(proof, found, run)
+
+
+def _errors_of_last_step(expected: Trace, found: Trace) -> list[float]:
+    return [
+        _difference(expected.losses[-1], found.losses[-1]),
+        _difference(expected.grad_norms[-1], found.grad_norms[-1]),
+        largest_error(expected.weights, found.weights),
+    ]
+
+
+def _compare_dropped(proof: Proof, found: _Trained, run: Run) -> None:
+    """The step that the layout took with dropout, on one rank, with the layout's masks."""
+    adapters = set_dropout(run.model, DROPOUT)
+    masks, trace = found.masks, Trace()
+    if adapters[0].dropout_position != "pre":
+        proof.unchecked.append("masks of dropped outputs: their states are followed, their values are not compared")
+        return
+    experts = isinstance(run.model, Decoder) and run.model.config.moe is not None
+    if experts:
+        proof.unchecked.append(
+            "numbers with dropout: a layout has experts' tokens in another order; masks are compared between its ranks"
+        )
+    count = len(masks) if isinstance(masks, MasksOfALayout) else 0
+    did = f"dropout {DROPOUT}: {count} masks agree where ranks hold the same activation and differ elsewhere"
+    with proof.check("masks", did if experts else f"{did}; one rank computes the same with them") as errors:
+        if not isinstance(masks, MasksOfALayout):
+            raise masks or MaskFault("no mask was drawn")
+        errors.append(0.0 if len(masks) else float("inf"))
+        if not experts:
+            assert found.dropped_batches is not None
+            with masks_seen_by(masks.replay):
+                run.take_on(*found.dropped_batches, trace)
+            errors.append(_difference(trace.losses[0], found.dropped.losses[0]))
+            errors.append(largest_error(trace.gradients, found.dropped.gradients))
