@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from meshpeft.checkpoint import (
     load_peft_adapter,
     merge_adapter,
     save_checkpoint,
+    serving_note,
     tensor_file,
 )
 from meshpeft.checkpoint.peft_config import PeftConfig
@@ -178,6 +180,32 @@ def test_one_scale_serves_experts_of_another_rank(case: str, format: Any, tiny: 
     shapes = [[(a.dim, a.alpha) for a in each.modules() if isinstance(a, LowRankAdapter)] for each in (model, again)]
     assert shapes[0] == shapes[1]
     assert (tmp_path / "again" / CONFIG).read_bytes() == (folder / CONFIG).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "format", "note"),
+    [
+        ({"targets": ["linear_qkv"]}, "peft", None),
+        ({"targets": ["linear_qkv"], "rank_pattern": {"*.1.*": 24}}, "peft", r"^vLLM needs --max-lora-rank 24 or more"),
+        (
+            {"targets": ["*.experts.*"]},
+            "peft",
+            "^vLLM and SGLang serve adapters of experts in the form peft-per-expert",
+        ),
+        ({"targets": ["*.experts.*"]}, "peft-per-expert", None),
+        (
+            {},
+            "peft-per-expert",
+            "^vLLM and SGLang do not serve adapters on routers and gates .*; meshpeft merge writes",
+        ),
+        ({"targets": ["linear_qkv"], "method": "dora"}, "peft", "^vLLM and SGLang do not serve DoRA; meshpeft merge"),
+    ],
+)
+def test_what_serving_systems_leave_out_is_said(
+    options: dict[str, Any], format: Any, note: str | None, tiny: Tiny
+) -> None:
+    found = serving_note(experts_adapted(tiny("mixtral"), "mixtral", **options), format)
+    assert found is None if note is None else re.search(note, found or "")
 
 
 def test_dropout_that_is_over_is_written_as_none(tiny: Tiny, tmp_path: Path) -> None:

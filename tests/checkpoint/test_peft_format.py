@@ -16,6 +16,7 @@ import torch
 import transformers
 from helpers.adapters import EVERYTHING, METHODS, adapted, peft_adapted, share_a
 from helpers.checkpoint_jobs import export_and_fail
+from helpers.fsdp_jobs import export_under_fsdp, made, trained
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import simulate, the_same
 from helpers.tiny_models import random_ids, reference
@@ -603,3 +604,20 @@ def test_two_processes_write_one_file_and_fail_together(tiny: Tiny, tmp_path: Pa
     assert all("holds an adapter" in error for error in errors)
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "adapter" / name).read_bytes() == (exported / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_that_fully_shard_sharded_is_gathered(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Each rank holds half the rows of every factor: written as they are, the rest would be missing, or zero."""
+    rows = [random_ids()[:2], random_ids()[:2].flip(1)]
+    export_peft_adapter(trained(made(str(tiny("llama")), method), rows), tmp_path / "alone")
+    for errors in run_on_ranks(2, export_under_fsdp, str(tiny("llama")), str(tmp_path), method, rows):
+        assert "is sharded by PyTorch's fully_shard" in errors[0] and "torch.distributed.checkpoint" in errors[0]
+        assert "is sharded by PyTorch's fully_shard" in errors[1] and "merge before fully_shard" in errors[1]
+    expected = load_file(tmp_path / "alone" / WEIGHTS)
+    for folder in ("first", "again"):
+        assert (tmp_path / folder / CONFIG).read_bytes() == (tmp_path / "alone" / CONFIG).read_bytes()
+        found = load_file(tmp_path / folder / WEIGHTS)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-14)

@@ -7,6 +7,7 @@ from meshpeft.checkpoint.peft_export import check_exportable, export_peft_adapte
 from meshpeft.checkpoint.peft_import import load_peft_adapter
 from meshpeft.checkpoint.places import AdapterFormat
 from meshpeft.checkpoint.save import Save, save_checkpoint
+from meshpeft.checkpoint.serving import serving_note
 
 __all__ = [
     "AdapterFormat",
@@ -21,4 +22,5 @@ __all__ = [
     "load_peft_adapter",
     "merge_adapter",
     "save_checkpoint",
+    "serving_note",
 ]

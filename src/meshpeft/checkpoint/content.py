@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.fsdp import refuse_sharded
 from meshpeft.checkpoint.slices import Slice
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
@@ -71,7 +72,15 @@ class ModelContent:
         Args:
             model: its adapters, whatever else is trainable, and running statistics are always stored.
             full_model: store everything.
+
+        Raises:
+            CheckpointError: there is nothing to store; or the model's parameters are sharded by `fully_shard`.
         """
+        refuse_sharded(
+            model,
+            "save with torch.distributed.checkpoint.state_dict, which knows its tensors; export_peft_adapter and "
+            "load_peft_adapter gather and shard the adapter",
+        )
         described = getattr(model, "sharded_state_dict", None)
         entries: Mapping[str, ShardedTensor] = described() if callable(described) else sharded_state_dict(model)
         wanted = _trained(model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.fsdp import gathered, sharded_like, sharded_parameters
 from meshpeft.checkpoint.peft_config import AdapterShape
 from meshpeft.models import Decoder, ModelError
 from meshpeft.models.hf_names import hf_module_name
@@ -65,22 +66,23 @@ class Factor:
     layout: TensorLayout
 
     @classmethod
-    def of(cls, parameter: Tensor, name: str) -> Factor:
-        """Read the layout that the parameter states.
+    def of(cls, parameter: Tensor, layout: TensorLayout) -> Factor:
+        """Read the layout that the parameter states; `layout` where it was replaced by one that states none."""
+        return cls(parameter, layout_of_tensor(parameter) or layout)
 
-        Raises:
-            CheckpointError: it lost it.
-        """
-        layout = layout_of_tensor(parameter)
-        if layout is None:
-            raise CheckpointError(f"an adapter parameter of {name} has no layout; set it with set_layout")
-        return cls(parameter, layout)
+    def full(self) -> Tensor:
+        """The full tensor in canonical order. A collective."""
+        return self.layout.gather(gathered(self.values))
+
+    def fill(self, local: Tensor) -> None:
+        """Set the values to this rank's slice."""
+        self.values.copy_(sharded_like(local, self.values))
 
     def beside(self, others: Tensor, dim: int) -> Factor:
         """These values and as many others, along the dim of the rank."""
         shape = list(self.layout.global_shape)
         shape[dim] *= 2
-        return Factor(torch.cat([self.values, others], dim), replace(self.layout, global_shape=tuple(shape)))
+        return Factor(torch.cat([gathered(self.values), others], dim), replace(self.layout, global_shape=tuple(shape)))
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,17 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
     if _is_of(model, "megatron.core"):
         _check_whole(model)
         describe_layers(model)
-    found = []
+    found, sharded = [], sharded_parameters(model)
     for place, module in walk(model):
         layer = module.to_wrap if isinstance(module, AdapterWrapper) else module
         layer_type = layer_type_of(layer)
         if layer_type is None:
             continue
         name = place.full_name
-        layout = layer_type.layout(layer)
+        if isinstance(layer, nn.Linear) and id(layer._parameters["weight"]) in sharded:  # no tensor parallel's DTensor
+            layout = LinearLayout(layer.in_features, layer.out_features)
+        else:
+            layout = layer_type.layout(layer)
         packed = layout.packing is not None and layout.experts is None and not _is_of(model, "transformers")
         parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
         for part in parts:
@@ -238,7 +243,9 @@ def _of_wrapper(
         if named is not None:
             yield _of_adapter(module, whole, named, None)
     elif parts and isinstance(wrapper, LoRALinear | DoRALinear) and wrapper.adapter.is_linear:
-        magnitude = wrapper.adapter.weight_magnitude if isinstance(wrapper, DoRALinear) else None
+        magnitude = None
+        if isinstance(wrapper, DoRALinear):
+            magnitude = Factor.of(wrapper.adapter.weight_magnitude, wrapper.adapter.magnitude_layout)
         yield _of_adapter(module, whole, wrapper.adapter, magnitude)
     elif (
         isinstance(wrapper, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate) and parts.keys() >= wrapper.adapters().keys()
@@ -253,9 +260,9 @@ def _of_wrapper(
 
 
 def _of_adapter(
-    module: str, parts: list[HubLinear], adapter: LowRankAdapter, magnitude: Tensor | None
+    module: str, parts: list[HubLinear], adapter: LowRankAdapter, magnitude: Factor | None
 ) -> AdaptedLinear:
-    a, b = Factor.of(adapter.linear_in.weight, module), Factor.of(adapter.linear_out.weight, module)
+    a, b = (Factor.of(factor.weight, factor.layout) for factor in (adapter.linear_in, adapter.linear_out))
     shape = AdapterShape(adapter.dim, adapter.alpha)
     start_a, start_b = adapter.linear_in.start, adapter.linear_out.start
     if start_a is not None and start_b is not None:
@@ -268,7 +275,7 @@ def _of_adapter(
         tuple(part.name for part in parts),
         a,
         b,
-        None if magnitude is None else Factor.of(magnitude, module),
+        magnitude,
         shape,
         adapter.use_rslora,
         adapter.dropout,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint.content import check_finite_adapters
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.fsdp import refuse_sharded
 from meshpeft.models import Decoder, LanguageModel, save_pretrained
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
@@ -48,6 +49,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
     with all_or_none("merging", CheckpointError):
         _check(wrappers)
+        refuse_sharded(model, "merge before fully_shard; or export the adapter, which gathers it, and merge the files")
         if directory is not None:
             _check_target(model, Path(directory), overwrite)
     check_finite_adapters(model, "merging")

@@ -20,6 +20,7 @@ from torch.distributed._local_tensor import LocalTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.fsdp import reshard, sharded_parameters
 from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
 from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
@@ -73,7 +74,8 @@ def export_peft_adapter(
     check_finite(described.values(), f"writing {directory}", CheckpointError)
     # Under simulation there is one process, and torch.distributed calls it rank 0.
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    what = f"writing {directory}"
+    # What PyTorch shards over all processes is gathered from them, whether the mesh knows of them or not.
+    sharded, what = bool(sharded_parameters(model)), f"writing {directory}"
     failures: list[Exception] = []
     staged: StagedFiles | None = None
     writer: TensorFileWriter | None = None
@@ -85,7 +87,7 @@ def export_peft_adapter(
             declared = [tensor for linear in described.adapted for tensor in described.declared(linear)]
             writer = TensorFileWriter(staged.folder / WEIGHTS_NAME, declared, metadata=described.metadata)
     try:
-        raise_everywhere(failures, what, CheckpointError)
+        raise_everywhere(failures, what, CheckpointError, beyond_mesh=sharded)
         for linear in described.adapted:
             for tensor in described.gathered(linear):
                 with kept(failures):
@@ -98,7 +100,7 @@ def export_peft_adapter(
                     json.dumps(described.config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
                 )
                 staged.publish([WEIGHTS_NAME, CONFIG_NAME])
-        raise_everywhere(failures, what, CheckpointError)
+        raise_everywhere(failures, what, CheckpointError, beyond_mesh=sharded)
     finally:
         if writer is not None:
             writer.abandon()
@@ -154,7 +156,7 @@ class _Described:
     def gathered(self, linear: AdaptedLinear) -> Iterator[Tensor]:
         """The tensors. A collective."""
         for factor, written, stored in self._factors(linear):
-            yield from stored.split(written.b_in_file(_plain(factor.layout.gather(factor.values))))
+            yield from stored.split(written.b_in_file(_plain(factor.full())))
 
     def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, StoredFactor]]:
         """Every parameter; how its values are written (those of A and the magnitude as they are); and where."""
@@ -174,6 +176,7 @@ def _described(
     if format not in get_args(AdapterFormat):
         raise CheckpointError(f"format={format!r}: expected one of {', '.join(get_args(AdapterFormat))}")
     model = held_module(model)
+    reshard(model)
     adapted = adapted_linears(model, adapter_name)
     names = _names(model, adapted, format)
     _check_alike(adapted)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.fsdp import reshard
 from meshpeft.checkpoint.linears import adapted_linears, is_adapted
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
 from meshpeft.checkpoint.peft_plan import AdapterPlan
@@ -48,6 +49,7 @@ def load_peft_adapter(
             the first difference, on every rank, and the model is as it was.
     """
     directory = Path(directory)
+    reshard(model)
     with all_or_none(f"reading {directory}", CheckpointError):
         config = PeftConfig.read(directory / CONFIG_NAME)
         with TensorFileReader(_weights(directory)) as file:
@@ -64,7 +66,7 @@ def load_peft_adapter(
             factors = (linear.a, linear.b, linear.magnitude)
             for factor, value in zip(factors, values[linear.module, linear.names], strict=True):
                 if factor is not None and value is not None:
-                    factor.values.copy_(value)
+                    factor.fill(value)
     return model
 
 

@@ -39,15 +39,25 @@ def kept(failures: list[Exception]) -> Iterator[None]:
         failures.append(error)
 
 
-def raise_everywhere(failures: list[Exception], what: str, error_type: type[MeshPEFTError] = MeshPEFTError) -> None:
+def raise_everywhere(
+    failures: list[Exception],
+    what: str,
+    error_type: type[MeshPEFTError] = MeshPEFTError,
+    *,
+    beyond_mesh: bool = False,
+) -> None:
     """Raise this rank's first failure, or else that another rank reports. A collective.
 
     Args:
         failures: of this rank.
         what, error_type: see [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
+        beyond_mesh: every process of torch.distributed takes part, also where the mesh was never told of them.
     """
     failure = failures[0] if failures else None
-    reports = gathered(None if failure is None else f"{what}: {failure}")
+    everyone = None
+    if beyond_mesh and dist.is_initialized():
+        everyone = ParallelAxis("world", dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    reports = gathered(None if failure is None else f"{what}: {failure}", everyone)
     if isinstance(failure, OSError):
         raise error_type(f"{what}: {failure.strerror or failure}") from failure
     if failure is not None:

@@ -80,6 +80,7 @@ class LowRankFactor(ShardedTensors, nn.Module):
     ) -> None:
         super().__init__()
         init_fn = init_method_of(init_method)
+        self.layout = layout  # also here: sharded data parallel puts parameters without one in the place of ours
         self.weight = nn.Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
         set_layout(self.weight, layout)
         self.start: Tensor | None

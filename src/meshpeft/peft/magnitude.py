@@ -22,6 +22,7 @@ class AdapterWithMagnitude(LowRankAdapter):
     """
 
     weight_magnitude: nn.Parameter
+    magnitude_layout: TensorLayout
     _copy_m: tuple[ParallelAxis, ...] = ()
 
     def init_weight_magnitude(self, value: Tensor) -> None:
@@ -36,6 +37,7 @@ class AdapterWithMagnitude(LowRankAdapter):
         layout, self._copy_m = self._place_magnitude()
         if tuple(value.shape) != layout.local_shape:
             raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
+        self.magnitude_layout = layout
         self.weight_magnitude = nn.Parameter(value.detach().clone())
         set_layout(self.weight_magnitude, layout)
 

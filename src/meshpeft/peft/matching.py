@@ -93,7 +93,7 @@ def is_router(module: nn.Module) -> bool:
     return callable(getattr(module, "gating", None)) and callable(getattr(module, "routing", None))
 
 
-def _decides(module: nn.Module) -> bool:
+def decides(module: nn.Module) -> bool:
     """Whether a module is a router, or a gate of shared experts: only targets that name it mean it."""
     layer_type = layer_type_of(module)
     return is_router(module) or (layer_type is not None and layer_type.decides)
@@ -191,20 +191,20 @@ class ModuleMatcher:
         name = name or ""
         full_name = f"{prefix}.{name}" if prefix else name
         adaptable = layer_type_of(m) is not None or is_router(m)
-        decides = _decides(m)
+        is_named_only = decides(m)
         if adaptable:
             self._adaptable[full_name] = None
         if self.exclude_modules:
             excluded = [pattern for pattern in self.exclude_modules if is_target(pattern, full_name)]
             self._met.update(excluded)
-            if not adaptable or excluded or decides:
+            if not adaptable or excluded or is_named_only:
                 return None
             self._chosen[full_name] = None
             return name, full_name
         matching = [
             pattern
             for pattern in self._patterns()
-            if is_target(pattern, full_name) and (not decides or pattern.rpartition(".")[2].strip("*"))
+            if is_target(pattern, full_name) and (not is_named_only or pattern.rpartition(".")[2].strip("*"))
         ]
         if adaptable:
             self._met.update(matching)

@@ -19,6 +19,7 @@ from meshpeft.checkpoint import (
     load_checkpoint,
     load_peft_adapter,
     merge_adapter,
+    serving_note,
 )
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
@@ -149,7 +150,9 @@ def export(config: ExportConfig) -> str:
         write_flushed(staged.folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         staged.publish([WEIGHTS_NAME, CONFIG_NAME, RECORD])
     per_expert = ", every expert by itself" if config.format == "peft-per-expert" else ""
-    return f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"
+    note = serving_note(model, config.format)
+    done = f"wrote {config.to}: the adapter after step {found.step} (PEFT format{per_expert})"
+    return done if note is None else f"{done}\n{note}"
 
 
 def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from meshpeft.checkpoint import export_peft_adapter
+from meshpeft.checkpoint import export_peft_adapter, serving_note
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.parallel.mesh import ParallelGroupInfo
@@ -113,7 +113,7 @@ def finetune(config: FinetuneConfig) -> None:
             write_record(output.stage, config, info, results)
     report.samples(tokenizer, inputs.sample, before, after)
     report.outcome(held_out[0], held_out[-1], tokens, seconds)
-    report.next_commands(config.output_dir, inputs.example)
+    report.next_commands(config.output_dir, inputs.example, serving_note(model, config.adapter_format))
 
 
 def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> LanguageModel:

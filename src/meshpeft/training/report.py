@@ -108,18 +108,21 @@ class Report:
         self.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
         self.say(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 
-    def next_commands(self, directory: Path, example: str) -> None:
+    def next_commands(self, directory: Path, example: str, serving: str | None = None) -> None:
         """Say what was written, and the commands that use it.
 
         Args:
             directory: the run's output.
             example: options of `meshpeft generate` that give a prompt.
+            serving: what serving systems do not make of the adapter.
         """
         self.say(f"wrote {directory}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
         program, adapter = _program(), shlex.quote(str(directory))
         self.say("\nuse it:")
         self.say(f"  {program} generate --adapter {adapter} {example}")
         self.say(f"  {program} evaluate --adapter {adapter}")
+        if serving is not None:
+            self.say(f"\n{serving}")
 
     def _quote(self, text: str) -> None:
         for line in text.splitlines() or [""]:
