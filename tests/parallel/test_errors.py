@@ -47,7 +47,7 @@ class Worse(Exception):
     ],
 )
 def test_what_another_package_raises_is_the_files_fault(error: Exception, sentence: str) -> None:
-    with pytest.raises(MeshPEFTError) as caught, blamed_on("config.json", MeshPEFTError):
+    with pytest.raises(MeshPEFTError) as caught, blamed_on("config.json: cannot be read", MeshPEFTError):
         raise error
     assert str(caught.value) == sentence and caught.value.__cause__ is error
 

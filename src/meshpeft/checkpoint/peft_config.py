@@ -6,15 +6,16 @@ which changes numbers in a way that is not implemented is an error. Checked agai
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.checkpoint.peft_patterns import Clock, EndsOfNames, Expression, KeyedValues
+from meshpeft.models.files import read_json
+from meshpeft.parallel.errors import shown
 
 __all__ = [
     "CONFIG_NAME",
@@ -51,6 +52,7 @@ _IRRELEVANT = frozenset(
 )  # fmt: skip
 # These start from a changed base model: an adapter that was not converted when it was saved needs that one.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class PeftConfig:
         use_rslora: the scale is `alpha / sqrt(rank)`.
         use_dora: the modules have magnitudes.
         dropout: on the adapters' input, in training.
+        all_linear: every linear layer but the vocabulary head is targeted; `target_modules` is empty.
         target_modules: names (the ends of full names), or one regular expression of full names.
         target_parameters: names (the ends of full names) of parameters.
         exclude_modules: likewise.
@@ -90,11 +93,12 @@ class PeftConfig:
     use_rslora: bool
     use_dora: bool
     dropout: float
-    target_modules: list[str] | str
-    target_parameters: list[str]
-    exclude_modules: list[str] | str | None
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    all_linear: bool
+    target_modules: EndsOfNames | Expression
+    target_parameters: EndsOfNames
+    exclude_modules: EndsOfNames | Expression
+    rank_pattern: KeyedValues
+    alpha_pattern: KeyedValues
     some_layers_only: bool
 
     @classmethod
@@ -105,9 +109,9 @@ class PeftConfig:
             CheckpointError: it cannot be read, is of another method than LoRA (or DoRA), or has a field that changes
                 numbers in a way that is not implemented.
         """
-        fields = _read_object(path)
+        fields, clock = read_json(path, CheckpointError, "the directory of an adapter"), Clock(path)
         if fields.get("peft_type") != "LORA":
-            raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; expected 'LORA'")
+            raise CheckpointError(f"{path}: peft_type is {shown(fields.get('peft_type'))}; expected 'LORA'")
         unknown = {name: value for name, value in fields.items() if name not in _READ and name not in _IRRELEVANT}
         defaults = _peft_defaults() if any(unknown.values()) else {}
         for name, value in unknown.items():
@@ -115,18 +119,24 @@ class PeftConfig:
             # peft has, where that peft is installed and can be asked.
             if value and value != defaults.get(name):
                 raise CheckpointError(
-                    f"{path}: {name}={value!r} is not implemented and may change numbers; remove it if it does not"
+                    f"{path}: {name}={shown(value)} is not implemented and may change numbers; remove it if it does not"
                 )
         if fields.get("bias", "none") != "none":
-            raise CheckpointError(f"{path}: bias={fields['bias']!r} is not implemented; adapters here have no biases")
+            raise CheckpointError(
+                f"{path}: bias={shown(fields['bias'])} is not implemented; adapters here have no biases"
+            )
         if not 0 <= _number(path, "lora_dropout", fields.get("lora_dropout", 0.0)) < 1:
-            raise CheckpointError(f"{path}: lora_dropout={fields['lora_dropout']!r}; expected a probability below 1")
-        start = str(fields.get("init_lora_weights", True)).lower()
+            raise CheckpointError(
+                f"{path}: lora_dropout={shown(fields['lora_dropout'])}; expected a probability below 1"
+            )
+        start = fields.get("init_lora_weights", True)
+        start = start.lower() if isinstance(start, str) else ""
         if start.startswith(_CHANGES_BASE):
             raise CheckpointError(
-                f"{path}: init_lora_weights={start!r} changed the base model; save the adapter again with peft's "
+                f"{path}: init_lora_weights={shown(start)} changed the base model; save the adapter again with peft's "
                 "path_initial_model_for_weight_conversion, which makes it one for the unchanged base"
             )
+        every = fields.get("target_modules") == "all-linear"
         return cls(
             default=AdapterShape(
                 _number(path, "r", fields.get("r", 8), int), _number(path, "lora_alpha", fields.get("lora_alpha", 8))
@@ -134,30 +144,32 @@ class PeftConfig:
             use_rslora=bool(fields.get("use_rslora")),
             use_dora=bool(fields.get("use_dora")),
             dropout=_number(path, "lora_dropout", fields.get("lora_dropout", 0.0)),
-            target_modules=_names(path, "target_modules", fields.get("target_modules")) or [],
-            target_parameters=_list(path, "target_parameters", fields.get("target_parameters")),
-            exclude_modules=_names(path, "exclude_modules", fields.get("exclude_modules")),
-            rank_pattern=_pattern(path, "rank_pattern", fields.get("rank_pattern"), int),
-            alpha_pattern=_pattern(path, "alpha_pattern", fields.get("alpha_pattern"), float),
+            all_linear=every,
+            target_modules=_names(clock, "target_modules", None if every else fields.get("target_modules")),
+            target_parameters=_list(clock, "target_parameters", fields.get("target_parameters")),
+            exclude_modules=_names(clock, "exclude_modules", fields.get("exclude_modules")),
+            rank_pattern=_pattern(clock, "rank_pattern", fields.get("rank_pattern"), int),
+            alpha_pattern=_pattern(clock, "alpha_pattern", fields.get("alpha_pattern"), float),
             some_layers_only=fields.get("layers_to_transform") not in (None, []),
         )
 
     def shape_of(self, module: str) -> AdapterShape:
         """Rank and alpha on the module of this full name."""
         return AdapterShape(
-            int(_looked_up(self.rank_pattern, module, self.default.rank)),
-            _looked_up(self.alpha_pattern, module, self.default.alpha),
+            int(self.rank_pattern.find(module, self.default.rank)),
+            self.alpha_pattern.find(module, self.default.alpha),
         )
 
     def targets(self, modules: Collection[str]) -> set[str]:
         """Those of the full names that the adapter is said to be on."""
-        every = self.target_modules == "all-linear"
-        chosen = {name for name in modules if (name != "lm_head" if every else _matches(self.target_modules, name))}
-        return {name for name in chosen if not _matches(self.exclude_modules or [], name)}
+        chosen = {
+            name for name in modules if (name != "lm_head" if self.all_linear else self.target_modules.matches(name))
+        }
+        return {name for name in chosen if not self.exclude_modules.matches(name)}
 
     def parameters(self, names: Collection[str]) -> set[str]:
         """Those of the full names of parameters that the adapter is said to be on."""
-        return {name for name in names if _matches(self.target_parameters, name)}
+        return {name for name in names if self.target_parameters.matches(name)}
 
 
 def describe(
@@ -215,16 +227,6 @@ def _plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-def _matches(wanted: list[str] | str, name: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def _looked_up(patterns: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
 def _peft_defaults() -> dict[str, Any]:
     """What the fields of an adapter that uses no special feature hold, by the installed peft; empty without one."""
     try:
@@ -235,54 +237,35 @@ def _peft_defaults() -> dict[str, Any]:
     return fields
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; expected the directory of an adapter") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected an object")
-    return content
-
-
 def _number(path: Path, name: str, value: Any, kind: type = float) -> Any:
     right = isinstance(value, int) if kind is int else isinstance(value, int | float)
-    if not right or isinstance(value, bool) or not math.isfinite(value) or (kind is int and value < 1):
+    # 2^31: no adapter has such a rank, and no float overflows when it is multiplied.
+    if not right or isinstance(value, bool) or not -_LARGEST < value < _LARGEST or (kind is int and value < 1):
         raise CheckpointError(
-            f"{path}: {name}={value!r}; expected {'an integer of at least 1' if kind is int else 'a number'}"
+            f"{path}: {name}={shown(value)}; expected {'an integer of at least 1' if kind is int else 'a number'}"
         )
     return value
 
 
-def _names(path: Path, name: str, value: Any) -> list[str] | str | None:
+def _names(clock: Clock, name: str, value: Any) -> EndsOfNames | Expression:
+    if isinstance(value, str) and value:
+        return Expression(value, clock, name)
+    if not value or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return EndsOfNames(value or ())
+    raise CheckpointError(f"{clock.path}: {name}={shown(value)}; expected a list of names, or one regular expression")
+
+
+def _list(clock: Clock, name: str, value: Any) -> EndsOfNames:
     if isinstance(value, str):
-        _check_expression(path, name, value)
-        return value
-    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-        return value
-    raise CheckpointError(f"{path}: {name}={value!r}; expected a list of names, or one regular expression")
+        raise CheckpointError(f"{clock.path}: {name}={shown(value)}; expected a list of names")
+    found = _names(clock, name, value)
+    assert isinstance(found, EndsOfNames)
+    return found
 
 
-def _list(path: Path, name: str, value: Any) -> list[str]:
-    if isinstance(value, str):
-        raise CheckpointError(f"{path}: {name}={value!r}; expected a list of names")
-    found = _names(path, name, value)
-    return found if isinstance(found, list) else []
-
-
-def _pattern(path: Path, name: str, value: Any, kind: type) -> dict[str, Any]:
+def _pattern(clock: Clock, name: str, value: Any, kind: type) -> KeyedValues:
     if not isinstance(value or {}, dict):
-        raise CheckpointError(f"{path}: {name}={value!r}; expected an object of names and numbers")
+        raise CheckpointError(f"{clock.path}: {name}={shown(value)}; expected an object of names and numbers")
     for key, number in (value or {}).items():
-        _check_expression(path, name, key)
-        _number(path, f"{name}[{key!r}]", number, kind)
-    return dict(value or {})
-
-
-def _check_expression(path: Path, name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {name}: {expression!r} is not a regular expression: {error}") from error
+        _number(clock.path, f"{name}[{shown(key)}]", number, kind)
+    return KeyedValues(value or {}, clock, name)

@@ -96,5 +96,5 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1)
+    found = difflib.get_close_matches(name[:200], names, n=1)
     return f"; did you mean {found[0]}?" if found else f"; the options are {', '.join(names)}"

@@ -18,6 +18,7 @@ from meshpeft.models.config_parts import MoEConfig, RopeConfig
 from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_config import hf_config_of, options_of
 from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.errors import shown
 
 __all__ = ["DecoderConfig", "check_divisible"]
 
@@ -78,8 +79,12 @@ class DecoderConfig:
             "head_dim",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ModelError(f"{name}={value!r}: expected an integer of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"{name}={shown(value)}: expected an integer of at least 1")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30:
+                raise ModelError(f"{name}={shown(value)}: expected a number of at least 0")
         if self.num_attention_heads % self.num_query_groups:
             raise ModelError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} key/value heads; "
@@ -90,8 +95,9 @@ class DecoderConfig:
         if self.sliding_windows is not None:
             if len(self.sliding_windows) != self.num_layers:
                 raise ModelError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
-            if any(window is not None and window < 1 for window in self.sliding_windows):
-                raise ModelError(f"sliding windows {self.sliding_windows}: expected at least 1 token, or None")
+            for window in self.sliding_windows:
+                if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+                    raise ModelError(f"sliding window {shown(window)}: expected at least 1 token, or None")
 
     def sliding_window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` attends back, itself included; `None` for all."""
@@ -173,5 +179,6 @@ def _check_split(sizes: Mapping[str, tuple[int, str]], axis: str, count: int) ->
 
 def _divisors(number: int) -> str:
     """`1, 2 or 4`: the divisors of a number, as a choice."""
-    found = [str(value) for value in range(1, number + 1) if number % value == 0]
+    # Nobody has more processes; a number may be of any size.
+    found = [str(value) for value in range(1, min(number, 4096) + 1) if number % value == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

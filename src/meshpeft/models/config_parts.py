@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from meshpeft.models.errors import ModelError
+from meshpeft.parallel.errors import shown
 
 __all__ = ["MoEConfig", "RopeConfig"]
+
+_LARGEST_FLOAT = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,11 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ("default", "linear", "llama3"):
-            raise ModelError(f"rope type {self.kind!r} is not implemented; implemented: default, linear, llama3")
-        if self.theta <= 0 or self.factor <= 0:
-            raise ModelError(f"rope: theta={self.theta} and factor={self.factor} must be above 0")
+            raise ModelError(f"rope type {shown(self.kind)} is not implemented; implemented: default, linear, llama3")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if not (0 < value < _LARGEST_FLOAT):
+                raise ModelError(f"rope: {name}={shown(value)}: expected a number above 0")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ModelError(
                 f"rope: high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
@@ -73,8 +80,8 @@ class MoEConfig:
             value = getattr(self, name)
             if name == "shared_intermediate_size" and value is None:
                 continue
-            if not isinstance(value, int) or value < 1:
-                raise ModelError(f"{name}={value!r} of the experts: expected an integer of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"{name}={shown(value)} of the experts: expected an integer of at least 1")
         if self.moe_router_topk > self.num_experts:
             raise ModelError(
                 f"the router chooses {self.moe_router_topk} experts per token, and there are {self.num_experts}; "

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from meshpeft.models.config_parts import RopeConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.hf_families import FAMILIES, Family
+from meshpeft.models.limits import check_fields
+from meshpeft.parallel.errors import blamed_on, shown
 
 if TYPE_CHECKING:
     from meshpeft.models.config import DecoderConfig
@@ -72,22 +73,33 @@ _ROPE_FIELDS = {
 def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
     """What `DecoderConfig` is made with; see [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
+    check_fields(fields)
     model_type = fields.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedModelError(f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}")
-    for architecture in fields.get("architectures") or ():
+        raise UnsupportedModelError(
+            f"model_type {shown(model_type)} is not implemented; implemented: {', '.join(FAMILIES)}"
+        )
+    architectures = fields.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ModelError(f"architectures={shown(architectures)}: expected a list of names")
+    for architecture in architectures:
         if architecture != family.architecture:
             raise UnsupportedModelError(
-                f"architecture {architecture!r} is not implemented; expected {family.architecture!r}"
+                f"architecture {shown(architecture)} is not implemented; expected {family.architecture!r}"
             )
     for name, value in fields.items():
         _refuse_unknown(name, value, family, str(model_type))
     hf = _transformers_config(str(model_type), fields)
     if hf.hidden_act != "silu":
-        raise UnsupportedModelError(f"hidden_act {hf.hidden_act!r} is not implemented; implemented: 'silu'")
+        raise UnsupportedModelError(f"hidden_act {shown(hf.hidden_act)} is not implemented; implemented: 'silu'")
     if hf.attention_dropout:
-        raise UnsupportedModelError(f"attention_dropout={hf.attention_dropout} is not implemented; set it to 0")
+        raise UnsupportedModelError(f"attention_dropout={shown(hf.attention_dropout)} is not implemented; set it to 0")
+    with blamed_on(f"invalid configuration of a {model_type} model", ModelError):
+        return _options(hf, str(model_type), family)
+
+
+def _options(hf: Any, model_type: str, family: Family) -> dict[str, Any]:
     return {
         "vocab_size": hf.vocab_size,
         "hidden_size": hf.hidden_size,
@@ -96,7 +108,7 @@ def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
         "num_attention_heads": hf.num_attention_heads,
         "num_query_groups": hf.num_key_value_heads,
         "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        "model_type": str(model_type),
+        "model_type": model_type,
         "rope": _rope(hf.rope_parameters),
         "rms_norm_eps": hf.rms_norm_eps,
         "tie_word_embeddings": bool(hf.tie_word_embeddings),
@@ -145,34 +157,32 @@ def _refuse_unknown(name: str, value: Any, family: Family, model_type: str) -> N
     if not value:
         return
     raise UnsupportedModelError(
-        f"config field {name}={value!r} is not implemented for model_type {model_type!r} and may change numbers; "
+        f"config field {name}={shown(value)} is not implemented for model_type {model_type!r} and may change numbers; "
         f"remove it if it does not"
     )
 
 
 def _transformers_config(model_type: str, fields: Mapping[str, Any]) -> Any:
-    # A copy: the class completes the rope dictionary in place.
-    fields = deepcopy({name: value for name, value in fields.items() if name != "model_type"})
-    try:
-        return CONFIG_MAPPING[model_type](**fields)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"invalid configuration of a {model_type} model: {reason}") from error
+    with blamed_on(f"invalid configuration of a {model_type} model", ModelError):
+        # A copy: the class completes the rope dictionary in place.
+        return CONFIG_MAPPING[model_type](**deepcopy({k: v for k, v in fields.items() if k != "model_type"}))
 
 
 def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
     kind = parameters.get("rope_type", "default")
-    if kind not in _ROPE_FIELDS:
-        raise UnsupportedModelError(f"rope type {kind!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}")
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        raise UnsupportedModelError(
+            f"rope type {shown(kind)} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}"
+        )
     partial = parameters.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
-        raise UnsupportedModelError(f"partial_rotary_factor={partial} is not implemented; use 1.0")
+        raise UnsupportedModelError(f"partial_rotary_factor={shown(partial)} is not implemented; use 1.0")
     for name, value in parameters.items():
         known = name in ("rope_type", "type", "rope_theta", "partial_rotary_factor") or name in _ROPE_FIELDS[kind]
         if not known and value is not None:
-            raise UnsupportedModelError(f"rope field {name}={value!r} is not implemented for rope type {kind!r}")
+            raise UnsupportedModelError(f"rope field {name}={shown(value)} is not implemented for rope type {kind!r}")
     values: dict[str, Any] = {name: parameters.get(name) for name in ("rope_theta", *_ROPE_FIELDS[kind])}
     for name, value in values.items():
-        if not isinstance(value, (int, float)):
-            raise ModelError(f"rope field {name}={value!r} of rope type {kind!r}: expected a number")
-    return RopeConfig(theta=values.pop("rope_theta"), kind=kind, **values)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ModelError(f"rope field {name}={shown(value)} of rope type {kind!r}: expected a number")
+    return RopeConfig(theta=values.pop("rope_theta"), kind=cast(Any, kind), **values)

@@ -13,18 +13,21 @@ from torch import Tensor
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
+from meshpeft.models.files import MODEL_DIRECTORY, read_json
 from meshpeft.models.hf_names import StoredPart
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
-from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.errors import shown
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
 
-__all__ = ["common_dtype", "fill", "first_few", "load_pretrained", "stored_dtype"]
+__all__ = ["check_layers", "check_shapes", "common_dtype", "fill", "first_few", "load_pretrained", "stored_dtype"]
 
 # Old checkpoints hold the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_NUMBERED = re.compile(r"model\.layers\.(\d{1,9})\.(?:\w+\.experts\.(\d{1,9})\.)?")
 
 
 def load_pretrained(
@@ -59,12 +62,14 @@ def load_pretrained(
             is not one of these families, or has a variation that is not implemented; sizes do not divide.
     """
     directory = Path(directory)
-    config = DecoderConfig.from_hf(read_json(directory / "config.json"))
+    config = DecoderConfig.from_hf(read_json(directory / "config.json", expected=MODEL_DIRECTORY))
     with WeightFiles(directory) as files:
+        check_layers(config, files)
         decoder = Decoder(config, parallel, device="meta", dtype=dtype)
         stored = _stored_parts(decoder, files)
         names = {name for parts in stored.values() for part in parts for name in part.names}
         _check_tensors(files, names, config, directory)
+        check_shapes(files, stored)
         fill(decoder, files, stored, common_dtype(files, names) if dtype is None else dtype, device, quantize)
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
@@ -123,6 +128,42 @@ def stored_dtype(directory: str | Path, *, widest: bool = False) -> torch.dtype:
         return reduce(torch.promote_types, _dtypes(files, names)) if widest else common_dtype(files, names)
 
 
+def check_layers(config: DecoderConfig, files: WeightFiles) -> None:
+    """Compare the numbers of layers and experts with the names in the files, before anything is made of either.
+
+    Raises:
+        ModelError: the configuration has others than the files.
+    """
+    numbers = {(int(match[1]), match[2]) for name in files.names() if (match := _NUMBERED.match(name)) is not None}
+    layers = {layer for layer, _ in numbers}
+    if len(layers) != config.num_layers:
+        raise ModelError(
+            f"{files.directory} holds the weights of {len(layers):,} layers; its config says num_hidden_layers="
+            f"{config.num_layers:,}"
+        )
+    experts = {expert for _, expert in numbers if expert is not None}
+    if config.moe is not None and experts and len(experts) != config.moe.num_experts:
+        raise ModelError(
+            f"{files.directory} holds the weights of {len(experts):,} experts a layer; its config says "
+            f"{config.moe.num_experts:,}"
+        )
+
+
+def check_shapes(files: WeightFiles, stored: Mapping[str, list[StoredPart]]) -> None:
+    """Compare every shape in the files with the model's, before memory is taken for any.
+
+    Raises:
+        ModelError: the first that differs.
+    """
+    for parts in stored.values():
+        for part in parts:
+            for name in part.names:
+                if files.shape(name) != part.shape:
+                    raise ModelError(
+                        f"{name} in {files.directory} has shape {files.shape(name)}; its config says {part.shape}"
+                    )
+
+
 def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
     """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
     held = files.names()
@@ -147,8 +188,8 @@ def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig
 
 def first_few(names: list[str]) -> str:
     """Names of tensors, for a message; of many the first."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
+    few = ", ".join(name if len(name) <= 200 else shown(name) for name in names[:3])
+    return few if len(names) <= 3 else f"{few} and {len(names) - 3} more tensors"
 
 
 def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
@@ -160,7 +201,7 @@ def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
     dtypes = _dtypes(files, names)
     if len(dtypes) > 1:
         stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"{files.directory} holds weights in {stored}; choose one with dtype=")
+        raise ModelError(f"{files.directory} holds weights in {stored}; choose one with dtype= (--dtype)")
     return dtypes.pop()
 
 
@@ -214,10 +255,6 @@ def _read(
         for name in part.names:
             if dtype.is_floating_point:
                 files.dtype(name)  # raises: integers would be codes, whose meaning is not known here
-            if files.shape(name) != part.shape:
-                raise ModelError(
-                    f"{name} in {files.directory} has shape {files.shape(name)}; its config says {part.shape}"
-                )
         offset, shape = list(piece.offset), list(piece.shape)
         if part.per_expert:
             _read_experts(files, list(part.names), offset, shape, place)

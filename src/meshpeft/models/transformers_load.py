@@ -12,11 +12,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from meshpeft.models.errors import ModelError
+from meshpeft.models.files import MODEL_DIRECTORY, read_json
 from meshpeft.models.language_model import layout_or_whole
-from meshpeft.models.load import common_dtype, fill, first_few
+from meshpeft.models.limits import check_fields, few_modules
+from meshpeft.models.load import check_shapes, common_dtype, fill, first_few
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
-from meshpeft.models.weights import WeightFiles, read_json
-from meshpeft.parallel.errors import reason_of
+from meshpeft.models.weights import WeightFiles
+from meshpeft.parallel.errors import blamed_on
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_transformers", "transformers_config"]
@@ -28,12 +30,11 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
     Raises:
         ModelError: it cannot be read; transformers does not know the architecture; the weights are quantised.
     """
-    directory = Path(directory)
-    read_json(directory / "config.json")  # says better what is wrong with the file
-    try:
+    path = Path(directory) / "config.json"
+    # It says better what is wrong with the file, and these classes make lists of as many layers as it names.
+    check_fields(read_json(path, expected=MODEL_DIRECTORY), path)
+    with blamed_on(f"{path} cannot be used", ModelError):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise ModelError(f"{directory / 'config.json'}: {reason_of(error)}") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"{directory} holds weights that are quantised already; give the model in full, and --quantize"
@@ -75,12 +76,14 @@ def load_transformers(
     with WeightFiles(directory) as files:
         if dtype is None:
             dtype = common_dtype(files, files.names())
-        model = make_transformers_model(config, dtype, device=target)
+        with few_modules(len(files.names()), directory):
+            model = make_transformers_model(config, dtype, device=target)
         model.stored_names = _stored_names(model, files)
         stored = {
             name: model.stored_forms(name, layout_or_whole(tensor))[0]
             for name, tensor in model.stored_tensors().items()
         }
+        check_shapes(files, stored)
         fill(model, files, stored, dtype, target, quantize)
     if activation_checkpointing:
         model.set_activation_checkpointing(True)

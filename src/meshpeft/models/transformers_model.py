@@ -23,10 +23,12 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart, packed_form
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, TensorLayout, layout_of, mp_gather
-from meshpeft.parallel.errors import first_line
+from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.mesh import parallel_group_info
 
 __all__ = ["TransformersModel", "make_transformers_model"]
+
+_TABLE_BYTES = 256 << 20
 
 
 class TransformersCache:
@@ -225,19 +227,16 @@ def make_transformers_model(
         ParallelError: it cannot be divided over so many ranks.
     """
     axis = parallel_group_info().tp if axis is None else axis
-    try:
-        with torch.device("meta"):
-            # No other implementation of experts takes float64.
-            options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-            model: Any = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **options
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"transformers makes no model of this {config.model_type} configuration: {first_line(error)}"
-        ) from error
+    subject = f"transformers makes no model of this {config.model_type} configuration"
+    with blamed_on(subject, ModelError), torch.device("meta"):
+        # No other implementation of experts takes float64.
+        options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        model: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **options
+        )
     _check(model, dtype)
-    _compute_buffers(model, device)
+    with blamed_on(subject, ModelError):
+        _compute_buffers(model, device)
     try:
         parallelize(model, axis=axis, gather_logits=False)
     except ParallelError:
@@ -272,6 +271,9 @@ def _check(model: Any, dtype: torch.dtype) -> None:
 
 def _compute_buffers(model: Any, device: torch.device | str) -> None:
     """Give buffers that no file holds (rotary frequencies, ..) their values, as `from_pretrained` does."""
+    table = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if table > max(_TABLE_BYTES, sum(parameter.nbytes for parameter in model.parameters())):
+        raise ModelError(f"its tables (of positions, ..) have {table / 2**30:.1f} GiB, more than its weights")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from meshpeft.models.errors import ModelError
+from meshpeft.models.files import MODEL_DIRECTORY, check_readable, read_json
+from meshpeft.parallel.errors import blamed_on, shown
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "WeightFiles", "read_json"]
+__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "WeightFiles"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; expected a Hugging Face model directory") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}; expected an object")
-    return content
 
 
 class WeightFiles:
@@ -53,32 +38,47 @@ class WeightFiles:
         self.directory = directory
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        if (directory / WEIGHTS_NAME).exists():
-            opened = self._open(directory / WEIGHTS_NAME)
-            self._files = dict.fromkeys(opened.keys(), opened)
-        elif (directory / INDEX_NAME).exists():
-            self._open_indexed(read_json(directory / INDEX_NAME))
-        else:
-            raise ModelError(f"{directory} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}")
+        with self._stack as stack:  # closes what was opened before a later file failed
+            if _is_there(directory / WEIGHTS_NAME):
+                opened = self._open(directory / WEIGHTS_NAME, "")
+                self._files = dict.fromkeys(opened.keys(), opened)
+            elif _is_there(directory / INDEX_NAME):
+                self._open_indexed(read_json(directory / INDEX_NAME))
+            elif not directory.is_dir():
+                raise ModelError(f"{directory} is not a directory; expected {MODEL_DIRECTORY}")
+            else:
+                raise ModelError(f"{directory} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}")
+            self._stack = stack.pop_all()
 
     def _open_indexed(self, index: dict[str, Any]) -> None:
+        path = self.directory / INDEX_NAME
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ModelError(f"{self.directory / INDEX_NAME} has no weight_map")
-        opened = {name: self._open(self.directory / name) for name in sorted(set(weight_map.values()))}
+            raise ModelError(f"{path} has no weight_map")
+        for tensor, name in weight_map.items():
+            # Links out of the directory are how caches are made; names that lead out of it are not.
+            if (
+                not isinstance(name, str)
+                or not 0 < len(name) < 250
+                or "\0" in name
+                or ".." in name.split("/")
+                or name[0] == "/"
+            ):
+                raise ModelError(f"{path} names {shown(name)} for {shown(tensor)}; expected a file of the directory")
+        opened = {
+            name: self._open(self.directory / name, "the file that the index names")
+            for name in sorted({*weight_map.values()})
+        }
         held = {name: set(file.keys()) for name, file in opened.items()}
         for tensor, name in weight_map.items():
             if tensor not in held[name]:
-                raise ModelError(f"{self.directory / name} does not hold {tensor!r}, which the index promises")
+                raise ModelError(f"{self.directory / name} does not hold {shown(tensor)}, which the index promises")
             self._files[tensor] = opened[name]
 
-    def _open(self, path: Path) -> Any:
-        try:
+    def _open(self, path: Path, why: str) -> Any:
+        check_readable(path, ModelError, why)
+        with blamed_on(f"{path} is truncated or not a safetensors file", ModelError):
             return self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} does not exist, but the index names it") from error
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is truncated or not a safetensors file: {error}") from error
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -126,3 +126,8 @@ class WeightFiles:
         box = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
         # What safetensors returns is a view of the mapped file.
         return place.copy_(self._files[name].get_slice(name)[box])
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name, if only a link that leads nowhere, or a file that may not be read."""
+    return os.path.lexists(path)

@@ -94,16 +94,15 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def blamed_on(source: object, error_type: type[MeshPEFTError], what: str = "cannot be read") -> Iterator[None]:
+def blamed_on(subject: object, error_type: type[MeshPEFTError]) -> Iterator[None]:
     """Turn whatever a block raises into a sentence about a file; errors of this package pass through.
 
     For blocks that hand a file's content to another package, whose own list of exceptions grows from release to
     release: whatever comes out of it is the file's fault.
 
     Args:
-        source: the file or directory, as the message begins.
+        subject: the file or directory and what went wrong with it, before the reason.
         error_type: what is raised.
-        what: what went wrong with it, before the reason.
     """
     try:
         yield
@@ -113,7 +112,7 @@ def blamed_on(source: object, error_type: type[MeshPEFTError], what: str = "cann
         # A library in Rust that panics raises what is no Exception, under this name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise error_type(f"{source}: {what}: {reason_of(error)}") from error
+        raise error_type(f"{subject}: {reason_of(error)}") from error
 
 
 def _text(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,9 @@ __all__ = [
 
 Value = TypeVar("Value")
 
+# What looks alike is found in quadratic time.
+_COMPARED_CHARACTERS, _COMPARED_NAMES = 200, 5_000
+
 
 def wildcard_match(pattern: str, key: str | None) -> bool | None:
     """Whether the pattern (target module to add LoRA) matches the key (a module's full name).
@@ -50,7 +52,20 @@ def wildcard_match(pattern: str, key: str | None) -> bool | None:
     if _lost_its_star(pattern):
         warnings.warn(f"pattern {_advice_on_lost_star(pattern)}", stacklevel=2)
         return False
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), key, re.DOTALL) is not None
+    first, *others = pattern.split("*")
+    if not others:
+        return key == first
+    *middle, last = others
+    # Each piece at its first place leaves the most to the others: linear, where an expression would go back.
+    at, end = len(first), len(key) - len(last)
+    if at > end or not key.startswith(first) or not key.endswith(last):
+        return False
+    for piece in middle:
+        found = key.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
 
 
 def is_target(pattern: str, full_name: str) -> bool:
@@ -101,9 +116,9 @@ def decides(module: nn.Module) -> bool:
 
 def nearest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
     """Up to `count` of the names that look most like the pattern; the first ones if none does."""
-    wanted = pattern.replace("*", "").strip(".")
+    wanted = pattern[:_COMPARED_CHARACTERS].replace("*", "").strip(".")
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    candidates = list(names) if "." in wanted else leaves
+    candidates = (list(names) if "." in wanted else leaves)[:_COMPARED_NAMES]
     return difflib.get_close_matches(wanted, candidates, count, cutoff=0.5) or candidates[:count]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from meshpeft.checkpoint.peft_config import CONFIG_NAME
-from meshpeft.models.weights import read_json
+from meshpeft.models.files import read_json
 from meshpeft.parallel.errors import shown
 from meshpeft.training.config import (
     ConfigError,

@@ -20,7 +20,10 @@ from meshpeft.models import (
     check_divisible,
     load_pretrained,
 )
-from meshpeft.models.weights import WeightFiles, read_json
+from meshpeft.models.files import MODEL_DIRECTORY, read_json
+from meshpeft.models.limits import few_modules
+from meshpeft.models.load import check_layers
+from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
@@ -62,13 +65,18 @@ class BaseModel:
         """Whether it has layers with experts that are known as such."""
         return isinstance(self.config, DecoderConfig) and bool(self.config.expert_layers)
 
-    def check(self, layout: LayoutConfig) -> None:
-        """Everything that can be known without reading weights; starts no process.
+    def check(self, layout: LayoutConfig, *, weights: bool = True) -> None:
+        """Check everything that can be known without reading weights; starts no process.
+
+        Args:
+            layout: the options.
+            weights: compare the configuration with the files that hold the weights; otherwise there may be none.
 
         Raises:
             ModelError, ParallelError: a file is missing or truncated; the sizes do not divide.
             ConfigError: a layout of experts for a model without them, or one that the engine does not have.
         """
+        tensors = self._check_files() if weights else 0
         if isinstance(self.config, DecoderConfig):
             if self.config.moe is None and layout.etp not in (None, layout.tp):
                 raise ConfigError(f"etp={layout.etp}: a {self.config.model_type} model has no experts; leave it out")
@@ -87,9 +95,15 @@ class BaseModel:
                         f"{name}={getattr(layout, name)}: the transformers engine, which a {self.config.model_type} "
                         "model needs, has tensor and data parallel only; leave it out"
                     )
-            self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
-        with WeightFiles(self.directory):
-            pass
+            with few_modules(tensors, self.directory):
+                self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
+
+    def _check_files(self) -> int:
+        """How many tensors the files hold; of a decoder, its layers are compared with them."""
+        with WeightFiles(self.directory) as files:
+            if isinstance(self.config, DecoderConfig):
+                check_layers(self.config, files)
+            return len(files.names())
 
     def default_layers(self) -> DefaultLayers:
         """Which layers get adapters, and which a packed base keeps in full, if the options name none."""
@@ -147,7 +161,7 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
         ModelError: the configuration cannot be read or is invalid, or the engine does not have the model.
     """
     directory, reason = base_directory(model), None
-    content = read_json(directory / "config.json")
+    content = read_json(directory / "config.json", expected=MODEL_DIRECTORY)
     if engine != "transformers":
         try:
             return BaseModel(directory, DecoderConfig.from_hf(content))

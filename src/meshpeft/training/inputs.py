@@ -65,7 +65,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     # Files that are missing are an error here; transformers also explains them at length, as if they were names
     # of repositories.
-    with blamed_on(directory, ModelError, "the tokenizer cannot be read"), quiet("transformers"):
+    with blamed_on(f"{directory}: the tokenizer cannot be read", ModelError), quiet("transformers"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )

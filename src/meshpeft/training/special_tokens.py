@@ -12,6 +12,7 @@ Training and :mod:`meshpeft.training.prompts` share these, so that a model is as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
-from meshpeft.models.weights import read_json
+from meshpeft.models.files import read_json
+from meshpeft.parallel.errors import shown
 from meshpeft.training.data import DataError
 
 __all__ = ["SpecialTokens", "continued_ids", "end_tokens", "token_ids", "with_leading"]
@@ -32,14 +34,15 @@ def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]
     Raises:
         ModelError: `generation_config.json` holds something else.
     """
-    ends = {tokenizer.eos_token_id}
-    if (directory / "generation_config.json").is_file():
-        more = read_json(directory / "generation_config.json").get("eos_token_id")
-        ends.update(more if isinstance(more, list) else [more])
-    found = sorted(end for end in ends if end is not None)
-    if not all(isinstance(end, int) for end in found):
-        raise ModelError(f"{directory / 'generation_config.json'}: eos_token_id is {found}; expected integers")
-    return found
+    path, named = directory / "generation_config.json", []
+    if os.path.lexists(path):
+        value = read_json(path).get("eos_token_id")
+        named = value if isinstance(value, list) else [] if value is None else [value]
+        for end in named:
+            if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
+                raise ModelError(f"{path}: eos_token_id={shown(value)}; expected an integer, or a list of them")
+    own = tokenizer.eos_token_id
+    return sorted({*named, *([] if own is None else [own])})
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -51,7 +51,7 @@ def verify_run(config: FinetuneConfig) -> str:
         NotExact: an error above the tolerance, with the same lines.
         MeshPEFTError: options, model and layout do not fit together; a state is wrong.
     """
-    config, base, world = _checked(config)
+    config, base, world = _checked(config, weights=True)
     start = time.perf_counter()
     verdict = _verdict(config, base, world)
     lines = [
@@ -76,12 +76,8 @@ def plan_run(config: FinetuneConfig) -> str:
     Raises:
         MeshPEFTError: options, model and layout do not fit together.
     """
-    config, base, world = _checked(config)
-    if not isinstance(base.config, DecoderConfig):
-        raise ConfigError(
-            f"a {base.config.model_type} model runs on the transformers engine, whose memory and traffic are not "
-            "counted; plan knows the native one"
-        )
+    config, base, world = _checked(config, weights=False)
+    assert isinstance(base.config, DecoderConfig)
     dtype = tensor_type(config.dtype)
     found = plan(
         base.config,
@@ -98,13 +94,23 @@ def plan_run(config: FinetuneConfig) -> str:
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
-def _checked(config: FinetuneConfig) -> tuple[FinetuneConfig, BaseModel, int]:
-    """The options as `finetune` would take them, the model's structure, and the number of processes."""
+def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, BaseModel, int]:
+    """The options as `finetune` would take them, the model's structure, and the number of processes.
+
+    Args:
+        config: of the run.
+        weights: the directory has them; without, a configuration is enough, of a model that the native engine has.
+    """
     config = config.resolved()
     config.check()
     world = workers_for(config)
     base = find_base(config.model, config.engine)
-    base.check(config)
+    if not weights and not isinstance(base.config, DecoderConfig):
+        raise ConfigError(
+            f"a {base.config.model_type} model runs on the transformers engine, whose memory and traffic are not "
+            "counted; plan knows the native one"
+        )
+    base.check(config, weights=weights)
     check_adapter(base, config)
     return config, base, world
 
