@@ -109,6 +109,17 @@ class Decoder(LanguageModel):
             self.output_layer.weight = self.embedding.weight
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows, over all ranks."""
+        return self.config.vocab_size
+
+    @property
+    def usual_positions(self) -> int | None:
+        """How many tokens the model was made for; its rotary positions have no end."""
+        found = self.config.other.get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
+    @property
     def pad_token_id(self) -> int | None:
         """The token that fills rows, if the configuration names one."""
         found: int | None = self.config.other.get("pad_token_id")

@@ -8,6 +8,7 @@ world runs equally many forward passes.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshpeft.models.errors import ModelError
+from meshpeft.models.fit import check_tokens
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import parallel_group_info
@@ -53,12 +55,21 @@ def generate(
         [batch, seq + new tokens], of input_ids' integer type.
 
     Raises:
-        ModelError: an option out of range, or a prompt that is padded on its right.
+        ModelError: an option out of range; a prompt that is padded on its right, has ids outside of the vocabulary, or
+            is longer than a table of positions, at whose end generation stops.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     documents, positions = _padded_prompt(input_ids, attention_mask)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     pad = model.pad_token_id
+    if pad is not None and not 0 <= pad < model.vocab_size:  # the rows that have ended go through the model, too
+        pad = None
+    prompt = input_ids.shape[1]
+    check_tokens(model, int(input_ids.min()), int(input_ids.max()), prompt, "the prompt")
+    most = model.most_positions
+    if most is not None and prompt + max_new_tokens - 1 > most:
+        max_new_tokens = most - prompt + 1  # the last token is not read
+        warnings.warn(f"the model has {most:,} positions: it stops after {max_new_tokens:,} new tokens", stacklevel=2)
     numbers = random.Random(seed)
     cache = model.new_cache()
     tokens, new = input_ids, input_ids

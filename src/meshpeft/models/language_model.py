@@ -32,6 +32,26 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def vocab_size(self) -> int:
+        """How many tokens the model knows, over all ranks."""
+
+    @property
+    def most_positions(self) -> int | None:
+        """How many tokens a document, or a row where documents are not told apart, may have; `None` for any number."""
+        return None
+
+    @property
+    @abstractmethod
+    def usual_positions(self) -> int | None:
+        """How many tokens the model was made for (`max_position_embeddings`), if its configuration says so."""
+
+    @property
+    def restarts_positions(self) -> bool:
+        """Whether positions begin anew with each document of a row; otherwise they count all places of a row."""
+        return True
+
+    @property
+    @abstractmethod
     def pad_token_id(self) -> int | None:
         """The token that fills rows, if the configuration names one."""
 

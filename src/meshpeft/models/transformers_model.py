@@ -29,6 +29,7 @@ from meshpeft.parallel.mesh import parallel_group_info
 __all__ = ["TransformersModel", "make_transformers_model"]
 
 _TABLE_BYTES = 256 << 20
+_MORE_POSITIONS = 8
 
 
 class TransformersCache:
@@ -101,6 +102,39 @@ class TransformersModel(LanguageModel):
         logits: Tensor = theirs(input_ids=input_ids, use_cache="past_key_values" in options, **options).logits
         logits = logits[:, -1 if last_token_only else -new :]
         return mp_gather(logits, -1, self.vocab_axis) if gather_logits else logits
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows, over all ranks."""
+        found: int = self._text_config().vocab_size
+        return found
+
+    @property
+    def usual_positions(self) -> int | None:
+        """How many tokens the model was made for, if its configuration says so."""
+        found = getattr(self._text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def most_positions(self) -> int | None:
+        """How many positions it has a vector for, learned or computed once; `None` where they are computed in a call.
+
+        Tables of positions have as many rows as `max_position_embeddings` says, or a few more (OPT's begin at 2).
+        """
+        usual = self.usual_positions
+        if usual is None:
+            return None
+        model: Any = self
+        known = model.get_input_embeddings()
+        rows = [getattr(module, "num_embeddings", None) for module in self.modules() if module is not known]
+        rows += [buffer.shape[0] for buffer in self.buffers() if buffer.dim() == 2]
+        held = any(isinstance(count, int) and usual <= count <= usual + _MORE_POSITIONS for count in rows)
+        return usual if held else None
+
+    @property
+    def restarts_positions(self) -> bool:
+        """Whether the architecture can be told positions."""
+        return "position_ids" in _parameters_of(type(self))
 
     @property
     def pad_token_id(self) -> int | None:

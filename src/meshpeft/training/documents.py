@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from meshpeft.parallel.errors import shown
 from meshpeft.training.chat import encode_chat
 from meshpeft.training.data import (
     ACCEPTED_COLUMNS,
@@ -143,7 +144,7 @@ def tokenize_records(
                 mask = np.asarray(piece_targets, dtype=bool)
                 mask[:1] = False
                 if mask.any():
-                    documents.append(Document(np.asarray(piece_tokens, dtype=np.int32), mask))
+                    documents.append(Document(_int32(piece_tokens), mask))
                     kept = True
         if not kept:
             dropped += 1
@@ -215,3 +216,11 @@ def _truncate(tokens: list[int], targets: list[bool], seq_length: int, special: 
     # A run that starts right after the kept beginning has its context; any other needs one token before it.
     start = min(len(tokens) - room, max(first - (0 if head else 1), head))
     return tokens[:head] + tokens[start : start + room], targets[:head] + targets[start : start + room]
+
+
+def _int32(tokens: Sequence[int]) -> NDArray[np.int32]:
+    """Token ids as they are stored."""
+    found = np.asarray(tokens)
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 2**31:
+        raise DataError(f"the tokenizer gives token ids such as {shown(max(tokens))}, which no vocabulary has.")
+    return found.astype(np.int32)

@@ -11,7 +11,7 @@ from meshpeft.training.base_model import base_directory, check_attention, find_b
 from meshpeft.training.batches import eval_batches
 from meshpeft.training.checkpoints import agreed_date
 from meshpeft.training.config import TrainingError, paths
-from meshpeft.training.inputs import load_rows, load_tokenizer
+from meshpeft.training.inputs import check_rows, load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
 from meshpeft.training.setup import device, join_mesh, workers_for
@@ -52,6 +52,7 @@ def evaluate(config: EvaluateConfig) -> float:
     tokenizer = load_tokenizer(base_directory(run.model))
     rows, findings = load_rows(run, tokenizer, config.data)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
+    check_rows(model, rows)
     check_attention(model, run)
     batches = eval_batches(
         rows,

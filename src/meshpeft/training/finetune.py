@@ -19,7 +19,7 @@ from meshpeft.training.base_model import BaseModel, check_attention, find_base
 from meshpeft.training.checkpoints import run_date
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers
-from meshpeft.training.inputs import load_inputs, load_tokenizer
+from meshpeft.training.inputs import check_rows, load_inputs, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.metrics import MetricsLog, plot_losses
@@ -78,6 +78,7 @@ def finetune(config: FinetuneConfig) -> None:
     inputs = load_inputs(config, tokenizer)
     layers = base.default_layers()
     model = _adapted(config, base, layers)
+    check_rows(model, inputs.train, inputs.held_out)
     loop = TrainingLoop(config, model, inputs, info)
     for line in _subject(config, base, model, layers):
         report.say(line)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from meshpeft.models import ModelError
+from meshpeft.models import LanguageModel, ModelError
+from meshpeft.models.fit import check_tokens
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.training.base_model import base_directory
 from meshpeft.training.config import FinetuneConfig, paths
@@ -31,7 +33,7 @@ from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
 from meshpeft.training.tokenizer_growth import check_growth
 
-__all__ = ["Inputs", "load_inputs", "load_rows", "load_tokenizer"]
+__all__ = ["Inputs", "check_rows", "load_inputs", "load_rows", "load_tokenizer"]
 
 SAMPLE_PROMPT_TOKENS = 192
 
@@ -89,8 +91,8 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
     with chat_templates(config.template_date):
         documents = tokenize_records(train, tokenizer, config.seq_length, ends=ends)
         held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length, ends=ends)
-    rows = _pack(documents, config, tokenizer, "training")
-    held_out_rows = _pack(held_out_documents, config, tokenizer, "held-out")
+    rows = _pack(documents, config, "training")
+    held_out_rows = _pack(held_out_documents, config, "held-out")
     measured = f" in {len(held_out_rows):,} rows, {config.eval_rows:,} of them measured"
     parts = (documents, held_out_documents)
     for part in parts:
@@ -133,7 +135,7 @@ def load_rows(
     with chat_templates(config.template_date):
         documents = tokenize_records(records, tokenizer, config.seq_length, ends=ends)
     findings.update(documents.findings)
-    return _pack(documents, config, tokenizer, "given" if data else "held-out"), findings
+    return _pack(documents, config, "given" if data else "held-out"), findings
 
 
 def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]], Findings, int]:
@@ -170,20 +172,31 @@ def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:
     return kept
 
 
-def _pack(
-    documents: TokenizedRecords, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: str
-) -> PackedRows:
+def _pack(documents: TokenizedRecords, config: FinetuneConfig, part: str) -> PackedRows:
     if not len(documents):
         why = "; ".join(documents.findings.lines())
         raise DataError(f"there is nothing to learn in the {part} records: {why}.")
-    pad = tokenizer.pad_token_id
-    return pack_documents(
-        documents,
-        config.seq_length,
-        seed=config.seed,
-        packing=config.packing,
-        pad_token_id=pad if isinstance(pad, int) else 0,
-    )
+    # Padding is token 0, which every vocabulary has: the tokenizer's own may have been added to it alone.
+    return pack_documents(documents, config.seq_length, seed=config.seed, packing=config.packing)
+
+
+def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
+    """Check that rows fit a model; see [`check_tokens`][meshpeft.models.fit.check_tokens].
+
+    Args:
+        model: that is to read them.
+        parts: rows to train on, or to measure on.
+    """
+    for rows in parts:
+        documents = int(np.diff(rows.document_starts).max())
+        longest = documents if model.restarts_positions else rows.seq_length
+        check_tokens(
+            model,
+            int(rows.tokens.min()),
+            int(rows.tokens.max()),
+            longest,
+            f"the data, with --seq-length {rows.seq_length}",
+        )
 
 
 def _sample(documents: TokenizedRecords) -> Document:

@@ -52,6 +52,8 @@ def continuation(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int] | None = None
 ) -> str:
     """What the model says after these tokens: its likeliest tokens, up to an end token. A collective."""
+    if model.most_positions is not None:  # room for the sample; what it is a sample of stands closest to it
+        prompt = prompt[-max(1, model.most_positions - SAMPLE_TOKENS) :]
     ids = torch.tensor([prompt], device=device())
     tokens = generate(model, ids, SAMPLE_TOKENS, eos_token_id=list(ends or [tokenizer.eos_token_id]))
     return decoded(tokenizer, tokens[0, len(prompt) :].tolist())
