@@ -54,7 +54,8 @@ def test_the_bar_knows_the_time_left_of_steps_that_take_a_minute() -> None:
 
 
 def test_metrics_are_written_line_by_line_and_kept(tmp_path: Path) -> None:
-    log, silent = MetricsLog(tmp_path / "metrics.jsonl"), MetricsLog(None)
+    log, silent = MetricsLog(), MetricsLog()
+    log.write_to(tmp_path / "metrics.jsonl")
     for one in (log, silent):
         one.add(step=0, held_out_loss=5.0)
         one.add(step=1, loss=4.5)

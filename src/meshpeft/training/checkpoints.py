@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
@@ -25,18 +29,18 @@ from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
 from meshpeft.training.metrics import MetricsLog
 from meshpeft.training.optimizer import LossScale
-from meshpeft.training.output import CHECKPOINTS
+from meshpeft.training.output import CHECKPOINTS, RunState, run_state
 from meshpeft.training.packing import PackedRows
 
-__all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "run_date"]
+__all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_runs", "run_date"]
 
 # Options that change no number of the training: where it runs and reads, how often it measures and saves. The model,
 # the data and what a template makes of them are compared by their content.
 _NEUTRAL = frozenset(
     {
         "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "activation_checkpointing", "model", "engine",
-        "data", "adapter_format", "output_dir", "overwrite", "eval_every", "eval_rows", "save_every", "keep", "resume",
-        "config", "template_date",
+        "data", "adapter_format", "output_dir", "overwrite", "eval_every", "eval_rows", "save_every", "save_minutes",
+        "keep", "resume", "config", "template_date",
     }
 )  # fmt: skip
 
@@ -69,6 +73,8 @@ def _checkpoint_date(config: FinetuneConfig) -> str | None:
     if config.resume is None:
         return None
     own = config.output_dir.resolve() / CHECKPOINTS
+    if config.resume == "auto" and run_state(own.parent) is not RunState.UNFINISHED:
+        return None
     directory = CheckpointDirectory(own if config.resume == "auto" else checkpoints_in(Path(config.resume)))
     with suppress(CheckpointError, OSError):
         for path in directory.candidates():
@@ -104,6 +110,8 @@ class RunCheckpoints:
         self.directory = config.output_dir.resolve() / CHECKPOINTS
         self._data = {"train": _digest(inputs.train), "held_out": _digest(inputs.held_out)}
         self._save: Save | None = None
+        self._asked_for = True
+        self._saved_at = time.monotonic()
 
     def start(self, log: MetricsLog) -> int:
         """Go on from a checkpoint if the options say so, else clear away those of an earlier run. A collective.
@@ -117,6 +125,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the checkpoint is broken, or of a run that computes something else.
         """
+        self._saved_at = time.monotonic()
         source = self._source()
         if source is None:
             self._clear(-1)
@@ -141,8 +150,10 @@ class RunCheckpoints:
             return None
         if self.config.resume != "auto":
             return checkpoints_in(Path(self.config.resume))
-        found = agreed(CheckpointDirectory(self.directory).steps(), f"reading {self.directory}", checkpoint_group())
-        return self.directory if found else None
+        # Those beside a finished run are its own: it is to be replaced.
+        unfinished = run_state(self.directory.parent) is RunState.UNFINISHED
+        found = CheckpointDirectory(self.directory).steps() if unfinished else []
+        return self.directory if agreed(found, f"reading {self.directory}", checkpoint_group()) else None
 
     def _compare(self, extra: dict[str, Any], path: Path) -> None:
         """Whether this run computes what the run of a checkpoint did."""
@@ -152,35 +163,52 @@ class RunCheckpoints:
             int(row["step"])
         if self.loss_scale is not None:
             LossScale(**extra["loss_scale"])
-        own = json.loads(json.dumps(self.config.as_json()))
-        for name in (field.name for field in fields(self.config) if field.name not in _NEUTRAL):
-            if extra["run"].get(name) != own[name]:
-                raise CheckpointError(
-                    f"{name} is {own[name]!r}, but {path} was written with {extra['run'].get(name)!r}; "
-                    "a run goes on with the same options"
-                )
+        difference = difference_of_runs(self.config, extra["run"])
+        if difference is not None:
+            name, own, other = difference
+            raise CheckpointError(
+                f"{name} is {own!r}, but {path} was written with {other!r}; a run goes on with the same options"
+            )
         for name, digest in self._data.items():
             if extra["data"].get(name) != digest:
                 raise CheckpointError(
                     f"the {name} rows are not those of {path}: the data, its tokenizer or --template-date changed"
                 )
 
-    def save(self, step: int, log: MetricsLog) -> None:
-        """Write the checkpoint of a step in the background. A collective."""
-        self._save = save_checkpoint(
-            self.model,
-            self.directory,
-            step=step,
-            optimizer=self.optimizer,
-            extra={
-                "run": self.config.as_json(),
-                "data": self._data,
-                "metrics": log.rows,
-                "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
-            },
-            keep=self.config.keep,
-            asynchronous=True,
-        )
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is `save_minutes` old, by the first rank's clock."""
+        minutes = self.config.save_minutes
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        return bool(minutes) and first and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, step: int, log: MetricsLog, *, asked_for: bool = True) -> None:
+        """Write the checkpoint of a step in the background. A collective.
+
+        Args:
+            step: that was done.
+            log: the rows so far.
+            asked_for: raise if it cannot be written; else warn, since the training itself does not need it.
+
+        Raises:
+            CheckpointError: it, or the one before, cannot be written.
+        """
+        self.wait()
+        self._save, self._asked_for, self._saved_at = None, asked_for, time.monotonic()
+        with self._warned_of():
+            self._save = save_checkpoint(
+                self.model,
+                self.directory,
+                step=step,
+                optimizer=self.optimizer,
+                extra={
+                    "run": self.config.as_json(),
+                    "data": self._data,
+                    "metrics": log.rows,
+                    "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
+                },
+                keep=self.config.keep,
+                asynchronous=True,
+            )
 
     def wait(self) -> Path | None:
         """The last checkpoint, when it is whole.
@@ -188,13 +216,51 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it could not be written.
         """
-        return None if self._save is None else self._save.wait()
+        path: Path | None = None
+        with self._warned_of():
+            path = None if self._save is None else self._save.wait()
+        return path
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint of the run, also one from before it was resumed."""
         self.wait()
         directory = CheckpointDirectory(self.directory)
         return next((directory.of_step(step) for step in directory.steps()), None)
+
+    @contextmanager
+    def _warned_of(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if self._asked_for:
+                raise
+            warnings.warn(f"{error}; the training goes on without this checkpoint", stacklevel=4)
+
+    def remove_unasked(self) -> None:
+        """Remove the checkpoints of a finished run that `save_every` did not ask for. For the first rank."""
+        if not self.config.save_every:
+            CheckpointDirectory(self.directory).keep(0)
+            with suppress(OSError):  # it was never made, or holds something else
+                os.rmdir(self.directory)
+
+
+def difference_of_runs(
+    config: FinetuneConfig, other: Mapping[str, Any], *, with_paths: bool = False
+) -> tuple[str, Any, Any] | None:
+    """The first option that makes this run compute something else than another: its name, its value here and there.
+
+    Args:
+        config: resolved options.
+        other: the other run's options, as `as_json` gave them.
+        with_paths: compare the paths of model and data, too, where their content cannot be compared.
+    """
+    own = json.loads(json.dumps(config.as_json()))
+    for name in (field.name for field in fields(config)):
+        compared = name not in _NEUTRAL or (with_paths and name in ("model", "data"))
+        theirs = json.loads(json.dumps(other.get(name)))
+        if compared and own[name] != theirs:
+            return name, own[name], theirs
+    return None
 
 
 def _digest(rows: PackedRows) -> str:

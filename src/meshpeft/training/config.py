@@ -184,7 +184,10 @@ class FinetuneConfig(LayoutConfig):
     eval_rows: int = 512
     """Most held-out rows to measure on while training; 0: all. `meshpeft evaluate` measures on all."""
     save_every: int = 0
-    """Steps between checkpoints, in OUTPUT_DIR/checkpoints; 0: only when the run is interrupted."""
+    """Steps between checkpoints, in OUTPUT_DIR/checkpoints, where they stay; 0: only those of --save-minutes."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints to go on from if the run is killed; without --save-every they are removed when it is
+    finished. 0: none. A run that is interrupted saves one in any case."""
     keep: int = 2
     """Newest checkpoints to keep."""
     resume: Annotated[str | None, OptionalField] = None
@@ -213,6 +216,7 @@ class FinetuneConfig(LayoutConfig):
             "eval_every",
             "eval_rows",
             "save_every",
+            "save_minutes",
             "seed",
             "router_aux_loss_coef",
         )

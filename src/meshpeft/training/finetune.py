@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from meshpeft.checkpoint import export_peft_adapter, serving_note
 from meshpeft.models import LanguageModel
+from meshpeft.models.staging import StagedFiles
+from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.errors import MeshPEFTError, first_line, shown
 from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
@@ -16,18 +28,19 @@ from meshpeft.quantization import packed_size
 from meshpeft.training.adapter_check import check_adapter
 from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
 from meshpeft.training.base_model import BaseModel, check_attention, find_base
-from meshpeft.training.checkpoints import run_date
+from meshpeft.training.checkpoints import difference_of_runs, run_date
 from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers
-from meshpeft.training.inputs import check_rows, load_inputs, load_tokenizer
+from meshpeft.training.inputs import Inputs, check_rows, load_inputs, load_tokenizer
+from meshpeft.training.interruption import Interruption
 from meshpeft.training.launch import launch
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.metrics import MetricsLog, plot_losses
-from meshpeft.training.output import OutputDirectory
+from meshpeft.training.output import CURVE, METRICS, RECORD, OutputDirectory, OutputError
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.quantized_base import base_quantizer, start_adapter
-from meshpeft.training.report import CURVE, METRICS, Report, describe_layout, short_path, write_record
+from meshpeft.training.report import Report, describe_layout, record_of, short_path
 from meshpeft.training.setup import join_mesh, workers_for
 
 __all__ = ["finetune", "start"]
@@ -48,7 +61,11 @@ def start(config: FinetuneConfig) -> None:
     config.check()
     workers = workers_for(config)
     output = _output(config)
-    output.check()
+    if not is_joined():  # else the first rank looks, for all
+        if _is_finished(config, output):
+            print(_finished_sentence(config))
+            return
+        output.check()
     base = find_base(config.model, config.engine)
     base.check(config)
     check_adapter(base, config)
@@ -56,7 +73,7 @@ def start(config: FinetuneConfig) -> None:
         launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:
         if not is_joined():  # a worker that was killed could not clean up after itself
-            output.discard()
+            output.clear()
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -68,10 +85,20 @@ def finetune(config: FinetuneConfig) -> None:
     Raises:
         MeshPEFTError: the model or the data cannot be used; raised before anything is written.
         TrainingError: the loss is not finite.
+        RunInterrupted: a signal asked for an end; there is a checkpoint to go on from.
+        OutputError: the adapter could not be written, or not where it should be; the text says where it is.
     """
     info = join_mesh(config)
     config = replace(config, template_date=run_date(config))
     report = Report(info)
+    with _owned(config, info) as output:
+        if output is None:
+            report.say(_finished_sentence(config))
+        else:
+            _train(config, info, report, output)
+
+
+def _train(config: FinetuneConfig, info: ParallelGroupInfo, report: Report, output: OutputDirectory) -> None:
     set_seed(config.seed)
     base = find_base(config.model, config.engine)
     tokenizer = load_tokenizer(base.directory)
@@ -85,23 +112,20 @@ def finetune(config: FinetuneConfig) -> None:
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
     report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
-    prompt = prompt_of(inputs.sample)
-    before = continuation(model, tokenizer, prompt, inputs.ends)
-    with _staged(config, info) as output:
-        log = MetricsLog(output.stage / METRICS if report.speaks else None)
-        loop.run(log, TrainingProgress(loop.steps, report.console))
-        after = continuation(model, tokenizer, prompt, inputs.ends)
-        log.close()
-        export_peft_adapter(
-            model,
-            output.stage,
-            base_model_name_or_path=str(base.directory),
-            format=config.adapter_format,
-        )
+    before = _sample(model, tokenizer, inputs, info)
+    log = MetricsLog()
+    loop.restore(log)
+    with all_or_none(f"writing {config.output_dir}", OutputError):
+        if report.speaks:
+            output.begin(record_of(config, info, None))
+            log.write_to(output.metrics)
+    with Interruption() as interruption:  # until the adapter is in its place
+        loop.run(log, TrainingProgress(loop.steps, report.console), interruption)
+        _publish(config, model, base, output, info)
         held_out = log.series("held_out_loss")[1]
         tokens, seconds = round(sum(log.series("tokens")[1])), sum(log.series("seconds")[1])
+        files = [METRICS]
         if report.speaks:
-            plot_losses(log, output.stage / CURVE, f"{config.method}, rank {config.rank}")
             results = {
                 "held_out_loss_before": held_out[0],
                 "held_out_loss_after": held_out[-1],
@@ -111,10 +135,88 @@ def finetune(config: FinetuneConfig) -> None:
                 "training_seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens / seconds, 1),
             }
-            write_record(output.stage, config, info, results)
-    report.samples(tokenizer, inputs.sample, before, after)
+            with _or_warning(f"{config.output_dir}: {RECORD} could not be written, so the run counts as unfinished"):
+                log.close()
+                output.finish(record_of(config, info, results))
+                files.append(RECORD)
+        if RECORD in files:
+            with _or_warning(f"{config.output_dir}: checkpoints that nobody asked for could not be removed"):
+                loop.remove_unasked_checkpoints()
+    if report.speaks:
+        with _or_warning(f"{config.output_dir}: {CURVE} could not be drawn"):
+            plot_losses(log, output.path, f"{config.method}, rank {config.rank}")
+            files.insert(1, CURVE)
+    after = _sample(model, tokenizer, inputs, info)
+    if before is not None and after is not None:
+        with _or_warning("the sample could not be shown"):
+            report.samples(tokenizer, inputs.sample, before, after)
     report.outcome(held_out[0], held_out[-1], tokens, seconds)
-    report.next_commands(config.output_dir, inputs.example, serving_note(model, config.adapter_format))
+    report.next_commands(config.output_dir, files, inputs.example, serving_note(model, config.adapter_format))
+
+
+def _publish(
+    config: FinetuneConfig, model: LanguageModel, base: BaseModel, output: OutputDirectory, info: ParallelGroupInfo
+) -> None:
+    """Put the adapter into the output directory, or, if it cannot be written there, anywhere. Every rank calls it.
+
+    Raises:
+        CheckpointError: the adapter is none that may be written.
+        OutputError: it is not in its place; the text says where it is.
+    """
+    leads = info.world.rank == 0
+    staged: StagedFiles | None = None
+
+    def export(folder: Path) -> None:
+        named = str(base.directory)
+        export_peft_adapter(model, folder, base_model_name_or_path=named, format=config.adapter_format)
+
+    try:
+        try:
+            with all_or_none(str(config.output_dir), OutputError):
+                staged = StagedFiles(output.path) if leads else None
+            export(config.output_dir if staged is None else staged.folder)
+        except MeshPEFTError as error:
+            if not _of_first_rank(isinstance(error.__cause__, OSError), info):
+                raise
+            output.keep()
+            folder = Path(tempfile.gettempdir()) / f"meshpeft-{uuid.uuid4().hex[:8]}"
+            elsewhere: Path = _of_first_rank(folder / output.path.name, info)
+            reason = str(error) if staged is None else str(error).replace(str(staged.folder), str(output.path))
+            try:
+                export(elsewhere)
+            except MeshPEFTError as second:
+                raise OutputError(f"the adapter could not be written: {reason}; nor {second}") from error
+            raise OutputError(f"{reason}; the finished adapter is in {elsewhere}") from error
+        with all_or_none(f"writing {config.output_dir}", OutputError):
+            if staged is not None:
+                output.publish(staged)
+    finally:
+        if staged is not None:
+            staged.clean_up()
+
+
+def _sample(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, info: ParallelGroupInfo
+) -> str | None:
+    """What the model says after the held-out prompt; a training is not lost because that fails. Every rank calls it."""
+    try:
+        return continuation(model, tokenizer, prompt_of(inputs.sample), inputs.ends)
+    except Exception as error:
+        # Where one rank may fail alone the others wait for it, and it has to end.
+        if info.world.world_size > 1 and isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
+            raise
+        warnings.warn(f"there is no sample of what the model says: {first_line(error)}", stacklevel=2)
+        return None
+
+
+@contextmanager
+def _or_warning(what: str) -> Iterator[None]:
+    """Warn of what fails in the block, since the training is done."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        warnings.warn(f"{what}: {reason}", stacklevel=3)
 
 
 def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> LanguageModel:
@@ -147,18 +249,54 @@ def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, laye
 
 
 @contextmanager
-def _staged(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputDirectory]:
-    """The output directory, whose stage the first rank makes, and puts in its place if all goes well."""
+def _owned(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputDirectory | None]:
+    """The output directory, which the first rank owns meanwhile; `None` if the run is finished. A collective."""
     output = _output(config)
-    if info.world.rank != 0:
-        yield output
+    leads = info.world.rank == 0
+    finished = False
+    with all_or_none(f"opening {config.output_dir}", OutputError):
+        if leads:
+            finished = _is_finished(config, output)
+            if not finished:
+                output.open()
+    if _of_first_rank(finished, info):
+        yield None
         return
-    output.open()
     try:
         yield output
-        output.commit()
     finally:
-        output.discard()
+        if leads:
+            output.close()
+
+
+def _is_finished(config: FinetuneConfig, output: OutputDirectory) -> bool:
+    """Whether `--resume auto` finds this very run, finished.
+
+    Raises:
+        OutputError: it finds another one, which is not to be replaced.
+    """
+    if config.resume != "auto" or not output.is_finished():
+        return False
+    difference = difference_of_runs(config, FinetuneConfig.from_json(output.path / RECORD).as_json(), with_paths=True)
+    if difference is not None and not config.overwrite:
+        name, own, other = difference
+        raise OutputError(
+            f"{config.output_dir}: holds a finished run whose {name} is {shown(other)}, not {shown(own)}; choose "
+            "another output directory, or replace it with --overwrite"
+        )
+    return difference is None
+
+
+def _of_first_rank(value: Any, info: ParallelGroupInfo) -> Any:
+    """What the first rank has. A collective."""
+    values = [value]
+    if info.world.world_size > 1:
+        dist.broadcast_object_list(values, src=0, group=info.world.group)
+    return values[0]
+
+
+def _finished_sentence(config: FinetuneConfig) -> str:
+    return f"{config.output_dir}: the run is finished, and nothing is left to do; --overwrite alone starts it again"
 
 
 def _output(config: FinetuneConfig) -> OutputDirectory:

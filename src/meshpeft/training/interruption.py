@@ -74,12 +74,16 @@ class Interruption:
             raise KeyboardInterrupt
         self._number = number
 
-    def requested(self) -> int:
-        """The number of the signal that any rank got, or 0. A collective."""
+    def requested(self, due: bool = False) -> tuple[int, bool]:
+        """The number of the signal that any rank got, or 0; and whether a checkpoint is due on any. A collective.
+
+        Args:
+            due: whether one is by this rank's clock.
+        """
         # Not the checkpoints' group: a save may be under way.
         group = cpu_group("interruptions")
         if group is None:
-            return self._number
-        number = torch.tensor(self._number)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-        return int(number)
+            return self._number, due
+        asked = torch.tensor([self._number, int(due)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
+        return int(asked[0]), bool(asked[1])

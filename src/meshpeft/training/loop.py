@@ -85,24 +85,36 @@ class TrainingLoop:
         self._checkpoints = RunCheckpoints(config, model, optimizer, loss_scale, inputs)
         # Steps in a row that were not taken, and steps that were since the last checkpoint.
         self._skipped = self._unsaved = 0
+        self._start = 0
 
-    def run(self, log: MetricsLog, progress: TrainingProgress) -> None:
+    def restore(self, log: MetricsLog) -> None:
+        """Go on from a checkpoint if the options say so, else begin, without those of an earlier run. A collective.
+
+        Args:
+            log: gets the rows of the steps that are done.
+
+        Raises:
+            CheckpointError: the run cannot go on from the checkpoint it was told to.
+        """
+        self._start = self._checkpoints.start(log)
+
+    def run(self, log: MetricsLog, progress: TrainingProgress, interruption: Interruption) -> None:
         """Take every step that is left, and measure before, after and every `eval_every` steps.
 
         Warns of adapters that no step trained.
 
         Raises:
-            CheckpointError: the run cannot go on from the checkpoint it was told to, or one cannot be written.
+            CheckpointError: a checkpoint that was asked for cannot be written.
             RunInterrupted: a signal asked for an end; there is a checkpoint of the last step.
             TrainingError: a held-out loss is not finite, or the gradients of too many steps in a row are not.
         """
-        start = self._checkpoints.start(log)
+        start = self._start
         self._skipped = _skipped_at_the_end(log)
         every = self.config.eval_every
         if every is None:
             every = steps_between_measurements(self.steps, self.config.batch_size, len(self._held_out.rows))
         every = every or self.steps
-        with progress, Interruption() as interruption:
+        with progress:
             progress.start_at(start)
             if start:
                 progress.note(f"resumed after step {start}")
@@ -112,7 +124,7 @@ class TrainingLoop:
                 self._take(done, log, progress)
                 if done % every == 0 or done == self.steps:
                     self._measure(done, log, progress)
-                self._save(done, interruption.requested(), log)
+                self._save(done, interruption, log)
         self._checkpoints.wait()
         skipped = sum(bool(row.get("skipped")) for row in log.rows)
         if skipped:
@@ -126,10 +138,16 @@ class TrainingLoop:
                 stacklevel=2,
             )
 
-    def _save(self, done: int, interrupted_by: int, log: MetricsLog) -> None:
-        every = self.config.save_every
-        if interrupted_by or (every and (done % every == 0 or done == self.steps)):
-            self._checkpoints.save(done, log)
+    def remove_unasked_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run that `save_every` did not ask for. For the first rank."""
+        self._checkpoints.remove_unasked()
+
+    def _save(self, done: int, interruption: Interruption, log: MetricsLog) -> None:
+        interrupted_by, due = interruption.requested(self._checkpoints.is_due())
+        every, last = self.config.save_every, done == self.steps
+        asked_for = bool(interrupted_by or (every and (done % every == 0 or last)))
+        if asked_for or (due and not last):
+            self._checkpoints.save(done, log, asked_for=asked_for)
             self._unsaved = 0
         if interrupted_by:
             path = self._checkpoints.wait()

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from meshpeft.models.staging import StagedFiles
+from meshpeft.training.output import CURVE, METRICS
 
 __all__ = ["MetricsLog", "plot_losses"]
 
@@ -17,21 +26,32 @@ class MetricsLog:
     batch) and `seconds` (of the step); a row of a measurement has `step` (steps done so far) and `held_out_loss`. A
     number that is not finite is null. A step that was not taken has `skipped`: `overflow` where float16's loss scale
     was too large, else `not finite`.
-
-    Args:
-        path: the file; `None` keeps the rows only (on ranks other than 0).
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._file = None if path is None else path.open("w", encoding="utf-8")
+        self._file: TextIO | None = None
+
+    def write_to(self, path: Path) -> None:
+        """Write the rows so far into a file, and each that comes."""
+        self._file = path.open("w", encoding="utf-8")
+        for row in self.rows:
+            self._write(row)
 
     def add(self, **row: Any) -> None:
         """Append a row."""
         self.rows.append(row)
-        if self._file is not None:
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+        except OSError as error:  # the rows are in the checkpoints, too; a full disk ends no training
+            self._file = None
+            warnings.warn(f"{METRICS}: {error.strerror or error}; no more lines are written", stacklevel=3)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Begin with the rows of an earlier part of the run."""
@@ -44,13 +64,39 @@ class MetricsLog:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        """Wait until the disk has the file, and close it."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            with file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            warnings.warn(f"{METRICS}: {error.strerror or error}; lines may be missing", stacklevel=2)
 
 
-def plot_losses(log: MetricsLog, path: Path, title: str) -> None:
-    """Draw the loss of every step and the held-out loss, in nats per token, as a PNG."""
+def plot_losses(log: MetricsLog, directory: Path, title: str) -> None:
+    """Draw the loss of every step and the held-out loss, in nats per token, as `loss.png`."""
+    with _no_files_at_home(), StagedFiles(directory) as staged:
+        _draw(log, staged.folder / CURVE, title)
+        staged.publish([CURVE])
+
+
+@contextmanager
+def _no_files_at_home() -> Iterator[None]:
+    """Give matplotlib, which keeps its settings and its list of fonts in the home directory, a place for them."""
+    if "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="meshpeft-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
+def _draw(log: MetricsLog, path: Path, title: str) -> None:
     # Here, because it is slow to import and only rank 0 draws; without pyplot, which would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,104 +1,269 @@
-"""The output directory of a run: written aside, and put in its place when it is whole."""
+"""The output directory of a run: whose it is, what it holds, and how the results come into it.
+
+    checkpoints/        while the run goes on, and afterwards if they were asked for
+    run.partial.json    the run's options; there from its first step on
+    metrics.jsonl       grows with every step (metrics.partial.jsonl while an older run is there)
+    adapter_model.safetensors, adapter_config.json    when training is done
+    run.json            run.partial.json with the results: the run is finished
+    loss.png
+
+An older run that is to be replaced stays as it is until the new adapter is on the disk. So a process that is killed
+leaves the old run, or one that is not finished and says so; while a process lives it owns the directory
+(`meshpeft.models.directory_lock`).
+"""
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
+from meshpeft.checkpoint.directory import CheckpointDirectory
+from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
+from meshpeft.models.directory_lock import DirectoryInUse, DirectoryLock
+from meshpeft.models.staging import StagedFiles, flush, remove_leftovers, write_flushed
 from meshpeft.parallel.errors import MeshPEFTError
 
-__all__ = ["CHECKPOINTS", "RECORD", "OutputDirectory", "OutputError"]
+__all__ = ["CHECKPOINTS", "CURVE", "METRICS", "RECORD", "OutputDirectory", "OutputError", "RunState", "run_state"]
 
 RECORD = "run.json"
-"""The file that makes a directory the output of a run: options, versions and results."""
+"""The file that makes a directory the output of a finished run: options, versions and results."""
+UNFINISHED = "run.partial.json"
+"""The same without results, of a run that is not finished."""
 CHECKPOINTS = "checkpoints"
-"""The directory in an output directory that a run writes while it goes. Without the record beside it, the run was
-interrupted."""
+METRICS, CURVE = "metrics.jsonl", "loss.png"
+_METRICS_BESIDE_OLD = "metrics.partial.jsonl"
+
+# What may be there all the same, the second in the root of a volume; and what a run that was killed early leaves.
+_OF_NOBODY = {CHECKPOINTS, "lost+found"}
+_OF_THE_UNFINISHED = {UNFINISHED, METRICS, _METRICS_BESIDE_OLD, CURVE}
 
 
 class OutputError(MeshPEFTError):
     """An output directory that cannot be written, or must not be."""
 
 
+class RunState(Enum):
+    """What an output directory holds."""
+
+    FREE = auto()
+    """Nothing, or nothing of use."""
+    UNFINISHED = auto()
+    """A run to go on with. There may be an older one that it was to replace."""
+    FINISHED = auto()
+    """A finished run."""
+    OTHER = auto()
+    """Files that are no run's."""
+
+
+def run_state(directory: Path) -> RunState:
+    """What an output directory holds.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not directory.exists():
+        return RunState.FREE
+    names = {path.name for path in directory.iterdir()}
+    # An adapter without the record is of a run that was killed between the two.
+    begun = bool(CheckpointDirectory(directory / CHECKPOINTS).steps())
+    if (RECORD not in names and (begun or {UNFINISHED, CONFIG_NAME} <= names)) or (UNFINISHED in names and begun):
+        return RunState.UNFINISHED
+    if RECORD in names:
+        return RunState.FINISHED
+    if UNFINISHED in names:
+        names -= {*_OF_THE_UNFINISHED, WEIGHTS_NAME}
+    others = [name for name in names - _OF_NOBODY if not name.startswith((".", "finished-"))]
+    return RunState.OTHER if others else RunState.FREE
+
+
 class OutputDirectory:
-    """A run's output, in `path` when it is complete and in `stage`, beside it, until then.
+    """A run's output. One process of the run, its first rank, makes it, between `open` and `close`.
 
     Args:
-        path: where the output is to be.
-        overwrite: replace the run that is there.
-        resume: go on with the interrupted run that is there.
+        path: Where the output is to be.
+        overwrite: Replace the run that is there.
+        resume: Go on with the unfinished run that is there.
+
+    Attributes:
+        metrics: The file that grows while the run goes on, after `begin`.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.given = path
-        self.path = path.resolve()
+        with self._explained():
+            self.path = Path(os.path.realpath(path))
         self.overwrite = overwrite
         self.resume = resume
-        self.stage = self.path.with_name(f".{self.path.name}.partial")
+        self._lock = DirectoryLock(self.path)
+        self._missing: list[Path] = []
+        self._keeps = False
+        self.metrics = self.path / METRICS
 
-    def check(self) -> None:
-        """Whether the output may be put in its place; touches nothing.
+    def is_finished(self) -> bool:
+        """Whether a finished run is there, and none that was to replace it.
 
         Raises:
-            OutputError: the place is taken, or cannot be written to.
+            OutputError: The directory cannot be read.
         """
+        with self._explained():
+            return run_state(self.path) is RunState.FINISHED
+
+    def check(self) -> None:
+        """Check that the output may come here, and can: a file is written and renamed, and removed again.
+
+        Raises:
+            OutputError: The place is taken, another process writes there, or it cannot be written to.
+        """
+        with self._explained():
+            self._missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._refuse_what_is_no_run()
+            with StagedFiles(self.path) as staged:
+                self._refuse_what_is_taken()
+                probe, renamed = staged.folder / "probe", self.path / ".meshpeft.probe"
+                write_flushed(probe, b"probe")
+                os.rename(probe, renamed)
+                os.unlink(renamed)
+
+    def open(self) -> None:
+        """Own the directory until `close`.
+
+        Raises:
+            OutputError: As for `check`.
+        """
+        with self._explained():
+            self._refuse_what_is_no_run()
+            self._lock.acquire()
+            try:
+                self._refuse_what_is_taken()
+                if self._lock.works:
+                    remove_leftovers(self.path)
+            except BaseException:
+                self._lock.release()
+                raise
+        if not self._lock.works:
+            warnings.warn(
+                f"{self.given}: this file system has no locks, so nothing keeps a second run out of the directory; "
+                "start none",
+                stacklevel=2,
+            )
+        elif self._lock.left_by is not None:
+            warnings.warn(
+                f"{self.given}: {self._lock.left_by} has not ended its work there; if it still runs, and the two "
+                "machines do not see each other's locks, stop one of the two",
+                stacklevel=2,
+            )
+
+    def _refuse_what_is_no_run(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.given}: is a file; choose another output directory")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            finished = (self.path / RECORD).is_file()
-            if not finished and not (self.path / CHECKPOINTS).is_dir():
-                raise OutputError(
-                    f"{self.given}: holds files that are not a run's (there is no {RECORD}); "
-                    f"choose another output directory"
-                )
-            if finished and not self.overwrite:
-                raise OutputError(
-                    f"{self.given}: holds a finished run; choose another output directory, or replace it with "
-                    "--overwrite"
-                )
-            if not finished and not (self.overwrite or self.resume):
-                raise OutputError(
-                    f"{self.given}: holds the checkpoints of an interrupted run; go on with --resume auto, or replace "
-                    f"it with --overwrite"
-                )
-        ancestor = next(parent for parent in self.path.parents if parent.exists())
+        ancestor = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         if not ancestor.is_dir():
             raise OutputError(f"{self.given}: {ancestor} is not a directory")
+        if run_state(self.path) is RunState.OTHER:
+            raise OutputError(
+                f"{self.given}: holds files that are not a run's (there is no {RECORD}); choose another output "
+                "directory"
+            )
 
-    def open(self) -> Path:
-        """Make the empty stage, throwing away what a killed run left there, and return it."""
-        try:
-            self.discard()
-            self.stage.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.given}: cannot be written: {error.strerror or error}") from error
-        return self.stage
+    def _refuse_what_is_taken(self) -> None:
+        state = run_state(self.path)
+        if state is RunState.FINISHED and not self.overwrite:
+            raise OutputError(
+                f"{self.given}: holds a finished run; choose another output directory, or replace it with --overwrite"
+            )
+        if state is RunState.UNFINISHED and not (self.overwrite or self.resume):
+            raise OutputError(
+                f"{self.given}: holds the checkpoints of an interrupted run; go on with --resume auto, or replace "
+                f"it with --overwrite"
+            )
 
-    def commit(self) -> None:
-        """Put the stage in its place. Whoever looks sees the old run, then no run for an instant, then the new."""
-        if (self.path / CHECKPOINTS).is_dir():
-            self._commit_beside_checkpoints()
+    def begin(self, record: dict[str, Any]) -> None:
+        """Say that there is a run that is not finished, before its first step.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        with StagedFiles(self.path) as staged:
+            _write_json(staged.folder / UNFINISHED, record)
+            staged.publish([UNFINISHED])
+        self.metrics = self.path / (_METRICS_BESIDE_OLD if (self.path / RECORD).exists() else METRICS)
+
+    def publish(self, staged: StagedFiles) -> None:
+        """Put an adapter in its place. From here on an older run is gone.
+
+        Args:
+            staged: The adapter's files, of this directory.
+
+        Raises:
+            OSError: It cannot be done. The older run is as it was, and `strerror` says where the adapter is.
+        """
+        self.keep()
+        staged.publish([WEIGHTS_NAME, CONFIG_NAME], [self.path / RECORD, self.path / CURVE])
+
+    def keep(self) -> None:
+        """Leave what shows how the run went, also if it does not finish."""
+        self._keeps = True
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the record: the run is finished.
+
+        Raises:
+            OSError, ValueError: It cannot be written; the adapter is there.
+        """
+        with StagedFiles(self.path) as staged:
+            _write_json(staged.folder / RECORD, record)
+            os.replace(self.metrics, self.path / METRICS)
+            with suppress(FileNotFoundError):
+                os.unlink(self.path / _METRICS_BESIDE_OLD)
+            # In one step: the run that was not finished is.
+            os.replace(staged.folder / RECORD, self.path / UNFINISHED)
+            os.replace(self.path / UNFINISHED, self.path / RECORD)
+            flush(self.path)
+
+    def close(self) -> None:
+        """Give the directory up. A run that failed and left nothing to go on from leaves nothing at all."""
+        if not self._keeps:
+            self._remove_beginning()
+        self._lock.release()
+
+    def clear(self) -> None:
+        """Do the same for a process of the run that was killed, unless another owns the directory by now."""
+        if not self.path.is_dir():
             return
-        old = self.path.with_name(f".{self.path.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.path.exists():
-            self.path.rename(old)
-        self.stage.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):
+            with self._lock:
+                remove_leftovers(self.path)
+                self._remove_beginning()
+            for path in self._missing:
+                os.rmdir(path)
 
-    def _commit_beside_checkpoints(self) -> None:
-        (self.path / RECORD).unlink(missing_ok=True)
-        for old in self.path.iterdir():
-            if old.is_dir() and old.name != CHECKPOINTS:
-                shutil.rmtree(old)
-            elif not old.is_dir():
-                old.unlink()
-        # The record comes last: with it the run is finished.
-        for new in sorted(self.stage.iterdir(), key=lambda path: path.name == RECORD):
-            new.rename(self.path / new.name)
-        self.stage.rmdir()
+    def _remove_beginning(self) -> None:
+        with suppress(OSError):
+            if not (self.path / UNFINISHED).exists() or run_state(self.path) is RunState.UNFINISHED:
+                return
+            for name in (_METRICS_BESIDE_OLD, *([] if (self.path / RECORD).exists() else [METRICS]), UNFINISHED):
+                with suppress(FileNotFoundError):
+                    os.unlink(self.path / name)
+            os.rmdir(self.path / CHECKPOINTS)
 
-    def discard(self) -> None:
-        """Remove the stage, if there is one."""
-        if self.stage.exists():
-            shutil.rmtree(self.stage)
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except MeshPEFTError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, DirectoryInUse):
+                raise OutputError(f"{self.given}: {reason}") from error
+            raise OutputError(f"{self.given}: cannot be written: {reason}") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_flushed(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

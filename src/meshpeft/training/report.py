@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.documents import Document
-from meshpeft.training.output import RECORD
 from meshpeft.training.prompts import decoded, prompt_of
 
-__all__ = ["CURVE", "METRICS", "Report", "describe_layout", "describe_processes", "short_path", "write_record"]
+__all__ = ["Report", "describe_layout", "describe_processes", "record_of", "short_path"]
 
-METRICS, CURVE = "metrics.jsonl", "loss.png"
 PROMPT_LINES = 12
 
 
@@ -57,16 +54,15 @@ def short_path(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def write_record(directory: Path, config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str, Any]) -> None:
-    """Write `run.json`: options, layout, versions and results."""
+def record_of(config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str, Any] | None) -> dict[str, Any]:
+    """What `run.json` holds: options, layout, versions, and results once there are some."""
     packages = ("meshpeft", "torch", "transformers", "tokenizers", "safetensors")
-    record = {
+    return {
         "options": config.as_json(),
         "layout": {axis: info.axis(axis).world_size for axis in ("tp", "pp", "dp", "ep", "etp", "edp")},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "results": results,
     }
-    (directory / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class Report:
@@ -108,15 +104,16 @@ class Report:
         self.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
         self.say(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 
-    def next_commands(self, directory: Path, example: str, serving: str | None = None) -> None:
+    def next_commands(self, directory: Path, files: Sequence[str], example: str, serving: str | None = None) -> None:
         """Say what was written, and the commands that use it.
 
         Args:
             directory: the run's output.
+            files: what it holds beside the adapter.
             example: options of `meshpeft generate` that give a prompt.
             serving: what serving systems do not make of the adapter.
         """
-        self.say(f"wrote {directory}: the adapter (PEFT format), {METRICS}, {CURVE}, {RECORD}")
+        self.say(f"wrote {directory}: {', '.join(['the adapter (PEFT format)', *files])}")
         program, adapter = _program(), shlex.quote(str(directory))
         self.say("\nuse it:")
         self.say(f"  {program} generate --adapter {adapter} {example}")
