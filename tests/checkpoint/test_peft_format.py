@@ -16,7 +16,7 @@ import torch
 import transformers
 from helpers.adapters import EVERYTHING, METHODS, adapted, peft_adapted, share_a
 from helpers.checkpoint_jobs import export_and_fail
-from helpers.fsdp_jobs import export_under_fsdp, made, trained
+from helpers.fsdp_jobs import export_under_fsdp, export_under_fsdp1, made, trained
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import simulate, the_same
 from helpers.tiny_models import random_ids, reference
@@ -166,6 +166,7 @@ def test_one_scale_serves_a_file_of_several_ranks_and_scales(case: str, tiny: Ti
     model = adapted(base, **options).eval()
     export_peft_adapter(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(base))
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, alpha, False)
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     expected = logits(model, ids)
@@ -621,3 +622,12 @@ def test_an_adapter_that_fully_shard_sharded_is_gathered(method: str, tiny: Tiny
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-14)
+
+
+def test_flat_shards_are_refused_and_summoned_parameters_written(tiny: Tiny, tmp_path: Path) -> None:
+    errors = run_on_ranks(2, export_under_fsdp1, str(tiny("llama")), str(tmp_path))
+    assert all("FSDP1) flattens parameters; export under its summon_full_params" in error for error in errors)
+    assert not (tmp_path / "flat").exists()
+    export_peft_adapter(made(str(tiny("llama")), "lora"), tmp_path / "alone")
+    found, expected = (load_file(tmp_path / folder / WEIGHTS) for folder in ("summoned", "alone"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter, save_checkpoint
@@ -58,3 +58,16 @@ def export_under_fsdp(base: str, folder: str, method: str, rows: list[Tensor]) -
         except CheckpointError as error:
             errors.append(str(error))
     return errors
+
+
+def export_under_fsdp1(base: str, folder: str) -> str:
+    """The error of an export under the older FullyShardedDataParallel; its summoned parameters are exported."""
+    model = FullyShardedDataParallel(made(base, "lora"), use_orig_params=True, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        export_peft_adapter(model, Path(folder) / "summoned")
+    dist.barrier()
+    try:
+        export_peft_adapter(model, Path(folder) / "flat")
+    except CheckpointError as error:
+        return str(error)
+    return ""

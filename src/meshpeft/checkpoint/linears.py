@@ -71,8 +71,20 @@ class Factor:
         return cls(parameter, layout_of_tensor(parameter) or layout)
 
     def full(self) -> Tensor:
-        """The full tensor in canonical order. A collective."""
-        return self.layout.gather(gathered(self.values))
+        """The full tensor in canonical order. A collective.
+
+        Raises:
+            CheckpointError: the parameter is a flat shard.
+        """
+        local = gathered(self.values)
+        if tuple(local.shape) != self.layout.local_shape:
+            raise CheckpointError(
+                f"an adapter's parameter has shape {tuple(local.shape)}, expected {self.layout.local_shape}: "
+                "FullyShardedDataParallel (FSDP1) flattens parameters; export under its "
+                "summon_full_params(model, writeback=False), or shard with fully_shard"
+            )
+        # A copy: numpy, by which it is written, keeps a storage from being resized, as FSDP does with parameters'.
+        return self.layout.gather(local.detach().clone())
 
     def fill(self, local: Tensor) -> None:
         """Set the values to this rank's slice."""

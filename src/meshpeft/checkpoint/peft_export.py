@@ -56,8 +56,7 @@ def export_peft_adapter(
     Args:
         model: with adapters; a [`Decoder`][meshpeft.models.Decoder], or any model of layers under their own names.
         directory: made if it does not exist; other files in it are left alone.
-        base_model_name_or_path: where readers find the base model; by default where a model of transformers says that
-            it came from.
+        base_model_name_or_path: where readers find the base model; by default where the model was loaded from.
         overwrite: replace an adapter that is there.
         format: how stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
             `peft-per-expert`, every expert by itself under the names of the family's checkpoints on the hub, as

@@ -26,9 +26,11 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         vocab_axis: divides the vocabulary of the logits; of one rank where they are whole.
+        name_or_path: the directory that it was loaded from; empty for none.
     """
 
     vocab_axis: ParallelAxis
+    name_or_path: str = ""
 
     @property
     @abstractmethod

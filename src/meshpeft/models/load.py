@@ -96,6 +96,7 @@ def fill(
     Raises:
         ModelError, QuantizationError: see [`load_pretrained`][meshpeft.models.load_pretrained].
     """
+    model.name_or_path = str(files.directory)
     target = torch.get_default_device() if device is None else torch.device(device)
     packed = {} if quantize is None else quantize.layers_of(model)
     tied: dict[int, list[str]] = {}
