@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.parallel.errors import shown
@@ -41,6 +43,7 @@ Note = Callable[[str], None]
 
 # Read by some templates and ignored by others, without harm.
 _PLAIN_KEYS = {"role", "content", "name", "id", "tool_call_id", "tool_calls", "refusal", "annotations"}
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 # A character that no text contains and no template strips, to see where a template puts the content.
 _SENTINEL = "\ue000"
 _QUESTION = {"role": "user", "content": _SENTINEL}
@@ -385,6 +388,8 @@ def _check_shown(chat: _Chat) -> None:
                 raise ValueError(f"the chat template leaves out what message {at + 1} says; use another template.")
             else:
                 chat.note(f"messages of role {shown(role)} that the chat template leaves out")
+        if role not in _ROLES:
+            chat.note(f"messages of role {shown(role)}, which are shown to the model and not learned")
         for key in sorted(message.keys() - _PLAIN_KEYS - set(REASONING_KEYS)):
             if key not in template:
                 chat.note(f"messages with a field {shown(key)} that the chat template does not read")
@@ -428,30 +433,32 @@ def _tokenize(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) 
     turn, what is before it and what is behind it are tokenised by themselves.
     """
     ids, offsets = _with_offsets(text, tokenizer)
-    cuts = sorted({start for start, _ in spans if any(first < start < last for first, last in offsets)})
+    first, last = offsets.T
+    cuts = sorted({start for start, _ in spans if ((first < start) & (start < last)).any()})
     if cuts:
-        ids, offsets = [], []
-        for first, last in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            part, places = _with_offsets(text[first:last], tokenizer, continued=first > 0)
-            ids += part
-            offsets += [(first + start, first + end) for start, end in places]
-    targets, before = [], 0
-    for first, last in offsets:
-        # White space may have no place of its own: it begins where the token before it ends.
-        begin = first if first < last else min(before, last)
-        targets.append(any(begin < end and last > start for start, end in spans))
-        before = max(before, last)
-    return ids, targets
+        parts = [
+            (begin, *_with_offsets(text[begin:end], tokenizer, continued=begin > 0))
+            for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
+        ]
+        ids = [token for _, part, _ in parts for token in part]
+        first, last = np.concatenate([begin + places for begin, _, places in parts]).T
+    # White space may have no place of its own: it begins where the token before it ends.
+    before = np.concatenate([[0], np.maximum.accumulate(last)[:-1]]) if len(last) else last
+    begins = np.where(first < last, first, np.minimum(before, last))
+    targets = np.zeros(len(ids), dtype=bool)
+    for start, end in spans:
+        targets |= (begins < end) & (last > start)
+    return ids, targets.tolist()
 
 
 def _with_offsets(
     text: str, tokenizer: PreTrainedTokenizerBase, *, continued: bool = False
-) -> tuple[list[int], list[Span]]:
-    """Tokens and the characters of each; of a text that continues another, as `continued_ids` gives them."""
+) -> tuple[list[int], NDArray[np.int64]]:
+    """Tokens, and the characters ``[tokens, 2]`` of each; of a text that continues another as by `continued_ids`."""
     prefix = ""
     if continued and continued_ids(tokenizer, text) != token_ids(tokenizer, [text])[0]:
         prefix = "\n"
     batch = tokenizer(prefix + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     skip = len(token_ids(tokenizer, [prefix])[0]) if prefix else 0
-    offsets = [(max(0, start - len(prefix)), max(0, end - len(prefix))) for start, end in batch["offset_mapping"]]
-    return list(batch["input_ids"])[skip:], offsets[skip:]
+    offsets = np.array(batch["offset_mapping"][skip:], dtype=np.int64).reshape(-1, 2)
+    return list(batch["input_ids"])[skip:], np.maximum(offsets - len(prefix), 0)

@@ -372,7 +372,7 @@ def nothing_to_learn(record: Record) -> str | None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         roles = sorted({str(message["role"]) for message in messages})
-        return f"no message of role 'assistant' (only {', '.join(map(repr, roles))})"
+        return f"no message of role 'assistant', which is what is learned (only {', '.join(map(repr, roles))})"
     kept = [message for message in answers if is_learned(message)]
     if not kept:
         return "every assistant message has weight 0"

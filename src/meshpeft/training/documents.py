@@ -140,6 +140,9 @@ def tokenize_records(
             else:
                 truncated += 1
                 pieces = [_truncate(tokens, targets, seq_length, special)]
+                if pieces[0][0][-1] != tokens[-1]:
+                    findings.add(f"answers cut at their end, being longer than {seq_length} tokens",
+                                 place_of(record, number))  # fmt: skip
             for piece_tokens, piece_targets in pieces:
                 mask = np.asarray(piece_targets, dtype=bool)
                 mask[:1] = False

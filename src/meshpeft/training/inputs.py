@@ -149,7 +149,11 @@ def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]],
         return (list(train), list(held_out)), findings, 0
     loaded = load_records(*config.data_files, findings=findings)
     records = _learnable(loaded, findings)
-    return split_held_out(records, config.held_out, config.seed), findings, len(loaded) - len(records)
+    try:
+        return split_held_out(records, config.held_out, config.seed), findings, len(loaded) - len(records)
+    except DataError as error:
+        dropped = "; ".join(line for line in findings.lines() if "dropped" in line)
+        raise DataError(f"{error} {dropped}".rstrip()) from error
 
 
 def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:

@@ -81,6 +81,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     """
     for number, message in enumerate(messages, start=1):
         try:
+            if not isinstance(message.get("role"), str):
+                raise ValueError("there is no 'role', a text")
             for key, kind in _REFUSED_KEYS.items():
                 if message.get(key) not in (None, [], {}):
                     raise ValueError(f"{key!r} {_REFUSALS[kind]}")

@@ -161,7 +161,11 @@ class SpecialTokens:
         return _longest(token for token in self._texts(special) if text.startswith(token, at))
 
     def _texts(self, special: bool) -> dict[str, int]:
-        return {**self.special_texts, **self.end_texts} if special else self.end_texts
+        return self._special_and_end_texts if special else self.end_texts
+
+    @cached_property
+    def _special_and_end_texts(self) -> dict[str, int]:
+        return self.special_texts | self.end_texts
 
 
 def _longest(tokens: Iterable[str]) -> str | None:
