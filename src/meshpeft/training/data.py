@@ -7,21 +7,19 @@ All of these are pure functions of their arguments, so every rank gets the same 
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.training.messages import check_messages, is_blank, is_learned
+from meshpeft.parallel.errors import shown
+from meshpeft.training.data_files import DataError, Row, check_plain, check_text, identity, read_rows
+from meshpeft.training.messages import calls_of, check_messages, is_blank, is_learned, parsed_arguments
 
 __all__ = [
     "ACCEPTED_COLUMNS",
@@ -69,11 +67,6 @@ _REFUSED_BESIDE: dict[RecordFormat, dict[str, str]] = {
     "text": {"tools": "is read beside messages only"},
 }
 ACCEPTED_COLUMNS = '"text", or "prompt" and "completion", or "messages"'
-_SUFFIXES = ".jsonl, .json, .csv, .parquet"
-
-
-class DataError(MeshPEFTError):
-    """The data cannot be used as given; the message is one sentence for the user."""
 
 
 class FileRecord(dict[str, Any]):
@@ -117,14 +110,6 @@ class Findings:
         return [f"{count:,} {what} (first: {self.first[what]})" for what, count in self.counts.items()]
 
 
-class _Row(NamedTuple):
-    where: str
-    """Where the row is, for messages: ``line 3`` or ``row 3``, counted from 1."""
-    values: Mapping[str, Any]
-    unread: Sequence[str] = ()
-    """Columns that were not read, being of no use."""
-
-
 def record_format(columns: Sequence[str]) -> RecordFormat | None:
     """The format that these columns hold: the first of chat, prompt/completion and text that is complete."""
     for name, required in _REQUIRED.items():
@@ -142,7 +127,7 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[d
 
     JSON and CSV are read by the standard library: the readers of ``datasets`` infer column types, which
     turns a completion ``2020-01-01`` into ``2020-01-01 00:00:00``, ``007`` into 7 and ``NA`` into nothing.
-    Parquet carries its types and is streamed by ``datasets``, which leaves no cache behind.
+    Parquet carries its types.
 
     Args:
         paths: files of one format; at least one.
@@ -161,14 +146,14 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[d
     unread: Counter[str] = Counter()
     seen: set[Path] = set()
     for path in map(Path, paths):
-        if path.resolve() in seen:
+        if identity(path) in seen:
             raise DataError(f"{path}: given twice; its records would be learned twice.")
-        seen.add(path.resolve())
+        seen.add(identity(path))
         before = len(records)
-        for row in _rows(path):
+        for row in read_rows(path, _chosen):
             here = record_format(list(row.values)) if len(records) == before else found
             if here is None:
-                columns = ", ".join(map(repr, row.values)) or "none"
+                columns = shown(list(row.values)).strip("[]") or "none"
                 raise DataError(f"{path}: no usable column; found {columns}, expected {ACCEPTED_COLUMNS}.")
             if found not in (None, here):
                 raise DataError(f"{path}: holds {here}, but {paths[0]} holds {found}; give files of one format.")
@@ -185,120 +170,16 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[d
     return records
 
 
-def _rows(path: Path) -> Iterator[_Row]:
-    readers = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {problem}; give a file that ends in one of {_SUFFIXES}.")
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; use one of {_SUFFIXES}.")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+def _chosen(names: Sequence[str]) -> list[str] | None:
+    """The columns to read of these: those of the format, and those that must not be left out."""
+    found = record_format(names)
+    if found is None:
+        return None
+    asked = {*_REQUIRED[found], *_OPTIONAL[found], *_REFUSED, *_REFUSED_BESIDE[found]}
+    return [name for name in names if name in asked]
 
 
-def _read_json_lines(path: Path) -> Iterator[_Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _object(_parsed(line, path, f"line {number}"), path, f"line {number}")
-
-
-def _read_json(path: Path) -> Iterator[_Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        # More after a complete object: JSON Lines by another name.
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _read_json_lines(path)
-            return
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    for number, value in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield _object(value, path, f"row {number}")
-
-
-def _parsed(line: str, path: Path, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, {where}: not valid JSON ({error.msg} at column {error.colno}).") from error
-
-
-def _object(value: Any, path: Path, where: str) -> _Row:
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError(f"{path}, {where}: expected an object with named columns, found a {kind}.")
-    return _Row(where, value)
-
-
-def _read_csv(path: Path) -> Iterator[_Row]:
-    # Documents are often longer than the csv module's default of 128 KiB per field.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            header = next(rows, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}: two columns of its header have the same name: {', '.join(header)}.")
-            for number, cells in enumerate(filter(None, rows), start=1):
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; "
-                        "quote the cells that contain a comma."
-                    )
-                # CSV cannot tell an empty string from a missing value; both are a hole in the data.
-                values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-                yield _Row(f"row {number}", values)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error}).") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(path: Path) -> Iterator[_Row]:
-    # Imported here: they take half a second, in every worker, that other files need not wait for.
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # Read the footer first: `datasets` refuses a file without row groups with an obscure message.
-        if pq.read_metadata(path).num_rows == 0:
-            return
-        names = pq.read_schema(path).names
-        found = record_format(names)
-        if found is None:
-            yield _Row("row 1", dict.fromkeys(names))
-            return
-        asked = {*_REQUIRED[found], *_OPTIONAL[found], *_REFUSED, *_REFUSED_BESIDE[found]}
-        columns = [name for name in names if name in asked]
-        unread = [name for name in names if name not in asked]
-        stream = datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, columns=columns
-        )
-        for number, values in enumerate(stream, start=1):
-            yield _Row(f"row {number}", _without_nulls(values), unread)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every object of a column the keys of all of them, null where it has none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(content) for key, content in value.items() if content is not None}
-    if isinstance(value, list):
-        return [_without_nulls(content) for content in value]
-    return value
-
-
-def _checked(row: _Row, found: RecordFormat, path: Path) -> FileRecord:
+def _checked(row: Row, found: RecordFormat, path: Path) -> FileRecord:
     """The columns of the format, each with a value of the right kind."""
     at = f"{path}, {row.where}"
     record = FileRecord({}, at)
@@ -306,7 +187,9 @@ def _checked(row: _Row, found: RecordFormat, path: Path) -> FileRecord:
         value = row.values.get(column)
         if value is None:
             raise DataError(f"{at}: {column!r} has no value; every row of a {found} file needs one.")
-        record[column] = _checked_messages(value, at) if column == "messages" else _checked_text(value, column, at)
+        record[column] = (
+            _checked_messages(value, at) if column == "messages" else check_text(value, f"{at}: {column!r}")
+        )
     for column in _OPTIONAL[found]:
         value = row.values.get(column)
         if value is not None:
@@ -327,16 +210,7 @@ def _checked_tools(value: Any, column: str, at: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         kind = type(given).__name__
         raise DataError(f"{at}: {column!r} is of type {kind}; expected a list of objects, or the JSON text of one.")
-    return value
-
-
-def _checked_text(value: Any, column: str, at: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{at}: {column!r} is of type {type(value).__name__}; expected a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{at}: {column!r} holds half a surrogate pair, which is not text.") from error
+    check_plain(value, f"{at}: {column!r}")
     return value
 
 
@@ -351,10 +225,16 @@ def _checked_messages(value: Any, at: str) -> list[dict[str, Any]]:
                 continue
             if key not in message:
                 raise DataError(f"{at}: message {number} has no {key!r}.")
-            _checked_text(message[key], key, f"{at}, message {number}")
+            check_text(message[key], f"{at}, message {number}: {key!r}")
+        check_plain(message, f"{at}, message {number}")
         messages.append(message)
     try:
         check_messages(messages)
+        for number, message in enumerate(messages, start=1):
+            for call in calls_of(message):  # which may hold them as JSON text
+                check_plain(parsed_arguments(call), f"{at}, message {number}: the arguments of a call")
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{at}, {error}") from error
     return messages

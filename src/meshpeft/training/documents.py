@@ -26,6 +26,7 @@ from meshpeft.training.data import (
     place_of,
     record_format,
 )
+from meshpeft.training.data_files import MOST_CHARACTERS
 from meshpeft.training.special_tokens import SpecialTokens, continued_ids, token_ids
 
 __all__ = ["Document", "TokenizedRecords", "tokenize_records"]
@@ -160,14 +161,29 @@ def _encoded(
     records: Sequence[Record], special: SpecialTokens, findings: Findings
 ) -> Iterator[tuple[Record, list[Encoded]]]:
     """Each record and its documents, not cut; none of a record without anything to learn."""
-    for start in range(0, len(records), _TOKENIZER_BATCH):
-        batch = records[start : start + _TOKENIZER_BATCH]
+    start = 0
+    for batch in _batches(records):
         if "messages" in batch[0]:
             yield from _encode_chats(batch, special, start, findings)
         elif "prompt" in batch[0] and "completion" in batch[0]:
             yield from _encode_pairs(batch, special)
         else:
             yield from _encode_texts(batch, special)
+        start += len(batch)
+
+
+def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Records to tokenise at once: up to a number, and up to the characters of the longest record there may be."""
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        size = sum(len(value) for value in record.values() if isinstance(value, str))
+        if batch and (len(batch) == _TOKENIZER_BATCH or characters + size > MOST_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(record)
+        characters += size
+    yield batch
 
 
 def _encode_texts(records: Sequence[Record], special: SpecialTokens) -> Iterator[tuple[Record, list[Encoded]]]:
