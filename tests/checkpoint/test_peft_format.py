@@ -22,7 +22,7 @@ from helpers.simulate import simulate, the_same
 from helpers.tiny_models import random_ids, reference
 from helpers.workers import run_on_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
@@ -242,14 +242,19 @@ def test_what_another_program_changed_is_read_as_it_reads_it(tiny: Tiny, tmp_pat
     ["", "[]", "{}", '{"r":4}', '{"r":0,"lora_alpha":8,"use_rslora":false,"adapters":{}}',
      '{"r":4,"lora_alpha":8,"use_rslora":false,"adapters":{"x":{"r":5,"lora_alpha":1}}}',
      '{"r":4,"lora_alpha":8,"use_rslora":false,"adapters":{"x":{"r":4,"lora_alpha":1,"b_type":"int8"}}}',
+     '{"r":4,"lora_alpha":0,"use_rslora":false,"adapters":{"x":{"r":4,"lora_alpha":1}}}',
+     '{"r":4,"lora_alpha":1e-300,"use_rslora":false,"adapters":{"x":{"r":4,"lora_alpha":1e300}}}',
      '{"r":4,"lora_alpha":1e999,"use_rslora":0,"adapters":[]}', "[" * 10**5],
 )  # fmt: skip
 def test_a_damaged_header_is_named(entry: str, exported: Path, tiny: Tiny, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "adapter")
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {**metadata, "meshpeft.scales": entry})
-    with pytest.raises(CheckpointError, match=r"(meshpeft.scales in its header|adapter_model.safetensors) is damaged"):
+    content = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"]["meshpeft.scales"] = entry
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: meshpeft.scales in its header is damaged"):
         load_peft_adapter(load_pretrained(tiny("llama")), folder)
 
 

@@ -123,6 +123,12 @@ class FileScale:
         """How the file has an adapter of this shape."""
         return Written(self.shape.rank, _ratio(shape.scale(self.use_rslora), self.shape.scale(False)))
 
+    def _holds(self, shape: AdapterShape) -> bool:
+        """Whether an adapter of this shape can be in the file."""
+        factor, scale = self.written(shape).b_factor, shape.scale(self.use_rslora)
+        scaled = math.isfinite(factor) and bool(factor) if scale else True
+        return shape.rank <= self.shape.rank and scaled and (bool(self.shape.alpha) or not scale)
+
     def as_metadata(self) -> dict[str, str]:
         """The entry of the file's header."""
         adapters = {
@@ -164,8 +170,10 @@ class FileScale:
             )
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{where}: {_KEY} in its header is damaged: {reason_of(error)}") from error
-        if any(own.shape.rank > found.shape.rank for own in found.own.values()):
-            raise CheckpointError(f"{where}: {_KEY} in its header is damaged: a rank above the file's")
+        if not all(found._holds(own.shape) for own in found.own.values()):
+            raise CheckpointError(
+                f"{where}: {_KEY} in its header is damaged: a rank or scale that the file has no room for"
+            )
         same = config.default == found.shape and not (config.use_rslora or config.rank_pattern or config.alpha_pattern)
         return found if same else None
 
