@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 from meshpeft.checkpoint import CheckpointError
 from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.cli.main import main
+from meshpeft.training.config import ConfigError
+from meshpeft.training.export import MergeConfig, merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Two implementations in float64, a few layers deep.
@@ -284,3 +286,12 @@ def test_a_model_that_cannot_be_written_leaves_no_tokenizer_behind(
     error = refused(capsys, "merge", "--adapter", runs("lora"), "--to", tmp_path / "to")
     assert "No space left on device" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_never_replaces_the_base_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / CONFIG).write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    with pytest.raises(ConfigError, match="link: is the base model itself; choose another directory"):
+        merge(MergeConfig(adapter=tmp_path / "adapter", model=tmp_path / "base", to=tmp_path / "link", overwrite=True))

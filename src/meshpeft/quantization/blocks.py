@@ -78,7 +78,8 @@ class Blocks:
         columns, local = self.weight.global_shape[-1], self.weight.local_shape[-1]
         if columns % self.size:
             fitting = [size for size in BLOCK_SIZES if columns % size == 0]
-            advice = f"use block_size={' or '.join(map(str, fitting))}" if fitting else "exclude the layer"
+            sizes = " or ".join(map(str, fitting))
+            advice = f"use block_size={sizes} (--quantize-block-size)" if fitting else "exclude the layer"
             raise QuantizationError(
                 f"{name}: {columns} input features do not divide into blocks of {self.size}; {advice}"
             )

@@ -97,6 +97,7 @@ def merge(config: MergeConfig) -> str:
     base = config.model
     if base is None:
         base = named_base(config.adapter) if run is None else base_directory(run.model)
+    _check_not_the_base(config.to, base)
     wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
     model = _base_as_used(base, run, config.engine)
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
@@ -129,6 +130,7 @@ def export(config: ExportConfig) -> str:
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
         _check_free(config.to, config.overwrite)
+        _check_not_the_base(config.to, base)
         described = find_base(base, run.engine)
         quantizer = base_quantizer(run, described.default_layers())
         model = described.load(tensor_type(run.dtype), quantize=quantizer)
@@ -176,6 +178,12 @@ def _check_free(to: Path, overwrite: bool, what: str = "a model", file: str = "c
         raise ConfigError(f"{to}: holds {what}; choose another directory, or replace it with --overwrite")
     with _staged(to):
         pass
+
+
+def _check_not_the_base(to: Path, base: Path) -> None:
+    """Refuse to replace the model that is read, which the adapter would no longer fit."""
+    if to.exists() and base.exists() and to.samefile(base):
+        raise ConfigError(f"{to}: is the base model itself; choose another directory")
 
 
 def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
