@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.cli.main import main
+from meshpeft.training.output import OutputDirectory
 
 OPTIONS = ["--seq-length=48", "--batch-size=4", "--micro-batch-size=2", "--rank=4", "--lr=0.01", "--seed=3"]
 
@@ -155,3 +160,116 @@ def test_overwrite_replaces_a_run_and_a_failed_run_leaves_the_old_one(
     assert "5 steps in a row were skipped" in error and "Use a lower --lr" in error
     assert json.loads((output / "run.json").read_text())["results"]["steps"] == 2
     assert list(tmp_path.iterdir()) == [output]
+
+
+# -- nothing that comes after the training can lose it -------------------------------------------------------------
+
+SHORT = ("--steps", "1", "--eval-every", "0")
+
+
+def broken(*_: object, **__: object) -> Any:
+    raise RuntimeError("broken\nin many lines")
+
+
+def test_a_picture_and_samples_that_fail_are_warnings(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # cannot be imported
+    monkeypatch.setattr("meshpeft.training.finetune.continuation", broken)
+    finetune(base, data, tmp_path / "run", *SHORT)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "run.json"}
+    said = capsys.readouterr()
+    assert "loss.png could not be drawn: import of matplotlib.figure halted" in said.err
+    assert said.err.count("there is no sample of what the model says: broken\n") == 2
+    assert "the adapter (PEFT format), metrics.jsonl, run.json\n" in said.out and "held-out prompt" not in said.out
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OutputDirectory, "finish", broken)
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "run"), *OPTIONS, *SHORT]
+    assert main(["finetune", *arguments]) == 0
+    assert "run.json could not be written, so the run counts as unfinished: broken" in capsys.readouterr().err
+    assert load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert main(["finetune", *arguments]) == 2
+    assert "interrupted run" in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_is_written_elsewhere(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tmp_path / "expected"
+    finetune(base, data, expected, *SHORT)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "elsewhere").mkdir()
+    write = TensorFileWriter.write
+
+    def full(writer: TensorFileWriter, tensor: torch.Tensor) -> None:
+        if "elsewhere" not in str(writer._file.name):
+            raise OSError(28, "No space left on device")
+        write(writer, tensor)
+
+    monkeypatch.setattr(TensorFileWriter, "write", full)
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "run"), *OPTIONS, *SHORT]
+    assert main(["finetune", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"writing {tmp_path / 'run'}: No space left on device; the finished adapter is in " in error
+    found = load_file(Path(error.partition("the finished adapter is in ")[2]) / "adapter_model.safetensors")
+    wanted = load_file(expected / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_metrics_and_checkpoints_are_there_while_the_run_goes_on(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is due after every step; the finished run keeps none."""
+    seen: list[tuple[int, list[str]]] = []
+    publish = OutputDirectory.publish
+
+    def look(output: OutputDirectory, *arguments: Any) -> None:
+        names = sorted(path.name for path in (output.path / "checkpoints").iterdir())
+        seen.append((len(output.metrics.read_text().splitlines()), names))
+        publish(output, *arguments)
+
+    monkeypatch.setattr(OutputDirectory, "publish", look)
+    for options, kept in (((), None), (("--save-every", "9"), ["step-00000003", "step-00000004"])):
+        output = tmp_path / str(kept)
+        finetune(base, data, output, "--steps", "4", "--eval-every", "0", "--save-minutes", "1e-9", *options)
+        # Steps and two measurements; the last step has a checkpoint where they were asked for.
+        assert seen.pop() == (6, kept or ["step-00000002", "step-00000003"])
+        assert (output / "checkpoints").exists() == (kept is not None)
+
+
+def test_resume_auto_says_that_a_run_is_finished(
+    run: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    arguments = ["finetune", "--model", str(base), "--data", str(data), "--output-dir", str(run), *OPTIONS]
+    arguments += ["--dtype", "float64", "--steps", "6", "--eval-every", "4", "--resume", "auto"]
+    monkeypatch.setattr("meshpeft.training.finetune.find_base", broken)  # no model is looked at
+    for more in ([], ["--tp", "2"], ["--overwrite"]):
+        assert main([*arguments, *more]) == 0
+        assert "the run is finished, and nothing is left to do" in capsys.readouterr().out
+    assert main([*arguments, "--steps", "7"]) == 2
+    assert "holds a finished run whose steps is 6, not 7; choose another output directory" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_nothing_is_written_into_the_home_directory(base: Path, data: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    caches = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in caches}
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "run"), *OPTIONS, *SHORT]
+    subprocess.run(
+        [sys.executable, "-m", "meshpeft.cli.main", "finetune", *arguments, "--tp", "2"],
+        env={**environment, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=True,
+    )
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert not list(home.rglob("*"))
