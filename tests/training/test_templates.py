@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.fuzz import MANY, Generator, generators, guarded, mutated_bytes
 
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.training import templates
@@ -28,7 +30,7 @@ MARKED_TEMPLATE = (
 )
 QUESTION = [{"role": "user", "content": "a"}]
 CALL = [
-    {"role": "user", "content": "é \ud83d weather?", "name": None},
+    {"role": "user", "content": "é 😀 weather?", "name": None},
     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1.5, True, None, 10**30]}}}]},
     {"role": "tool", "content": "<b>20°</b>"},
     {"role": "assistant", "content": "warm", "reasoning": "20 is warm"},
@@ -275,3 +277,59 @@ def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
         FinetuneConfig(template_date="yesterday").check()
     with pytest.raises(ConfigError, match="template_date=\\[1\\]: expected a date"):
         FinetuneConfig.from_options({**FinetuneConfig().as_json(), "template_date": [1]}, tmp_path)
+
+
+EXPRESSIONS = (
+    "messages[99].content", "messages | length * 10 ** 9", "'a' * messages | length", "[messages] * 10 ** 9",
+    "loop.index", "messages.append(1)", "namespace(**messages[0])", "(1).__class__", "''.join(messages)", "1 // 0",
+    "x[1][2]", "cycler()", "'%s' % messages", "'{0.__class__}'.format(1)", "messages | sort",
+    "messages | groupby('role')", "range(10 ** 5) | list", "9 ** 9 ** 9", "messages | tojson(indent=10 ** 9)",
+    "strftime_now(1)", "raise_exception(messages)", "self", "caller()", "'a'.center(10 ** 10)", "messages | random",
+    "dict(messages)", "none + 1", "'\ud83d'", "messages | batch(0) | list", "''", "messages | xmlattr",
+    "lipsum(10 ** 6)", "joiner", "1e999", "0x" + "f" * 5000, "true.real", "messages[0:1:0]", "-" * 5000,
+)  # fmt: skip
+STATEMENTS = (
+    "{% for i in range(99999) %}", "{% endfor %}", "{% if messages %}", "{% else %}", "{% endif %}",
+    "{% generation %}", "{% endgeneration %}", "{% set x = namespace(a=messages) %}", "{% set x %}", "{% endset %}",
+    "{% macro f() %}", "{% endmacro %}", "{% break %}", "{% include 'a' %}", "{% extends 'a' %}", "{% block b %}",
+    "{% raw %}", "{#", "{{", "{%", "{% filter upper %}", "{% autoescape true %}", "{% do x %}", "{% call f() %}",
+    "{% import 'a' as b %}", "{% with %}", "\x00",
+)  # fmt: skip
+
+
+def _mutated_template(rng: Generator) -> str:
+    template = rng.choice([*SEMANTICS.values(), PLAIN_TEMPLATE, MARKED_TEMPLATE])
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        tags = [match.span() for match in re.finditer(r"\{[{%].*?[%}]\}", template)] or [(0, len(template))]
+        start, end = rng.choice(tags)
+        kind = rng.randrange(6)
+        if kind < 2:
+            template = template[:start] + "{{ " + rng.choice(EXPRESSIONS) + " }}" + template[end:]
+        elif kind == 2:
+            template = template[:start] + rng.choice(STATEMENTS) + template[start:]
+        elif kind == 3:
+            template = template[:start] + template[end:]
+        elif kind == 4:
+            template = template[:start] + template[start:end] * rng.choice((2, 100)) + template[end:]
+        else:
+            template = mutated_bytes(template.encode("utf-8", "surrogatepass"), rng).decode("utf-8", "replace")
+    return template
+
+
+@MANY
+@pytest.mark.usefixtures("impatient")
+def test_no_template_ends_in_a_traceback(count: int, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    with chat_templates(None):
+        render_chat(byte_tokenizer("a"), QUESTION)
+        for rng in generators("template", count):
+            tokenizer.chat_template = _mutated_template(rng)
+            with guarded(tmp_path, rng):
+                render_chat(tokenizer, *rng.choice(((CALL, TOOLS), (QUESTION, None))))
+
+
+@pytest.mark.parametrize("tools", (None, [1]))
+def test_messages_and_tools_that_are_no_objects_are_refused(tools: Any) -> None:
+    messages: Any = ["a"] if tools is None else QUESTION
+    with pytest.raises(TemplateError, match=r"(message|tool) 1 is of type (str|int); expected an object"):
+        render_chat(byte_tokenizer("a"), messages, tools)

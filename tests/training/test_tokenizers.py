@@ -16,8 +16,10 @@ from helpers.fuzz import MANY, generators, guarded, mutated_bytes, mutated_json
 import meshpeft
 from meshpeft.models import ModelError
 from meshpeft.models.transformers_load import transformers_config
+from meshpeft.training.data import DataError
 from meshpeft.training.documents import tokenize_records
 from meshpeft.training.inputs import load_tokenizer
+from meshpeft.training.prompts import prompt_tokens
 
 SOURCES = sorted(Path(meshpeft.__file__).parent.rglob("*.py"))
 CODE = "open('ran', 'w').write('x')\nclass Own: pass\n"
@@ -110,6 +112,22 @@ def test_a_tokenizer_that_cannot_be_is_a_sentence(
         _use(tmp_path)
     assert isinstance(outcome.error, ModelError)
     assert str(tmp_path) in str(outcome.error) and re.search(said, str(outcome.error))
+
+
+def test_a_panic_and_text_that_is_none_are_sentences(good: dict[str, bytes], tmp_path: Path) -> None:
+    with_tokenizer(tmp_path, TEMPLATE)
+    value = json.loads(good["tokenizer.json"])
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, value["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    tokenizer = load_tokenizer(tmp_path)
+    long = "a" * 1000 + "!"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": long}]
+    for record in ({"text": long}, {"text": "\ud83d"}, {"prompt": long, "completion": "b"}, {"messages": messages}):
+        with guarded(tmp_path, "panic"), pytest.raises(DataError, match="the tokenizer makes no tokens of a text"):
+            tokenize_records([record], tokenizer, 16)
+    with pytest.raises(DataError, match="the tokenizer makes no tokens of a text"):
+        prompt_tokens(tokenizer, "\udcff")
 
 
 def test_the_replacements_of_tokenizers_in_use_pass(good: dict[str, bytes], tmp_path: Path) -> None:

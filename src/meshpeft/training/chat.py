@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.parallel.errors import shown
+from meshpeft.parallel.errors import blamed_on, shown
+from meshpeft.training.data_files import DataError
 from meshpeft.training.messages import (
     LEARN_KEYS,
     REASONING_KEYS,
@@ -458,7 +459,8 @@ def _with_offsets(
     prefix = ""
     if continued and continued_ids(tokenizer, text) != token_ids(tokenizer, [text])[0]:
         prefix = "\n"
-    batch = tokenizer(prefix + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with blamed_on("the tokenizer makes no tokens of a text", DataError):
+        batch = tokenizer(prefix + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     skip = len(token_ids(tokenizer, [prefix])[0]) if prefix else 0
     offsets = np.array(batch["offset_mapping"][skip:], dtype=np.int64).reshape(-1, 2)
     return list(batch["input_ids"])[skip:], np.maximum(offsets - len(prefix), 0)

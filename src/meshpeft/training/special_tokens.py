@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.models import ModelError
 from meshpeft.models.files import read_json
-from meshpeft.parallel.errors import shown
+from meshpeft.parallel.errors import blamed_on, shown
 from meshpeft.training.data import DataError
 
 __all__ = ["SpecialTokens", "continued_ids", "end_tokens", "token_ids", "with_leading"]
@@ -48,7 +48,8 @@ def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The tokens of each text, and none that the text does not have."""
     # verbose=False: documents beyond the model's length are ours to cut, the tokenizer need not warn.
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    with blamed_on("the tokenizer makes no tokens of a text", DataError):
+        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = batch["input_ids"]
     return ids
 

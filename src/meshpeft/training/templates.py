@@ -86,9 +86,10 @@ def render_chat(
     Raises:
         TemplateError: there is no template, it takes too long or too much memory, shows too much, or fails.
     """
-    for number, tool in enumerate(tools or (), start=1):
-        if not isinstance(tool, Mapping):
-            raise TemplateError(f"tool {number} is of type {type(tool).__name__}; expected an object, its schema")
+    for kind, given in (("message", messages), ("tool", tools or ())):
+        for number, part in enumerate(given, start=1):
+            if not isinstance(part, Mapping):
+                raise TemplateError(f"{kind} {number} is of type {type(part).__name__}; expected an object")
     template = _template(tokenizer, tools)
     chat = [
         _with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages
@@ -178,6 +179,10 @@ class _Renderer:
             spans = answer["spans"]
             rendered = RenderedChat(answer["text"], None if spans is None else [(start, end) for start, end in spans])
             self._count(template, answer["seconds"], len(rendered.text))
+        try:
+            rendered.text.encode()
+        except UnicodeEncodeError:
+            raise TemplateError("the chat template shows half a surrogate pair, which is not text") from None
         return rendered
 
     def close(self) -> None:
