@@ -237,8 +237,9 @@ def tests(names: tuple[str, ...], tree: Path, limit: float) -> str:
 
     def work() -> int:
         pytest = importlib.import_module("pytest")
-        given = [f"tests/{name}" for name in names]
-        return int(pytest.main([*given, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
+        # One after the other: given together, a file and one of its tests are run in the file's order.
+        return next(filter(None, (int(pytest.main([f"tests/{name}", *options])) for name in names)), 0)
 
     code, printed = run_forked(work, tree, limit)
     if code == 0:

@@ -34,6 +34,8 @@ def errors_in(printed: str) -> dict[str, float]:
             "--target-modules",
             "*.layers.2.*.linear_q",
             "*.layers.0.*.linear_v",
+            "--lora-dtype",
+            "bf16",
         ],
     ),
     ids=("dora", "layers by number"),
@@ -42,6 +44,7 @@ def test_a_layout_of_the_embedded_model_is_exact(options: list[str], capsys: pyt
     assert main(["verify", *options]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("exact:")
+    assert ("not checked: rounding of bf16 adapters" in printed) == ("bf16" in options)
     errors = errors_in(printed)
     assert set(errors) == CHECKS
     assert max(errors.values()) < 1e-10

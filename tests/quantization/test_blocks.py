@@ -40,6 +40,15 @@ def test_the_dequantised_weight_is_the_same_at_every_layout(name):
         assert all(torch.equal(got[key], want[key]) for key in want)
 
 
+@pytest.mark.parametrize("name", ("nf4", "int8"))
+def test_the_largest_value_of_a_block_is_as_exact_as_a_float32_scale(name):
+    layer = nn.Linear(256, 4, bias=False)
+    want = layer.weight.detach().unflatten(1, (4, 64))
+    got = quantize_base(layer, name).dequantized_weight().unflatten(1, (4, 64))
+    largest = want.abs().argmax(-1, keepdim=True)
+    torch.testing.assert_close(got.gather(-1, largest), want.gather(-1, largest), rtol=1e-6, atol=0)
+
+
 # Over 4 ranks 640 columns leave 160, two blocks and a half; with stride 2, twice 80, a block and a quarter.
 STRADDLING: dict[str, Callable[[], nn.Module]] = {
     "row": lambda: RowParallelLinear(640, 6, bias=False, perform_initialization=False),

@@ -154,6 +154,8 @@ def prove_adapter(
         vocab_size: of the model.
         steps, dropout: see `prove`.
     """
+    # A small learning rate: AdamW divides the rounding of a gradient near zero by its epsilon, and every step adds it.
+    options = {"lr": 1e-3, **options}
     recipe = Recipe(make_model=make_model, adapt=adapt, rows=_rows(vocab_size, 32, seed=0), **options)
     return prove(recipe, layout, _rows(vocab_size, 7, seed=1), steps=steps, dropout=dropout)
 
