@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from meshpeft.models import Decoder, DecoderConfig, ModelError, load_pretrained, save_pretrained
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, load_pretrained, save_pretrained
+from meshpeft.models.transformers_load import load_transformers
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel import ModelParallelConfig
 
@@ -99,6 +101,51 @@ def test_a_tied_head_is_the_embedding(tiny: Callable[[str], Path]) -> None:
     decoder = load_pretrained(tiny("llama"))
     assert decoder.output_layer.weight is decoder.embedding.weight
     assert "output_layer.weight" not in dict(decoder.named_parameters())
+
+
+def tied_files(directory: Path, held: str) -> Path:
+    """A model with a tied head in its configuration, and files with both tensors (alike or not), or the head alone."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors["model.embed_tokens.weight"]
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(1)) if held == "other values" else 0
+    tensors["lm_head.weight"] = table + 0.1 * noise
+    if held == "the head alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize("held", ["other values", "the same values", "the head alone"])
+def test_files_that_differ_from_a_tied_configuration_are_read_as_transformers_reads_them(
+    held: str, engine: str, tmp_path: Path
+) -> None:
+    directory = tied_files(save_tiny("llama", tmp_path / "model"), held)
+    assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"]
+    ids = random_ids()
+
+    def by_transformers(source: Path) -> torch.Tensor:
+        # Its rotary angles are float32, also in the models that we load as they are; ours are not.
+        exact = reference if engine == "native" else partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float64)
+        return exact(source)(ids).logits
+
+    def load(source: Path) -> LanguageModel:
+        read = load_pretrained if engine == "native" else load_transformers
+        return read(source, dtype=torch.float64)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = load(directory)
+    texts = [str(warning.message) for warning in said if "not tied" in str(warning.message)]
+    assert len(texts) == (held == "other values"), texts
+    save_pretrained(model, tmp_path / "saved")
+    tied = json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (held != "other values")
+    with torch.no_grad():
+        expected = by_transformers(directory)
+        for found in (model(ids), load(tmp_path / "saved")(ids), by_transformers(tmp_path / "saved")):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_a_decoder_from_a_configuration_has_the_same_weights_at_every_layout() -> None:

@@ -270,3 +270,13 @@ def test_adapters_are_merged_before_it_is_written(tiny: Callable[..., Path], tmp
     with pytest.raises(ModelError, match="carries adapters; merge them"):
         save_pretrained(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_one_parameter_under_two_names_in_the_files_has_one_value_or_is_refused(tmp_path: Path) -> None:
+    directory = save_tiny("gpt2", tmp_path)
+    held = load_file(directory / "model.safetensors")
+    save_file(held | {"ln_f.weight": held["transformer.ln_f.weight"].clone()}, directory / "model.safetensors")
+    load_transformers(directory)
+    save_file(held | {"ln_f.weight": held["transformer.ln_f.weight"] + 1}, directory / "model.safetensors")
+    with pytest.raises(ModelError, match=r"ln_f.weight and transformer.ln_f.weight, two names of the model's"):
+        load_transformers(directory)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.files import MODEL_DIRECTORY, read_json
-from meshpeft.models.hf_names import StoredPart
+from meshpeft.models.hf_names import StoredPart, hf_module_name
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
@@ -23,7 +25,16 @@ from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
 
-__all__ = ["check_layers", "check_shapes", "common_dtype", "fill", "first_few", "load_pretrained", "stored_dtype"]
+__all__ = [
+    "check_layers",
+    "check_shapes",
+    "common_dtype",
+    "fill",
+    "first_few",
+    "has_two_values",
+    "load_pretrained",
+    "stored_dtype",
+]
 
 # Old checkpoints hold the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -65,6 +76,8 @@ def load_pretrained(
     config = DecoderConfig.from_hf(read_json(directory / "config.json", expected=MODEL_DIRECTORY))
     with WeightFiles(directory) as files:
         check_layers(config, files)
+        if config.tie_word_embeddings and has_two_values(files, [_name_of("embedding"), _name_of("output_layer")]):
+            config = replace(config, tie_word_embeddings=False)
         decoder = Decoder(config, parallel, device="meta", dtype=dtype)
         stored = _stored_parts(decoder, files)
         names = {name for parts in stored.values() for part in parts for name in part.names}
@@ -168,9 +181,13 @@ def check_shapes(files: WeightFiles, stored: Mapping[str, list[StoredPart]]) -> 
 def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
     """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
     held = files.names()
+    tied = decoder.output_layer.weight is decoder.embedding.weight
 
     def form(name: str, tensor: Tensor) -> list[StoredPart]:
-        forms = decoder.stored_forms(name, layout_or_whole(tensor))
+        layout = layout_or_whole(tensor)
+        forms = decoder.stored_forms(name, layout)
+        if tied and tensor is decoder.embedding.weight:
+            forms += decoder.stored_forms("output_layer.weight", layout)
         return next((form for form in forms if all(held.issuperset(part.names) for part in form)), forms[0])
 
     return {name: form(name, tensor) for name, tensor in decoder.stored_tensors().items()}
@@ -182,9 +199,29 @@ def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig
         raise ModelError(f"{directory} lacks {first_few(missing)}, which a {config.model_type} model of its config has")
     extra = {name for name in files.names() - expected if not _IGNORED.fullmatch(name)}
     if config.tie_word_embeddings:
-        extra.discard("lm_head.weight")
+        extra.discard(_name_of("output_layer"))
     if extra:
         raise ModelError(f"{directory} holds {first_few(sorted(extra))}, which a {config.model_type} model has not")
+
+
+def _name_of(module: str) -> str:
+    return f"{hf_module_name(module)}.weight"
+
+
+def has_two_values(files: WeightFiles, tied: Sequence[str]) -> bool:
+    """Whether the files hold several of the tensors that the configuration ties, with other values; it warns then.
+
+    The configuration is wrong about such files, and transformers does not tie what they hold either.
+    """
+    first, *others = [name for name in tied if name in files.names()] or [""]
+    other = next((other for other in others if not files.same(first, other)), None)
+    if other is not None:
+        warnings.warn(
+            f"{files.directory}: config.json ties {first} and {other}, and the files hold other values for them; they "
+            "are not tied",
+            stacklevel=2,
+        )
+    return other is not None
 
 
 def first_few(names: list[str]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -15,7 +18,7 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.files import MODEL_DIRECTORY, read_json
 from meshpeft.models.language_model import layout_or_whole
 from meshpeft.models.limits import check_fields, few_modules
-from meshpeft.models.load import check_shapes, common_dtype, fill, first_few
+from meshpeft.models.load import check_shapes, common_dtype, fill, first_few, has_two_values
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.errors import blamed_on
@@ -78,20 +81,47 @@ def load_transformers(
             dtype = common_dtype(files, files.names())
         with few_modules(len(files.names()), directory):
             model = make_transformers_model(config, dtype, device=target)
-        model.stored_names = _stored_names(model, files)
+        found = _found(model, files)
+        groups = _tied_names(model)
+        if any(has_two_values(files, [found[name] for name in names if name in found]) for names in groups):
+            model = make_transformers_model(_untied(config), dtype, device=target)
+        # What is tied beside the head, such as its bias, has one value in the files then, and two places in the model.
+        tied = {name: names for names in groups for name in names}
+        model.stored_names = _stored_names(model, files, found, tied)
         stored = {
             name: model.stored_forms(name, layout_or_whole(tensor))[0]
             for name, tensor in model.stored_tensors().items()
         }
         check_shapes(files, stored)
         fill(model, files, stored, dtype, target, quantize)
+    own = {name: held for name, held in model.stored_names.items() if found.get(name) == held}
+    model.stored_names = {name: own.get(name, name) for name in model.stored_names}
     if activation_checkpointing:
         model.set_activation_checkpointing(True)
     return model
 
 
-def _stored_names(model: Any, files: WeightFiles) -> dict[str, str]:
-    """Under which name the files hold each parameter and persistent buffer, by transformers' table of old names."""
+def _untied(config: PretrainedConfig) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    for part in (changed, changed.get_text_config()):
+        part.tie_word_embeddings = False
+    return changed
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _found(model: Any, files: WeightFiles) -> dict[str, str]:
+    """Name of each parameter and persistent buffer that the files hold -> theirs, by transformers' table of old names.
+
+    Raises:
+        ModelError: the files hold one twice, with different values; in another form; or one that the model has not.
+    """
     own = set(model.state_dict())
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -106,17 +136,31 @@ def _stored_names(model: Any, files: WeightFiles) -> dict[str, str]:
                 f"{files.directory} holds {name} in another form than the {model.config.model_type} model has it, "
                 "which is not implemented"
             )
+        if ours in found and not files.same(found[ours], name):
+            raise ModelError(
+                f"{files.directory} holds {found[ours]} and {name}, two names of the model's {ours}, with other "
+                "values; take one of them out"
+            )
         found[ours] = name
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     extra = [name for name in found if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
     if extra:
         raise ModelError(f"{files.directory} holds {first_few(extra)}, which a {model.config.model_type} model has not")
-    tied: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(tensor), []).append(name)
+    return found
+
+
+def _stored_names(
+    model: Any, files: WeightFiles, found: Mapping[str, str], tied: Mapping[str, list[str]]
+) -> dict[str, str]:
+    """Under which name the files hold each parameter and persistent buffer of the model.
+
+    Args:
+        found: Name of a parameter -> the files', for those that have one of their own.
+        tied: Name of a parameter -> all names by which the configuration ties it.
+    """
     names, missing = {}, []
-    for name, tensor in model.stored_tensors().items():
-        held = next((found[other] for other in (name, *tied.get(id(tensor), ())) if other in found), None)
+    for name in model.stored_tensors():
+        held = next((found[other] for other in (name, *tied.get(name, ())) if other in found), None)
         if held is None:
             missing.append(name)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COMPARED = 1 << 22  # values
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
@@ -111,6 +113,19 @@ class WeightFiles:
         if stored not in _DTYPES:
             raise ModelError(f"{name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values. A block of rows at a time is read, up to the first difference."""
+        first, second = self._files[name].get_slice(name), self._files[other].get_slice(other)
+        shape = first.get_shape()
+        if shape != second.get_shape() or first.get_dtype() != second.get_dtype():
+            return False
+        if not shape:
+            return torch.equal(self._files[name].get_tensor(name), self._files[other].get_tensor(other))
+        rows = max(1, _COMPARED // max(1, math.prod(shape[1:])))
+        return all(
+            torch.equal(first[start : start + rows], second[start : start + rows]) for start in range(0, shape[0], rows)
+        )
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...], place: Tensor) -> Tensor:
         """Copy a box of a tensor into `place`, cast to its type; nothing else of the tensor is read.
