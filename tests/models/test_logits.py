@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.simulate import on_rank, simulate, the_same
-from helpers.tiny_models import FAMILIES, random_ids, reference
+from helpers.tiny_models import FAMILIES, random_ids, reference, save_tiny
 from torch import Tensor
 from torch.nn import functional
 
-from meshpeft.models import hf_tensor_names, load_pretrained
+from meshpeft.models import hf_tensor_names, load_pretrained, save_pretrained
 from meshpeft.parallel import (
     ModelParallelConfig,
     finalize_gradients,
@@ -66,6 +66,21 @@ def test_sequence_parallel_pads_any_length(tiny: Callable[[str], Path], tp: int,
         last = the_same(decoder(ids, gather_logits=True, last_token_only=True))
     assert relative_error(every, expected) < 1e-10
     assert relative_error(last, expected[:, -1:]) < 1e-10
+
+
+@pytest.mark.parametrize("sequence_parallel", (False, True))
+@pytest.mark.parametrize("family", ("llama", "mistral"))  # a tied head, and one of its own
+def test_a_vocabulary_with_one_added_token_is_whole(family: str, sequence_parallel: bool, tmp_path: Path) -> None:
+    directory, ids = save_tiny(family, tmp_path / "model", vocab_size=97), random_ids()
+    expected = reference(directory)(ids).logits
+    with simulate(tp=2):
+        decoder = load_pretrained(directory, dtype=torch.float64, parallel=parallel(2, sequence_parallel))
+        logits = the_same(decoder(ids))
+        last = the_same(decoder(ids, last_token_only=True, gather_logits=True))
+        save_pretrained(decoder, tmp_path / "saved")
+    assert relative_error(logits, expected) < 1e-10
+    assert relative_error(last, expected[:, -1:]) < 1e-10
+    assert relative_error(reference(tmp_path / "saved")(ids).logits, expected) < 1e-12
 
 
 def test_bfloat16_is_transformers_bfloat16(tiny: Callable[[str], Path]) -> None:

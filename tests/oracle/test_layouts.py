@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
-from helpers.oracle_runs import METHODS, TOLERANCE, one_rank, run
+import torch
+from helpers.oracle_runs import METHODS, OPTIONS, TOLERANCE, VOCAB_SIZE, config, one_rank, rows, run
+from torch import nn
 
-from meshpeft.verify.oracle import Layout, compare
+from meshpeft.models import Decoder
+from meshpeft.parallel import ModelParallelConfig
+from meshpeft.peft import DoRA, LoRA, LowRankPEFT
+from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
 
 # A cross-section in which every axis and option meets another; the full matrix is `slow`.
 CROSS_SECTION = (
@@ -54,3 +60,32 @@ def test_the_fine_tune_does_not_depend_on_the_layout(layout: Layout, method: str
 @pytest.mark.parametrize(("layout", "method"), runs(MATRIX))
 def test_the_fine_tune_does_not_depend_on_the_layout_full_matrix(layout: Layout, method: str) -> None:
     assert_same_fine_tune(layout, method)
+
+
+def trained_with_its_table(method: type[LowRankPEFT], model: nn.Module) -> nn.Module:
+    """Adapters on a layer of each kind and on the head, and the table, which trains as it is."""
+    targets = ["linear_qkv", "linear_fc2", "output_layer"]
+    model = method(target_modules=targets, **OPTIONS)(model)
+    model.get_submodule("embedding").requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, micro_batch_size=2),
+        Layout(tp=2, dp=2, sequence_parallel=True),
+        Layout(tp=4, sequence_parallel=True),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_does_not_divide_is_whole_on_every_rank(layout: Layout, method: type[LowRankPEFT]) -> None:
+    def trace(at: Layout) -> Trace:
+        def make(parallel: ModelParallelConfig) -> Decoder:
+            return Decoder(config(vocab_size=VOCAB_SIZE + 1), parallel, dtype=torch.float64)
+
+        return trace_layout(at, make, partial(trained_with_its_table, method), rows(), steps=3, clip=0.5, batch_size=4)
+
+    errors = compare(trace(Layout()), trace(layout))
+    assert max(errors.values()) < TOLERANCE, errors

@@ -152,10 +152,7 @@ def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> Non
     for name, size in (("tensor_parallel", tp), ("expert_parallel", ep), ("expert_tensor_parallel", etp)):
         if size < 1:
             raise ModelError(f"{name}={size}: expected at least 1")
-    sizes = {
-        "linear_qkv": (config.num_query_groups, "query groups"),
-        "embedding": (config.vocab_size, "rows (vocab_size)"),
-    }
+    sizes = {"linear_qkv": (config.num_query_groups, "query groups")}
     if len(config.expert_layers) < config.num_layers:
         sizes["linear_fc1"] = (config.intermediate_size, "channels (intermediate_size)")
     moe = config.moe

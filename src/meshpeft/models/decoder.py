@@ -29,7 +29,7 @@ from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.init import named_init_
 from meshpeft.parallel.linear import ColumnParallelLinear
-from meshpeft.parallel.mesh import ParallelGroupInfo, parallel_group_info
+from meshpeft.parallel.mesh import ParallelAxis, ParallelGroupInfo, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = ["Decoder"]
@@ -72,15 +72,17 @@ class Decoder(LanguageModel):
         _check_mesh(config, parallel, info)
         self.config = config
         self.parallel = parallel
-        self.tp = self.vocab_axis = tp
+        self.tp = tp
+        # A vocabulary that does not divide (a token was added to it) is whole on every rank, table and head.
+        self.vocab_axis = tp if config.vocab_size % tp.world_size == 0 else ParallelAxis("none")
         self.sequence_parallel = parallel.sequence_parallel and tp.world_size > 1
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = parallel.dtype if dtype is None else dtype
         self.embedding = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
-            sequence_parallel=self.sequence_parallel,
-            axis=tp,
+            sequence_parallel=self.sequence_parallel and self.vocab_axis is tp,
+            axis=self.vocab_axis,
             device="meta",
             dtype=dtype,
         )
@@ -90,8 +92,8 @@ class Decoder(LanguageModel):
             config.vocab_size,
             bias=False,
             gather_output=False,
-            sequence_parallel=self.sequence_parallel,
-            axis=tp,
+            sequence_parallel=self.sequence_parallel and self.vocab_axis is tp,
+            axis=self.vocab_axis,
             device="meta",
             dtype=dtype,
         )
@@ -190,9 +192,10 @@ class Decoder(LanguageModel):
 
         Returns:
             [batch, seq, vocab_size / tp], `S(-1)` over tensor parallel, in the type of the parameters; or
-            [batch, seq, vocab_size]. With `return_router_loss`, a pair of that and of [batch] in float32 or wider,
-            `I` over tensor parallel: for each row, the mean over the layers with experts of their
-            [`load_balancing_loss`][meshpeft.models.router.load_balancing_loss]; padding does not count.
+            [batch, seq, vocab_size], also where the vocabulary does not divide. With `return_router_loss`, a pair of
+            that and of [batch] in float32 or wider, `I` over tensor parallel: for each row, the mean over the layers
+            with experts of their [`load_balancing_loss`][meshpeft.models.router.load_balancing_loss]; padding does
+            not count.
 
         Raises:
             ModelError: arguments of different shapes, documents with a cache but without positions, or the router
@@ -203,7 +206,7 @@ class Decoder(LanguageModel):
             raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
         length = input_ids.shape[1]
         padding = -length % self.tp.world_size if self.sequence_parallel else 0
-        hidden = self.embedding(_pad(input_ids, padding, 0).t())
+        hidden = self._embed(_pad(input_ids, padding, 0).t())
         context = self._context(length + padding, padding, position_ids, document_ids, cache, input_ids.device)
         if return_router_loss:
             real = torch.ones_like(input_ids, dtype=torch.bool) if document_ids is None else document_ids != -1
@@ -214,10 +217,27 @@ class Decoder(LanguageModel):
             cache.advance(length, _join(cache.document_ids, document_ids))
         if last_token_only:
             hidden, length = self._keep_last(hidden, length), 1
-        logits = self.output_layer(hidden)[:length].transpose(0, 1)
+        logits = self._logits(hidden)[:length].transpose(0, 1)
         if gather_logits:
-            logits = mp_gather(logits, -1, self.tp)
+            logits = mp_gather(logits, -1, self.vocab_axis)
         return logits if router_loss is None else (logits, router_loss)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """tokens [seq, batch] -> [seq, batch, hidden], I; or S(0) under sequence parallel."""
+        hidden: Tensor = self.embedding(tokens)
+        return mp_scatter(hidden, 0, self.tp) if self._tokens_meet_a_whole_vocabulary else hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [seq, batch, hidden] as the blocks leave it -> logits [seq, batch, vocab_size / vocab_axis], S(-1)."""
+        logits: Tensor = self.output_layer(
+            mp_gather(hidden, 0, self.tp) if self._tokens_meet_a_whole_vocabulary else hidden
+        )
+        return logits
+
+    @property
+    def _tokens_meet_a_whole_vocabulary(self) -> bool:
+        """Whether tokens are divided, and table and head are not, which then do not communicate themselves."""
+        return self.sequence_parallel and self.vocab_axis is not self.tp
 
     def _check_inputs(
         self,

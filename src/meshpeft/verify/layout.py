@@ -222,7 +222,7 @@ def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) 
         hidden_size=math.lcm(heads * head_dim, 4 * tp) if square else inner(tp),
         head_dim=head_dim,
         intermediate_size=inner(tp),
-        vocab_size=16 * tp,
+        vocab_size=16 * tp + (config.vocab_size % tp > 0),  # divides where the model's does
         # A window shorter than a row, where the model has windows at all.
         sliding_windows=None if windows is None else tuple(None if window is None else 4 for window in windows),
         # Large enough that softmax and the nonlinearities are not linear.

@@ -84,5 +84,5 @@ def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGr
                 raise ParallelError(f"{name} has no layout")
             declared = parameter_type(layout)
             spmd.assert_type(parameter, declared.local, partition_spec=declared.spec)
-        loss = vocab_parallel_cross_entropy(model(tokens), labels).sum()
+        loss = vocab_parallel_cross_entropy(model(tokens), labels, axis=model.vocab_axis).sum()
         return {name: spmd.get_axis_local_type(loss, group).value for name, group in axes.items()}
