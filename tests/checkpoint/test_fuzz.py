@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # what its import leaves is not the doing of a file
 import pytest
 import torch
 from helpers.adapters import adapted
 from helpers.checkpoint_jobs import train
+from helpers.fuzz import MANY, Generator, Raw, generators, guarded, json_bytes, mutated_json
 from helpers.oracle_runs import OPTIONS, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -231,6 +233,93 @@ def test_an_adapter_header_that_lies_is_an_error_or_another_adapter(
     text += b" " * (-len(text) % 8)
     (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     reads(folder, tiny)
+
+
+# -- files of hostile values -----------------------------------------------------------------------------------------
+
+
+def sealed(content: bytes) -> bytes:
+    """The file of a manifest's content, whose checksum is right."""
+    head = {"format": "meshpeft checkpoint", "version": 1, "sha256": hashlib.sha256(content).hexdigest()}
+    return json.dumps(head).encode() + b"\n" + content + b"\n"
+
+
+@MANY
+def test_no_manifest_ends_in_a_traceback(count: int, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "step-00000001")
+    good = json.loads((saved / MANIFEST).read_text().splitlines()[1])
+    for rng in generators("manifest", count):
+        # Half of the changes are to what is not checked when it is parsed.
+        part = rng.choice((None, None, None, "model", "optimizer", "random"))
+        if part is None:
+            content = mutated_json(good, rng)
+        else:
+            content = json_bytes({**good, part: Raw(mutated_json(good[part], rng).decode("utf-8", "replace"))})
+        (folder / MANIFEST).write_bytes(sealed(content))
+        with guarded(tmp_path, rng):
+            load_into_new(folder)
+
+
+@MANY
+def test_no_slices_of_a_checkpoint_end_in_a_traceback(count: int, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "step-00000001")
+    name = "rank-00000.safetensors"
+    good, manifest = (saved / name).read_bytes(), json.loads((saved / MANIFEST).read_text().splitlines()[1])
+    for rng in generators("slices", count):
+        content = with_header(good, rng)
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / name).write_bytes(content)
+        (folder / MANIFEST).write_bytes(sealed(json.dumps(manifest).encode()))
+        with guarded(tmp_path, rng):
+            load_into_new(folder)
+
+
+def load_into_new(folder: Path) -> None:
+    model, optimizer = trained(seed=1)
+    load_checkpoint(model, folder, optimizer=optimizer)
+
+
+def with_header(content: bytes, rng: Generator) -> bytes:
+    """A safetensors file whose header has other values."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = mutated_json(header, rng)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+@MANY
+@pytest.mark.parametrize("name", (CONFIG, WEIGHTS))
+def test_no_adapter_ends_in_a_traceback(name: str, count: int, exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "adapter")
+    good = (exported / name).read_bytes()
+    fields = {**json.loads(good), "rank_pattern": {"q_proj": 2, r".*\.[01]\..*": 3}} if name == CONFIG else {}
+    model = load_pretrained(tiny("llama"))
+    for rng in generators(name, count):
+        (folder / name).write_bytes(mutated_json(fields, rng) if name == CONFIG else with_header(good, rng))
+        with guarded(tmp_path, rng):
+            model = load_peft_adapter(model, folder)
+            model = load_pretrained(tiny("llama"))  # the next one needs a model without adapters
+
+
+@pytest.mark.parametrize("name", (CONFIG, WEIGHTS))
+def test_what_is_no_file_is_not_opened(name: str, exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "adapter")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with guarded(tmp_path, name) as outcome:
+        load_peft_adapter(load_pretrained(tiny("llama")), folder)
+    assert f"{name} is a pipe; expected a file" in str(outcome.error)
+
+
+@pytest.mark.parametrize("name", (MANIFEST, "rank-00000.safetensors"))
+def test_no_pipe_of_a_checkpoint_is_opened(name: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "step-00000001")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with guarded(tmp_path, name) as outcome:
+        load_into_new(folder)
+    assert f"{name} is a pipe; expected a file" in str(outcome.error)
 
 
 # -- programs in files ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.fsdp import refuse_sharded
 from meshpeft.checkpoint.slices import Slice
+from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import AdapterWrapper, adapter_wrappers
@@ -224,10 +225,8 @@ def check_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
     Raises:
         CheckpointError: no generator has such a state.
     """
-    try:
+    with blamed_on("the states of the random generators are damaged", CheckpointError):
         _set_random_state(plain, torch_state, random.Random(), np.random.RandomState(), torch.Generator())
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the states of the random generators are damaged: {error}") from error
 
 
 def restore_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:

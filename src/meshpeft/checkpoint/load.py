@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from meshpeft.checkpoint.save import finish_saves
 from meshpeft.checkpoint.slices import SliceLoadPlanner, labelled
 from meshpeft.checkpoint.storage import Reader
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.errors import blamed_on
 
 __all__ = ["LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
 
@@ -154,12 +155,6 @@ def _choose(
     raise CheckpointError(f"{checkpoints.path} holds no whole checkpoint; the newest: {broken[0]}")
 
 
-@contextmanager
-def _consistent(path: Path) -> Iterator[None]:
+def _consistent(path: Path) -> AbstractContextManager[None]:
     """Around what reads a manifest's free sections, whose form was not checked when it was parsed."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is inconsistent: {type(error).__name__}: {error}") from error
+    return blamed_on(f"{path / MANIFEST} is inconsistent", CheckpointError)

@@ -119,7 +119,8 @@ class PeftConfig:
             # peft has, where that peft is installed and can be asked.
             if value and value != defaults.get(name):
                 raise CheckpointError(
-                    f"{path}: {name}={shown(value)} is not implemented and may change numbers; remove it if it does not"
+                    f"{path}: {_plainly(name)}={shown(value)} is not implemented and may change numbers; remove it if "
+                    "it does not"
                 )
         if fields.get("bias", "none") != "none":
             raise CheckpointError(
@@ -235,6 +236,10 @@ def _peft_defaults() -> dict[str, Any]:
         return {}
     fields: dict[str, Any] = LoraConfig().to_dict()
     return fields
+
+
+def _plainly(name: str) -> str:
+    return name if name.isidentifier() and len(name) < 80 else shown(name)
 
 
 def _number(path: Path, name: str, value: Any, kind: type = float) -> Any:

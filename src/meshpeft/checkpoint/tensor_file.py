@@ -17,11 +17,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
 from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.models.files import check_readable
+from meshpeft.parallel.errors import blamed_on, shown
 from meshpeft.parallel.finite import finite_flag
 from meshpeft.parallel.mesh import on_each_rank
 
@@ -145,19 +147,17 @@ class TensorFileReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stack = ExitStack()
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
-        try:
-            self._opened: Any = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        check_readable(path, CheckpointError)
+        with self._stack as stack, blamed_on(f"{path} is cut or not a safetensors file", CheckpointError):
+            self._opened: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             self.tensors: Mapping[str, Declared] = {name: self._declared(name) for name in list(self._opened.keys())}
-        except (SafetensorError, OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is cut or not a safetensors file: {error}") from error
+            self._stack = stack.pop_all()
 
     def _declared(self, name: str) -> Declared:
         stored = self._opened.get_slice(name)
         if stored.get_dtype() not in _DTYPES:
             raise CheckpointError(
-                f"{self.path}: {name} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+                f"{self.path}: {shown(name)} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}"
             )
         return Declared(name, _DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
 

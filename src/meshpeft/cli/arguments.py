@@ -6,17 +6,21 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
 
+from meshpeft.parallel.errors import blamed_on, reason_of, shown
 from meshpeft.training.config import ConfigError
 
 __all__ = ["parse"]
 
 T = TypeVar("T")
+
+_MOST_BYTES = 1 << 18
 
 
 def parse(options: type[T], argv: Sequence[str], prog: str, description: str | None = None) -> T:
@@ -66,12 +70,16 @@ def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:
         return []
     arguments: list[str] = []
     for key, value in _read(path).items():
-        name = str(key).replace("-", "_")
+        name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
         if name not in names or name == "config":
-            raise ConfigError(f"{path}: no option is called {key!r}{_nearest(name, names)}")
+            raise ConfigError(f"{path}: no option is called {shown(key)}{_nearest(name, names)}")
         option = "--" + name.replace("_", "-")
         if value is None:
             continue
+        for part in value if isinstance(value, list) else [value]:
+            # What is nested, through aliases of YAML too, would be written out; a number of 5,000 digits has no text.
+            if not isinstance(part, str | int | float | date) or (isinstance(part, int) and abs(part) >= 2**63):
+                raise ConfigError(f"{path}: {shown(key)}: {shown(part)} is no value of an option")
         if isinstance(value, bool):
             arguments.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, list):
@@ -83,11 +91,14 @@ def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        with open(path, "rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{path}: is larger than {_MOST_BYTES >> 10} KiB, which no file of options is")
+    with blamed_on(f"{path}: is not YAML", ConfigError):
+        values = yaml.safe_load(text.decode("utf-8"))
     if values is None:
         return {}
     if not isinstance(values, dict):

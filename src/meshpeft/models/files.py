@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +13,13 @@ from typing import Any, BinaryIO
 from meshpeft.models.errors import ModelError
 from meshpeft.parallel.errors import MeshPEFTError, blamed_on, reason_of
 
-__all__ = ["MODEL_DIRECTORY", "check_readable", "open_file", "read_json", "read_text"]
+__all__ = ["MODEL_DIRECTORY", "check_readable", "files_to_copy", "open_file", "read_json", "read_text"]
 
 MODEL_DIRECTORY = "a Hugging Face model directory"
 MOST_BYTES = 32 << 20
 """Of a JSON file: a weights index of 200,000 tensors has 20 MB, and what is parsed takes up to 25 times the memory."""
+
+_MOST_COPIED_BYTES = 1 << 30
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -100,3 +102,26 @@ def read_json(path: Path, error_type: type[MeshPEFTError] = ModelError, expected
     if not isinstance(content, dict):
         raise error_type(f"{path} holds a {type(content).__name__}; expected an object")
     return content
+
+
+def files_to_copy(directory: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the named files that a directory has, for a copy beside what was made of it.
+
+    Weights are read through any link. What is copied is given on, perhaps to others: a link to it may lead within the
+    directory, or, from a snapshot in a Hugging Face cache, within that repository's part of the cache (`../../blobs`).
+
+    Raises:
+        ModelError: a file may not be read, is none, or is a link that leads elsewhere.
+    """
+    home = directory.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    found = [directory / name for name in names if os.path.lexists(directory / name)]
+    for path in found:
+        if not path.resolve().is_relative_to(home):
+            raise ModelError(
+                f"{path} is a link to {path.resolve()}, outside of {home}, and would be copied; put the file there"
+            )
+        if check_readable(path) > _MOST_COPIED_BYTES:
+            raise ModelError(f"{path} is larger than {_MOST_COPIED_BYTES >> 30} GiB, which no such file is")
+    return found

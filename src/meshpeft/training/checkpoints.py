@@ -24,10 +24,11 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.manifest import Manifest
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.errors import shown
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
-from meshpeft.training.metrics import MetricsLog
+from meshpeft.training.metrics import MetricsLog, check_rows
 from meshpeft.training.optimizer import LossScale
 from meshpeft.training.output import CHECKPOINTS, RunState, run_state
 from meshpeft.training.packing import PackedRows
@@ -78,7 +79,7 @@ def _checkpoint_date(config: FinetuneConfig) -> str | None:
     directory = CheckpointDirectory(own if config.resume == "auto" else checkpoints_in(Path(config.resume)))
     with suppress(CheckpointError, OSError):
         for path in directory.candidates():
-            with suppress(CheckpointError, ValueError, TypeError, AttributeError):
+            with suppress(Exception):  # whether it can be used is asked later
                 day = Manifest.read(path).extra.get("run", {}).get("template_date")
                 return date.fromisoformat(day).isoformat()
     return None
@@ -159,15 +160,16 @@ class RunCheckpoints:
         """Whether this run computes what the run of a checkpoint did."""
         if not {"run", "data", "metrics", "loss_scale"} <= extra.keys():
             raise CheckpointError(f"{path} was not written by meshpeft finetune; resume it with what wrote it")
-        for row in extra["metrics"]:
-            int(row["step"])
+        check_rows(extra["metrics"], path)
         if self.loss_scale is not None:
-            LossScale(**extra["loss_scale"])
+            scale, good = extra["loss_scale"]["value"], extra["loss_scale"]["good_steps"]
+            if type(scale) is not float or not 0 < scale < 2**100 or type(good) is not int or not 0 <= good < 2**31:
+                raise CheckpointError(f"{path}: its loss scale is {shown(extra['loss_scale'])}, which no run has")
         difference = difference_of_runs(self.config, extra["run"])
         if difference is not None:
             name, own, other = difference
             raise CheckpointError(
-                f"{name} is {own!r}, but {path} was written with {other!r}; a run goes on with the same options"
+                f"{name} is {own!r}, but {path} was written with {shown(other)}; a run goes on with the same options"
             )
         for name, digest in self._data.items():
             if extra["data"].get(name) != digest:

@@ -6,18 +6,19 @@ the layout. Where `None` is the default, the text says what it stands for.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
-from meshpeft.parallel.errors import MeshPEFTError, shown
+from meshpeft.models.files import read_json
+from meshpeft.parallel.errors import MeshPEFTError, blamed_on, shown
 
 __all__ = [
     "ConfigError",
@@ -38,6 +39,9 @@ TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
 FormatName = Literal["nf4", "int8", "int4", "fp8"]
 EngineName = Literal["native", "transformers"]
+
+# No option has such a number; what reads a record may take memory by it.
+_LARGEST = 2**31
 
 # The help of such an option says itself what leaving it out means.
 OptionalField = tyro.conf.arg(help_behavior_hint="")
@@ -289,10 +293,10 @@ class FinetuneConfig(LayoutConfig):
             ConfigError: the file cannot be read, or is not one of ours.
         """
         try:
-            options = json.loads(path.read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not the record of a meshpeft run ({error})") from error
-        return cls.from_options(options, path)
+            content = read_json(path, ConfigError, "the output directory of a meshpeft run")
+        except ConfigError as error:
+            raise ConfigError(f"not the record of a meshpeft run: {error}") from error
+        return cls.from_options(content.get("options"), path)
 
     @classmethod
     def from_options(cls, options: Any, source: Path) -> Self:
@@ -305,25 +309,54 @@ class FinetuneConfig(LayoutConfig):
         Raises:
             ConfigError: they are not the options of a run.
         """
-        try:
+        with blamed_on(f"{source}: not the record of a meshpeft run", ConfigError):
             known = {field.name for field in fields(cls)}
             values = {name: value for name, value in options.items() if name in known}
             for name in ("model", "output_dir", "config"):
                 values[name] = None if values[name] is None else Path(values[name])
-            values["data"] = paths(values["data"]) or None
             for name in ("target_modules", "exclude_modules"):
-                values[name] = None if values.get(name) is None else tuple(values[name])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{source}: not the record of a meshpeft run ({error})") from error
-        config = cls(**values)
-        config._check_date()
+                values[name] = _listed(values.get(name))
+            # A record from before several files could be given has one.
+            values["data"] = paths(given if isinstance(given := values["data"], str) else _listed(given)) or None
+            hints = get_type_hints(cls)
+            for name, value in values.items():
+                large = isinstance(value, int | float) and abs(value) >= (2**63 if name == "seed" else _LARGEST)
+                if large or not _is_of(value, hints[name]):
+                    raise ConfigError(f"{source}: {name}={shown(value)} is no value of this option")
+            config = cls(**values)
+        try:
+            config.check()
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
         return config
+
+
+def _listed(value: Any) -> Any:
+    """A list of a file as the tuple of an option; anything else as it is, for the comparison with the option's type."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value read from a file is one of the type of an option."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, part) for part in arguments)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in arguments)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_is_of(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        right = isinstance(value, int) if hint is int else isinstance(value, int | float)
+        return right and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def paths(given: Path | str | Sequence[Path | str] | None) -> tuple[Path, ...]:
     """The paths of an option that takes one or several."""
     if given is None:
         return ()
+    if not isinstance(given, Path | str | list | tuple):
+        raise TypeError(f"{shown(given)} is no path, and no list of them")
     return (Path(given),) if isinstance(given, Path | str) else tuple(map(Path, given))
 
 

@@ -23,6 +23,7 @@ from meshpeft.checkpoint import (
 )
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
+from meshpeft.models.files import files_to_copy
 from meshpeft.models.staging import StagedFiles, write_flushed
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
@@ -38,12 +39,21 @@ __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
 
 # Beside weights and config.json, what makes a directory usable: the tokenizer, and how to generate.
 _COMPANIONS = (
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "tiktoken.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -92,12 +102,13 @@ def merge(config: MergeConfig) -> str:
     Raises:
         MeshPEFTError: the adapter or the model cannot be read or do not fit; the directory cannot be written.
     """
-    _check_free(config.to, config.overwrite)
     run = recorded_run(config.adapter)
     base = config.model
     if base is None:
         base = named_base(config.adapter) if run is None else base_directory(run.model)
     _check_not_the_base(config.to, base)
+    _check_free(config.to, config.overwrite)
+    files_to_copy(base, _COMPANIONS)  # before the work, not after it
     wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
     model = _base_as_used(base, run, config.engine)
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
@@ -129,8 +140,9 @@ def export(config: ExportConfig) -> str:
     run = FinetuneConfig.from_options(found.extra.get("run"), found.path)
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
-        _check_free(config.to, config.overwrite)
         _check_not_the_base(config.to, base)
+        _check_free(config.to, config.overwrite)
+        files_to_copy(base, _COMPANIONS)
         described = find_base(base, run.engine)
         quantizer = base_quantizer(run, described.default_layers())
         model = described.load(tensor_type(run.dtype), quantize=quantizer)
@@ -187,7 +199,7 @@ def _check_not_the_base(to: Path, base: Path) -> None:
 
 
 def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
-    companions = [path for pattern in _COMPANIONS for path in base.glob(pattern)]
+    companions = files_to_copy(base, _COMPANIONS)
     save_pretrained(merge_adapter(model).to(dtype), to, overwrite=overwrite, companions=companions)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from meshpeft.models.staging import StagedFiles
+from meshpeft.parallel.errors import MeshPEFTError, shown
 from meshpeft.training.output import CURVE, METRICS
 
-__all__ = ["MetricsLog", "plot_losses"]
+__all__ = ["MetricsLog", "check_rows", "plot_losses"]
 
 
 class MetricsLog:
@@ -73,6 +74,29 @@ class MetricsLog:
                 os.fsync(file.fileno())
         except OSError as error:
             warnings.warn(f"{METRICS}: {error.strerror or error}; lines may be missing", stacklevel=2)
+
+
+def check_rows(rows: Any, source: object) -> None:
+    """Check rows that a file holds, before a log begins with them.
+
+    Raises:
+        MeshPEFTError: they are not those of a log.
+    """
+    if not isinstance(rows, list):
+        raise MeshPEFTError(f"{source}: its metrics are {shown(rows)}; expected rows")
+    for row in rows:
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_entry, row.items())):
+            raise MeshPEFTError(f"{source}: a row of its metrics is {shown(row)}, which no run writes")
+    if not any(row.get("held_out_loss") is not None for row in rows):
+        raise MeshPEFTError(f"{source}: its metrics have no held-out loss, with which every run begins")
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    name, value = entry
+    if name == "skipped":
+        return value in ("overflow", "not finite")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return name != "self" and (number or (value is None and name != "step"))
 
 
 def plot_losses(log: MetricsLog, directory: Path, title: str) -> None:
