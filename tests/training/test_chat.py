@@ -124,10 +124,10 @@ def test_what_else_the_template_leaves_out_is_counted() -> None:
     record["tools"] = [{"function": {"name": "g"}}]
     result = tokenize_records([record, record], make_tokenizer(template), 64)
     assert result.findings.lines() == [
-        "2 messages of role 'system' that the chat template leaves out (first: chat 1)",
-        "2 assistant turns whose 'reasoning_content' the chat template leaves out (first: chat 1)",
-        "2 messages with a field 'mood' that the chat template does not read (first: chat 1)",
-        "2 chats whose 'tools' the chat template leaves out (first: chat 1)",
+        "messages of role 'system' that the chat template leaves out: 2 (first: chat 1)",
+        "assistant turns whose 'reasoning_content' the chat template leaves out: 2 (first: chat 1)",
+        "messages with a field 'mood' that the chat template does not read: 2 (first: chat 1)",
+        "chats whose 'tools' the chat template leaves out: 2 (first: chat 1)",
     ]
 
 
@@ -137,7 +137,7 @@ def test_blank_answers_are_not_learned() -> None:
         "<s><|user|>a</s>\n<|assistant|> \n</s>\n<|user|>c</s>\n<|assistant|>[d</s>]"
     ]
     assert result.dropped == 1
-    assert "1 dropped: every assistant message is blank (first: chat 2)" in result.findings.lines()
+    assert "dropped, every assistant message is blank: 1 (first: chat 2)" in result.findings.lines()
 
 
 def test_a_turn_without_an_end_learns_what_stops_generation() -> None:

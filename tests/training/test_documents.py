@@ -36,6 +36,16 @@ def test_pieces_of_a_long_text_make_each_token_a_target_once(length: int) -> Non
     assert (result.split, result.truncated, result.dropped) == (int(length + 1 > 5), 0, 0)
 
 
+@pytest.mark.parametrize("behind", ("</s>", "</s>\n", "</s> \n\n", "<|user|>\n"))
+def test_an_end_that_is_there_is_the_last_token(behind: str) -> None:
+    """Also before white space, and if it is another that the model's configuration names."""
+    tokenizer = make_tokenizer()
+    (user,) = tokenizer.convert_tokens_to_ids(["<|user|>"])
+    for record in ({"text": f"ab{behind}"}, {"prompt": "a", "completion": f"b{behind}"}):
+        (document,) = tokenize_records([record], tokenizer, 64, ends=[user])
+        assert shown(document, tokenizer) == f"a[b{behind.strip()}]"
+
+
 def test_only_the_completion_and_its_end_are_targets() -> None:
     record = {"prompt": "1+1=", "completion": "2"}
     assert all_shown([record], make_tokenizer()) == ["1+1=[2</s>]"]

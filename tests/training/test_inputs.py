@@ -64,9 +64,9 @@ def test_what_holds_nothing_to_learn_is_dropped_before_the_split(
     found = inputs(path)
     assert (len(found.train), len(found.held_out)) == (1, 1)
     assert "2 dropped" in found.summary
-    with pytest.raises(DataError, match=rf"2 dropped: {why} \(first: .*d.jsonl, line 2\)"):
+    with pytest.raises(DataError, match=rf"dropped, {why}: 2 \(first: .*d.jsonl, line 2\)"):
         inputs(written(path, [chat("q", "a"), record, record]))
-    with pytest.raises(DataError, match=rf"nothing to learn in any of the 2 records: 2 dropped: {why}"):
+    with pytest.raises(DataError, match=rf"nothing to learn in any of the 2 records: dropped, {why}: 2"):
         load_rows(FinetuneConfig(), make_tokenizer(PLAIN_TEMPLATE), written(path, [record, record]))
     _, findings = load_rows(FinetuneConfig(), make_tokenizer(PLAIN_TEMPLATE), written(path, [record, chat("q", "a")]))
     assert len(findings.lines()) == 1
@@ -78,7 +78,7 @@ def test_what_holds_nothing_to_learn_is_dropped_before_the_split(
 def test_blank_texts_and_completions_are_dropped(tmp_path: Path, record: dict[str, Any], why: str) -> None:
     good = dict.fromkeys(record, "ab")
     found = inputs(written(tmp_path / "d.jsonl", [good, record, good]))
-    assert f"1 dropped\n  1 dropped: {why} (first: {tmp_path / 'd.jsonl'}, line 2)" in found.summary
+    assert f"1 dropped\n  dropped, {why}: 1 (first: {tmp_path / 'd.jsonl'}, line 2)" in found.summary
 
 
 @pytest.mark.parametrize("suffix", (".jsonl", ".parquet"))
@@ -105,7 +105,8 @@ def test_columns_that_are_not_read_are_said(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "id": 1, "source": None}] * 3
     for suffix in (".jsonl", ".parquet"):
         said = inputs(written(tmp_path / f"d{suffix}", rows)).summary
-        assert "not read: 'id'" in said
+        place = f"{tmp_path / f'd{suffix}'}, {'line' if suffix == '.jsonl' else 'row'} 1"
+        assert f"rows with a column 'id' that is not read: 3 (first: {place})" in said
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class Findings:
 
     def lines(self) -> list[str]:
         """A line for each thing."""
-        return [f"{count:,} {what} (first: {self.first[what]})" for what, count in self.counts.items()]
+        return [f"{what}: {count:,} (first: {self.first[what]})" for what, count in self.counts.items()]
 
 
 def record_format(columns: Sequence[str]) -> RecordFormat | None:
@@ -118,7 +118,7 @@ def record_format(columns: Sequence[str]) -> RecordFormat | None:
     return None
 
 
-def load_records(*paths: str | Path, findings: Findings | None = None) -> list[dict[str, Any]]:
+def load_records(*paths: str | Path, findings: Findings | None = None) -> list[FileRecord]:
     """Read data files into records that hold the columns of one format and nothing else.
 
     The suffix says how the file is read: ``.jsonl`` (one object per line), ``.json`` (a list of objects,
@@ -141,9 +141,10 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[d
             column, a row lacks a value, or a column or a field of a message says what is learned in a way that
             cannot be honoured; the message names the file and, where there is one, the line or row.
     """
-    records: list[dict[str, Any]] = []
+    records: list[FileRecord] = []
     found: RecordFormat | None = None
     unread: Counter[str] = Counter()
+    unread_at: dict[str, str] = {}
     seen: set[Path] = set()
     for path in map(Path, paths):
         if identity(path) in seen:
@@ -159,14 +160,15 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[d
                 raise DataError(f"{path}: holds {here}, but {paths[0]} holds {found}; give files of one format.")
             found = here
             records.append(_checked(row, found, path))
-            unread.update(name for name, value in row.values.items() if value is not None and name not in records[-1])
-            unread.update(row.unread)
+            others = [name for name, value in row.values.items() if value is not None and name not in records[-1]]
+            for name in (*others, *row.unread):
+                unread[name] += 1
+                unread_at.setdefault(name, records[-1].where)
         if len(records) == before:
             raise DataError(f"{path}: holds no records; at least one is needed.")
-    if findings is not None and unread:
-        findings.add(
-            f"columns of {found} files not read: {', '.join(map(repr, sorted(unread)))}", str(paths[0]), len(unread)
-        )
+    if findings is not None:
+        for name, count in sorted(unread.items()):
+            findings.add(f"rows with a column {shown(name)} that is not read", unread_at[name], count)
     return records
 
 

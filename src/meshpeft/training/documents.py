@@ -153,7 +153,7 @@ def tokenize_records(
         if not kept:
             dropped += 1
             why = nothing_to_learn(record) or "nothing to learn in the tokens"
-            findings.add(f"dropped: {why}", place_of(record, number))
+            findings.add(f"dropped, {why}", place_of(record, number))
     return TokenizedRecords(documents, truncated, split, dropped, findings)
 
 

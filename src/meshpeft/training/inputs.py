@@ -152,7 +152,7 @@ def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]],
     try:
         return split_held_out(records, config.held_out, config.seed), findings, len(loaded) - len(records)
     except DataError as error:
-        dropped = "; ".join(line for line in findings.lines() if "dropped" in line)
+        dropped = "; ".join(line for line in findings.lines() if line.startswith("dropped"))
         raise DataError(f"{error} {dropped}".rstrip()) from error
 
 
@@ -168,7 +168,7 @@ def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:
         if why is None:
             kept.append(record)
         else:
-            findings.add(f"dropped: {why}", place_of(record, number))
+            findings.add(f"dropped, {why}", place_of(record, number))
     if not kept:
         raise DataError(
             f"there is nothing to learn in any of the {len(records):,} records: {'; '.join(findings.lines())}."
