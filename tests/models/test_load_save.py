@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, load_pretrained, save_pretrained
 from meshpeft.models.transformers_load import load_transformers
 from meshpeft.models.weights import WeightFiles
-from meshpeft.parallel import ModelParallelConfig
+from meshpeft.parallel import ModelParallelConfig, sharded_state_dict
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -270,3 +270,12 @@ def test_a_failed_save_leaves_nothing(
     with pytest.raises(ModelError, match=r"saving to .*saved: No space left"):
         save_pretrained(load_pretrained(tiny("mistral")), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", [load_pretrained, load_transformers])
+def test_a_model_says_what_it_holds(engine: Callable[..., LanguageModel], tiny: Callable[[str], Path]) -> None:
+    with simulate(tp=2):
+        model = engine(tiny("qwen2"), torch.float64)
+        entries = model.sharded_state_dict("model.", ((0, 1, 2),))
+        assert entries.keys() == sharded_state_dict(model, "model.").keys()
+        assert {entry.prepended_axes for entry in entries.values()} == {1}
