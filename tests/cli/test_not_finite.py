@@ -133,7 +133,7 @@ def test_a_run_whose_last_step_breaks_the_adapter_is_an_error(
 ) -> None:
     arguments = ["finetune", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "run")]
     assert main([*arguments, *OPTIONS[:-2], "--lr=1e30", "--steps=1", "--save-every=1"]) == 2
-    assert "held-out loss after 1 steps is nan" in capsys.readouterr().err
+    assert "held-out loss after step 1 is nan" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert not list(tmp_path.glob("run/checkpoints/step*"))
 

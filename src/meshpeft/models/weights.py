@@ -95,6 +95,15 @@ class WeightFiles:
         """Names of all tensors."""
         return set(self._files)
 
+    def stored(self, name: str) -> Any:
+        """A tensor that is not read yet, of safetensors: its shape and type, and slices by index."""
+        return self._files[name].get_slice(name)
+
+    def scalar(self, name: str) -> Tensor:
+        """A tensor without dimensions, which has no slices."""
+        found: Tensor = self._files[name].get_tensor(name)
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
         return tuple(self._files[name].get_slice(name).get_shape())

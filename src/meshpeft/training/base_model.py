@@ -31,6 +31,7 @@ from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, La
 from meshpeft.training.default_layers import DefaultLayers, default_layers
 from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.same_inputs import check_same_base
 from meshpeft.training.setup import device
 
 __all__ = ["BaseModel", "base_directory", "check_attention", "find_base", "load_base_and_adapter"]
@@ -139,9 +140,21 @@ class BaseModel:
             ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
         """
         if not isinstance(self.config, DecoderConfig):
-            return _transformers().load_transformers(
+            model: LanguageModel = _transformers().load_transformers(
                 self.directory, dtype, activation_checkpointing, device=device(), quantize=quantize
             )
+        else:
+            model = self._load_native(dtype, quantize, sequence_parallel, activation_checkpointing)
+        check_same_base(model)
+        return model
+
+    def _load_native(
+        self,
+        dtype: torch.dtype,
+        quantize: BaseQuantizer | None,
+        sequence_parallel: bool,
+        activation_checkpointing: bool,
+    ) -> Decoder:
         info = parallel_group_info()
         parallel = ModelParallelConfig(
             tensor_model_parallel_size=info.tp.world_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -14,7 +13,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,7 +29,6 @@ from meshpeft.training.inputs import Inputs
 from meshpeft.training.metrics import MetricsLog, check_rows
 from meshpeft.training.optimizer import LossScale
 from meshpeft.training.output import CHECKPOINTS, RunState, run_state
-from meshpeft.training.packing import PackedRows
 
 __all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_runs", "run_date"]
 
@@ -109,7 +106,7 @@ class RunCheckpoints:
     ) -> None:
         self.config, self.model, self.optimizer, self.loss_scale = config, model, optimizer, loss_scale
         self.directory = config.output_dir.resolve() / CHECKPOINTS
-        self._data = {"train": _digest(inputs.train), "held_out": _digest(inputs.held_out)}
+        self._data = {"train": inputs.train.digest, "held_out": inputs.held_out.digest}
         self._save: Save | None = None
         self._asked_for = True
         self._saved_at = time.monotonic()
@@ -263,11 +260,3 @@ def difference_of_runs(
         if compared and own[name] != theirs:
             return name, own[name], theirs
     return None
-
-
-def _digest(rows: PackedRows) -> str:
-    """A checksum of everything that training reads."""
-    digest = hashlib.sha256(json.dumps([rows.seq_length, rows.pad_token_id]).encode())
-    for name in ("tokens", "targets", "document_starts", "row_documents", "row_starts"):
-        digest.update(np.ascontiguousarray(getattr(rows, name)).data)
-    return digest.hexdigest()

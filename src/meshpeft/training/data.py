@@ -2,7 +2,9 @@
 
 :func:`load_records` reads a file, :func:`split_held_out` sets some of its records aside for evaluation;
 ``documents.py`` makes tokens of them, ``packing.py`` rows and ``batches.py`` the batches of each rank.
-All of these are pure functions of their arguments, so every rank gets the same data in the same order.
+All of these are pure functions of what is in the files and of the options (a template's date is one), so ranks that
+read the same files get the same data in the same order. That they did is compared before the first step
+(``same_inputs.py``).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
@@ -14,6 +15,7 @@ from meshpeft.training.config import TrainingError, paths
 from meshpeft.training.inputs import check_rows, load_rows, load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.report import Report, describe_layout
+from meshpeft.training.same_inputs import check_same_inputs
 from meshpeft.training.setup import device, join_mesh, workers_for
 from meshpeft.training.step import mean_loss
 
@@ -49,8 +51,11 @@ def evaluate(config: EvaluateConfig) -> float:
     run = replace(run, template_date=agreed_date(run.template_date))
     if config.seq_length is not None:
         run = replace(run, seq_length=config.seq_length)
-    tokenizer = load_tokenizer(base_directory(run.model))
-    rows, findings = load_rows(run, tokenizer, config.data)
+    directory = base_directory(run.model)
+    with all_or_none("reading the model and the data"):
+        tokenizer = load_tokenizer(directory)
+        rows, findings = load_rows(run, tokenizer, config.data)
+    check_same_inputs(run, directory, tokenizer, {"rows": rows}, config.adapter)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     check_rows(model, rows)
     check_attention(model, run)
@@ -67,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> float:
             "wider --dtype, or an adapter from before"
         )
     loss = float(mean)
-    report.say(f"model: {base_directory(run.model)}, {run.quantize or run.dtype}; adapter: {config.adapter or 'none'}")
+    report.say(f"model: {directory}, {run.quantize or run.dtype}; adapter: {config.adapter or 'none'}")
     files = ", ".join(map(str, paths(config.data) or run.data_files)) or "the embedded data"
     source = files if config.data else f"held out of {files}"
     report.say(f"data: {source}, {batches.global_target_tokens:,} target tokens")

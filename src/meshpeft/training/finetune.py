@@ -41,6 +41,7 @@ from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.quantized_base import base_quantizer, start_adapter
 from meshpeft.training.report import Report, describe_layout, record_of, short_path
+from meshpeft.training.same_inputs import check_same_inputs
 from meshpeft.training.setup import join_mesh, workers_for
 
 __all__ = ["finetune", "start"]
@@ -100,9 +101,12 @@ def finetune(config: FinetuneConfig) -> None:
 
 def _train(config: FinetuneConfig, info: ParallelGroupInfo, report: Report, output: OutputDirectory) -> None:
     set_seed(config.seed)
-    base = find_base(config.model, config.engine)
-    tokenizer = load_tokenizer(base.directory)
-    inputs = load_inputs(config, tokenizer)
+    with all_or_none("reading the model and the data"):
+        base = find_base(config.model, config.engine)
+        tokenizer = load_tokenizer(base.directory)
+        inputs = load_inputs(config, tokenizer)
+    rows = {"training rows": inputs.train, "held-out rows": inputs.held_out}
+    check_same_inputs(config, base.directory, tokenizer, rows)
     layers = base.default_layers()
     model = _adapted(config, base, layers)
     check_rows(model, inputs.train, inputs.held_out)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from meshpeft.models import generate as generate_tokens
+from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.training.adapter_use import GenerateConfig
 from meshpeft.training.base_model import base_directory, find_base, load_base_and_adapter
@@ -17,6 +18,7 @@ from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.launch import launch
 from meshpeft.training.prompts import decoded, prompt_tokens
 from meshpeft.training.report import Report
+from meshpeft.training.same_inputs import check_same_inputs
 from meshpeft.training.setup import device, join_mesh, workers_for
 from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
@@ -53,9 +55,12 @@ def generate(config: GenerateConfig) -> str:
     report = Report(join_mesh(config))
     run = config.run()
     directory = base_directory(run.model)
-    tokenizer = load_tokenizer(directory)
-    with chat_templates(agreed_date(run.template_date)):
-        prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
+    day = agreed_date(run.template_date)
+    with all_or_none("reading the model and the prompt"):
+        tokenizer = load_tokenizer(directory)
+        with chat_templates(day):
+            prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
+    check_same_inputs(config, directory, tokenizer, {}, config.adapter)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
     tokens = generate_tokens(
         model,

@@ -213,7 +213,7 @@ class TrainingLoop:
                 )
             kept = "no checkpoint was saved before" if path is None else f"{path} is from before"
             raise TrainingError(
-                f"the held-out loss after {done} steps is {float(loss)}: the steps have broken the adapter ({kept}). "
+                f"the held-out loss after step {done} is {float(loss)}: the steps have broken the adapter ({kept}). "
                 f"{self._advice()}"
             )
         log.add(step=done, held_out_loss=float(loss))

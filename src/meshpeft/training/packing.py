@@ -6,8 +6,11 @@ layout; ``batches.py`` deals the rows out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -78,6 +81,14 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.row_tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum of everything that training reads."""
+        digest = hashlib.sha256(json.dumps([self.seq_length, self.pad_token_id]).encode())
+        for name in ("tokens", "targets", "document_starts", "row_documents", "row_starts"):
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
+        return digest.hexdigest()
 
     @property
     def documents(self) -> int:
