@@ -15,6 +15,7 @@ from meshpeft.parallel import COMPILED, container_type_of, describe_layers, glob
 from meshpeft.peft.counting import trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import ModuleMatcher
+from meshpeft.peft.same_tokens import watch_tokens
 from meshpeft.peft.walk import Place, chunks_of, walk
 from meshpeft.peft.wrapper import AdapterWrapper
 
@@ -90,6 +91,7 @@ class PEFT(ABC):
         for chunk in chunks:
             self.freeze_model(chunk, training=training)
             chunk.train(training)
+            watch_tokens(chunk, [wrapper.adapter for _, wrapper in adapter_wrappers(chunk)])
         _tell_containers(chunks)
         self.set_params_to_save(chunks)
         if isinstance(model, list):
