@@ -33,7 +33,7 @@ from meshpeft.training.messages import (
     parsed_arguments,
 )
 from meshpeft.training.special_tokens import SpecialTokens, continued_ids, token_ids
-from meshpeft.training.templates import RenderedChat, TemplateError, render_chat
+from meshpeft.training.templates import RenderedChat, TemplateError, render_chat, render_prefixes
 
 __all__ = ["encode_chat"]
 
@@ -123,10 +123,11 @@ class _Chat:
     tools: Sequence[Mapping[str, Any]] | None
     learned: list[int]
     note: Note
-    _rendered: dict[tuple[int, bool], RenderedChat] = field(default_factory=dict)
+    _rendered: dict[tuple[int, bool], RenderedChat | TemplateError] = field(default_factory=dict)
 
     def documents(self) -> list[tuple[list[int], list[bool]]]:
         """The documents of :func:`encode_chat`."""
+        self._render_turns()
         turns = [turn for turn in map(self.turn, self.learned) if turn.spans]
         _check_shown(self)
         whole = self.upto(len(self.messages)).text
@@ -142,7 +143,19 @@ class _Chat:
         """The first `count` messages, and with `ask` the prompt to generate."""
         if (count, ask) not in self._rendered:
             self._rendered[count, ask] = self.render(self.messages[:count], ask=ask)
-        return self._rendered[count, ask]
+        rendered = self._rendered[count, ask]
+        if isinstance(rendered, TemplateError):
+            raise rendered
+        return rendered
+
+    def _render_turns(self) -> None:
+        """Render what the turns will ask for, all at once: each request of its own takes longer than its answer."""
+        asks = self.upto(len(self.messages)).spans is None
+        prefixes = {part for at in self.learned for part in ((at + 1, False), (at, asks)) if part[0]}
+        missing = sorted(prefixes - self._rendered.keys())
+        if missing:
+            rendered = render_prefixes(self.special.tokenizer, self.messages, self.tools, missing)
+            self._rendered.update(zip(missing, rendered, strict=True))
 
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> RenderedChat:
         """Any messages."""

@@ -47,12 +47,21 @@ MOST_SAID = 300
 
 
 class Request(NamedTuple):
-    """One chat to render. `moment` is the time that the template is told, in ISO format."""
+    """A chat to render.
+
+    Attributes:
+        template: text of the template.
+        variables: what it reads, `messages` among it.
+        moment: the time that it is told, in ISO format.
+        seconds: processor time for each rendering.
+        prefixes: how many of the messages are shown, and whether the prompt to generate is, in each rendering.
+    """
 
     template: str
     variables: dict[str, Any]
     moment: str
     seconds: float
+    prefixes: list[tuple[int, bool]]
 
 
 class TooLong(Exception):
@@ -129,8 +138,8 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def render(request: Request) -> dict[str, Any]:
-    """Render one chat: its `text`, and the `spans` that the template marks.
+def render(request: Request, count: int, ask: bool) -> dict[str, Any]:
+    """Render the first messages of a chat: the `text`, and the `spans` that the template marks.
 
     Spans are `None` if the template puts a marked part elsewhere than where it is marked (in a macro, or in a variable
     that is shown later), since then nothing says where it is.
@@ -140,9 +149,11 @@ def render(request: Request) -> dict[str, Any]:
     parts: _MarkedParts = environment.marked_parts
     parts.shown, parts.parts = 0, []
     environment.globals["strftime_now"] = datetime.fromisoformat(request.moment).strftime
-    random.seed(0)  # for the filter `random`: a chat is always the same
+    if "random" in request.template or "lipsum" in request.template:  # a chat is always the same
+        random.seed(0)
     blocks = []
-    for block in template.generate(request.variables):
+    shown = {"messages": request.variables["messages"][:count], "add_generation_prompt": ask}
+    for block in template.generate({**request.variables, **shown}):
         parts.shown += len(block)
         if parts.shown > MOST_CHARACTERS:
             raise TooLong
@@ -153,10 +164,10 @@ def render(request: Request) -> dict[str, Any]:
     return {"text": text, "spans": spans if agree else None}
 
 
-def _answer(request: Request) -> dict[str, Any]:
-    """What comes of one chat, or the end of a sentence that begins with "the chat template"."""
+def _answer(request: Request, count: int, ask: bool) -> dict[str, Any]:
+    """What comes of one rendering, or the end of a sentence that begins with "the chat template"."""
     try:
-        return render(request)
+        return render(request, count, ask)
     except TooLong:
         return {"fault": f"shows more than {MOST_CHARACTERS:,} characters for one chat"}
     except MemoryError:
@@ -200,16 +211,17 @@ def main() -> None:
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    output = os.fdopen(os.dup(1), "wb")
+    output = os.fdopen(os.dup(1), "wb", buffering=2**20)
     for message in _messages(sys.stdin.buffer):
         request = Request(*pickle.loads(message))
-        before = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, request.seconds)
-        content = _answer(request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        content["seconds"] = time.process_time() - before
-        answer = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        output.write(LENGTH.pack(len(answer)) + answer)
+        for count, ask in request.prefixes:
+            before = time.process_time()
+            # Set again for each rendering; waiting takes no processor time.
+            signal.setitimer(signal.ITIMER_PROF, request.seconds)
+            content = _answer(request, count, ask)
+            content["seconds"] = time.process_time() - before
+            answer = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            output.write(LENGTH.pack(len(answer)) + answer)
         output.flush()
 
 

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.parallel.errors import MeshPEFTError, first_line
 
-__all__ = ["RenderedChat", "TemplateError", "chat_templates", "render_chat"]
+__all__ = ["RenderedChat", "TemplateError", "chat_templates", "render_chat", "render_prefixes"]
 
 CHAT_SECONDS = 3.0
 """Processor time that a template may take for one chat."""
@@ -86,6 +86,30 @@ def render_chat(
     Raises:
         TemplateError: there is no template, it takes too long or too much memory, shows too much, or fails.
     """
+    (rendered,) = render_prefixes(tokenizer, messages, tools, [(len(messages), add_generation_prompt)])
+    if isinstance(rendered, TemplateError):
+        raise rendered
+    return rendered
+
+
+def render_prefixes(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    prefixes: Sequence[tuple[int, bool]],
+) -> list[RenderedChat | TemplateError]:
+    """Render the beginnings of a chat together, which is several times as fast as one after another.
+
+    Args:
+        tokenizer, messages, tools: see :func:`render_chat`.
+        prefixes: how many of the messages are shown, and whether the chat ends with what precedes an answer.
+
+    Returns:
+        each, or why the template does not show it.
+
+    Raises:
+        TemplateError: there is no template, or it takes too long or too much memory, which ends the process.
+    """
     for kind, given in (("message", messages), ("tool", tools or ())):
         for number, part in enumerate(given, start=1):
             if not isinstance(part, Mapping):
@@ -98,11 +122,11 @@ def render_chat(
         "messages": chat,
         "tools": list(tools) if tools else None,
         "documents": None,
-        "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
     }
-    rendered = _renderer.render(template, variables, _today.get() or date.today())
-    return rendered if _GENERATION_MARKER.search(template) else rendered._replace(spans=None)
+    marked = _GENERATION_MARKER.search(template) is not None
+    rendered = _renderer.render(template, variables, _today.get() or date.today(), list(prefixes))
+    return [part._replace(spans=None) if isinstance(part, RenderedChat) and not marked else part for part in rendered]
 
 
 @contextmanager
@@ -163,27 +187,23 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._received = bytearray()
         self._lock = threading.Lock()
         self._template = ""
         self._seconds = self._allowed = 0.0
 
-    def render(self, template: str, variables: dict[str, Any], today: date) -> RenderedChat:
+    def render(
+        self, template: str, variables: dict[str, Any], today: date, prefixes: list[tuple[int, bool]]
+    ) -> list[RenderedChat | TemplateError]:
         try:
-            request = pickle.dumps((template, _plain(variables), today.isoformat(), CHAT_SECONDS))
+            request = pickle.dumps((template, _plain(variables), today.isoformat(), CHAT_SECONDS, prefixes))
         except RecursionError:
             raise TemplateError("the chat is nested too deep to be rendered; flatten its tools and calls") from None
         with self._lock:
-            answer = self._answer(request)
-            if "fault" in answer:
-                raise TemplateError(f"the chat template {answer['fault']}")
-            spans = answer["spans"]
-            rendered = RenderedChat(answer["text"], None if spans is None else [(start, end) for start, end in spans])
-            self._count(template, answer["seconds"], len(rendered.text))
-        try:
-            rendered.text.encode()
-        except UnicodeEncodeError:
-            raise TemplateError("the chat template shows half a surrogate pair, which is not text") from None
-        return rendered
+            answers = self._answers(request, len(prefixes))
+            for answer in answers:
+                self._count(template, answer["seconds"], len(answer.get("text", "")))
+        return list(map(_rendered, answers))
 
     def close(self) -> None:
         with self._lock:
@@ -207,19 +227,47 @@ class _Renderer:
                 f"{self._seconds:.0f} s for all until here; {_WHAT_TO_DO}"
             )
 
-    def _answer(self, request: bytes) -> dict[str, Any]:
-        process = self._process = self._process or _started()
-        assert process.stdin is not None
+    def _answers(self, request: bytes, count: int) -> list[dict[str, Any]]:
+        if self._process is None:
+            self._process, self._received = _started(), bytearray()
+        stream = self._process.stdin
+        assert stream is not None
         try:
-            process.stdin.write(_LENGTH.pack(len(request)) + request)
-            process.stdin.flush()
-            answer: dict[str, Any] = json.loads(_read(process).decode("utf-8", "surrogatepass"))
+            stream.write(_LENGTH.pack(len(request)) + request)
+            stream.flush()
+            answers = [json.loads(self._read().decode("utf-8", "surrogatepass")) for _ in range(count)]
         except (OSError, EOFError, ValueError) as error:
             raise TemplateError(f"the chat template {self._how_it_ended(error)}; {_WHAT_TO_DO}") from None
         except BaseException:
             self._end()  # its next answer would be the one that was not waited for
             raise
-        return answer
+        return answers
+
+    def _read(self) -> bytes:
+        """The next answer.
+
+        Raises:
+            TimeoutError: there is none in time.
+            EOFError: the process has ended.
+        """
+        assert self._process is not None and self._process.stdout is not None
+        until = time.monotonic() + _STALLED_SECONDS
+        stream, wanted = self._process.stdout.fileno(), _LENGTH.size
+        while True:
+            if wanted == _LENGTH.size <= len(self._received):
+                wanted += min(_LENGTH.unpack_from(self._received)[0], _MOST_BYTES)
+            if wanted > _LENGTH.size and len(self._received) >= wanted:
+                answer = bytes(self._received[_LENGTH.size : wanted])
+                del self._received[:wanted]
+                return answer
+            poll = select.poll()
+            poll.register(stream, select.POLLIN)
+            if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                raise TimeoutError
+            part = os.read(stream, 2**20)
+            if not part:
+                raise EOFError
+            self._received += part
 
     def _how_it_ended(self, error: Exception) -> str:
         """End the process after an error, and say what its end has to do with the template."""
@@ -265,28 +313,15 @@ def _search_path() -> list[str]:
     return sorted({str(Path(str(package.__file__)).parents[1]) for package in (jinja2, markupsafe)})
 
 
-def _read(process: subprocess.Popen[bytes]) -> bytes:
-    """The next answer.
-
-    Raises:
-        TimeoutError: there is none in time.
-        EOFError: the process has ended.
-    """
-    assert process.stdout is not None
-    until = time.monotonic() + _STALLED_SECONDS
-    stream, received, wanted = process.stdout.fileno(), bytearray(), _LENGTH.size
-    poll = select.poll()
-    poll.register(stream, select.POLLIN)
-    while len(received) < wanted:
-        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise TimeoutError
-        part = os.read(stream, min(wanted - len(received), 2**20))
-        if not part:
-            raise EOFError
-        received += part
-        if wanted == len(received) == _LENGTH.size:
-            wanted += min(_LENGTH.unpack(received)[0], _MOST_BYTES)
-    return bytes(received[_LENGTH.size :])
+def _rendered(answer: dict[str, Any]) -> RenderedChat | TemplateError:
+    if "fault" in answer:
+        return TemplateError(f"the chat template {answer['fault']}")
+    text, spans = answer["text"], answer["spans"]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return TemplateError("the chat template shows half a surrogate pair, which is not text")
+    return RenderedChat(text, None if spans is None else [(start, end) for start, end in spans])
 
 
 _today: ContextVar[date | None] = ContextVar("today", default=None)
