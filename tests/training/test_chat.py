@@ -100,6 +100,12 @@ def test_arguments_are_learned_as_json(arguments: Any, join: bool) -> None:
     assert all_shown([with_call(arguments)], make_tokenizer(printed)) == [expected]
 
 
+def test_a_template_may_know_its_tools() -> None:
+    known = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.function.name != 'f' %}"
+    template = known + "{{ raise_exception('which?') }}{% endif %}{% endfor %}{% endfor %}" + CALLS
+    assert all_shown([with_call({})], make_tokenizer(template)) == ["<|user|>q</s><|assistant|>[f{}</s>]"]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     (
