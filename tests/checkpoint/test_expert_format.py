@@ -37,7 +37,7 @@ from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.checkpoint.peft_plan import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
-from meshpeft.peft import LoRA, LowRankAdapter
+from meshpeft.peft import LoRA, LoRATopKRouter, LowRankAdapter
 
 Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
@@ -88,6 +88,31 @@ def test_peft_makes_the_per_expert_form_its_own(family: str, share: bool, tiny: 
     export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
     theirs = with_peft(tiny(family), tmp_path / "adapter")
     torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+
+
+@pytest.mark.parametrize("layout", [{}, pytest.param({"tp": 2, "ep": 2, "etp": 1}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_file_with_a_router_and_separate_q_k_v_is_read(
+    family: str, layout: dict[str, int], tiny: Tiny, tmp_path: Path
+) -> None:
+    """peft's `all-linear` on a model with experts, as it was written where the router was a linear layer."""
+    targets = ["linear_qkv", "linear_proj", "router"]
+    if family == "qwen2_moe":
+        targets += ["*.shared_experts.linear_fc1", "*.shared_experts.linear_fc2", "*.shared_experts.gate"]
+    export_peft_adapter(experts_adapted(tiny(family), family, targets=targets), tmp_path)
+
+    def change_a_of_k(held: dict[str, Tensor]) -> None:
+        for number, name in enumerate(sorted(name for name in held if "k_proj.lora_A" in name)):
+            held[name] = torch.randn(held[name].shape, generator=torch.Generator().manual_seed(number))
+
+    edit_weights(tmp_path, change_a_of_k)
+    expected = logits(with_peft(tiny(family), tmp_path))
+    with simulate(**layout):
+        loaded = load_peft_adapter(load_pretrained(tiny(family), torch.float64), tmp_path)
+        assert any(isinstance(module, LoRATopKRouter) for module in loaded.modules())
+        torch.testing.assert_close(logits(loaded), expected, **CLOSE)
+        export_peft_adapter(loaded, tmp_path / "again")
+    torch.testing.assert_close(logits(with_peft(tiny(family), tmp_path / "again")), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("format", FORMATS)
