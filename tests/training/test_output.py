@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
+from meshpeft.models import directory_lock
 from meshpeft.models.directory_lock import LOCK_NAME, DirectoryInUse, DirectoryLock
 from meshpeft.models.staging import StagedFiles
 from meshpeft.training.output import OutputDirectory, OutputError, RunState, run_state
@@ -308,6 +309,26 @@ def test_what_a_killed_run_left_is_cleaned_up(live_run: tuple[Path, Any]) -> Non
     output = begin(path, "mine", resume=True)
     finish(output, "mine")
     assert {name for name in os.listdir(path) if name != "checkpoints"} == whole("mine").keys()
+
+
+def test_a_process_that_is_forked_meanwhile_owns_nothing(tmp_path: Path) -> None:
+    """It may outlive the run: a lock that it kept would make the directory look like one of a run that goes on."""
+    lock = DirectoryLock(tmp_path)
+    lock.acquire()
+    context = multiprocessing.get_context("fork")
+    runs = context.Event()
+    process = context.Process(target=lambda: (runs.set(), signal.pause()))
+    process.start()
+    try:
+        assert runs.wait(60)
+        # As when the parent is killed: its lock file stays, and its descriptor is closed.
+        file, _ = directory_lock._held.pop(lock.directory)
+        os.close(file)
+        with DirectoryLock(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_lock_that_another_machine_left_is_named(tmp_path: Path) -> None:

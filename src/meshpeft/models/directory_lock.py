@@ -25,8 +25,8 @@ LOCK_NAME = ".meshpeft.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 100
 
-# By process (a forked one owns nothing) and directory: the open lock file and how often it was acquired.
-_held: dict[tuple[int, Path], list[int]] = {}
+# By directory: the open lock file and how often it was acquired.
+_held: dict[Path, list[int]] = {}
 _changing = threading.RLock()
 
 
@@ -53,13 +53,9 @@ class DirectoryLock:
         self._made: list[Path] = []
 
     @property
-    def _key(self) -> tuple[int, Path]:
-        return os.getpid(), self.directory
-
-    @property
     def is_first(self) -> bool:
         """Whether nothing else in this process owns the directory, too."""
-        return _held[self._key][1] == 1
+        return _held[self.directory][1] == 1
 
     def acquire(self) -> None:
         """Make the directory and become its owner.
@@ -69,11 +65,11 @@ class DirectoryLock:
             OSError: The directory cannot be made, or written to.
         """
         with _changing:
-            if self._key in _held:
-                _held[self._key][1] += 1
+            if self.directory in _held:
+                _held[self.directory][1] += 1
                 return
             try:
-                _held[self._key] = [self._locked_file(), 1]
+                _held[self.directory] = [self._locked_file(), 1]
             except BaseException:
                 self._remove_made()
                 raise
@@ -81,11 +77,11 @@ class DirectoryLock:
     def release(self) -> None:
         """Give the directory up; what `acquire` made and nothing was written into is removed."""
         with _changing:
-            held = _held[self._key]
+            held = _held[self.directory]
             held[1] -= 1
             if held[1]:
                 return
-            del _held[self._key]
+            del _held[self.directory]
             with suppress(OSError):  # before the lock is given up: afterwards the file may be another's
                 os.unlink(self.directory / LOCK_NAME)
             with suppress(OSError):
@@ -160,6 +156,18 @@ class DirectoryLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _forget() -> None:
+    """Own nothing in a forked process, which would keep the locks if it outlived its parent."""
+    global _changing
+    _changing = threading.RLock()
+    for file, _ in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _read(file: int) -> dict[str, Any]:

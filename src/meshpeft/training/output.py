@@ -218,7 +218,8 @@ class OutputDirectory:
         """
         with StagedFiles(self.path) as staged:
             _write_json(staged.folder / RECORD, record)
-            os.replace(self.metrics, self.path / METRICS)
+            with suppress(FileNotFoundError):  # somebody removed it
+                os.replace(self.metrics, self.path / METRICS)
             with suppress(FileNotFoundError):
                 os.unlink(self.path / _METRICS_BESIDE_OLD)
             # In one step: the run that was not finished is.
