@@ -50,6 +50,15 @@ def test_sampling_draws_the_same_tokens_at_every_layout(tiny: Callable[[str], Pa
         assert torch.equal(generated(tiny("llama"), 1, False, ids, **{**options, "top_k": None, **certain}), greedy)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "eos_token_id": 3}])
+def test_logits_that_are_not_finite_are_an_error(tiny: Callable[[str], Path], options: dict[str, Any]) -> None:
+    decoder = load_pretrained(tiny("llama"), dtype=torch.float64)
+    with torch.no_grad():
+        next(decoder.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="logits are not finite"):
+        generate(decoder, random_ids(2, 5), 3, **options)
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "expected"),
     (

@@ -19,6 +19,7 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.fit import check_tokens
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import parallel_group_info
 
 __all__ = ["generate"]
@@ -56,7 +57,7 @@ def generate(
 
     Raises:
         ModelError: an option out of range; a prompt that is padded on its right, has ids outside of the vocabulary, or
-            is longer than a table of positions, at whose end generation stops.
+            is longer than a table of positions, at whose end generation stops; logits that are not finite.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     documents, positions = _padded_prompt(input_ids, attention_mask)
@@ -74,11 +75,13 @@ def generate(
     cache = model.new_cache()
     tokens, new = input_ids, input_ids
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    likeliest: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
             logits = model(new, positions, documents, cache, gather_logits=True, last_token_only=True)[:, 0]
+            likeliest.append(logits.amax(-1))  # NaN where any is
             chosen = _choose(logits, temperature, top_k, top_p, numbers).to(input_ids.dtype)
             if ends:
                 chosen = chosen.masked_fill(finished, ends[0] if pad is None else pad)
@@ -92,6 +95,8 @@ def generate(
                 break
     finally:
         model.train(was_training)
+    if not finite_everywhere(torch.stack(likeliest)):
+        raise ModelError("the model's logits are not finite, so its tokens mean nothing; use a wider type")
     return tokens
 
 
@@ -136,7 +141,7 @@ def _choose(
     cumulative = probabilities.cumsum(-1)
     drawn = torch.tensor([numbers.random() for _ in range(len(logits))], dtype=torch.float64, device=logits.device)
     index = (cumulative <= drawn[:, None] * cumulative[:, -1:]).sum(-1)
-    last = (probabilities > 0).sum(-1) - 1
+    last = ((probabilities > 0).sum(-1) - 1).clamp(min=0)  # none is, where one is NaN
     return tokens.gather(-1, torch.minimum(index, last)[:, None])[:, 0]
 
 

@@ -23,6 +23,7 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart, packed_form
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, TensorLayout, layout_of, mp_gather
+from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.mesh import parallel_group_info
 
@@ -207,7 +208,7 @@ class TransformersModel(LanguageModel):
         )
         self.train(was_training)
         # Sums may be rounded in other places; what a cache without use leaves out is of the order of all of the rest.
-        return bool((continued - whole).abs().max() <= 0.1 * (alone - whole).abs().max())
+        return on_every_rank(bool((continued - whole).abs().max() <= 0.1 * (alone - whole).abs().max()))
 
     @torch.no_grad()
     def _unchanged(self, tokens: Tensor, others: Tensor, where: slice, documents: Tensor | None) -> bool:
@@ -222,7 +223,7 @@ class TransformersModel(LanguageModel):
         self.train(was_training)
         difference = (logits[0] - logits[1]).abs()
         # Equal sums are rounded alike, or nearly; what leaks is of the order of what the tokens that differ change.
-        return bool(difference[where].max() <= 1e-4 * difference.max())
+        return on_every_rank(bool(difference[where].max() <= 1e-4 * difference.max()))
 
 
 @cache

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, parallel_group_info
 
-__all__ = ["all_or_none", "gathered", "kept", "raise_everywhere"]
+__all__ = ["all_or_none", "gathered", "kept", "on_every_rank", "raise_everywhere"]
 
 T = TypeVar("T")
 
@@ -65,6 +65,11 @@ def raise_everywhere(
     for rank, report in enumerate(reports):
         if report is not None:
             raise error_type(f"on rank {rank}, {report}")
+
+
+def on_every_rank(verdict: bool) -> bool:
+    """Whether every rank comes to this verdict by its own numbers, which may be rounded otherwise. A collective."""
+    return all(gathered(verdict))
 
 
 def gathered(value: T, axis: ParallelAxis | None = None) -> list[T]:
