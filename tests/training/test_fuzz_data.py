@@ -161,6 +161,16 @@ def test_a_text_that_is_too_long_for_a_tokenizer_is_refused(kind: str, tmp_path:
         load_records(path)
 
 
+def test_a_chat_that_is_too_long_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    messages = [
+        {"role": role, "content": "a" * (data_files.MOST_CHARACTERS // 3)} for role in ("user", "assistant") * 2
+    ]
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=r"line 1: 'messages' have .* characters up to message 3; expected 4,194,304"):
+        load_records(path)
+
+
 def test_long_texts_are_not_tokenised_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MOST_CHARACTERS", 10)
     monkeypatch.setattr(documents, "_TOKENIZER_BATCH", 3)

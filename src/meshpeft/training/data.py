@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshpeft.parallel.errors import shown
-from meshpeft.training.data_files import DataError, Row, check_plain, check_text, identity, read_rows
+from meshpeft.training.data_files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, identity, read_rows
 from meshpeft.training.messages import calls_of, check_messages, is_blank, is_learned, parsed_arguments
 
 __all__ = [
@@ -222,6 +222,7 @@ def _checked_messages(value: Any, at: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise DataError(f"{at}: 'messages' must be a list, not empty, of objects with 'role' and 'content'.")
     messages = []
+    characters = 0
     for number, given in enumerate(value, start=1):
         message = {key: content for key, content in given.items() if content is not None}
         for key in ("role", "content"):
@@ -230,7 +231,12 @@ def _checked_messages(value: Any, at: str) -> list[dict[str, Any]]:
             if key not in message:
                 raise DataError(f"{at}: message {number} has no {key!r}.")
             check_text(message[key], f"{at}, message {number}: {key!r}")
-        check_plain(message, f"{at}, message {number}")
+        characters += check_plain(message, f"{at}, message {number}")
+        if characters > MOST_CHARACTERS:
+            raise DataError(
+                f"{at}: 'messages' have {characters:,} characters up to message {number}; expected "
+                f"{MOST_CHARACTERS:,} at most in a chat."
+            )
         messages.append(message)
     try:
         check_messages(messages)

@@ -118,8 +118,11 @@ def check_text(value: Any, at: str) -> str:
     return value
 
 
-def check_plain(value: Any, at: str) -> None:
+def check_plain(value: Any, at: str) -> int:
     """Check a nested value of a row, which templates and tokenizers get: JSON's types, text throughout, within bounds.
+
+    Returns:
+        Its characters.
 
     Raises:
         DataError: it holds anything else; the message names the place.
@@ -127,6 +130,7 @@ def check_plain(value: Any, at: str) -> None:
     characters = _checked_size(value, at, MOST_DEPTH)
     if characters > MOST_CHARACTERS:
         raise DataError(f"{at} has {characters:,} characters; expected {MOST_CHARACTERS:,} at most.")
+    return characters
 
 
 def _checked_size(value: Any, at: str, depth: int) -> int:
