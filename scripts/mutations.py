@@ -251,7 +251,7 @@ def tests(names: tuple[str, ...], tree: Path, limit: float) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", " ".join(text.split()))
     return text if len(text) <= 90 else text[:89] + "…"
 
 
