@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("mutations", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["mutations"] = module  # its dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
