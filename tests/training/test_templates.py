@@ -275,8 +275,9 @@ def test_a_run_that_goes_on_keeps_its_date(resume: str, tmp_path: Path) -> None:
 def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template_date='yesterday': expected a date"):
         FinetuneConfig(template_date="yesterday").check()
-    with pytest.raises(ConfigError, match="template_date=\\[1\\]: expected a date"):
-        FinetuneConfig.from_options({**FinetuneConfig().as_json(), "template_date": [1]}, tmp_path)
+    for given in ("yesterday", [1]):
+        with pytest.raises(ConfigError, match="template_date="):
+            FinetuneConfig.from_options({**FinetuneConfig().as_json(), "template_date": given}, tmp_path)
 
 
 EXPRESSIONS = (
