@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers.simulate import simulate
 from helpers.tiny_models import VOCAB_SIZE, save_tiny
+from helpers.workers import run_on_ranks
 
 from meshpeft.models import LanguageModel, ModelError, generate
+from meshpeft.parallel import init_parallelism
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.training.base_model import find_base
 from meshpeft.training.documents import Document
@@ -79,6 +81,25 @@ def test_generation_stops_at_the_last_position(model: Callable[[str], LanguageMo
     with pytest.warns(UserWarning, match="the model has 16 positions: it stops after 7 new tokens"):
         tokens = generate(model("gpt2"), torch.ones((1, 10), dtype=torch.long), 200)
     assert tokens.shape == (1, POSITIONS + 1)
+
+
+def own_prompts(directory: Path) -> tuple[int, str]:
+    """Tokens added to a prompt of another length on each rank, and what is said of one that is wrong on the last."""
+    rank = init_parallelism().dp.rank
+    model = find_base(directory).load(torch.float32)
+    prompt = torch.ones((1, 4 + 6 * rank), dtype=torch.long)
+    with pytest.warns(UserWarning, match="it stops after 7 new tokens"):
+        added = generate(model, prompt, 200, eos_token_id=VOCAB_SIZE).shape[1] - prompt.shape[1]
+    with pytest.raises(ModelError) as raised:
+        generate(model, prompt + VOCAB_SIZE * rank, 2)
+    return added, str(raised.value)
+
+
+def test_ranks_with_prompts_of_their_own_stop_and_fail_together(tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path, max_position_embeddings=POSITIONS)
+    for added, said in run_on_ranks(2, own_prompts, tmp_path, timeout=60):
+        assert added == 7
+        assert "is outside of the model's vocabulary" in said
 
 
 @pytest.mark.parametrize("family", ("llama", "phi3"))

@@ -18,6 +18,7 @@ from torch import Tensor
 from meshpeft.models.errors import ModelError
 from meshpeft.models.fit import check_tokens
 from meshpeft.models.language_model import LanguageModel
+from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import parallel_group_info
@@ -59,15 +60,18 @@ def generate(
         ModelError: an option out of range; a prompt that is padded on its right, has ids outside of the vocabulary, or
             is longer than a table of positions, at whose end generation stops; logits that are not finite.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
-    documents, positions = _padded_prompt(input_ids, attention_mask)
+    prompt, most = input_ids.shape[1], model.most_positions
+    # Ranks of data parallel may have prompts of their own, and none may fail, or stop, before the others.
+    with all_or_none("generating", ModelError):
+        _check_options(max_new_tokens, temperature, top_k, top_p)
+        documents, positions = _padded_prompt(input_ids, attention_mask)
+        check_tokens(model, int(input_ids.min()), int(input_ids.max()), prompt, "the prompt")
+    if most is not None:
+        prompt = max(gathered(prompt))
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     pad = model.pad_token_id
     if pad is not None and not 0 <= pad < model.vocab_size:  # the rows that have ended go through the model, too
         pad = None
-    prompt = input_ids.shape[1]
-    check_tokens(model, int(input_ids.min()), int(input_ids.max()), prompt, "the prompt")
-    most = model.most_positions
     if most is not None and prompt + max_new_tokens - 1 > most:
         max_new_tokens = most - prompt + 1  # the last token is not read
         warnings.warn(f"the model has {most:,} positions: it stops after {max_new_tokens:,} new tokens", stacklevel=2)
