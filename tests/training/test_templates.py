@@ -272,6 +272,13 @@ def test_a_run_that_goes_on_keeps_its_date(resume: str, tmp_path: Path) -> None:
     assert run_date(config) == ("2023-01-01" if resume != "step" else today)
 
 
+def test_an_output_directory_that_cannot_be_read_has_no_date(tmp_path: Path) -> None:
+    """Each rank asks before the first collective, and must come to it; the first one says what is wrong, later."""
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", Path("a\0b")):
+        assert run_date(FinetuneConfig(output_dir=output, resume="auto")) == date.today().isoformat()
+
+
 def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template_date='yesterday': expected a date"):
         FinetuneConfig(template_date="yesterday").check()

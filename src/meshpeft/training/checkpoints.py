@@ -70,11 +70,11 @@ def _checkpoint_date(config: FinetuneConfig) -> str | None:
     """The date that a run to go on from recorded. `None` if there is none; whether it may go on is asked later."""
     if config.resume is None:
         return None
-    own = config.output_dir.resolve() / CHECKPOINTS
-    if config.resume == "auto" and run_state(own.parent) is not RunState.UNFINISHED:
-        return None
-    directory = CheckpointDirectory(own if config.resume == "auto" else checkpoints_in(Path(config.resume)))
-    with suppress(CheckpointError, OSError):
+    with suppress(CheckpointError, OSError, ValueError):  # ValueError: a null byte in a name
+        own = config.output_dir.resolve() / CHECKPOINTS
+        if config.resume == "auto" and run_state(own.parent) is not RunState.UNFINISHED:
+            return None
+        directory = CheckpointDirectory(own if config.resume == "auto" else checkpoints_in(Path(config.resume)))
         for path in directory.candidates():
             with suppress(Exception):  # whether it can be used is asked later
                 day = Manifest.read(path).extra.get("run", {}).get("template_date")
