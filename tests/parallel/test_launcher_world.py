@@ -22,9 +22,9 @@ def set_world(monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_the_world_is_what_the_launcher_set(set_world) -> None:
     set_world()
-    assert launcher_world() == (1, 2, 1, ("127.0.0.1", 29500))
+    assert launcher_world() == (1, 2, 1, ("127.0.0.1", 29500), None)
     set_world(RANK="0", WORLD_SIZE="1", LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None)
-    assert launcher_world() == (0, 1, 0, None)
+    assert launcher_world() == (0, 1, 0, None, None)
     set_world(**dict.fromkeys(GOOD))
     assert launcher_world() is None
 
@@ -43,6 +43,8 @@ def test_the_world_is_what_the_launcher_set(set_world) -> None:
         ({"WORLD_SIZE": "9" * 5000}, "expected an integer of at least 1"),
         ({"LOCAL_RANK": "7"}, "LOCAL_RANK=7: expected an integer from 0 to 1"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two': expected an integer from 1 to 2"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: expected an integer from 1 to 2"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not: the processes cannot meet"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not: the processes cannot meet"),
         ({"MASTER_PORT": None}, "MASTER_PORT is not: the processes cannot meet"),

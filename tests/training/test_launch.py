@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import launch_jobs
 
-from meshpeft.parallel import MeshPEFTError
+from meshpeft.parallel import MeshPEFTError, ParallelError
 from meshpeft.training.interruption import RunInterrupted
-from meshpeft.training.launch import LaunchError, WorkerDied, launch, number_of_workers
+from meshpeft.training.launch import LaunchError, WorkerDied, launch, number_of_workers, speaks_for_all
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,20 @@ def test_a_world_that_does_not_fit_names_one_that_would(monkeypatch: pytest.Monk
         number_of_workers(tensor_parallel=4)
     with pytest.raises(LaunchError, match="leave dp out or use dp=3"):
         number_of_workers(tensor_parallel=2, data_parallel=2)
+
+
+@pytest.mark.parametrize("rank", ["one", "", "7", "1"])
+def test_a_process_of_a_world_that_makes_no_sense_says_so_itself(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other is sure to be there: what is in the environment may be left from another run."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ParallelError):
+        number_of_workers()
+    assert speaks_for_all()
+    for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert not speaks_for_all()  # rank 0 does
 
 
 def test_workers_are_connected_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

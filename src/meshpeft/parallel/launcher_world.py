@@ -1,7 +1,7 @@
 """The world that a launcher (torchrun, Slurm, Kubernetes) describes in the environment, and the group made of it.
 
-`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` are read and checked here, before any process waits
-for another: leftovers of another run are an error and no hang.
+`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are read and checked here,
+before any process waits for another: leftovers of another run are an error and no hang.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class LauncherWorld(NamedTuple):
         world_size: number of processes, over all machines.
         local_rank: this process's index on its machine; 0 where the launcher sets none.
         address: host and port at which the processes meet; `None` in a world of one process that has no need to.
+        local_world_size: number of processes on this machine; `None` where the launcher does not say.
     """
 
     rank: int
     world_size: int
     local_rank: int
     address: tuple[str, int] | None
+    local_world_size: int | None = None
 
 
 def is_joined() -> bool:
@@ -62,8 +64,9 @@ def launcher_world() -> LauncherWorld | None:
     world_size = _integer("WORLD_SIZE", 1, None)
     rank = _integer("RANK", 0, world_size - 1)
     local_rank = _integer("LOCAL_RANK", 0, world_size - 1) if "LOCAL_RANK" in os.environ else 0
+    local_size = _integer("LOCAL_WORLD_SIZE", 1, world_size) if "LOCAL_WORLD_SIZE" in os.environ else None
     if "MASTER_ADDR" not in os.environ and "MASTER_PORT" not in os.environ and world_size == 1:
-        return LauncherWorld(rank, world_size, local_rank, None)
+        return LauncherWorld(rank, world_size, local_rank, None, local_size)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ParallelError(
@@ -71,9 +74,8 @@ def launcher_world() -> LauncherWorld | None:
                 "MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or unset RANK and WORLD_SIZE "
                 "to let meshpeft start its own processes"
             )
-    return LauncherWorld(
-        rank, world_size, local_rank, (os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 1, _HIGHEST_PORT))
-    )
+    address = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 1, _HIGHEST_PORT)
+    return LauncherWorld(rank, world_size, local_rank, address, local_size)
 
 
 def start_process_group() -> bool:

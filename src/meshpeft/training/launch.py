@@ -38,7 +38,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.errors import MeshPEFTError, ParallelError
 from meshpeft.parallel.launcher_world import is_joined, launcher_world
 from meshpeft.parallel.mesh import destroy_parallelism
 from meshpeft.training.interruption import RunInterrupted, heeded_signals
@@ -181,7 +181,11 @@ def speaks_for_all() -> bool:
     if not is_joined():
         return True
     if not dist.is_initialized():
-        return int(os.environ["RANK"]) == 0
+        try:
+            world = launcher_world()
+        except ParallelError:  # it is what this process has to say, perhaps alone: no rank is sure to be there
+            return True
+        return world is None or world.rank == 0
     try:
         asked: int = dist.distributed_c10d._get_default_store().add("meshpeft/failures", 1)
     except RuntimeError:  # the store went down with the worker that held it
@@ -191,8 +195,9 @@ def speaks_for_all() -> bool:
 
 def _work(function: Callable[..., object], *arguments: Any) -> None:
     """The body of a worker: its share of the cores, the function, and a clean end."""
-    if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
-        torch.set_num_threads(max(1, _available_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    world = launcher_world()
+    if "OMP_NUM_THREADS" not in os.environ and world is not None and world.local_world_size is not None:
+        torch.set_num_threads(max(1, _available_cores() // world.local_world_size))
     function(*arguments)
     # Only after success: a failing worker must end at once, not wait for the others here.
     destroy_parallelism()

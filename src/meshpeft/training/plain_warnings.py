@@ -41,7 +41,7 @@ def plain_warnings(speaker: str) -> Iterator[None]:
             return
         if category is not UserWarning:
             show(message, category, filename, lineno, file, line)
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif os.environ.get("RANK", "0") == "0":
             print(f"{speaker}: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings(), quiet(*_NOISY):
