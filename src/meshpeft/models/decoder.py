@@ -73,7 +73,7 @@ class Decoder(LanguageModel):
         self.config = config
         self.parallel = parallel
         self.tp = tp
-        # A vocabulary that does not divide (a token was added to it) is whole on every rank, table and head.
+        # Where tp does not divide the vocabulary (a token was added to it), table and head are replicated.
         self.vocab_axis = tp if config.vocab_size % tp.world_size == 0 else ParallelAxis("none")
         self.sequence_parallel = parallel.sequence_parallel and tp.world_size > 1
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -225,18 +225,18 @@ class Decoder(LanguageModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         """tokens [seq, batch] -> [seq, batch, hidden], I; or S(0) under sequence parallel."""
         hidden: Tensor = self.embedding(tokens)
-        return mp_scatter(hidden, 0, self.tp) if self._tokens_meet_a_whole_vocabulary else hidden
+        return mp_scatter(hidden, 0, self.tp) if self._sharded_tokens_meet_a_replicated_vocabulary else hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden [seq, batch, hidden] as the blocks leave it -> logits [seq, batch, vocab_size / vocab_axis], S(-1)."""
         logits: Tensor = self.output_layer(
-            mp_gather(hidden, 0, self.tp) if self._tokens_meet_a_whole_vocabulary else hidden
+            mp_gather(hidden, 0, self.tp) if self._sharded_tokens_meet_a_replicated_vocabulary else hidden
         )
         return logits
 
     @property
-    def _tokens_meet_a_whole_vocabulary(self) -> bool:
-        """Whether tokens are divided, and table and head are not, which then do not communicate themselves."""
+    def _sharded_tokens_meet_a_replicated_vocabulary(self) -> bool:
+        """Whether tokens are sharded and the vocabulary is not: table and head do not communicate themselves then."""
         return self.sequence_parallel and self.vocab_axis is not self.tp
 
     def _check_inputs(

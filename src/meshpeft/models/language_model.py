@@ -49,7 +49,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def restarts_positions(self) -> bool:
-        """Whether positions begin anew with each document of a row; otherwise they count all places of a row."""
+        """Whether positions start from 0 in each document of a row; otherwise they count all places of a row."""
         return True
 
     @property

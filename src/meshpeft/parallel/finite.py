@@ -101,7 +101,7 @@ def check_finite(
 
 
 def _axis_of(tensors: Sequence[Tensor]) -> ParallelAxis:
-    """The mesh; where there is none, the ranks that another package divided the tensors over."""
+    """The mesh; where there is none, the ranks over which another package sharded the tensors."""
     world = parallel_group_info().world
     if world.world_size > 1:
         return world

@@ -25,7 +25,7 @@ __all__ = ["master_tensor"]
 
 
 def master_tensor(parameter: Tensor) -> Tensor:
-    """Gather a parameter, in canonical order. A collective over each axis that divides it; differentiable.
+    """Gather a parameter, in canonical order. A collective over each axis that shards it; differentiable.
 
     Args:
         parameter: Local values, with a layout.

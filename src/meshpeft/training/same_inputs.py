@@ -14,8 +14,8 @@ another file under the same name, the run would train a mixture, and no number o
 | the base as it was loaded | a checksum of every slice that several ranks hold |
 | the adapter's files, where one is read | SHA-256 |
 
-The blocks are `SAMPLED_BYTES` in all, spread evenly over every tensor, so a small model is read whole. Of a larger one
-they tell any change of a tensor as a whole, and the checksums any change of a slice that another rank holds: all of
+The blocks are `SAMPLED_BYTES` in all, spread evenly over every tensor, so all of a small model is read. Of a larger one
+they tell a change of all of a tensor, and the checksums any change of a slice that another rank holds: all of
 them under data parallel, replicated tensors under tensor parallel. What neither sees is a change of a few values of a
 slice that one rank alone holds.
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import checksums_of_slices
+from meshpeft.models.files import read_json
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.errors import MeshPEFTError
@@ -179,10 +181,7 @@ def _sha256(content: bytes) -> str:
 def _configuration(directory: Path) -> Iterator[tuple[str, str]]:
     for file in ("config.json", "generation_config.json"):
         path = directory / file
-        if not path.is_file():
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in content.items() if isinstance(content, dict) else [(file, content)]:
+        for name, value in read_json(path).items() if os.path.lexists(path) else ():
             if name not in _REMARKS:
                 yield f"{file}: {name}", _sha256(json.dumps(value, sort_keys=True).encode())
 
