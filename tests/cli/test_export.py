@@ -247,7 +247,9 @@ def test_what_cannot_be_exported_is_a_sentence_and_writes_nothing(
     to, run = tmp_path / "to", runs("lora")
     assert "is not a checkpoint, and holds none" in refused(capsys, "export", "--checkpoint", tmp_path, "--to", to)
     missing = tmp_path / "missing"
-    assert f"{missing} is not a checkpoint" in refused(capsys, "export", "--checkpoint", missing, "--to", to)
+    assert f"{missing} does not exist; expected a checkpoint" in refused(
+        capsys, "export", "--checkpoint", missing, "--to", to
+    )
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][3] += 1
@@ -286,6 +288,34 @@ def test_a_model_that_cannot_be_written_leaves_no_tokenizer_behind(
     error = refused(capsys, "merge", "--adapter", runs("lora"), "--to", tmp_path / "to")
     assert "No space left on device" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ("merge", "export", "export --format merged"))
+def test_what_is_read_is_not_replaced_by_what_is_made_of_it(
+    command: str, runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(runs("lora"), tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    name, *rest = command.split()
+    error = refused(capsys, name, "--adapter" if name == "merge" else "--checkpoint", run, "--to", run, *rest)
+    assert "choose another directory" in error
+    refused(capsys, name, "--adapter" if name == "merge" else "--checkpoint", run, "--to", run, "--overwrite", *rest)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_is_not_written_where_an_adapter_is(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers would apply that adapter to the merged model, once more."""
+    other = Path(shutil.copytree(runs("dora"), tmp_path / "other"))
+    with pytest.raises(ConfigError, match="other: holds an adapter, which a model does not replace"):
+        merge(MergeConfig(adapter=runs("lora"), to=other, overwrite=True))
+
+
+def test_a_finished_run_without_checkpoints_has_its_adapter_already(
+    runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(runs("lora"), tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    error = refused(capsys, "export", "--checkpoint", run, "--to", tmp_path / "to")
+    assert "holds no checkpoint" in error and f"meshpeft merge --adapter {run}" in error
 
 
 def test_a_merge_never_replaces_the_base_that_it_reads(tmp_path: Path) -> None:

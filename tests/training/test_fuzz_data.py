@@ -211,6 +211,14 @@ def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 load_records(path)
 
 
+@pytest.mark.parametrize("end", ("", "\n", "\r\n"))
+def test_a_line_that_breaks_off_is_blamed_where_it_ends(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(('{"text": "a"}\n{"text": ' + end).encode())
+    with pytest.raises(DataError, match=r"line 2: not valid JSON \(Expecting value at column 1[01]\)"):
+        load_records(path)
+
+
 def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)

@@ -14,6 +14,7 @@ from meshpeft.checkpoint.content import check_finite_adapters
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.fsdp import refuse_sharded
 from meshpeft.models import Decoder, LanguageModel, save_pretrained
+from meshpeft.models.save import held_model, refuse_adapter_directory
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
 from meshpeft.peft import AdapterError, AdapterWrapper
@@ -92,7 +93,8 @@ def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
             f"a {type(model).__name__} has its own way of being saved: merge it without a directory, then call that "
             "(model.save_pretrained of transformers, on every rank; megatron.core.dist_checkpointing)"
         )
-    if (directory / "config.json").exists() and not overwrite:
+    refuse_adapter_directory(directory, CheckpointError)
+    if held_model(directory) is not None and not overwrite:
         raise CheckpointError(f"{directory} holds a model; choose another directory or overwrite it")
 
 

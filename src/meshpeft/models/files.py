@@ -15,7 +15,7 @@ from meshpeft.parallel.errors import MeshPEFTError, blamed_on, reason_of
 
 __all__ = ["MODEL_DIRECTORY", "check_readable", "files_to_copy", "open_file", "read_json", "read_text"]
 
-MODEL_DIRECTORY = "a Hugging Face model directory"
+MODEL_DIRECTORY = "a Hugging Face model directory (nothing is downloaded)"
 MOST_BYTES = 32 << 20
 """Of a JSON file: a weights index of 200,000 tensors has 20 MB, and what is parsed takes up to 25 times the memory."""
 

@@ -19,13 +19,32 @@ from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.staging import StagedFiles
 from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.agreement import kept, raise_everywhere
+from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.peft import AdapterWrapper
 
-__all__ = ["save_pretrained"]
+__all__ = ["held_model", "refuse_adapter_directory", "save_pretrained"]
 
 _CONFIG_NAME = "config.json"
+# As PEFT writes it: transformers applies such an adapter to a model in the same directory.
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+
+def held_model(directory: Path) -> str | None:
+    """Name a file that makes `directory` one of a model. `None` if there is none."""
+    files = (directory / _CONFIG_NAME, *directory.glob("*.safetensors"))
+    return next((path.name for path in files if path.exists()), None)
+
+
+def refuse_adapter_directory(directory: Path, error_type: type[MeshPEFTError] = ModelError) -> None:
+    """Check that no adapter is in the directory of a model: it would be replaced, or applied to the model once more.
+
+    Raises:
+        MeshPEFTError: There is one.
+    """
+    if (directory / _ADAPTER_CONFIG_NAME).exists():
+        raise error_type(f"{directory}: holds an adapter, which a model does not replace; choose another directory")
 
 
 def save_pretrained(
@@ -49,8 +68,8 @@ def save_pretrained(
         companions: files to copy beside them, such as the tokenizer's.
 
     Raises:
-        ModelError: the model carries adapters, or parameters that the format has no name for; the directory holds a
-            model; (on the other ranks) the writing process failed.
+        ModelError: the model carries adapters, or parameters that the format has no name for; the directory holds an
+            adapter, or a model that is not to be replaced; (on the other ranks) the writing process failed.
     """
     directory = Path(directory)
     if any(isinstance(module, AdapterWrapper) for module in model.modules()):
@@ -113,9 +132,10 @@ class _Writer:
 
     def __init__(self, directory: Path, overwrite: bool, max_shard_bytes: int) -> None:
         self.directory = directory
-        old = [path for path in (directory / _CONFIG_NAME, *directory.glob("*.safetensors")) if path.exists()]
-        if old and not overwrite:
-            raise ModelError(f"{directory} holds a model ({old[0].name}); choose another directory or overwrite it")
+        refuse_adapter_directory(directory)
+        old = None if overwrite else held_model(directory)
+        if old is not None:
+            raise ModelError(f"{directory} holds a model ({old}); choose another directory or overwrite it")
         self.max_shard_bytes = max_shard_bytes
         self.staged = StagedFiles(directory)
         self.folder = self.staged.folder

@@ -28,7 +28,7 @@ _CHUNK = 2**20
 # Rows that Parquet decodes at once: each may be long.
 _PARQUET_ROWS = 64
 
-_SUFFIXES = ".jsonl, .json, .csv, .parquet"
+_SUFFIXES = ".jsonl, .json, .csv or .parquet"
 
 
 class DataError(MeshPEFTError):
@@ -72,15 +72,15 @@ def read_rows(path: Path, choose: Choice) -> Iterator[Row]:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in its name
-        raise DataError(f"{path}: no such file; give a file that ends in one of {_SUFFIXES}.") from error
+        raise DataError(f"{path}: no such file; expected one that ends in {_SUFFIXES}.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise DataError(f"{path}: {kind} is not a file; give a file that ends in one of {_SUFFIXES}.")
+        raise DataError(f"{path}: {kind} is not a file; expected one that ends in {_SUFFIXES}.")
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; use one of {_SUFFIXES}.")
+        raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; expected {_SUFFIXES}.")
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
@@ -191,7 +191,8 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             where = f"line {number}"
             if line.strip():
                 try:
-                    value = _DECODER.decode(line)
+                    # Without its end: a line that breaks off would be blamed on column 1 of the line behind it.
+                    value = _DECODER.decode(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     said = f"{error.msg} at column {error.colno}"
                     raise DataError(f"{path}, {where}: not valid JSON ({said}).") from error

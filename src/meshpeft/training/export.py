@@ -24,6 +24,7 @@ from meshpeft.checkpoint import (
 from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
 from meshpeft.models.files import files_to_copy
+from meshpeft.models.save import held_model, refuse_adapter_directory
 from meshpeft.models.staging import StagedFiles, write_flushed
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
@@ -32,7 +33,7 @@ from meshpeft.training.adapters import add_adapter
 from meshpeft.training.base_model import base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, OptionalField, TensorType, tensor_type
-from meshpeft.training.output import RECORD, OutputError
+from meshpeft.training.output import CHECKPOINTS, RECORD, OutputError
 from meshpeft.training.quantized_base import base_quantizer, reserve_start, start_adapter
 
 __all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
@@ -107,7 +108,7 @@ def merge(config: MergeConfig) -> str:
     if base is None:
         base = named_base(config.adapter) if run is None else base_directory(run.model)
     _check_not_the_base(config.to, base)
-    _check_free(config.to, config.overwrite)
+    _check_free_for_model(config.to, config.overwrite)
     files_to_copy(base, _COMPANIONS)  # before the work, not after it
     wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
     model = _base_as_used(base, run, config.engine)
@@ -136,12 +137,12 @@ def export(config: ExportConfig) -> str:
     Raises:
         MeshPEFTError: the checkpoint cannot be read or is of another base model; the directory cannot be written.
     """
-    found = find_checkpoint(checkpoints_in(config.checkpoint))
+    found = find_checkpoint(_given_checkpoints(config.checkpoint))
     run = FinetuneConfig.from_options(found.extra.get("run"), found.path)
     base = base_directory(run.model if config.model is None else config.model)
     if config.format == "merged":
         _check_not_the_base(config.to, base)
-        _check_free(config.to, config.overwrite)
+        _check_free_for_model(config.to, config.overwrite)
         files_to_copy(base, _COMPANIONS)
         described = find_base(base, run.engine)
         quantizer = base_quantizer(run, described.default_layers())
@@ -153,7 +154,7 @@ def export(config: ExportConfig) -> str:
         dequantize_base(model)
         _write_merged(model, tensor_type(run.dtype), base, config.to, config.overwrite)
         return f"wrote {config.to}: {base} with {found.path} merged into it, {run.dtype}"
-    _check_free(config.to, config.overwrite, "an adapter", CONFIG_NAME)
+    _check_free_for_adapter(config.to, config.overwrite, found.path)
     model = _without_base(base, run)
     load_checkpoint(model, found.path, check_base=False)
     options = run.as_json() | {"model": None if run.model is None else str(base.resolve())}
@@ -169,6 +170,23 @@ def export(config: ExportConfig) -> str:
     return done if note is None else f"{done}\n{note}"
 
 
+def _given_checkpoints(given: Path) -> Path:
+    """A checkpoint, or a directory of them.
+
+    Raises:
+        ConfigError: There is no such directory, or it holds the adapter of a finished run, and no checkpoint.
+    """
+    if not given.exists():
+        raise ConfigError(f"{given} does not exist; expected a checkpoint, or the output directory of a run")
+    found = checkpoints_in(given)
+    if found == given and (given / CONFIG_NAME).exists():
+        raise ConfigError(
+            f"{given} holds no checkpoint (a finished run keeps those of --save-every), but an adapter in PEFT's "
+            f"format already: use it as it is, or make a model of it with meshpeft merge --adapter {given}"
+        )
+    return found
+
+
 def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
     """The run's model whose adapters have room for values, and whose base has none."""
     model = find_base(base, run.engine).empty(tensor_type(run.dtype))
@@ -179,15 +197,32 @@ def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
     return model
 
 
-def _check_free(to: Path, overwrite: bool, what: str = "a model", file: str = "config.json") -> None:
-    """Before the work, not after it.
+def _check_free_for_model(to: Path, overwrite: bool) -> None:
+    """Check before the work, not after it, that a model can be written.
 
     Raises:
-        ConfigError: The directory holds what is to be written.
+        ConfigError: The directory holds an adapter, or a model that is not to be replaced.
         OutputError: It cannot be written to.
     """
-    if os.path.lexists(to / file) and not overwrite:
-        raise ConfigError(f"{to}: holds {what}; choose another directory, or replace it with --overwrite")
+    refuse_adapter_directory(to, ConfigError)
+    if held_model(to) is not None and not overwrite:
+        raise ConfigError(f"{to}: holds a model; choose another directory, or replace it with --overwrite")
+    with _staged(to):
+        pass
+
+
+def _check_free_for_adapter(to: Path, overwrite: bool, checkpoint: Path) -> None:
+    """Check the same for an adapter, which does not replace the run that its checkpoint is from.
+
+    Raises:
+        ConfigError: The directory holds an adapter that is not to be replaced, or is the run itself.
+        OutputError: It cannot be written to.
+    """
+    kept_by = checkpoint.parent
+    if kept_by.name == CHECKPOINTS and to.exists() and to.samefile(kept_by.parent):
+        raise ConfigError(f"{to}: is the run itself; choose another directory")
+    if os.path.lexists(to / CONFIG_NAME) and not overwrite:
+        raise ConfigError(f"{to}: holds an adapter; choose another directory, or replace it with --overwrite")
     with _staged(to):
         pass
 

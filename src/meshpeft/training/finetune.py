@@ -40,7 +40,7 @@ from meshpeft.training.output import CURVE, METRICS, RECORD, OutputDirectory, Ou
 from meshpeft.training.progress import TrainingProgress
 from meshpeft.training.prompts import continuation, prompt_of
 from meshpeft.training.quantized_base import base_quantizer, start_adapter
-from meshpeft.training.report import Report, describe_layout, record_of, short_path
+from meshpeft.training.report import Report, counted, describe_layout, record_of, short_path
 from meshpeft.training.same_inputs import check_same_inputs
 from meshpeft.training.setup import join_mesh, workers_for
 
@@ -115,7 +115,9 @@ def _train(config: FinetuneConfig, info: ParallelGroupInfo, report: Report, outp
         report.say(line)
     report.say(f"data: {inputs.summary}")
     report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
-    report.say(f"training: {loop.steps:,} steps of {config.batch_size} rows, {loop.epochs:.2f} epochs\n")
+    report.say(
+        f"training: {counted(loop.steps, 'step')} of {counted(config.batch_size, 'row')}, {loop.epochs:.2f} epochs\n"
+    )
     before = _sample(model, tokenizer, inputs, info)
     log = MetricsLog()
     loop.restore(log)
@@ -300,7 +302,10 @@ def _of_first_rank(value: Any, info: ParallelGroupInfo) -> Any:
 
 
 def _finished_sentence(config: FinetuneConfig) -> str:
-    return f"{config.output_dir}: the run is finished, and nothing is left to do; --overwrite alone starts it again"
+    return (
+        f"{config.output_dir}: the run is finished, and nothing is left to do; to start it again, give --overwrite in "
+        "place of --resume"
+    )
 
 
 def _output(config: FinetuneConfig) -> OutputDirectory:

@@ -29,6 +29,7 @@ from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
 from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
+from meshpeft.training.report import counted
 from meshpeft.training.special_tokens import end_tokens
 from meshpeft.training.templates import chat_templates
 from meshpeft.training.tokenizer_growth import check_growth
@@ -93,7 +94,7 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
         held_out_documents = tokenize_records(held_out, tokenizer, config.seq_length, ends=ends)
     rows = _pack(documents, config, "training")
     held_out_rows = _pack(held_out_documents, config, "held-out")
-    measured = f" in {len(held_out_rows):,} rows, {config.eval_rows:,} of them measured"
+    measured = f" in {counted(len(held_out_rows), 'row')}, {config.eval_rows:,} of them measured"
     parts = (documents, held_out_documents)
     for part in parts:
         findings.update(part.findings)
@@ -103,7 +104,8 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
         "dropped": sum(part.dropped for part in parts) + dropped,
     }
     summary = [
-        f"{len(documents):,} documents in {len(rows):,} rows of {rows.seq_length} tokens, {rows.fill:.0%} filled",
+        f"{counted(len(documents), 'document')} in {counted(len(rows), 'row')} of {rows.seq_length} tokens, "
+        f"{rows.fill:.0%} filled",
         f"{len(held_out_documents):,} held out{measured if 0 < config.eval_rows < len(held_out_rows) else ''}",
         *(f"{count:,} {name}" for name, count in counts.items() if count),
     ]

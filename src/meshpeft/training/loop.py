@@ -25,6 +25,7 @@ from meshpeft.training.interruption import Interruption, RunInterrupted
 from meshpeft.training.metrics import MetricsLog
 from meshpeft.training.optimizer import LossScale, adamw
 from meshpeft.training.progress import TrainingProgress
+from meshpeft.training.report import counted
 from meshpeft.training.schedule import learning_rate, steps_between_measurements, warmup_steps
 from meshpeft.training.setup import device
 from meshpeft.training.step import TrainStep, mean_loss
@@ -217,7 +218,7 @@ class TrainingLoop:
                 f"{self._advice()}"
             )
         log.add(step=done, held_out_loss=float(loss))
-        progress.note(f"held-out loss after {done} steps: {float(loss):.4f}")
+        progress.note(f"held-out loss after {counted(done, 'step')}: {float(loss):.4f}")
 
 
 def _if_finite(value: Tensor) -> float | None:

@@ -20,9 +20,14 @@ from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.documents import Document
 from meshpeft.training.prompts import decoded, prompt_of
 
-__all__ = ["Report", "describe_layout", "describe_processes", "record_of", "short_path"]
+__all__ = ["Report", "counted", "describe_layout", "describe_processes", "record_of", "short_path"]
 
 PROMPT_LINES = 12
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `3,198 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: bool) -> str:

@@ -19,7 +19,7 @@ from meshpeft.training.adapters import add_adapter, describe_targets
 from meshpeft.training.base_model import BaseModel, find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.quantized_base import base_quantizer, start_adapter
-from meshpeft.training.report import describe_processes, short_path
+from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.training.setup import workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
@@ -154,7 +154,7 @@ def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
 
 
 def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]:
-    rows = f"{config.micro_batch_size} rows of {config.seq_length} tokens"
+    rows = f"{counted(config.micro_batch_size, 'row')} of {config.seq_length} tokens"
     held = {
         f"base, frozen, {config.dtype}": found.base,
         "adapter": found.adapter,
