@@ -5,8 +5,12 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from meshpeft.training.report import Report
 
 # What a run does with its streams: it prints, does its work, and leaves a file as its result.
 RUN = """
@@ -79,3 +83,15 @@ def test_streams_that_the_caller_has_replaced_are_left_alone(capsys: pytest.Capt
     before = (sys.stdin, sys.stdout, sys.stderr)
     make_streams_lenient()
     assert (sys.stdin, sys.stdout, sys.stderr) == before
+
+
+def test_a_report_that_nobody_reads_is_a_broken_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would end the process with exit code 1 instead."""
+
+    def gone(*_: Any) -> int:
+        raise BrokenPipeError
+
+    report: Any = Report(SimpleNamespace(world=SimpleNamespace(rank=0)))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.stdout, "write", gone)
+    with pytest.raises(BrokenPipeError):
+        report.say("a line")

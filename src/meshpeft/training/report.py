@@ -70,6 +70,12 @@ def record_of(config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str
     }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the `BrokenPipeError` on, which the command turns into its exit code; rich's own would exit with 1."""
+        raise
+
+
 class Report:
     """Prints on the first rank, and nothing elsewhere.
 
@@ -80,7 +86,7 @@ class Report:
 
     def __init__(self, info: ParallelGroupInfo) -> None:
         self.speaks = bool(info.world.rank == 0)
-        self.console = Console() if self.speaks else None
+        self.console = _Console() if self.speaks else None
 
     def say(self, text: str = "") -> None:
         """Print a line as it is."""
