@@ -132,7 +132,8 @@ def test_finetune_refuses_to_touch_another_run(
         ("learning-rate: 1\nrank: 3", "no option is called 'learning-rate'; the options are tp, dp"),
         ("batch_sizes: 4", "no option is called 'batch_sizes'; did you mean batch_size?"),
         ("- rank", "expected options and their values"),
-        ("rank: [", "is not YAML"),
+        ("rank: [", "line 1: is not YAML: expected the node content"),
+        ("lr: 1\n] rank: 3\n", "line 2: is not YAML"),
         ("rank: 0", "rank=0: expected at least 1"),
     ],
 )

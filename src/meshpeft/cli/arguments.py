@@ -98,7 +98,13 @@ def _read(path: Path) -> dict[Any, Any]:
     if len(text) > _MOST_BYTES:
         raise ConfigError(f"{path}: is larger than {_MOST_BYTES >> 10} KiB, which no file of options is")
     with blamed_on(f"{path}: is not YAML", ConfigError):
-        values = yaml.safe_load(text.decode("utf-8"))
+        try:
+            values = yaml.safe_load(text.decode("utf-8"))
+        except yaml.MarkedYAMLError as error:
+            if error.problem_mark is None:
+                raise
+            where = f"{path}, line {error.problem_mark.line + 1}"
+            raise ConfigError(f"{where}: is not YAML: {error.problem}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
