@@ -206,7 +206,7 @@ def edited_weights(directory: Path, change: Callable[[dict[str, Tensor]], object
     ("breaks", "sentence"),
     [
         (lambda d: edited_config(d, attention_dropout=0.1), r"attention_dropout=0\.1: the base model's own dropout"),
-        (lambda d: edited_config(d, model_type="unheard_of"), r"config\.json: .*unheard_of"),
+        (lambda d: edited_config(d, model_type="unheard_of"), r"config\.json cannot be used: .*unheard_of"),
         (lambda d: edited_config(d, model_type="vit"), "transformers makes no model"),
         (lambda d: edited_config(d, quantization_config={"quant_method": "fp8"}), "quantised already"),
         (lambda d: edited_config(d, vocab_size=98), r"has shape \(96, 32\); its config says \(98, 32\)"),

@@ -96,7 +96,8 @@ def test_the_checkpoint_entries_of_straddling_blocks_are_those_of_one_rank():
 
 def test_rows_that_do_not_divide_and_codes_that_share_a_byte_are_refused_before_anything_is_packed():
     model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 8))
-    with pytest.raises(QuantizationError, match=r"1: 96 input features do not divide into blocks of 64; use .*=32$"):
+    advice = r"1: 96 input features do not divide into blocks of 64; use block_size=32 \(--quantize-block-size\)$"
+    with pytest.raises(QuantizationError, match=advice):
         quantize_base(model, "nf4")
     assert not any(isinstance(module, PackedLayer) for module in model.modules())
     with pytest.raises(QuantizationError, match="50 input features do not divide into blocks of 64; exclude the layer"):

@@ -74,7 +74,7 @@ def launcher_world() -> LauncherWorld | None:
                 "MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or unset RANK and WORLD_SIZE "
                 "to let meshpeft start its own processes"
             )
-    address = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 1, _HIGHEST_PORT)
+    address = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 1 if world_size > 1 else 0, _HIGHEST_PORT)
     return LauncherWorld(rank, world_size, local_rank, address, local_size)
 
 
