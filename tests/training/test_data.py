@@ -85,7 +85,7 @@ def test_json_lines_may_be_named_json(tmp_path: Path) -> None:
 
 
 BAD_FILES = [
-    ("a.txt", b"x", r"a\.txt.*\.jsonl, \.json, \.csv, \.parquet"),
+    ("a.txt", b"x", r"a\.txt.*\.jsonl, \.json, \.csv or \.parquet"),
     ("a.jsonl", b"\n \n", r"a\.jsonl: holds no records"),
     ("a.json", b"", r"holds no records"),
     ("a.json", b"[]", r"holds no records"),
