@@ -76,7 +76,7 @@ def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: 
 
     Args:
         allreduce: summed over the data parallel of dense layers, not of experts.
-        sequence_parallel: summed over dense tensor parallel; `None` means where the gradient is a summand.
+        sequence_parallel: summed over dense tensor parallel; `None` means where the gradient is partial.
     """
     # Undivided experts may lie on several ranks of dense tensor parallel.
     dims = [dim for dim, axis in layout.shards if axis.name == "tp" or (axis.name == "etp" and axis.world_size > 1)]

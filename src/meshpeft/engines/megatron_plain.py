@@ -5,7 +5,7 @@
 | ModelOpt's `Linear` (of MLA's down-projections) | replicated, on token shards under sequence parallel |
 | a class without a config of Megatron's (`nn.Linear`) | replicated; its weight's mark says which tokens it meets |
 
-Megatron's own mark decides: a parameter with `sequence_parallel=True` gets a summand of its gradient on each rank,
+Megatron's own mark decides: a parameter with `sequence_parallel=True` has a partial gradient on each rank,
 which Megatron's finalisation sums. Nothing else in a sequence-parallel model tells a plain layer on token shards
 from one that meets all tokens, and one mistaken for the other trains a different adapter on every rank. A plain layer
 without the mark is refused there.
@@ -79,7 +79,7 @@ def _in_megatron(layer: Any, layout: LinearLayout, *, config: ModelParallelConfi
 def _refuse(layout: TensorLayout, *, name: str, kind: str) -> NoReturn:
     raise ParallelError(
         f"{name} is a plain {kind} in a model of Megatron's with sequence parallel, and does not say whether it meets "
-        "this rank's tokens or all of them: the gradients of its adapter may be summands or complete. Set "
+        "this rank's tokens or all of them: the gradients of its adapter may be partial or complete. Set "
         "layer.weight.sequence_parallel = True where each rank has its own tokens, False where all have the same; or "
         "leave the layer out"
     )

@@ -23,7 +23,7 @@ _SUMMED = "meshpeft_sums_rotary_gradients"
 def sum_rotary_gradients(attention: MLASelfAttention) -> None:
     """Let the gradient of multi-latent attention's rotary key be that of all heads, not of this rank's.
 
-    Every rank rotates the same key for its own heads, so its gradient is a summand. Megatron (0.16) sums it in one
+    Every rank rotates the same key for its own heads, so its gradient is partial. Megatron (0.16) sums it in one
     of four cases, a replicated down-projection under sequence parallel. In the others all gradients below an
     attention layer, of its weights and of adapters, are wrong by what the other ranks' heads add. From now on the
     down-projection returns what Megatron takes from a replicated one, with a summed gradient.

@@ -124,7 +124,7 @@ class TensorLayout:
 
     Attributes:
         global_shape: shape of the unsharded tensor; along a packed dim, the sum of the parts.
-        shards: `(dim, axis)` for each dim that is divided over a mesh axis; a negative dim counts from the end. Axes
+        shards: `(dim, axis)` for each dim that is sharded over a mesh axis; a negative dim counts from the end. Axes
             not named hold the same values.
         packing: the canonical parts of dim `packed_dim`, if it is fused.
         grad_partial: model axes on which the gradient of this tensor is a summand (`P`), so that
