@@ -20,7 +20,7 @@ from meshpeft.models.hf_names import StoredPart, hf_module_name
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.errors import shown
+from meshpeft.parallel.errors import first_few
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
@@ -30,7 +30,6 @@ __all__ = [
     "check_shapes",
     "common_dtype",
     "fill",
-    "first_few",
     "has_two_values",
     "load_pretrained",
     "stored_dtype",
@@ -222,12 +221,6 @@ def has_two_values(files: WeightFiles, tied: Sequence[str]) -> bool:
             stacklevel=2,
         )
     return other is not None
-
-
-def first_few(names: list[str]) -> str:
-    """Names of tensors, for a message; of many the first."""
-    few = ", ".join(name if len(name) <= 200 else shown(name) for name in names[:3])
-    return few if len(names) <= 3 else f"{few} and {len(names) - 3} more tensors"
 
 
 def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:

@@ -18,10 +18,10 @@ from meshpeft.models.errors import ModelError
 from meshpeft.models.files import MODEL_DIRECTORY, read_json
 from meshpeft.models.language_model import layout_or_whole
 from meshpeft.models.limits import check_fields, few_modules
-from meshpeft.models.load import check_shapes, common_dtype, fill, first_few, has_two_values
+from meshpeft.models.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.models.weights import WeightFiles
-from meshpeft.parallel.errors import blamed_on
+from meshpeft.parallel.errors import blamed_on, first_few
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = ["load_transformers", "transformers_config"]

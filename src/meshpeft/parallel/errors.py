@@ -8,13 +8,15 @@ file's content into one, and no message is longer than a screen or moves the cur
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["MeshPEFTError", "ParallelError", "blamed_on", "first_line", "reason_of", "shown"]
+__all__ = ["MeshPEFTError", "ParallelError", "blamed_on", "first_few", "first_line", "reason_of", "shown"]
 
 _MESSAGE_CHARACTERS = 20_000
 _LINE_CHARACTERS = 400
+_NAME_CHARACTERS = 200
+_NAMED = 3
 
 
 class MeshPEFTError(ValueError):
@@ -65,6 +67,12 @@ def shown(value: object) -> str:
         '[0, 1, 2, 3, 4, 5, ...]'
     """
     return _cut(_printable(_SHOWN.repr(value)), _LINE_CHARACTERS)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """List names in a message, of many the first: `a, b, c and 14 more`."""
+    few = ", ".join(name if len(name) <= _NAME_CHARACTERS else shown(name) for name in names[:_NAMED])
+    return few if len(names) <= _NAMED else f"{few} and {len(names) - _NAMED:,} more"
 
 
 def first_line(error: BaseException) -> str:

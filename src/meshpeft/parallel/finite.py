@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from meshpeft.parallel.agreement import gathered
 from meshpeft.parallel.communication import all_reduce
-from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.tensor_layout import layout_of_tensor
 
@@ -23,13 +23,9 @@ __all__ = [
     "check_finite",
     "finite_everywhere",
     "finite_flag",
-    "first_names",
-    "is_finite",
     "on_ranks",
     "true_on_all_ranks",
 ]
-
-_NAMED = 3
 
 
 def finite_flag(values: Tensor) -> Tensor:
@@ -45,7 +41,7 @@ def finite_flag(values: Tensor) -> Tensor:
 
 
 @on_each_rank
-def is_finite(values: Tensor) -> Tensor:
+def _is_finite(values: Tensor) -> Tensor:
     """The same as a CPU tensor, on each rank of a simulation."""
     return finite_flag(values).cpu()
 
@@ -54,12 +50,6 @@ def finite_everywhere(number: Tensor) -> bool:
     """Whether a number is finite on every rank, as each computed it. A collective: all get the same answer."""
     bad = (~number.detach().isfinite().all()).to(torch.int32)
     return not bool(all_reduce(bad, parallel_group_info().world, dist.ReduceOp.MAX))
-
-
-def first_names(names: Sequence[str]) -> str:
-    """`a, b, c and 14 more`."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def on_ranks(ranks: Sequence[int], world_size: int) -> str:
@@ -89,13 +79,13 @@ def check_finite(
         MeshPEFTError: of `error_type`; it names the first few tensors, and the ranks that hold such values.
     """
     named = [(name, values) for name, values in tensors if not values.is_meta]
-    bad = [name for name, values in named if not true_on_all_ranks(is_finite(values))]
+    bad = [name for name, values in named if not true_on_all_ranks(_is_finite(values))]
     found = gathered(bad, _axis_of([values for _, values in named]))
     names = list(dict.fromkeys(name for rank in found for name in rank))
     if names:
         where = on_ranks([rank for rank, own in enumerate(found) if own], len(found))
         raise error_type(
-            f"{what}: {first_names(names)} {'holds' if len(names) == 1 else 'hold'} values that are not finite (NaN or "
+            f"{what}: {first_few(names)} {'holds' if len(names) == 1 else 'hold'} values that are not finite (NaN or "
             f"infinity){where}; {advice}"
         )
 

@@ -44,8 +44,7 @@ from meshpeft.checkpoint.identity import checksums_of_slices
 from meshpeft.models.files import read_json
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.agreement import all_or_none, gathered
-from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.parallel.finite import first_names
+from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.training.packing import PackedRows
 
@@ -160,7 +159,7 @@ def _compare(found: _Description) -> None:
                 others.add(rank)
                 every = {**parts[first][subject], **own[subject]}
                 names |= {name: None for name in every if parts[first][subject].get(name) != own[subject].get(name)}
-        words.append(f"{_title(subject)} ({first_names(list(names))})")
+        words.append(f"{_title(subject)} ({first_few(list(names))})")
     where = ", ".join(f"rank {rank} ({told[rank][0]})" for rank in sorted(others)[:4])
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
     advice = "; ".join(dict.fromkeys(_ADVICE[_title(subject)] for subject in differing))

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import gathered
 from meshpeft.parallel.communication import all_reduce
-from meshpeft.parallel.finite import first_names, on_ranks, true_on_all_ranks
+from meshpeft.parallel.errors import first_few
+from meshpeft.parallel.finite import on_ranks, true_on_all_ranks
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_norm
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import parallel_group_info
@@ -170,7 +171,7 @@ class TrainStep:
         gradients = list(dict.fromkeys(name for _, own in found for name in own))
         if gradients:
             ranks = [rank for rank, (_, own) in enumerate(found) if own]
-            what.append(f"the gradient of {first_names(gradients)}" + on_ranks(ranks, len(found)))
+            what.append(f"the gradient of {first_few(gradients)}" + on_ranks(ranks, len(found)))
         if not what:
             return "the norm of the gradients is larger than their type holds", False
         return " and ".join(what) + (" is" if len(what) == 1 else " are") + " not finite", False
