@@ -1,0 +1,1 @@
+"""The fine-tune: options, step, loop, report, export."""
