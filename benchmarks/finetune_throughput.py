@@ -27,14 +27,14 @@ import torch
 from timing import Ratio, quartiles, table
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from meshpeft.data.batches import RowSampler
+from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.data.packing import IGNORED_LABEL, PackedRows
 from meshpeft.models import load_pretrained
 from meshpeft.peft import LoRA
-from meshpeft.training.batches import RowSampler
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.inputs import load_inputs, load_tokenizer
 from meshpeft.training.optimizer import adamw
-from meshpeft.training.packing import IGNORED_LABEL, PackedRows
 from meshpeft.training.step import TrainStep
 
 RANK, ROWS, WARMUP = 16, 8, 2

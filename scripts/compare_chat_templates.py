@@ -20,10 +20,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from meshpeft.data.documents import tokenize_records
+from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.data.templates import render_chat
 from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.training.documents import tokenize_records
-from meshpeft.training.embedded import embedded_model_dir
-from meshpeft.training.templates import render_chat
 
 SPECIAL = re.compile(
     r"<\|[\w:]+\|?>|<[\w:]+\|>|<｜[^｜]+｜>|</?s>|<(?:bos|eos|sop|start_of_turn|end_of_turn|end_of_utterance)>"

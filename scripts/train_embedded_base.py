@@ -8,7 +8,7 @@ decoder of 3.8 million parameters with bfloat16 weights, and ``training.json`` w
 versions and the measured losses, which are printed too.
 
 The corpus is the source of the standard library of the interpreter that runs, *without its docstrings* and
-without the modules that ``meshpeft.training.embedded`` holds out, so that fine-tuning on that module's
+without the modules that ``meshpeft.data.embedded`` holds out, so that fine-tuning on that module's
 records starts from a model that knows Python and has never seen a docstring. Training is in float32; with
 the same interpreter, package versions, processor and thread count, the seed fixes the result.
 """
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from meshpeft.training import embedded
+from meshpeft.data import embedded
 
 END_OF_TEXT = "<|endoftext|>"  # beginning and end: documents are separated by one
 PAD = "<|pad|>"  # its own token, so that masking the padding does not mask the end

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from meshpeft.training.documents import Document, tokenize_records
+from meshpeft.data.documents import Document, tokenize_records
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
 BOS, EOS = 0, 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
 from meshpeft.checkpoint.tensor_file import TensorFileWriter
+from meshpeft.data.batches import RowSampler
 from meshpeft.models import Decoder
 from meshpeft.parallel import (
     ModelParallelConfig,
@@ -31,7 +32,6 @@ from meshpeft.parallel import (
     sharded_state_dict,
 )
 from meshpeft.parallel.init import draw_full
-from meshpeft.training.batches import RowSampler
 from meshpeft.training.optimizer import adamw
 from meshpeft.training.step import TrainStep
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from meshpeft.cli.arguments import parse
-from meshpeft.training.batches import GlobalBatchSlice, RowSampler
+from meshpeft.data.batches import GlobalBatchSlice, RowSampler
+from meshpeft.data.packing import PackedRows
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.finetune import finetune
-from meshpeft.training.packing import PackedRows
 
 __all__ = ["finetune_here", "rows_of_each_step"]
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from meshpeft.data.documents import Document
+from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
-from meshpeft.training.documents import Document
-from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.verify.oracle import Layout, Trace, trace_layout
 
 VOCAB_SIZE, SEQ_LENGTH = 64, 15  # an odd number of tokens, so that sequence parallel has to pad

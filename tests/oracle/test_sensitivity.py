@@ -11,11 +11,11 @@ from helpers.oracle_runs import TOLERANCE, one_rank, run
 
 import meshpeft.parallel.init as parallel_init
 import meshpeft.training.step as training_step
+from meshpeft.data.packing import IGNORED_LABEL, MicroBatch
 from meshpeft.models import Decoder
 from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.tensor_layout import Packing
-from meshpeft.training.packing import IGNORED_LABEL, MicroBatch
 from meshpeft.verify.oracle import Layout, compare
 
 Patch = pytest.MonkeyPatch

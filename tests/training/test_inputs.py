@@ -12,10 +12,10 @@ import pytest
 from helpers.chats import PLAIN_TEMPLATE, chat, make_tokenizer
 
 from meshpeft.cli.arguments import parse
+from meshpeft.data.documents import tokenize_records
+from meshpeft.data.records import DataError
 from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.data import DataError
-from meshpeft.training.documents import tokenize_records
 from meshpeft.training.inputs import Inputs, load_inputs, load_rows
 from meshpeft.training.prompts import prompt_tokens
 

@@ -11,13 +11,13 @@ from helpers.simulate import per_rank, rank_values, simulate
 from torch import Tensor
 from torch.nn import functional
 
+from meshpeft.data.batches import GlobalBatchSlice, RowSampler
+from meshpeft.data.documents import Document
+from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import LoRA
-from meshpeft.training.batches import GlobalBatchSlice, RowSampler
-from meshpeft.training.documents import Document
 from meshpeft.training.optimizer import LossScale, NothingToTrain, adamw
-from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.training.step import StepResult, TrainStep, mean_loss, summed_loss
 
 CONFIG = DecoderConfig(

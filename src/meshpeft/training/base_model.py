@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.checkpoint import load_peft_adapter
+from meshpeft.data.embedded import embedded_model_dir
 from meshpeft.models import (
     Decoder,
     DecoderConfig,
@@ -29,7 +30,6 @@ from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, tensor_type
 from meshpeft.training.default_layers import DefaultLayers, default_layers
-from meshpeft.training.embedded import embedded_model_dir
 from meshpeft.training.quantized_base import base_quantizer
 from meshpeft.training.same_inputs import check_same_base
 from meshpeft.training.setup import device

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from meshpeft.data.batches import eval_batches
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.training.adapter_use import EvaluateConfig
 from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
-from meshpeft.training.batches import eval_batches
 from meshpeft.training.checkpoints import agreed_date
 from meshpeft.training.config import TrainingError, paths
 from meshpeft.training.inputs import check_rows, load_rows, load_tokenizer

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from meshpeft.data.templates import chat_templates
+from meshpeft.data.tokenizers import end_tokens
 from meshpeft.models import generate as generate_tokens
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.launcher_world import is_joined
@@ -20,8 +22,6 @@ from meshpeft.training.prompts import decoded, prompt_tokens
 from meshpeft.training.report import Report
 from meshpeft.training.same_inputs import check_same_inputs
 from meshpeft.training.setup import device, join_mesh, workers_for
-from meshpeft.training.special_tokens import end_tokens
-from meshpeft.training.templates import chat_templates
 
 __all__ = ["generate", "start"]
 

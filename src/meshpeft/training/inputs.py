@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from meshpeft.models import LanguageModel, ModelError
-from meshpeft.models.fit import check_tokens
-from meshpeft.parallel.errors import blamed_on
-from meshpeft.training.base_model import base_directory
-from meshpeft.training.config import FinetuneConfig, paths
-from meshpeft.training.data import (
+from meshpeft.data.documents import Document, TokenizedRecords, tokenize_records
+from meshpeft.data.embedded import PROMPT_SUFFIX, embedded_records
+from meshpeft.data.packing import PackedRows, pack_documents
+from meshpeft.data.records import (
     DataError,
     Findings,
     Record,
@@ -24,15 +22,17 @@ from meshpeft.training.data import (
     record_format,
     split_held_out,
 )
-from meshpeft.training.documents import Document, TokenizedRecords, tokenize_records
-from meshpeft.training.embedded import PROMPT_SUFFIX, embedded_records
-from meshpeft.training.packing import PackedRows, pack_documents
+from meshpeft.data.templates import chat_templates
+from meshpeft.data.tokenizer_growth import check_growth
+from meshpeft.data.tokenizers import end_tokens
+from meshpeft.models import LanguageModel, ModelError
+from meshpeft.models.fit import check_tokens
+from meshpeft.parallel.errors import blamed_on
+from meshpeft.training.base_model import base_directory
+from meshpeft.training.config import FinetuneConfig, paths
 from meshpeft.training.plain_warnings import quiet
 from meshpeft.training.prompts import prompt_of
 from meshpeft.training.report import counted
-from meshpeft.training.special_tokens import end_tokens
-from meshpeft.training.templates import chat_templates
-from meshpeft.training.tokenizer_growth import check_growth
 
 __all__ = ["Inputs", "check_rows", "load_inputs", "load_rows", "load_tokenizer"]
 

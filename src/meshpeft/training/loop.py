@@ -14,10 +14,10 @@ from itertools import takewhile
 
 from torch import Tensor
 
+from meshpeft.data.batches import RowSampler, eval_batches
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import ParallelGroupInfo
-from meshpeft.training.batches import RowSampler, eval_batches
 from meshpeft.training.checkpoints import RunCheckpoints
 from meshpeft.training.config import FinetuneConfig, TrainingError
 from meshpeft.training.inputs import Inputs

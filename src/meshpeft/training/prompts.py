@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from meshpeft.data.documents import Document
+from meshpeft.data.templates import TemplateError, render_chat
+from meshpeft.data.tokenizers import token_ids, with_leading
 from meshpeft.models import LanguageModel, generate
 from meshpeft.training.config import ConfigError
-from meshpeft.training.documents import Document
 from meshpeft.training.setup import device
-from meshpeft.training.special_tokens import token_ids, with_leading
-from meshpeft.training.templates import TemplateError, render_chat
 
 __all__ = ["continuation", "decoded", "prompt_of", "prompt_tokens"]
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from meshpeft.data.documents import Document
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.documents import Document
 from meshpeft.training.prompts import decoded, prompt_of
 
 __all__ = ["Report", "counted", "describe_layout", "describe_processes", "record_of", "short_path"]

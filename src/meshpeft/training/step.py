@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from meshpeft.data.packing import IGNORED_LABEL, MicroBatch
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import gathered
 from meshpeft.parallel.communication import all_reduce
@@ -30,7 +31,6 @@ from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gra
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import parallel_group_info
 from meshpeft.training.optimizer import LossScale, parameters_to_train
-from meshpeft.training.packing import IGNORED_LABEL, MicroBatch
 
 __all__ = ["StepResult", "TrainStep", "mean_loss", "summed_loss"]
 

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from meshpeft.data.documents import Document
+from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.formats import BLOCK_SIZES
-from meshpeft.training.documents import Document
-from meshpeft.training.packing import PackedRows, pack_documents
 from meshpeft.verify.masks import set_dropout
 from meshpeft.verify.oracle import Layout, Recipe
 from meshpeft.verify.proof import Check, Proof, prove

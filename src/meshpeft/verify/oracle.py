@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import export_peft_adapter
+from meshpeft.data.batches import GlobalBatchSlice, RowSampler
+from meshpeft.data.packing import MicroBatch, PackedRows
 from meshpeft.models import LanguageModel
 from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, TensorLayout, layout_of_tensor, set_seed
-from meshpeft.training.batches import GlobalBatchSlice, RowSampler
 from meshpeft.training.optimizer import adamw
-from meshpeft.training.packing import MicroBatch, PackedRows
 from meshpeft.training.step import StepResult, TrainStep
 from meshpeft.verify.simulation import on_rank, simulate, the_same
 

@@ -23,10 +23,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshpeft.data.packing import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
 from meshpeft.parallel import ParallelGroupInfo, init_parallelism
 from meshpeft.training.optimizer import adamw
-from meshpeft.training.packing import MicroBatch
 from meshpeft.training.step import TrainStep, summed_loss
 from meshpeft.verify.collectives import Collective, count_collectives
 from meshpeft.verify.oracle import Layout

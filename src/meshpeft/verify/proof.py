@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, load_peft_adapter, merge_adapter
+from meshpeft.data.batches import eval_batches
+from meshpeft.data.packing import MicroBatch, PackedRows
 from meshpeft.models import Decoder
 from meshpeft.parallel import layout_of_tensor
 from meshpeft.parallel.random import masks_seen_by
 from meshpeft.peft import AdapterError, AdapterWrapper, DoRALinear
 from meshpeft.quantization import PackedLayer, dequantize_base
-from meshpeft.training.batches import eval_batches
-from meshpeft.training.packing import MicroBatch, PackedRows
 from meshpeft.training.step import mean_loss
 from meshpeft.verify.masks import MaskFault, MasksOfALayout, set_dropout
 from meshpeft.verify.oracle import Layout, Recipe, Run, Trace, agreed, compare, full_tensors, largest_error

@@ -16,10 +16,10 @@ import pytest
 from helpers.byte_tokenizer import byte_tokenizer
 from helpers.fuzz import MANY, Generator, generators, guarded, json_bytes, mutated_bytes, mutated_json
 
-from meshpeft.training import data_files, documents
-from meshpeft.training.data import DataError, load_records
-from meshpeft.training.documents import tokenize_records
-from meshpeft.training.templates import chat_templates
+from meshpeft.data import documents, files
+from meshpeft.data.documents import tokenize_records
+from meshpeft.data.records import DataError, load_records
+from meshpeft.data.templates import chat_templates
 
 TEMPLATE = (
     "{{ tools | tojson if tools }}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -139,8 +139,8 @@ def _long(kind: str, size: int) -> bytes:
 def test_a_record_without_an_end_is_refused_before_it_is_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_files, "MOST_ROW_CHARACTERS", 2**18)
-    monkeypatch.setattr(data_files, "_CHUNK", 2**16)
+    monkeypatch.setattr(files, "MOST_ROW_CHARACTERS", 2**18)
+    monkeypatch.setattr(files, "_CHUNK", 2**16)
     path = tmp_path / f"data{kind.partition(' ')[0]}"
     path.write_bytes(_long(kind, 2**24))
     with guarded(tmp_path, kind, megabytes=12), pytest.raises(DataError, match=r"more than|longer than") as error:
@@ -151,7 +151,7 @@ def test_a_record_without_an_end_is_refused_before_it_is_read(
 @pytest.mark.parametrize("kind", (".jsonl", ".json", ".csv", ".parquet"))
 def test_a_text_that_is_too_long_for_a_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{kind}"
-    size = data_files.MOST_CHARACTERS + 1
+    size = files.MOST_CHARACTERS + 1
     if kind == ".parquet":
         pq.write_table(pa.table({"text": ["a", "a" * size]}), path)
     else:
@@ -163,9 +163,7 @@ def test_a_text_that_is_too_long_for_a_tokenizer_is_refused(kind: str, tmp_path:
 
 def test_a_chat_that_is_too_long_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    messages = [
-        {"role": role, "content": "a" * (data_files.MOST_CHARACTERS // 3)} for role in ("user", "assistant") * 2
-    ]
+    messages = [{"role": role, "content": "a" * (files.MOST_CHARACTERS // 3)} for role in ("user", "assistant") * 2]
     path.write_text(json.dumps({"messages": messages}))
     with pytest.raises(DataError, match=r"line 1: 'messages' have .* characters up to message 3; expected 4,194,304"):
         load_records(path)
@@ -188,7 +186,7 @@ def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     records = [{"text": 'é\\"\n' * rng.randrange(1, 40), "n": rng.choice((1, -1.5e10, None, True))} for _ in range(200)]
     path = tmp_path / "data.json"
     for chunk in (1, 7, 64, 2**20):
-        monkeypatch.setattr(data_files, "_CHUNK", chunk)
+        monkeypatch.setattr(files, "_CHUNK", chunk)
         for indent in (None, 1):
             path.write_text(json.dumps(records, indent=indent))
             assert [record["text"] for record in load_records(path)] == [record["text"] for record in records]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from meshpeft.training.data import DataError, load_records, seeded_permutation, split_held_out
+from meshpeft.data.records import DataError, load_records, seeded_permutation, split_held_out
 
 # What type inference, or a null by another name, would change: none of it may.
 PAIRS = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meshpeft.training import embedded
-from meshpeft.training.embedded import (
+from meshpeft.data import embedded
+from meshpeft.data.embedded import (
     embedded_model_dir,
     embedded_records,
     is_held_out,

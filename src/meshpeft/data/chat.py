@@ -3,7 +3,7 @@
 Which characters are the assistant's is read from the template. One that marks them (``{% generation %}``) says so.
 Any other is rendered turn by turn: what it shows before an assistant turn, with the prompt to generate, is what the
 model will be given when it answers, so what it shows beyond that is what the model has to learn. From the characters
-on there is one path: the turn's end (:mod:`meshpeft.training.special_tokens`), then tokens by their offsets.
+on there is one path: the turn's end (:mod:`meshpeft.data.tokenizers`), then tokens by their offsets.
 
 A template decides what is shown of a message, and some leave out what others show. What a chat holds and its template
 leaves out is refused where the model would learn an answer without it, and counted where it is only not shown.
@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.parallel.errors import blamed_on, shown
-from meshpeft.training.data_files import DataError
-from meshpeft.training.messages import (
+from meshpeft.data.files import DataError
+from meshpeft.data.messages import (
     LEARN_KEYS,
     REASONING_KEYS,
     Message,
@@ -32,8 +31,9 @@ from meshpeft.training.messages import (
     is_learned,
     parsed_arguments,
 )
-from meshpeft.training.special_tokens import SpecialTokens, continued_ids, token_ids
-from meshpeft.training.templates import RenderedChat, TemplateError, render_chat, render_prefixes
+from meshpeft.data.templates import RenderedChat, TemplateError, render_chat, render_prefixes
+from meshpeft.data.tokenizers import SpecialTokens, continued_ids, token_ids
+from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = ["encode_chat"]
 

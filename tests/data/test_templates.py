@@ -17,10 +17,10 @@ from helpers.byte_tokenizer import byte_tokenizer
 from helpers.fuzz import MANY, Generator, generators, guarded, mutated_bytes
 
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
-from meshpeft.training import templates
+from meshpeft.data import templates
+from meshpeft.data.templates import TemplateError, chat_templates, render_chat
 from meshpeft.training.checkpoints import run_date
 from meshpeft.training.config import ConfigError, FinetuneConfig
-from meshpeft.training.templates import TemplateError, chat_templates, render_chat
 
 PLAIN_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
 MARKED_TEMPLATE = (

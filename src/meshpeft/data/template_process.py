@@ -1,4 +1,4 @@
-"""The process that renders chat templates for :mod:`meshpeft.training.templates`; run by its path, not imported.
+"""The process that renders chat templates for :mod:`meshpeft.data.templates`; run by its path, not imported.
 
 A template is a program that somebody else wrote. It may loop for ever, compute ``9**9**9`` inside of one C call, which
 no handler of a signal interrupts, or take all memory there is. So it runs in a process with limits of its own, which

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meshpeft.training.data import DataError, seeded_permutation
-from meshpeft.training.documents import Document
+from meshpeft.data.documents import Document
+from meshpeft.data.records import DataError, seeded_permutation
 
 __all__ = ["IGNORED_LABEL", "PADDING_DOCUMENT", "MicroBatch", "PackedRows", "pack_documents"]
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpeft.training.data import DataError
-from meshpeft.training.documents import Document
-from meshpeft.training.packing import IGNORED_LABEL, PADDING_DOCUMENT, PackedRows, pack_documents
+from meshpeft.data.documents import Document
+from meshpeft.data.packing import IGNORED_LABEL, PADDING_DOCUMENT, PackedRows, pack_documents
+from meshpeft.data.records import DataError
 
 SEQ_LENGTH = 12
 PAD = 77

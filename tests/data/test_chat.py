@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from helpers.chats import MARKED_TEMPLATE, PLAIN_TEMPLATE, all_shown, chat, make_tokenizer, shown
 
-from meshpeft.training.data import DataError, load_records
-from meshpeft.training.documents import tokenize_records
+from meshpeft.data.documents import tokenize_records
+from meshpeft.data.records import DataError, load_records
 
 # Shows calls as Qwen's templates do, and ends nothing after them.
 CALLS = (

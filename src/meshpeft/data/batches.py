@@ -15,8 +15,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from meshpeft.training.data import DataError, seeded_permutation
-from meshpeft.training.packing import MicroBatch, PackedRows
+from meshpeft.data.packing import MicroBatch, PackedRows
+from meshpeft.data.records import DataError, seeded_permutation
 
 __all__ = ["GlobalBatchSlice", "RowSampler", "eval_batches"]
 

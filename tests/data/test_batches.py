@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from meshpeft.training.batches import GlobalBatchSlice, RowSampler, eval_batches
-from meshpeft.training.data import DataError
-from meshpeft.training.documents import Document
-from meshpeft.training.packing import IGNORED_LABEL, PADDING_DOCUMENT, MicroBatch, PackedRows, pack_documents
+from meshpeft.data.batches import GlobalBatchSlice, RowSampler, eval_batches
+from meshpeft.data.documents import Document
+from meshpeft.data.packing import IGNORED_LABEL, PADDING_DOCUMENT, MicroBatch, PackedRows, pack_documents
+from meshpeft.data.records import DataError
 
 SEQ_LENGTH = 8
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from meshpeft.data.files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, identity, read_rows
+from meshpeft.data.messages import calls_of, check_messages, is_blank, is_learned, parsed_arguments
 from meshpeft.parallel.errors import shown
-from meshpeft.training.data_files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, identity, read_rows
-from meshpeft.training.messages import calls_of, check_messages, is_blank, is_learned, parsed_arguments
 
 __all__ = [
     "ACCEPTED_COLUMNS",

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from meshpeft.data.records import DataError
 from meshpeft.models import ModelError
 from meshpeft.models.files import read_json
 from meshpeft.parallel.errors import blamed_on, shown
-from meshpeft.training.data import DataError
 
 __all__ = ["SpecialTokens", "continued_ids", "end_tokens", "token_ids", "with_leading"]
 

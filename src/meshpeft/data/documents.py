@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.parallel.errors import shown
-from meshpeft.training.chat import encode_chat
-from meshpeft.training.data import (
+from meshpeft.data.chat import encode_chat
+from meshpeft.data.files import MOST_CHARACTERS
+from meshpeft.data.records import (
     ACCEPTED_COLUMNS,
     DataError,
     Findings,
@@ -26,8 +26,8 @@ from meshpeft.training.data import (
     place_of,
     record_format,
 )
-from meshpeft.training.data_files import MOST_CHARACTERS
-from meshpeft.training.special_tokens import SpecialTokens, continued_ids, token_ids
+from meshpeft.data.tokenizers import SpecialTokens, continued_ids, token_ids
+from meshpeft.parallel.errors import shown
 
 __all__ = ["Document", "TokenizedRecords", "tokenize_records"]
 
@@ -98,8 +98,8 @@ def tokenize_records(
     * Of a prompt/completion pair the completion and its end token are targets. The prompt is
       tokenised as it will be when the model is asked to complete it.
     * Of a chat, rendered by the tokenizer's template, the assistant's turns are targets
-      (:func:`meshpeft.training.chat.encode_chat`).
-    * How texts and pairs begin and end says :mod:`meshpeft.training.special_tokens`.
+      (:func:`meshpeft.data.chat.encode_chat`).
+    * How texts and pairs begin and end says :mod:`meshpeft.data.tokenizers`.
     * A pair or chat that is too long loses its beginning (leading tokens are kept); if its last completion alone is
       too long, that is cut at its end.
     * A record without an answer, or whose answers are blank, is dropped.
@@ -109,7 +109,7 @@ def tokenize_records(
         tokenizer: with an end-of-sequence token; for chats with a template.
         seq_length: longest document in tokens, at least 2.
         ends: tokens that end a text besides the tokenizer's own
-            (:func:`meshpeft.training.special_tokens.end_tokens`).
+            (:func:`meshpeft.data.tokenizers.end_tokens`).
 
     Raises:
         DataError: no records, or of no or of different formats, a tokenizer without what is needed, a chat that the

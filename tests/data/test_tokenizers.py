@@ -14,10 +14,10 @@ from helpers.byte_tokenizer import with_tokenizer
 from helpers.fuzz import MANY, generators, guarded, mutated_bytes, mutated_json
 
 import meshpeft
+from meshpeft.data.documents import tokenize_records
+from meshpeft.data.records import DataError
 from meshpeft.models import ModelError
 from meshpeft.models.transformers_load import transformers_config
-from meshpeft.training.data import DataError
-from meshpeft.training.documents import tokenize_records
 from meshpeft.training.inputs import load_tokenizer
 from meshpeft.training.prompts import prompt_tokens
 

@@ -12,8 +12,8 @@ from helpers.chats import (
     shown,
 )
 
-from meshpeft.training.data import DataError
-from meshpeft.training.documents import TokenizedRecords, tokenize_records
+from meshpeft.data.documents import TokenizedRecords, tokenize_records
+from meshpeft.data.records import DataError
 
 
 def test_every_token_of_a_text_but_its_first_is_a_target() -> None:
@@ -160,7 +160,7 @@ def test_batches_of_the_tokenizer_do_not_show(monkeypatch: pytest.MonkeyPatch) -
     records = [{"prompt": f"{number}+", "completion": str(number)} for number in range(10)]
     tokenizer = make_tokenizer()
     whole = all_shown(records, tokenizer)
-    monkeypatch.setattr("meshpeft.training.documents._TOKENIZER_BATCH", 3)
+    monkeypatch.setattr("meshpeft.data.documents._TOKENIZER_BATCH", 3)
     assert all_shown(records, tokenizer) == whole
 
 
