@@ -11,7 +11,7 @@ from helpers.oracle_runs import OPTIONS, moe_config, rows
 from torch import nn
 
 from meshpeft.models import Decoder
-from meshpeft.models.router import TopKRouter
+from meshpeft.models.moe import TopKRouter
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.verify.oracle import Layout, Trace, trace_layout

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
-from meshpeft.models.config_parts import MoEConfig
-from meshpeft.models.rotary import inverse_frequencies
+from meshpeft.models.attention import inverse_frequencies
+from meshpeft.models.config import MoEConfig
 from meshpeft.parallel import (
     ParallelAxis,
     TensorLayout,

@@ -11,7 +11,7 @@ from helpers.simulate import simulate, the_same
 from helpers.tiny_models import FAMILIES, random_ids, reference
 
 from meshpeft.models import KVCache, ModelError, load_pretrained
-from meshpeft.models.attention_mask import attention_masks, positions_in_documents
+from meshpeft.models.attention import attention_masks, positions_in_documents
 from meshpeft.parallel import ModelParallelConfig
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from meshpeft.models import DecoderConfig, ModelError, RopeConfig, check_divisible
-from meshpeft.models.rotary import inverse_frequencies
+from meshpeft.models.attention import inverse_frequencies
 from meshpeft.parallel import ModelParallelConfig
 
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from meshpeft.models import Decoder, DecoderConfig, ModelError, MoEConfig, TopKRouter, check_divisible, load_pretrained
-from meshpeft.models.router import load_balancing_loss
+from meshpeft.models.moe import load_balancing_loss
 from meshpeft.parallel import (
     ModelParallelConfig,
     ParallelAxis,

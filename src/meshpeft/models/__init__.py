@@ -3,17 +3,15 @@
 import importlib
 from typing import Any
 
-from meshpeft.models.cache import KVCache
-from meshpeft.models.config import DecoderConfig, check_divisible
-from meshpeft.models.config_parts import MoEConfig, RopeConfig
+from meshpeft.models.attention import KVCache
+from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig, check_divisible
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.hf_names import hf_module_name, hf_tensor_names, our_module_name
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.load import load_pretrained, stored_dtype
-from meshpeft.models.moe import MoELayer
-from meshpeft.models.router import Routing, TopKRouter
+from meshpeft.models.moe import MoELayer, Routing, TopKRouter
 from meshpeft.models.save import save_pretrained
 
 __all__ = [

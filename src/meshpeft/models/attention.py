@@ -1,24 +1,184 @@
-"""Grouped-query self-attention over the query groups that this rank holds."""
+"""Grouped-query self-attention over the query groups that this rank holds: masks, rotary embedding, cache, layer."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.models.attention_mask import AttentionMask
-from meshpeft.models.cache import KVCache
-from meshpeft.models.config import DecoderConfig
-from meshpeft.models.norm import RMSNorm
-from meshpeft.models.rotary import apply_rotary
+from meshpeft.models.config import DecoderConfig, RopeConfig
+from meshpeft.models.mlp import RMSNorm
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.tensor_layout import Packing
 from meshpeft.parallel.typing import dims_follow, typed_as
 
-__all__ = ["AttentionContext", "SelfAttention"]
+__all__ = [
+    "AttentionContext",
+    "AttentionMask",
+    "KVCache",
+    "SelfAttention",
+    "apply_rotary",
+    "attention_masks",
+    "inverse_frequencies",
+    "positions_in_documents",
+    "rotary_tables",
+]
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """What `scaled_dot_product_attention` is told.
+
+    Attributes:
+        allowed: bool [1 or batch, 1, queries, keys], `True` where a query sees a key; `None` where `is_causal`
+            says it all, or every key is seen.
+        is_causal: plain causal attention of equally many queries and keys, the kernels' fast path.
+    """
+
+    allowed: Tensor | None
+    is_causal: bool
+
+
+def attention_masks(
+    windows: Iterable[int | None],
+    queries: int,
+    past: int,
+    device: torch.device,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+) -> dict[int | None, AttentionMask]:
+    """The masks of a forward pass, one for each different sliding window among the layers.
+
+    Args:
+        windows: tokens a layer looks back, itself included; `None` for all.
+        queries: number of query tokens; the keys are `past` tokens and these.
+        past: tokens in the cache.
+        device: of the masks.
+        query_documents: [batch, queries]: attention is confined to tokens of the same id. Padding (id -1) sees
+            padding only, so that no row of the softmax is empty.
+        key_documents: [batch, past + queries].
+    """
+    keys = past + queries
+    masks: dict[int | None, AttentionMask] = {}
+    for window in set(windows):
+        is_unbounded = window is None or window >= keys
+        if query_documents is None and is_unbounded and (past == 0 or queries == 1):
+            masks[window] = AttentionMask(None, is_causal=past == 0)
+            continue
+        key_index = torch.arange(keys, device=device)
+        query_index = torch.arange(past, keys, device=device)[:, None]
+        allowed = key_index <= query_index
+        if window is not None and not is_unbounded:
+            allowed = allowed & (key_index > query_index - window)
+        allowed = allowed[None, None]
+        if query_documents is not None and key_documents is not None:
+            allowed = allowed & (query_documents[:, None, :, None] == key_documents[:, None, None, :])
+        masks[window] = AttentionMask(allowed, is_causal=False)
+    return masks
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Position of each token in its own run of equal ids: [batch, seq] -> [batch, seq], from 0."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.where(is_first, index, torch.zeros_like(index)).cummax(dim=1).values
+    return index - first
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angle per position of each channel pair, in radians: [head_dim / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope)
+    return frequencies
+
+
+def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those in between blended."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = rope.original_max_position_embeddings / wavelengths
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / rope.factor + kept * frequencies
+
+
+def rotary_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position.
+
+    Args:
+        position_ids: [batch, seq], replicated.
+        dtype: of the activations, and of the result; computed in float32 at least.
+
+    Returns:
+        Two tensors [seq, batch, 1, head_dim], replicated; the halves of the last dim are equal.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = inverse_frequencies(rope, head_dim, wide, position_ids.device)
+    angles = position_ids.t().to(wide)[..., None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate the channel pairs (i, i + head_dim / 2) of x [seq, batch, heads, head_dim] by their angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
+class KVCache:
+    """Keys and values of each layer, [seq, batch, heads / tp, head_dim], growing as tokens come.
+
+    Attributes:
+        length: tokens held.
+        document_ids: [batch, length] of those tokens, or `None` if none were given.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.document_ids: Tensor | None = None
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values behind the tokens held; no gradient flows through the cache.
+
+        Tokens count as held only after [`advance`][meshpeft.models.attention.KVCache.advance], so padding behind the
+        last real token is overwritten by the next call.
+
+        Args:
+            layer: the layer's global number.
+            keys, values: [seq, batch, heads / tp, head_dim].
+
+        Returns:
+            Keys and values [length + seq, batch, heads / tp, head_dim].
+        """
+        return self._write(self._keys, layer, keys), self._write(self._values, layer, values)
+
+    def advance(self, tokens: int, document_ids: Tensor | None) -> None:
+        """Count `tokens` more as held, once every layer has written them."""
+        self.length += tokens
+        self.document_ids = document_ids
+
+    def _write(self, buffers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        end = self.length + new.shape[0]
+        held = buffers.get(layer)
+        if held is None or held.shape[0] < end:
+            # Doubling makes the copies of a long generation cost as much as its tokens.
+            grown = new.new_empty((max(end, 2 * self.length), *new.shape[1:]))
+            if held is not None:
+                grown[: self.length] = held[: self.length]
+            buffers[layer] = held = grown
+        held[self.length : end] = new.detach()
+        return held[:end]
 
 
 @dataclass(frozen=True)

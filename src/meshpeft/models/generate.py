@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshpeft.models.errors import ModelError
-from meshpeft.models.fit import check_tokens
-from meshpeft.models.language_model import LanguageModel
+from meshpeft.models.language_model import LanguageModel, check_tokens
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.finite import finite_everywhere

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from meshpeft.models.config_parts import RopeConfig
+from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.hf_families import FAMILIES, Family
 from meshpeft.models.limits import check_fields
 from meshpeft.parallel.errors import blamed_on, shown
-
-if TYPE_CHECKING:
-    from meshpeft.models.config import DecoderConfig
 
 __all__ = ["hf_config_of", "options_of"]
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from meshpeft.models.config_parts import MoEConfig
+from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from meshpeft.models.config import DecoderConfig
 
 __all__ = ["FAMILIES", "Family"]
 

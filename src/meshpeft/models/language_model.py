@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
-__all__ = ["LanguageModel", "layout_or_whole"]
+__all__ = ["LanguageModel", "check_tokens", "layout_or_whole"]
 
 
 class LanguageModel(nn.Module, ABC):
@@ -124,3 +126,32 @@ class LanguageModel(nn.Module, ABC):
 def layout_or_whole(tensor: Tensor) -> TensorLayout:
     """The layout that a tensor states; one without is the same on every rank."""
     return layout_of_tensor(tensor) or TensorLayout(tuple(tensor.shape))
+
+
+def check_tokens(model: LanguageModel, smallest: int, largest: int, longest: int, what: str) -> None:
+    """Check that tokens fit a model; the same answer on every rank. Warns of rows that its positions were not made for.
+
+    Args:
+        model: of either engine.
+        smallest, largest: token ids.
+        longest: tokens of the longest document, or row.
+        what: the tokens are of, for messages.
+
+    Raises:
+        ModelError: an id is outside of the vocabulary, or a row is longer than the table of positions.
+    """
+    if smallest < 0 or largest >= model.vocab_size:
+        token = smallest if smallest < 0 else largest
+        raise ModelError(
+            f"{what}: token {token:,} is outside of the model's vocabulary of {model.vocab_size:,}; use the tokenizer "
+            "that the model was trained with, or give the model's embedding and head the rows that it lacks"
+        )
+    most, usual = model.most_positions, model.usual_positions
+    if most is not None and longest > most:
+        raise ModelError(f"{what}: a text has {longest:,} tokens, and the model positions for {most:,}; shorten it")
+    if usual is not None and longest > usual:
+        warnings.warn(
+            f"{what}: a text has {longest:,} tokens, and the model was made for {usual:,} "
+            "(max_position_embeddings); what it says beyond them may be poor",
+            stacklevel=2,
+        )

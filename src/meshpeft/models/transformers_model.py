@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from meshpeft.engines.parallelize import parallelize
-from meshpeft.models.attention_mask import positions_in_documents
+from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.errors import ModelError
 from meshpeft.models.hf_names import StoredPart, packed_form
 from meshpeft.models.language_model import LanguageModel

@@ -26,7 +26,7 @@ from meshpeft.data.templates import chat_templates
 from meshpeft.data.tokenizer_growth import check_growth
 from meshpeft.data.tokenizers import end_tokens
 from meshpeft.models import LanguageModel, ModelError
-from meshpeft.models.fit import check_tokens
+from meshpeft.models.language_model import check_tokens
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.training.base_model import base_directory
 from meshpeft.training.config import FinetuneConfig, paths
@@ -187,7 +187,7 @@ def _pack(documents: TokenizedRecords, config: FinetuneConfig, part: str) -> Pac
 
 
 def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
-    """Check that rows fit a model; see [`check_tokens`][meshpeft.models.fit.check_tokens].
+    """Check that rows fit a model; see [`check_tokens`][meshpeft.models.language_model.check_tokens].
 
     Args:
         model: that is to read them.
