@@ -148,7 +148,7 @@ def test_every_adapter_starts_from_values_of_its_own():
 def test_adapters_that_run_otherwise_than_the_others_are_refused():
     model = update_model(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), {"adapter_cfg": {"*": {}}})
     model["b"].to_wrap.register_forward_hook(lambda *call: None)  # which an adapter inside the GEMM would leave out
-    with pytest.raises(AdapterError, match="'second' does not run inside the layer's GEMM, or beside it"):
+    with pytest.raises(AdapterError, match="b has adapters that run inside its GEMM, and 'second' would"):
         update_model(model, {"adapter_name": "second", "adapter_cfg": {"*": {}}})
     assert model["a"].adapter_names == model["b"].adapter_names == ["default"]
 

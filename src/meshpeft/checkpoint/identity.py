@@ -21,7 +21,7 @@ from meshpeft.checkpoint.storage import dtype_name
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
-from meshpeft.peft import AdapterWrapper, GroupedExpertLinearAdapter, LowRankAdapter
+from meshpeft.peft import AdapterWrapper, LowRankAdapter
 from meshpeft.peft.walk import walk
 from meshpeft.quantization import PackedLayer
 
@@ -59,8 +59,8 @@ def describe_adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def _options(adapter: LowRankAdapter) -> dict[str, Any]:
-    options = {"rank": adapter.dim, "alpha": float(adapter.alpha), "use_rslora": adapter.use_rslora}
-    if isinstance(adapter, GroupedExpertLinearAdapter):
+    options: dict[str, Any] = {"rank": adapter.dim, "alpha": float(adapter.alpha), "use_rslora": adapter.use_rslora}
+    if adapter.share_expert_adapters is not None:
         options["share_expert_adapters"] = adapter.share_expert_adapters
     return options
 

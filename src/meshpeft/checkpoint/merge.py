@@ -18,7 +18,7 @@ from meshpeft.models.save import held_model, refuse_adapter_directory
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
 from meshpeft.peft import AdapterError, AdapterWrapper
-from meshpeft.peft.wrapped_layer import parameter_like
+from meshpeft.peft.wrapper import parameter_like
 
 __all__ = ["merge_adapter"]
 

@@ -102,7 +102,8 @@ def draw_full(shape: tuple[int, ...], init_fn: Callable[[Tensor], object], seed:
 
 
 def _fill_(local: Tensor, layout: TensorLayout, init_fn: Callable[[Tensor], object], seed: int) -> None:
-    matrices = _is_stacked(layout)
+    # Each expert's matrix is drawn by itself, so that fans are those of one expert.
+    matrices = layout.is_stacked
 
     def fill(full: Tensor) -> None:
         for matrix in full if matrices else (full,):
@@ -110,11 +111,6 @@ def _fill_(local: Tensor, layout: TensorLayout, init_fn: Callable[[Tensor], obje
 
     with torch.no_grad():
         local.copy_(layout.slice(draw_full(layout.global_shape, fill, seed)))
-
-
-def _is_stacked(layout: TensorLayout) -> bool:
-    """Whether dim 0 counts experts. Each is then drawn on its own, so that fans are those of one expert."""
-    return layout.expert and len(layout.global_shape) == 3
 
 
 def _agreed_seed() -> int:
@@ -146,7 +142,7 @@ def initialize_(weight: Tensor, bias: Tensor | None, init_type: InitializationTy
     layout = layout_of_tensor(weight)
     if layout is None:
         raise ParallelError(f"a weight of shape {tuple(weight.shape)} has no layout; call set_layout on it first")
-    init_fn = _weight_init(init_type, layout.global_shape[1:] if _is_stacked(layout) else layout.global_shape)
+    init_fn = _weight_init(init_type, layout.global_shape[1:] if layout.is_stacked else layout.global_shape)
     if weight.is_meta:
         return
     _fill_(weight, layout, init_fn, _agreed_seed())

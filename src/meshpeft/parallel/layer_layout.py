@@ -71,6 +71,11 @@ class LinearLayout:
         """Whether the gradients of the layer are summed over expert-data parallel."""
         return self.experts is not None or self.expert_axis is not None or self.axis.name == "etp"
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layer holds the weights of several experts, [experts, out, in]."""
+        return self.experts is not None
+
     def for_all_experts(self) -> LinearLayout:
         """The layout of one matrix that serves the tokens of every expert: replicated over `expert_axis`.
 
@@ -154,7 +159,7 @@ class LinearLayout:
         partial: bool = False,
     ) -> TensorLayout:
         """A tensor whose dim 0 is out and whose last dim is in (or the rank), stacked over experts if any."""
-        lead = 0 if self.experts is None else 1
+        lead = int(self.is_stacked)
         shards: list[tuple[int, ParallelAxis]] = []
         if self.experts is not None:
             shape = (self.experts, *shape)

@@ -45,6 +45,8 @@ class LayerType:
             it contains; `None` where it is called as it is.
         unrounded: the local weight, in the terms of `weight`, that an enabled quantiser of the layer rounds each time;
             `None` where there is none.
+        packed: Form that the weight is stored in, where that is few bits (an object of `meshpeft.quantization`, see
+            `packed_form`); `None` for other weights.
         decides: the layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
             who names it means it.
     """
@@ -59,6 +61,7 @@ class LayerType:
     checkpoint: Callable[[Mapping[str, ShardedTensor]], Mapping[str, Any]] | None = None
     call: Callable[..., Any] | None = None
     unrounded: Callable[[Any], Tensor | None] = lambda module: None
+    packed: Callable[[Any], Any] = lambda module: None
     decides: bool = False
 
     @property

@@ -192,6 +192,11 @@ class TensorLayout:
         return tuple(size // self._split(dim) for dim, size in enumerate(self.global_shape))
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether it is a stack of matrices, one for each expert: [experts, .., ..]."""
+        return self.expert and len(self.global_shape) == 3
+
+    @property
     def size(self) -> int:
         """Number of the model's parameters in the whole tensor."""
         return math.prod(self.global_shape) if self.counts_as is None else self.counts_as

@@ -7,7 +7,7 @@ from meshpeft.engines import register_engines
 from meshpeft.parallel import all2all_hp2sp
 from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
 from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
-from meshpeft.peft.base import PEFT, adapter_wrappers
+from meshpeft.peft.base import PEFT
 from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.config import PEFTAttributeConfig, PEFTConfig
 from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
@@ -29,11 +29,13 @@ from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.parameter_groups import lora_plus_parameter_groups
 from meshpeft.peft.router import LoRATopKRouter
 from meshpeft.peft.switching import disable_adapters, enable_adapters, is_peft_model
-from meshpeft.peft.wrapper import AdapterWrapper, BaseOutput
+from meshpeft.peft.walk import adapted_layers, adapter_wrappers, chunks_of, walk
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, BaseOutput, base_of
 
 __all__ = [
     "AdapterAttributes",
     "AdapterError",
+    "AdapterTerm",
     "AdapterWrapper",
     "BaseOutput",
     "CanonicalLoRA",
@@ -62,8 +64,11 @@ __all__ = [
     "ParameterCount",
     "TECL",
     "TERL",
+    "adapted_layers",
     "adapter_wrappers",
     "all2all_hp2sp",
+    "base_of",
+    "chunks_of",
     "disable_adapters",
     "enable_adapters",
     "fused_dora",
@@ -83,6 +88,7 @@ __all__ = [
     "trainable_parameters",
     "unpad_seq_to_mult",
     "update_model",
+    "walk",
     "wildcard_match",
 ]
 

@@ -89,9 +89,11 @@ class LowRankFactor(ShardedTensors, nn.Module):
             named_init_(self.weight, init_fn, seed, name)
 
     def keep_start(self, values: Tensor | None = None) -> None:
-        """Keep `values`, by default those of now, as `start`, also in checkpoints: the base gave up what they make.
+        """Keep a copy of the factor as `start`, also in checkpoints: the base's weight gave up what it makes.
 
-        In float32 or the weight's wider type: the base may have given up more digits than a narrow weight has.
+        Args:
+            values: Factor in more digits than a narrow weight has; by default the weight as it is now. Kept in float32
+                or the weight's wider type.
         """
         layout = layout_of_tensor(self.weight)
         start = self.weight.detach() if values is None else values
@@ -182,10 +184,24 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         """s in y += s (x A^T) B^T."""
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
 
+    share_expert_adapters: bool | None = None
+    """On grouped experts, whether one pair of factors serves all of them; `None` on other layers."""
+
     @property
     def is_linear(self) -> bool:
-        """Whether the adapter is a change of its layer's weight: nothing is between its factors."""
+        """Whether the adapter is a change of its layer's weight: no activation is between its factors."""
         return True
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's m, [out] or [experts, out] local; `None` for other methods."""
+        return None
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of the part that the base's weight gave up to the adapter (PiSSA); `None` if it gave up none."""
+        a, b = self.linear_in.start, self.linear_out.start
+        return None if a is None or b is None else (a, b)
 
     @property
     def token_axis(self) -> ParallelAxis | None:
@@ -195,7 +211,10 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         return layout.axis if self.keep_token_shards and gathered else None
 
     def keep_start(self) -> None:
-        """The base's weight gave up s B A of now: what the adapter changes is s (B A - start B start A)."""
+        """Keep the factors as they are now as the part s B A that the base's weight gave up to the adapter.
+
+        What the adapter changes is then s (B A - B_start A_start), which is what is exported.
+        """
         self.linear_in.keep_start()
         self.linear_out.keep_start()
 
@@ -214,7 +233,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         return self.drop_output(self.delta_of_dropped(x if dropped is None else dropped, a, b, offsets))
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The same without dropout."""
+        """Return `delta` of an input that dropout was applied to already; the output is not dropped."""
         raise NotImplementedError
 
     @property
@@ -285,7 +304,7 @@ class LinearAdapter(LowRankAdapter):
         super().__init__(layout_of(base) if layout is None else layout, dim, alpha, **options)
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The same without dropout."""
+        """Return s (x Aᵀ) Bᵀ without dropout; arguments as in `delta`."""
         return product(product(x, a, offsets) * self.scale, b, offsets)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,20 +16,12 @@ from meshpeft.peft.counting import trainable_parameters
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import ModuleMatcher
 from meshpeft.peft.same_tokens import watch_tokens
-from meshpeft.peft.walk import Place, chunks_of, walk
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.walk import Place, adapter_wrappers, chunks_of, walk
+from meshpeft.peft.wrapper import AdapterWrapper, base_of, wrapper_of
 
-__all__ = ["PEFT", "Model", "adapter_wrappers"]
+__all__ = ["PEFT", "Model"]
 
 Model = TypeVar("Model", bound="nn.Module | list[nn.Module] | tuple[nn.Module, ...]")
-
-
-def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
-    """Every adapted layer of a model or of its chunks, with its place below the chunk (as `get_submodule` takes it)."""
-    for chunk in chunks_of(model):
-        for name, module in chunk.named_modules():
-            if isinstance(module, AdapterWrapper):
-                yield name, module
 
 
 @dataclass
@@ -102,15 +94,14 @@ class PEFT(ABC):
         return chunks[0]  # type: ignore[return-value]  # a module that was adapted itself is of another class
 
     def _survey(self, chunks: list[nn.Module]) -> None:
-        """Raise what there is to raise before the first module is changed."""
+        """Check that the method can be applied, before the first module is changed."""
         if not isinstance(self, ModuleMatcher):
             return
         self._init_target_match_state()
         for chunk in chunks:
             for place, module in walk(chunk):
-                base = module.to_wrap if isinstance(module, AdapterWrapper) else module
-                found = self.match(base, place.name, place.prefix)
-                made_by = module.applied_by if isinstance(module, AdapterWrapper) else None
+                found, wrapper = self.match(base_of(module), place.name, place.prefix), wrapper_of(module)
+                made_by = None if wrapper is None else wrapper.applied_by
                 if found is not None and made_by is not None and made_by != self:
                     raise AdapterError(
                         f"{found[1]} already carries an adapter, made by {made_by}; now {self} was asked for. Use the "
@@ -120,7 +111,7 @@ class PEFT(ABC):
 
     def _visit(self, m: nn.Module, place: Place, names: Mapping[nn.Module, str], found: _Found) -> nn.Module:
         """What takes the place of `m`; if `m` stays, its children are visited and their replacements noted."""
-        if isinstance(m, AdapterWrapper):
+        if wrapper_of(m) is not None:
             return m
         if m in found.adapted:  # it is in several places: it has one adapter, in those that are targets
             wanted = not isinstance(self, ModuleMatcher) or self.match(m, place.name, place.prefix) is not None
@@ -128,9 +119,10 @@ class PEFT(ABC):
         result = self.transform(m, place.name, place.prefix)
         if result is not m:
             found.adapted[m] = result
-            if isinstance(result, AdapterWrapper):
+            wrapper = wrapper_of(result)
+            if wrapper is not None:
                 # A copy: the options at this time, whatever becomes of `self`.
-                result.applied_by = copy.copy(self)
+                wrapper.applied_by = copy.copy(self)
             return result
         for attribute, child_place, child in place.children(m, names):
             new = self._visit(child, child_place, names, found)

@@ -16,7 +16,7 @@ from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.matching import default_targets, is_target
 from meshpeft.peft.packed_factors import pack_factors
 from meshpeft.peft.router import LoRATopKRouter
-from meshpeft.peft.wrapper import AdapterWrapper, check_ours
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
 __all__ = [
     "CanonicalLoRA",
@@ -69,6 +69,10 @@ class _SplitLoRALinear(LowRankWrapper):
             for part in self._packing.names
             if f"adapter_{part}" in self.adapter
         }
+
+    def terms(self) -> list[AdapterTerm]:
+        """Return one term for each adapted part, in the order of the layer's parts."""
+        return [AdapterTerm(adapter, part, path=f"adapter_{part}") for part, adapter in self.adapters().items()]
 
     @property
     def one_adapter(self) -> LowRankAdapter:
@@ -189,7 +193,7 @@ class CanonicalLoRA(LowRankPEFT):
         layout = layout_of(base)
         wanted = self._wanted_parts(full_name)
         wrapper = _WRAPPERS.get(frozenset(layout.packing.names)) if layout.packing is not None else None
-        if wrapper is None or layout.experts is not None or _should_treat_linear_fc1_as_unfused(full_name):
+        if wrapper is None or layout.is_stacked or _should_treat_linear_fc1_as_unfused(full_name):
             if full_name.endswith("linear_qkv"):
                 raise AdapterError(
                     f"{full_name}: the layout of {type(base).__name__} does not say how q, k, v are packed; use LoRA"

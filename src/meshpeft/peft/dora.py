@@ -17,7 +17,7 @@ from meshpeft.peft.low_rank import LowRankPEFT
 from meshpeft.peft.magnitude import AdapterWithMagnitude, GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
 from meshpeft.peft.products import rows_for
 from meshpeft.peft.row_norms import RowNorms
-from meshpeft.peft.wrapper import AdapterWrapper, check_ours
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
 __all__ = ["DoRA", "DoRALinear"]
 
@@ -67,8 +67,18 @@ class DoRALinear(AdapterWrapper):
         a, b = adapter.linear_in.weight, adapter.linear_out.weight
         return self._norms.get(source, identity, a, b, adapter.scale, self._norm_axis, _read)
 
+    def terms(self) -> list[AdapterTerm]:
+        """Return the one term, with a magnitude."""
+        return [AdapterTerm(self.adapter)]
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Set m to the row norms as they are now, so that the layer multiplies by W + s B A."""
+        self._norms.clear()  # a packed weight may have given up a part: its codes are as they were
+        self.adapter.weight_magnitude.copy_(self._get_weight_norm())
+
     def forget_norms(self) -> None:
-        """Have the norms computed again: a parameter was written in a way that leaves no trace (see `RowNorms`)."""
+        """Recompute the norms when they are needed next: a parameter was written without a trace (see `RowNorms`)."""
         self._norms.clear()
 
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,7 +130,8 @@ class DoRALinear(AdapterWrapper):
         return gather_features(local, layout) if layout.gather_output else local
 
     def merged_weights(self) -> Iterator[Tensor]:
-        """m / |W + s B A| * (W + s B A), local, in float32 or wider; of grouped experts one after the other."""
+        """Yield m / |W + s B A| * (W + s B A), local, in float32 or wider; the norms are made anew."""
+        self.forget_norms()
         adapter, norm = self.adapter, self._get_weight_norm()
         g = magnitude_scale(adapter.weight_magnitude.detach(), norm).unsqueeze(-1)
         for weight, a, b, rows in self.matrices(adapter.linear_in.weight, adapter.linear_out.weight, g):
@@ -159,7 +170,7 @@ class DoRA(LowRankPEFT):
     ) -> AdapterWithMagnitude:
         """The adapter module for one layer; see `LowRankPEFT`."""
         options = self.adapter_options(base, full_name, target)
-        if layout_of(base).experts is not None:
+        if layout_of(base).is_stacked:
             shared, fused = self.share_expert_adapters, self.joins(base)
             return GroupedExpertDoRAAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)
         return ParallelLinearDoRAAdapter(

@@ -51,7 +51,7 @@ class GroupedExpertLinearAdapter(LinearAdapter):
         **options: Any,
     ) -> None:
         layout = layout_of(base) if layout is None else layout
-        if layout.experts is None:
+        if not layout.is_stacked:
             raise AdapterError(
                 f"a {type(base).__name__} is no layer of grouped experts; use LinearAdapter or ParallelLinearAdapter"
             )
@@ -63,7 +63,7 @@ class GroupedExpertLinearAdapter(LinearAdapter):
         self._copy_a, self._copy_b = copy_a, copy_b
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The same without dropout."""
+        """Return s (x Aᵀ) Bᵀ without dropout; gradients that nobody sums later are summed in the backward pass."""
         return super().delta_of_dropped(x, copied(a, self._copy_a), copied(b, self._copy_b), offsets)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # as its base

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import mp_gather
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.functional import fused_lora, product
-from meshpeft.peft.wrapper import AdapterWrapper, check_ours
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
 __all__ = ["LoRALinear", "LowRankWrapper"]
 
@@ -79,6 +79,10 @@ class LoRALinear(LowRankWrapper):
     def __init__(self, to_wrap: nn.Module, adapter: LowRankAdapter) -> None:
         check_ours(type(self), adapter, LowRankAdapter)
         super().__init__(to_wrap, adapter)
+
+    def terms(self) -> list[AdapterTerm]:
+        """Return the one term."""
+        return [AdapterTerm(self.adapter)]
 
     @property
     def one_adapter(self) -> LowRankAdapter:

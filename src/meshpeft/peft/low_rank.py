@@ -18,7 +18,7 @@ from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
 from meshpeft.peft.initialization import init_method_of
 from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, is_router, named_value, nearest_names
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.wrapper import wrapper_of
 
 __all__ = ["LowRankPEFT"]
 
@@ -111,7 +111,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Put an adapter on a target layer; other modules are returned as they are."""
-        found = None if isinstance(m, AdapterWrapper) else self.match(m, name, prefix)
+        found = None if wrapper_of(m) is not None else self.match(m, name, prefix)
         if found is None:
             return m
         return self.adapt_router(m, found[1]) if is_router(m) else self.adapt(m, found[1])
@@ -165,7 +165,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             target: full name of that part, by which patterns know it.
         """
         options = self.adapter_options(base, full_name, target)
-        if (layout_of(base) if layout is None else layout).experts is not None:
+        if layout_of(base).is_stacked:
             shared, fused = self.share_expert_adapters, self.joins(base)
             return GroupedExpertLinearAdapter(base, share_expert_adapters=shared, fused=fused, path=path, **options)
         if self.joins(base):

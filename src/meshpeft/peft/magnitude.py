@@ -45,6 +45,11 @@ class AdapterWithMagnitude(LowRankAdapter):
         """Where m lies, and the axes over which its gradient is summed inside the backward pass."""
         return self.layout.magnitude(), ()
 
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's m, [out] or [experts, out] local."""
+        return self.weight_magnitude
+
     def get_weight_magnitude(self) -> Tensor:
         """Public function to get the weight magnitude parameter, as it enters the forward pass."""
         return copied(self.weight_magnitude, self._copy_m)

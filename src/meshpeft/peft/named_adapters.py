@@ -16,7 +16,7 @@ from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.canonical_lora import ModuleDict
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora_linear import LowRankWrapper
-from meshpeft.peft.wrapper import check_ours
+from meshpeft.peft.wrapper import AdapterTerm, check_ours
 
 __all__ = ["NamedLoRALinear"]
 
@@ -44,26 +44,28 @@ class NamedLoRALinear(LowRankWrapper):
         for name in self.adapter:
             yield name, cast(LowRankAdapter, self.adapter[name])
 
-    def add(self, name: str, adapter: LowRankAdapter) -> None:
-        """Add an adapter; it is enabled.
+    def terms(self) -> list[AdapterTerm]:
+        """Return one term for each adapter, also for those that are switched off."""
+        return [AdapterTerm(adapter, name=name, path=name) for name, adapter in self.named_adapters()]
 
-        Raises:
-            AdapterError: there is one of this name; it does not run as the others do (fused, or beside the base).
-        """
-        if name in self.adapter:
-            raise AdapterError(f"there is an adapter {name!r} already")
+    def add(self, name: str, adapter: LowRankAdapter) -> None:
+        """Add an adapter to those of the layer; errors as in `check_can_add`."""
         check_ours(type(self), adapter, LowRankAdapter)
-        self.check_runs_alike(name, adapter.fused)
+        super().add(name, adapter)
         self.adapter[name] = adapter
 
-    def check_runs_alike(self, name: str, fused: bool) -> None:
-        """Raise what `add` raises for an adapter that is fused, or beside the base, where the others are not.
+    def check_can_add(self, name: str, fused: bool) -> None:
+        """Check that another adapter can be added to the layer.
 
         Raises:
-            AdapterError: so it is.
+            AdapterError: The name is taken; the others run inside the layer's GEMM and this one would not, or the
+                other way round.
         """
+        if name in self.adapter:
+            raise AdapterError(f"has an adapter {name!r} already; choose another name")
         if any(other.fused != fused for _, other in self.named_adapters()):
-            raise AdapterError(f"adapter {name!r} does not run inside the layer's GEMM, or beside it, as the others do")
+            where = ("inside its GEMM", "standalone")
+            raise AdapterError(f"has adapters that run {where[fused]}, and {name!r} would run {where[not fused]}")
 
     def set_enabled(self, name: str, enabled: bool) -> None:
         """Let the adapter of this name take part in `forward`, or not.

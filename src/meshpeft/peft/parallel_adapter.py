@@ -184,7 +184,7 @@ class ParallelLinearAdapter(LowRankAdapter):
                 f"an adapter that joins its base needs the base's layout, and activation='identity' instead of "
                 f"{activation!r}: between its factors the values may be summands"
             )
-        if layout is not None and layout.experts is not None:
+        if layout is not None and layout.is_stacked:
             raise AdapterError("grouped experts get a GroupedExpertLinearAdapter")
         if not fused and layout is not None and layout.in_packing is not None:
             raise AdapterError("an adapter beside a row-parallel layer with a stride is not possible; use a fused one")
@@ -223,7 +223,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         return self.delta(x, self.linear_in.weight, self.linear_out.weight)
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The adapter's output for given local factors A [r, in] and B [out, r]; `offsets` is `None`."""
+        """Return the adapter's output for given local factors A [r, in] and B [out, r]; `offsets` is `None`."""
         padding = 0
         if self.is_expert:
             x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)

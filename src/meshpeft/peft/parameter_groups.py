@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from meshpeft.peft.base import adapter_wrappers
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.walk import chunks_of
+from meshpeft.peft.walk import adapter_wrappers, chunks_of
 
 __all__ = ["lora_plus_parameter_groups"]
 

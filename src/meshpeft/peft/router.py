@@ -27,6 +27,11 @@ class LoRATopKRouter(LoRALinear):
         adapter: its adapter; in the router's state, which is replicated or on token shards, nothing communicates.
     """
 
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the adapter may start from the router's weight: never, for routers are not quantised."""
+        return False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the router returns for x, with adapted logits.
 

@@ -6,13 +6,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from meshpeft.peft.base import adapter_wrappers
 from meshpeft.peft.config import LayerPattern, matches
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import nearest_names
-from meshpeft.peft.named_adapters import NamedLoRALinear
-from meshpeft.peft.walk import chunks_of, walk
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.walk import adapted_layers, adapter_wrappers
 
 __all__ = ["disable_adapters", "enable_adapters", "is_peft_model"]
 
@@ -52,10 +49,6 @@ def disable_adapters(
     _switch(model, False, layers_to_disable, adapters_to_disable)
 
 
-# The name under which the adapter of a method that knows no names (`LoRA`) is switched.
-_UNNAMED = "default"
-
-
 def _switch(
     model: nn.Module | list[nn.Module],
     enabled: bool,
@@ -63,39 +56,25 @@ def _switch(
     adapters: str | Iterable[str] | None,
 ) -> None:
     layer_patterns, adapter_patterns = _patterns(layers), _patterns(adapters)
-    wrappers = [
-        (place.full_name, module)
-        for chunk in chunks_of(model)
-        for place, module in walk(chunk)
-        if isinstance(module, AdapterWrapper)
-    ]
+    wrappers = list(adapted_layers(model))
     if not wrappers:
         raise AdapterError("the model has no adapters; call update_model first")
     for pattern in adapter_patterns or ():
         if not isinstance(pattern, str):
             raise AdapterError(f"adapter names are matched by strings, not by {pattern!r}")
     _check_met(layer_patterns, [name for name, _ in wrappers], "layer with an adapter")
-    _check_met(adapter_patterns, {adapter for _, wrapper in wrappers for adapter in _names_of(wrapper)}, "adapter")
+    _check_met(adapter_patterns, {adapter for _, wrapper in wrappers for adapter in wrapper.adapter_names}, "adapter")
     meant = [
         (wrapper, adapter)
         for name, wrapper in wrappers
         if layer_patterns is None or any(matches(pattern, name) for pattern in layer_patterns)
-        for adapter in _names_of(wrapper)
+        for adapter in wrapper.adapter_names
         if adapter_patterns is None or any(matches(pattern, adapter) for pattern in adapter_patterns)
     ]
     for wrapper, _ in meant:  # before the first one is switched
         wrapper.check_switchable()
     for wrapper, adapter in meant:
-        if isinstance(wrapper, NamedLoRALinear):
-            wrapper.set_enabled(adapter, enabled)
-        elif enabled:
-            wrapper.enable_adapter_layers()
-        else:
-            wrapper.disable_adapter_layers()
-
-
-def _names_of(wrapper: nn.Module) -> list[str]:
-    return wrapper.adapter_names if isinstance(wrapper, NamedLoRALinear) else [_UNNAMED]
+        wrapper.set_enabled(adapter, enabled)
 
 
 def _patterns(patterns: LayerPattern | Iterable[LayerPattern] | None) -> list[LayerPattern] | None:

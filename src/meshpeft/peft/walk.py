@@ -9,9 +9,9 @@ from torch import nn
 
 from meshpeft.parallel import global_names, is_held
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.peft.wrapper import AdapterWrapper, wrapper_of
 
-__all__ = ["Place", "chunks_of", "walk"]
+__all__ = ["Place", "adapted_layers", "adapter_wrappers", "chunks_of", "walk"]
 
 
 class Place(NamedTuple):
@@ -43,16 +43,34 @@ class Place(NamedTuple):
 
 
 def walk(model: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
-    """Every module of a model, from above, but for those inside adapted layers."""
+    """Yield every module of a model with its place, top down; adapted layers are one module each."""
     names = global_names(model)
 
     def below(place: Place, m: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
         yield place, m
-        if not isinstance(m, AdapterWrapper):
+        if wrapper_of(m) is None:
             for _, child_place, child in place.children(m, names):
                 yield from below(child_place, child)
 
     return below(Place(), model)
+
+
+def adapted_layers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
+    """Yield every adapted layer of a model or its chunks with its full name, which no wrapper around it changes."""
+    for chunk in chunks_of(model):
+        for place, module in walk(chunk):
+            wrapper = wrapper_of(module)
+            if wrapper is not None:
+                yield place.full_name, wrapper
+
+
+def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
+    """Yield every adapted layer of a model or its chunks with its path below the chunk, as `get_submodule` takes it."""
+    for chunk in chunks_of(model):
+        for name, module in chunk.named_modules():
+            wrapper = wrapper_of(module)
+            if wrapper is not None:
+                yield name, wrapper
 
 
 def chunks_of(model: Any) -> list[nn.Module]:

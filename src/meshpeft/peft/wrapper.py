@@ -1,28 +1,70 @@
-"""A layer and the adapter on it, in the layer's place."""
+"""A layer and the adapter on it, in the layer's place.
+
+An [`AdapterWrapper`][meshpeft.peft.AdapterWrapper] gives the terms of its adapter (`terms`): what is exported, read,
+merged, started from the weight and reported is asked of them, never of the wrapper's class. So a new adapter method is
+one file: a wrapper with its terms, and the method that puts it on a layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import group_offsets, layer_type_of, sharded_state_dict
+from meshpeft.parallel import LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
+from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
-from meshpeft.peft.wrapped_keys import hide_wrapping, inside_wrapper, restore_wrapping
-from meshpeft.peft.wrapped_layer import WrappedLayer
 
-__all__ = ["AdapterWrapper", "BaseOutput", "check_ours"]
+__all__ = [
+    "AdapterTerm",
+    "AdapterWrapper",
+    "BaseOutput",
+    "base_of",
+    "check_ours",
+    "parameter_like",
+    "stored_weight_of",
+    "wrapper_of",
+]
+
+
+def wrapper_of(module: nn.Module) -> AdapterWrapper | None:
+    """Return the module itself where it is an adapted layer, else `None`."""
+    return module if isinstance(module, AdapterWrapper) else None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the layer itself: the one in the wrapper where the module is an adapted layer, else the module."""
+    wrapper = wrapper_of(module)
+    return module if wrapper is None else wrapper.to_wrap
+
+
+@dataclass(frozen=True)
+class AdapterTerm:
+    """One low-rank term s B A (in DoRA scaled by m / norm) of the adapter on a layer.
+
+    Attributes:
+        adapter: Module that holds the factors `linear_in`, `linear_out`, and has their scale, dropout and sharing.
+        part: Fused part of the layer that it adapts, such as `q`; `None` for the full layer.
+        name: Name of the adapter, where a layer has several by name; else `None`.
+        path: Path of `adapter` below the wrapper's `adapter`; empty where it is that module.
+    """
+
+    adapter: LowRankAdapter
+    part: str | None = None
+    name: str | None = None
+    path: str = ""
 
 
 def check_ours(wrapper: type, adapter: object, kind: type) -> None:
-    """Refuse an adapter of another package where a wrapper gets it: it has no layout, by which ours run and are saved.
+    """Refuse an adapter of another package: it has no layout, by which those of this one run and are saved.
 
     Raises:
-        AdapterError: the adapter is not of the kind that the wrapper takes.
+        AdapterError: The adapter is not of the kind that the wrapper takes.
     """
     if not isinstance(adapter, kind):
         raise AdapterError(
@@ -33,10 +75,13 @@ def check_ours(wrapper: type, adapter: object, kind: type) -> None:
 
 
 class BaseOutput(NamedTuple):
-    """What a layer returned, taken apart, and how to put it together again with another output.
+    """Result of a layer, taken apart.
 
-    `linear` is the layer's output, `bias` the bias it leaves to its caller (or `None`), `layernorm` the input after
-    a layer norm that the layer contains (or `None`).
+    Attributes:
+        linear: Output of the layer.
+        bias: Bias that the layer leaves to its caller, or `None`.
+        layernorm: Input after a layer norm that the layer contains, or `None`.
+        rebuild: Makes the result that the layer would have returned with another output.
     """
 
     linear: Tensor
@@ -45,22 +90,30 @@ class BaseOutput(NamedTuple):
     rebuild: Callable[[Tensor], Any]
 
 
-class AdapterWrapper(WrappedLayer):
+class AdapterWrapper(nn.Module):
     """A base layer with an adapter. Called like the base; returns what the base returns (a tensor, or a tuple).
 
     Its state dict has the base's keys as if it were not wrapped, and the adapter's under `adapter.`.
 
     Args:
-        to_wrap: the base layer.
-        adapter: its adapter.
+        to_wrap: Base layer.
+        adapter: Adapter on it.
+
+    Attributes:
+        applied_by: Method that made the wrapper, with the options it had then; `None` for one made by hand.
     """
 
     def __init__(self, to_wrap: nn.Module, adapter: nn.Module) -> None:
-        super().__init__(to_wrap, adapter)
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.adapter = adapter
         self.applied_by: Any = None
         self._adapter_enabled = True
-        self.register_state_dict_post_hook(hide_wrapping)
-        self.register_load_state_dict_pre_hook(restore_wrapping)
+        # In a dict, for a parameter that is an attribute becomes one of this module's.
+        self._unmerged: dict[str, nn.Parameter] | None = None
+        self._is_merged = False
+        self.register_state_dict_post_hook(_hide_wrapping)
+        self.register_load_state_dict_pre_hook(_restore_wrapping)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,7 +127,45 @@ class AdapterWrapper(WrappedLayer):
             ) from None
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        return inside_wrapper(self.to_wrap)
+        return _inside_wrapper(self.to_wrap)
+
+    @property
+    def layer_type(self) -> LayerType:
+        """Registry entry of the base layer."""
+        found = layer_type_of(self.to_wrap)
+        if found is None:
+            raise NotImplementedError(f"no layout is registered for layers of type {type(self.to_wrap).__name__}")
+        return found
+
+    # Read in every call, and making the layout of an engine's layer takes time.
+    @cached_property
+    def is_stacked(self) -> bool:
+        """Whether the base is a layer of grouped experts, with a weight [experts, out, in]."""
+        return layout_of(self.to_wrap).is_stacked
+
+    def stored_weight(self) -> nn.Parameter | None:
+        """Return the base's local weight if it is stored as it is used; see `stored_weight_of`."""
+        return stored_weight_of(self.to_wrap)
+
+    def weight_source(self) -> Tensor | Callable[[], Tensor]:
+        """Return the base's local weight; or a function that dequantises it, whose result nothing keeps."""
+        weight = self.stored_weight()
+        return weight if weight is not None else partial(self.layer_type.weight, self.to_wrap)
+
+    def terms(self) -> list[AdapterTerm]:
+        """Return the low-rank terms of the adapter; none where its form is not low-rank.
+
+        An adapter without terms is neither exported nor started from the layer's weight.
+        """
+        return []
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the adapter may start from the layer's weight (svdquant, PiSSA)."""
+        return True
+
+    def reset_magnitude(self) -> None:
+        """Recompute what the adapter derives from weight and factors, after they were set; by default nothing is."""
 
     @property
     def adapter_enabled(self) -> bool:
@@ -86,29 +177,69 @@ class AdapterWrapper(WrappedLayer):
         self._adapter_enabled = True
 
     def disable_adapter_layers(self) -> None:
-        """Be the base layer alone.
+        """Leave the adapter out of `forward`.
 
         Raises:
-            AdapterError: the adapter is merged into the base's weight.
+            AdapterError: The adapter is merged into the base's weight.
         """
         self.check_switchable()
         self._adapter_enabled = False
 
     def check_switchable(self) -> None:
-        """Raise what there is to raise before adapters are left out, or taken in again.
+        """Check that the adapter can be switched on or off.
 
         Raises:
-            AdapterError: they are merged into the base's weight.
+            AdapterError: It is merged into the base's weight.
         """
         if self.is_merged:
             raise AdapterError("an adapter that is merged into its layer's weight takes part; unmerge before switching")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output for x, adapted.
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names under which adapters of the layer are switched: `default` for one that was given none."""
+        return ["default"]
+
+    def set_enabled(self, name: str, enabled: bool) -> None:
+        """Switch one adapter on or off.
 
         Args:
-            x: the base's input, in the state that the base takes it.
-            args, kwargs: handed to the base.
+            name: One of `adapter_names`.
+            enabled: Whether it takes part in `forward` from now on.
+
+        Raises:
+            AdapterError: It is merged into the base's weight.
+        """
+        if enabled:
+            self.enable_adapter_layers()
+        else:
+            self.disable_adapter_layers()
+
+    def add(self, name: str, adapter: LowRankAdapter) -> None:
+        """Add another adapter to the layer; it is enabled.
+
+        Raises:
+            AdapterError: See `check_can_add`.
+        """
+        self.check_can_add(name, adapter.fused)
+
+    def check_can_add(self, name: str, fused: bool) -> None:
+        """Check that another adapter can be added to the layer; the message continues the layer's name.
+
+        Args:
+            name: Name of the new adapter.
+            fused: Whether it runs inside the layer's GEMM.
+
+        Raises:
+            AdapterError: The adapter on the layer has no name.
+        """
+        raise AdapterError(f"carries an adapter without a name, made by {self.applied_by}: named ones cannot be added")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the base layer's output for x, adapted.
+
+        Args:
+            x: Input of the base, in the state in which the base takes it.
+            args, kwargs: Further arguments of the base.
         """
         if not self._adapter_enabled or self._is_merged:
             return self.to_wrap(x, *args, **kwargs)
@@ -119,21 +250,21 @@ class AdapterWrapper(WrappedLayer):
 
     @property
     def joins(self) -> bool:
-        """Whether the adapter runs between the base's `enter` and `exit`."""
+        """Whether the adapter runs inside the base's GEMM, between its `enter` and `exit`."""
         return bool(getattr(self.adapter, "fused", False))
 
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The adapted GEMM, between the base's `enter` and `exit`."""
+        """Run the adapted GEMM: x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         raise NotImplementedError(f"{type(self).__name__} cannot join its adapter to the base's GEMM")
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The adapted output where the base's forward hides its collectives."""
+        """Run the base and the standalone adapter, where the base's forward hides its collectives."""
         raise NotImplementedError(f"{type(self).__name__} cannot run its adapter beside the base")
 
     def offsets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The end of each expert's rows, from a call of grouped experts, `layer(x, tokens_per_expert)`; else `None`.
+        """Return the end of each expert's rows in a call `layer(x, tokens_per_expert)`; `None` for other layers.
 
-        Transformer Engine's layers call the numbers `m_splits`, a list.
+        Transformer Engine's layers take the numbers as a list, `m_splits`.
         """
         if not self.is_stacked:
             return None
@@ -144,7 +275,7 @@ class AdapterWrapper(WrappedLayer):
         return group_offsets(torch.tensor(given, device=device))
 
     def base_linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> BaseOutput:
-        """Call the base and take apart what it returns.
+        """Call the base and take its result apart.
 
         A base returns a tensor; `(output, bias)`; or, where it contains a layer norm whose output was asked for,
         `((output, layernorm_output), bias)` or `(output, bias, layernorm_output)`.
@@ -172,10 +303,10 @@ class AdapterWrapper(WrappedLayer):
         return self.layer_type.layout(self.to_wrap).gather_output
 
     def gathers_now(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether this call of the base gathers an output that its layout says it leaves divided.
+        """Whether this call of the base gathers an output that its layout states as sharded.
 
         Raises:
-            AdapterError: it leaves divided what its layout says it gathers.
+            AdapterError: The call leaves sharded what the layout states as gathered.
         """
         layer_type = self.layer_type
         if layer_type.gathers is None:
@@ -188,13 +319,109 @@ class AdapterWrapper(WrappedLayer):
             )
         return gathers and not stated
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter is part of the base's weight now."""
+        return self._is_merged
+
+    def matrices(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the base's local weight with `tensors`; on grouped experts once for each expert, with its matrices.
+
+        A tensor that is no stack [experts, .., ..] serves every expert.
+        """
+        weight = self.layer_type.weight(self.to_wrap).detach()
+        if not self.is_stacked:
+            yield weight, *(tensor.detach() for tensor in tensors)
+            return
+        for expert in range(weight.shape[0]):
+            yield weight[expert], *(tensor.detach()[expert] if tensor.dim() == 3 else tensor for tensor in tensors)
+
+    def merged_weights(self) -> Iterator[Tensor]:
+        """Yield the local weight [out, in] that equals base and adapter, in float32 or the weight's wider type.
+
+        Grouped experts have one for each local expert, made when it is needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
+
+    def check_mergeable(self) -> None:
+        """Check that the adapter can be merged; one that is merged already passes.
+
+        Raises:
+            AdapterError: The adapter is switched off; the weight is not stored in the type it is used in (quantised);
+                an activation is between the factors.
+        """
+        if self._is_merged:
+            return
+        if not self.adapter_enabled:
+            raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
+        if self.stored_weight() is None and self.layer_type.store is None:
+            raise AdapterError(
+                f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
+                "dequantised copy of the base instead"
+            )
+        if not all(term.adapter.is_linear for term in self.terms()):
+            raise AdapterError("an adapter with an activation between its factors is no change of a weight")
+
+    @torch.no_grad()
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Give the base the merged weight: computed in float32 or wider, rounded once to the weight's type.
+
+        The base's parameter is replaced, not overwritten: an embedding that shared it (tied) keeps its values.
+
+        Grouped experts are merged one after the other, and only one matrix at a time is widened.
+
+        Args:
+            keep_base: Keep the base's own weight for an exact `unmerge` (a second weight in memory).
+
+        Raises:
+            AdapterError: See `check_mergeable`.
+        """
+        if self._is_merged:
+            return
+        self.check_mergeable()
+        merged = torch.empty_like(self.layer_type.weight(self.to_wrap))
+        for matrix, values in zip(merged if self.is_stacked else (merged,), self.merged_weights(), strict=True):
+            matrix.copy_(values)
+        store = self.layer_type.store
+        new = {"weight": merged} if store is None else store(self.to_wrap, merged)
+        base = {name: self.to_wrap.get_parameter(name) for name in new}
+        for name, parameter in base.items():
+            setattr(self.to_wrap, name, parameter_like(parameter, new[name]))
+        self._unmerged = base if keep_base else None
+        self._is_merged = True
+
+    def check_unmergeable(self) -> dict[str, nn.Parameter]:
+        """Return the base's own parameters, by name.
+
+        Raises:
+            AdapterError: The adapter was merged with `keep_base=False`.
+        """
+        if self._unmerged is None:
+            raise AdapterError("the base's weight was not kept when the adapter was merged (keep_base=False)")
+        return self._unmerged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base's weight back, bit for bit; a tied one is tied again.
+
+        Raises:
+            AdapterError: See `check_unmergeable`.
+        """
+        if not self._is_merged:
+            return
+        for name, base in self.check_unmergeable().items():
+            merged = self.to_wrap.get_parameter(name)
+            moved = (base.dtype, base.device) != (merged.dtype, merged.device)  # the model was, meanwhile
+            setattr(self.to_wrap, name, parameter_like(merged, base.to(merged.device, merged.dtype)) if moved else base)
+        self._unmerged, self._is_merged = None, False
+
     def sharded_state_dict(
         self,
         prefix: str = "",
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The base's entries as if it were not wrapped, and the adapter's under `adapter.`.
+        """Return the base's entries as if it were not wrapped, and the adapter's under `adapter.`.
 
         On a layer of an engine with a checkpoint format of its own, and for an engine that asks, both are in that
         format.
@@ -212,3 +439,44 @@ def _described(
 ) -> Mapping[str, Any]:
     described = getattr(module, "sharded_state_dict", None) or partial(sharded_state_dict, module)
     return described(prefix, sharded_offsets, metadata)
+
+
+def stored_weight_of(layer: nn.Module) -> nn.Parameter | None:
+    """Return a layer's local weight if it is stored as it is used; `None` if every use dequantises it."""
+    weight, layer_type = getattr(layer, "weight", None), layer_type_of(layer)
+    if layer_type is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return None
+    # First, because it is cheap: reading a quantised weight means rounding it again.
+    if layer_type.unrounded(layer) is not None:
+        return None
+    return weight if layer_type.weight(layer) is weight else None
+
+
+def parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Make a parameter of new values with the attributes of an old one: its layout, and what an engine reads on it."""
+    new = nn.Parameter(values.detach(), requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def _hide_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Rename the base's tensors as if it were not wrapped, in their order; a state-dict hook."""
+    inner = f"{prefix}to_wrap."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        # Every key is removed and inserted again, to keep the order.
+        state_dict[prefix + key.removeprefix(inner) if key.startswith(inner) else key] = state_dict.pop(key)
+
+
+def _restore_wrapping(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_args: Any) -> None:
+    """Undo `_hide_wrapping` in a state dict before it is loaded."""
+    kept = (f"{prefix}to_wrap.", f"{prefix}adapter.")
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(kept)]:
+        state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _inside_wrapper(base: nn.Module) -> dict[str, str]:
+    """Map each key of the base to `to_wrap`, the attribute under which the wrapper has it.
+
+    `torch.distributed.checkpoint.state_dict` calls `_fqn_modifiers` where it follows state-dict keys through a model.
+    """
+    return dict.fromkeys([*base._parameters, *base._buffers, *base._modules], "to_wrap")

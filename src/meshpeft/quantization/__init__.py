@@ -3,7 +3,7 @@
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
 from meshpeft.quantization.initialization import keep_starts, pissa_init, svdquant_init
-from meshpeft.quantization.layers import KeptFactors, PackedLayer
+from meshpeft.quantization.layers import KeptFactors, PackedLayer, packed_form
 from meshpeft.quantization.quantize import (
     DEFAULT_EXCLUDED,
     BaseQuantizer,
@@ -27,6 +27,7 @@ __all__ = [
     "forget_residuals",
     "keep_starts",
     "low_rank_part",
+    "packed_form",
     "packed_size",
     "pissa_init",
     "quantize_base",

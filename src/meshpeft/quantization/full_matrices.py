@@ -49,7 +49,7 @@ def gathered_factors(a: Tensor, b: Tensor, layout: LinearLayout) -> LowRank:
 def of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
     """The layout within one rank's experts: dim 0 counts these, and is not divided."""
     expert_axis = layout.expert_axis
-    if layout.experts is None or expert_axis is None or len(tensor.global_shape) != 3:
+    if expert_axis is None or not tensor.is_stacked:
         return tensor
     experts, *matrix = tensor.global_shape
     shards = tuple((dim, axis) for dim, axis in tensor.shards if dim != 0)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from meshpeft.peft import AdapterWrapper
 from meshpeft.peft.walk import chunks_of
 from meshpeft.quantization.full_matrices import full_matrices
-from meshpeft.quantization.layers import PackedLayer
-from meshpeft.quantization.sites import AdapterSite, adapter_sites, check_unshared, residual_source, widened
+from meshpeft.quantization.sites import AdapterSite, adapter_sites, check_unshared, residual_of, widened
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = ["keep_starts", "pissa_init", "svdquant_init"]
@@ -59,18 +58,19 @@ def svdquant_init(
     waiting = _Waiting(options)
     unquantised = []
     for site in sites:
-        residual = residual_source(site.base)
+        if site.packed is not None:
+            assert site.packed.residual is not None
+            site.set_factors(site.leading(site.packed.residual))
+            continue
+        residual = residual_of(site.base)
         if residual is None:
             unquantised.append(site.name)
             site.set_zero()
-        elif isinstance(residual, PackedLayer):
-            assert residual.residual is not None
-            site.set_factors(site.leading(residual.residual))
         else:
             waiting.add(site, site.rows_of(full_matrices(residual, site.layout)))
     waiting.finish()
     for site in sites:
-        site.reset_magnitude()
+        site.wrapper.reset_magnitude()
     if unquantised:
         _warn_of_zeros(unquantised)
 
@@ -113,18 +113,18 @@ def pissa_init(
     check_unshared(chunks_of(model), [(site.name, site.base) for site in sites])
     waiting = _Waiting(options, balanced=True)
     for site in sites:
-        if isinstance(site.base, PackedLayer):
-            assert site.base.principal is not None
-            site.set_factors(site.leading(site.base.principal), keep_start=True)
+        if site.packed is not None:
+            assert site.packed.principal is not None
+            site.set_factors(site.leading(site.packed.principal), keep_start=True)
         else:
             waiting.add(site, site.rows_of(full_matrices(widened(_stored(site)), site.layout)))
     waiting.finish()
-    _give_up([site for site in sites if isinstance(site.base, PackedLayer)])
+    _give_up([site for site in sites if site.packed is not None])
     for site in sites:
-        if not isinstance(site.base, PackedLayer):
+        if site.packed is None:
             site.subtract_from(_stored(site))
             site.adapter.keep_start()
-        site.reset_magnitude()
+        site.wrapper.reset_magnitude()
 
 
 def _give_up(sites: list[AdapterSite]) -> None:
@@ -133,14 +133,14 @@ def _give_up(sites: list[AdapterSite]) -> None:
     for site in sites:
         by_layer.setdefault(id(site.base), []).append(site)
     for own in by_layer.values():
-        base = own[0].base
-        assert isinstance(base, PackedLayer) and base.principal is not None
-        packing, rank = own[0].layout.packing, base.principal.a.shape[-2]
+        packed = own[0].packed
+        assert packed is not None and packed.principal is not None
+        packing, rank = own[0].layout.packing, packed.principal.a.shape[-2]
         for site in own:
-            site.clear(base.principal)
+            site.clear(packed.principal)
         rows = {site.part for site in own if site.adapter.dim == rank}
         if None in rows or (packing is not None and len(rows) == len(packing.names)):
-            base.forget_principal()
+            packed.forget_principal()
 
 
 def keep_starts(model: nn.Module) -> None:

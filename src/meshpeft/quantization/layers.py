@@ -31,7 +31,7 @@ from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.formats import Packed, WeightFormat
 from meshpeft.quantization.functional import grouped_linear_from, linear_from
 
-__all__ = ["PACKED_CLASSES", "PRINCIPAL", "KeptFactors", "PackedLayer"]
+__all__ = ["PACKED_CLASSES", "PRINCIPAL", "KeptFactors", "PackedLayer", "packed_form"]
 
 
 class KeptFactors(NamedTuple):
@@ -155,6 +155,13 @@ class PackedLayer(ShardedTensors):
         return f"{own}, weight={self.storage.name}/{self.block_size}{beside}"
 
 
+def packed_form(layer: nn.Module) -> PackedLayer | None:
+    """Return the packed form of a layer's weight, as the layer's type states it; `None` for other weights."""
+    layer_type = layer_type_of(layer)
+    form: PackedLayer | None = None if layer_type is None else layer_type.packed(layer)
+    return form
+
+
 class PackedLinear(PackedLayer, nn.Linear):
     """`nn.Linear` with a packed weight."""
 
@@ -210,7 +217,9 @@ def _register() -> None:
     for cls, packed in PACKED_CLASSES.items():
         base = layer_type_of(cls.__new__(cls))  # looks at the class alone
         assert base is not None and issubclass(packed, nn.Module)
-        register_layer_type(packed, replace(base, weight=lambda module: module.dequantized_weight()))
+        register_layer_type(
+            packed, replace(base, weight=lambda module: module.dequantized_weight(), packed=lambda module: module)
+        )
 
 
 _register()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from meshpeft.parallel import layout_of, set_layout
 from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
-from meshpeft.quantization.layers import PACKED_CLASSES, PRINCIPAL, KeptFactors, PackedLayer
+from meshpeft.quantization.layers import PACKED_CLASSES, PRINCIPAL, KeptFactors, PackedLayer, packed_form
 
 __all__ = ["can_be_packed", "check_has_values", "check_packable", "pack_", "unpack_"]
 
@@ -74,13 +74,13 @@ def pack_(
     del others["weight"]
     layer._parameters.clear()
     layer.__class__ = PACKED_CLASSES[type(layer)]  # type: ignore[assignment]  # a subclass of the layer's own
-    assert isinstance(layer, PackedLayer)
-    layer.storage, layer.block_size, layer.compute_dtype = blocks.storage, block_size, weight.dtype
+    form = cast(PackedLayer, layer)
+    form.storage, form.block_size, form.compute_dtype = blocks.storage, block_size, weight.dtype
     parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in packed]
     for parameter, its_layout in zip(parameters, (blocks.codes(), blocks.scales()), strict=True):
         set_layout(parameter, its_layout)
     # First: who asks for a layer's first parameter means its weight.
-    layer.weight_packed, layer.weight_scale = parameters
+    form.weight_packed, form.weight_scale = parameters
     if principal is not None:
         rank, layout = principal.a.shape[-2], layout_of(layer)
         for key, factor, its_layout in zip(
@@ -92,21 +92,22 @@ def pack_(
     layer._parameters.update(others)
     if not with_residual:
         return None
-    wide = torch.promote_types(layer.compute_dtype, torch.float32)
-    return (weight.detach().to(wide) - layer.dequantized_weight().to(wide)).float()
+    wide = torch.promote_types(form.compute_dtype, torch.float32)
+    return (weight.detach().to(wide) - form.dequantized_weight().to(wide)).float()
 
 
 @torch.no_grad()
 def unpack_(layer: nn.Module) -> None:
     """The inverse of `pack_`, but for what packing lost: the layer's own class, with the dequantised weight, frozen."""
-    assert isinstance(layer, PackedLayer) and isinstance(layer, nn.Module)
-    weight = nn.Parameter(layer.dequantized_weight(), requires_grad=False)
+    form = packed_form(layer)
+    assert form is not None
+    weight = nn.Parameter(form.dequantized_weight(), requires_grad=False)
     layout = getattr(layer, "layout", None)
     others = {name: tensor for name, tensor in layer._parameters.items() if not name.startswith("weight_")}
-    layer.forget_residual()
+    form.forget_residual()
     layer._parameters.clear()
-    (own_class,) = (cls for cls, packed in PACKED_CLASSES.items() if packed is type(layer))
-    layer.__class__ = own_class  # type: ignore[assignment]  # the base of its class
+    (own_class,) = (cls for cls, packed in PACKED_CLASSES.items() if packed is type(form))
+    layer.__class__ = own_class
     for attribute in ("storage", "block_size", "compute_dtype"):
         delattr(layer, attribute)
     if layout is not None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from meshpeft.parallel import layout_of
-from meshpeft.peft import AdapterWrapper, ModuleMatcher, adapter_wrappers
+from meshpeft.peft import ModuleMatcher, adapter_wrappers, base_of
 from meshpeft.peft.matching import is_target, nearest_names
 from meshpeft.peft.walk import walk
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.full_matrices import full_matrices, local_factors
-from meshpeft.quantization.layers import KeptFactors, PackedLayer
+from meshpeft.quantization.layers import KeptFactors, packed_form
 from meshpeft.quantization.packing import can_be_packed, check_has_values, check_packable, pack_, unpack_
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
@@ -97,7 +97,7 @@ class BaseQuantizer:
             warnings.warn(f"exclude_modules: {why}", stacklevel=3)
         wanted = {name: layer for name, layer in layers.items() if self._wants(layer, name)}
         if not wanted:
-            packed = sum(isinstance(layer, PackedLayer) for layer in layers.values())
+            packed = sum(packed_form(layer) is not None for layer in layers.values())
             raise QuantizationError(
                 f"nothing to pack: of {len(layers)} linear layers {packed} are packed already, and the others are "
                 "excluded"
@@ -227,27 +227,26 @@ def dequantize_base(model: Model) -> Model:
     Returns:
         The model.
     """
-    for layer in _packed_layers(model):
-        unpack_(layer)
+    for _, layer in _linear_layers(model):
+        if packed_form(layer) is not None:
+            unpack_(layer)
     return model
 
 
 def forget_residuals(model: nn.Module) -> None:
     """Free what `quantize_base(residual_rank=..)` kept, once the adapters have started from it."""
-    for layer in _packed_layers(model):
-        layer.forget_residual()
-
-
-def _packed_layers(model: nn.Module) -> list[Any]:
-    return [layer for _, layer in _linear_layers(model) if isinstance(layer, PackedLayer)]
+    for _, layer in _linear_layers(model):
+        form = packed_form(layer)
+        if form is not None:
+            form.forget_residual()
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that can be packed and those that are, by their full names; each once."""
     seen: set[int] = set()
     for place, module in walk(model):
-        layer = module.to_wrap if isinstance(module, AdapterWrapper) else module
-        if id(layer) not in seen and (can_be_packed(layer) or isinstance(layer, PackedLayer)):
+        layer = base_of(module)
+        if id(layer) not in seen and (can_be_packed(layer) or packed_form(layer) is not None):
             seen.add(id(layer))
             yield place.full_name, layer
 

@@ -11,24 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import LayerType, LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
-from meshpeft.peft import (
-    AdapterWrapper,
-    DoRALinear,
-    LoRALinear,
-    LoRALinearSplitFC1UpGate,
-    LoRALinearSplitQKV,
-    LoRATopKRouter,
-    LowRankAdapter,
-    NamedLoRALinear,
-    adapter_wrappers,
-)
-from meshpeft.peft.wrapped_layer import stored_weight_of
+from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapter_wrappers
+from meshpeft.peft.wrapper import stored_weight_of
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.full_matrices import gathered_factors, local_factors
-from meshpeft.quantization.layers import KeptFactors, PackedLayer
+from meshpeft.quantization.layers import KeptFactors, PackedLayer, packed_form
 from meshpeft.quantization.svd import LowRank
 
-__all__ = ["AdapterSite", "adapter_sites", "check_start", "check_unshared", "residual_source", "widened"]
+__all__ = ["AdapterSite", "adapter_sites", "check_start", "check_unshared", "residual_of", "widened"]
 
 
 @dataclass(frozen=True)
@@ -36,16 +26,19 @@ class AdapterSite:
     """One pair of factors on one layer, all of its rows or those of one part.
 
     Attributes:
-        name: of the layer.
-        wrapper: the adapted layer.
-        adapter: holds the factors.
-        part: number of the part in the layer's packing; `None` for the whole layer.
+        name: Name of the layer.
+        wrapper: Adapted layer.
+        term: Factors on it, and the part that they adapt.
     """
 
     name: str
     wrapper: AdapterWrapper
-    adapter: LowRankAdapter
-    part: int | None = None
+    term: AdapterTerm
+
+    @property
+    def adapter(self) -> LowRankAdapter:
+        """Module that holds the factors."""
+        return self.term.adapter
 
     @property
     def base(self) -> nn.Module:
@@ -53,9 +46,20 @@ class AdapterSite:
         return self.wrapper.to_wrap
 
     @property
+    def packed(self) -> PackedLayer | None:
+        """Packed form of the layer's weight; `None` if it is not packed."""
+        return packed_form(self.base)
+
+    @property
     def layout(self) -> LinearLayout:
-        """Of the layer."""
+        """Layout of the layer."""
         return layout_of(self.base)
+
+    @property
+    def part(self) -> int | None:
+        """Index of the adapted part among the layer's fused parts; `None` for the full layer."""
+        packing = self.layout.packing
+        return None if packing is None or self.term.part is None else packing.names.index(self.term.part)
 
     def rows_of(self, full: Tensor) -> Tensor:
         """The adapter's rows of a full matrix [.., out, n] in canonical order."""
@@ -99,14 +103,6 @@ class AdapterSite:
         self.adapter.linear_out.weight.zero_()
 
     @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """Let a DoRA adapter's magnitude be the norms of its rows now, so that it multiplies by W + s B A."""
-        if isinstance(self.wrapper, DoRALinear):
-            self.wrapper.forget_norms()  # a packed weight may have given up a part: its codes are as they were
-            magnitude = self.wrapper.adapter.weight_magnitude
-            magnitude.copy_(self.wrapper._get_weight_norm())
-
-    @torch.no_grad()
     def subtract_from(self, weight: Tensor) -> None:
         """Weight - s B A in place, of the adapter's rows; computed in float64, rounded once."""
         a, b = self.adapter.linear_in.weight, self.adapter.linear_out.weight
@@ -128,7 +124,7 @@ class AdapterSite:
         layout = layout_of_tensor(factor)
         if layout is None:
             raise QuantizationError(f"{self.name}: a factor of its adapter has lost its layout")
-        if (self.layout.experts is not None) != (len(layout.global_shape) == 3):
+        if self.layout.is_stacked != layout.is_stacked:
             raise QuantizationError(
                 f"{self.name}: the experts share one adapter, but each has a weight of its own to start it; use "
                 "share_expert_adapters=False"
@@ -153,34 +149,23 @@ def adapter_sites(
     """
     found = False
     for name, wrapper in adapter_wrappers(model) if layers is None else layers:
-        for adapter, part in _adapters_of(name, wrapper, adapter_name):
+        for term in _terms_of(name, wrapper, adapter_name):
             found = True
-            yield AdapterSite(name, wrapper, adapter, part)
+            yield AdapterSite(name, wrapper, term)
     if not found:
         raise QuantizationError("the model has no adapter to start from its weights; apply one first")
 
 
-def _adapters_of(
-    name: str, wrapper: AdapterWrapper, adapter_name: str | None
-) -> Iterator[tuple[LowRankAdapter, int | None]]:
-    if isinstance(wrapper, LoRATopKRouter):
-        return
-    if isinstance(wrapper, NamedLoRALinear):
-        named = dict(wrapper.named_adapters())
-        if adapter_name is None and len(named) > 1:
-            raise QuantizationError(f"{name} has the adapters {', '.join(named)}: say which one by adapter_name")
-        for own_name, adapter in named.items():
-            if adapter_name in (None, own_name):
-                yield adapter, None
-    elif isinstance(wrapper, (LoRALinearSplitQKV, LoRALinearSplitFC1UpGate)):
-        packing = layout_of(wrapper.to_wrap).packing
-        assert packing is not None
-        for part, adapter in wrapper.adapters().items():
-            yield adapter, packing.names.index(part)
-    elif isinstance(wrapper, (LoRALinear, DoRALinear)):
-        yield wrapper.adapter, None
-    else:
+def _terms_of(name: str, wrapper: AdapterWrapper, adapter_name: str | None) -> list[AdapterTerm]:
+    if not wrapper.starts_from_weight:
+        return []
+    terms = wrapper.terms()
+    if not terms:
         raise QuantizationError(f"{name}: a {type(wrapper).__name__} cannot start from its layer's weight")
+    names = [term.name for term in terms if term.name is not None]
+    if adapter_name is None and len(names) > 1:
+        raise QuantizationError(f"{name} has the adapters {', '.join(names)}: say which one by adapter_name")
+    return [term for term in terms if adapter_name is None or term.name in (None, adapter_name)]
 
 
 def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: int, name: str) -> None:
@@ -191,8 +176,9 @@ def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: in
     """
     if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
         raise QuantizationError(f"{name} holds no values yet: load the model before its adapters start from them")
-    if isinstance(layer, PackedLayer):
-        kept = layer.residual if method == "svdquant" else layer.principal
+    packed = packed_form(layer)
+    if packed is not None:
+        kept = packed.residual if method == "svdquant" else packed.principal
         what, option = ("residual", "residual_rank") if method == "svdquant" else ("principal part", "principal_rank")
         kept_rank = 0 if kept is None else kept.a.shape[-2]
         if kept_rank < rank:
@@ -225,14 +211,12 @@ def check_unshared(model: list[nn.Module], layers: Iterable[tuple[str, nn.Module
     """
     owners = Counter(id(own) for chunk in model for _, own in chunk.named_parameters(remove_duplicate=False))
     for name, layer in layers:
-        if not isinstance(layer, PackedLayer) and owners[id(layer.weight)] > 1:
+        if packed_form(layer) is None and owners[id(layer.weight)] > 1:
             raise QuantizationError(f"{name}: its weight is shared with another layer, which pissa would change")
 
 
-def residual_source(layer: nn.Module) -> Tensor | PackedLayer | None:
-    """W - quant(W), local, or the packed layer that kept its factors; `None` where nothing quantises the weight."""
-    if isinstance(layer, PackedLayer):
-        return layer
+def residual_of(layer: nn.Module) -> Tensor | None:
+    """Return W - quant(W), local, of a layer that is not packed; `None` where nothing quantises its weight."""
     layer_type = _layer_type(layer)
     exact = layer_type.unrounded(layer)
     return None if exact is None else widened(exact.detach()) - widened(layer_type.weight(layer).detach())

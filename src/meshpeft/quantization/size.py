@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from meshpeft.parallel import layout_of
-from meshpeft.quantization.layers import PackedLayer
+from meshpeft.quantization.layers import packed_form
 
 __all__ = ["PackedSize", "packed_size"]
 
@@ -38,9 +37,9 @@ class PackedSize(NamedTuple):
 def packed_size(model: nn.Module) -> PackedSize:
     """Count the packed weights of a model; not a collective."""
     parameters = stored = 0
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    layers = [form for form in map(packed_form, model.modules()) if form is not None]
     for layer in layers:
-        weight = layout_of(layer).weight()
+        weight = layer.blocks.weight
         ranks = math.prod(axis.world_size for axis in weight.shard_axes)
         parameters += weight.size
         stored += ranks * sum(tensor.nbytes for tensor in layer.stored_tensors())

@@ -10,11 +10,23 @@ from typing import Any
 from torch import nn
 
 from meshpeft.parallel import layer_type_of, named_init_
-from meshpeft.peft import PEFT, AdapterError, AdapterWrapper, LoRA, NamedLoRALinear, PEFTConfig, adapter_wrappers
+from meshpeft.peft import (
+    PEFT,
+    AdapterError,
+    AdapterWrapper,
+    LoRA,
+    NamedLoRALinear,
+    PEFTConfig,
+    adapter_wrappers,
+    base_of,
+    chunks_of,
+    walk,
+)
 from meshpeft.peft.base import Model
 from meshpeft.peft.config import LayerPattern, LoRAInitMethod, matches
 from meshpeft.peft.matching import is_router, nearest_names
-from meshpeft.peft.walk import Place, chunks_of, walk
+from meshpeft.peft.walk import Place
+from meshpeft.peft.wrapper import wrapper_of
 from meshpeft.quantization.initialization import pissa_init, svdquant_init
 from meshpeft.quantization.sites import check_start, check_unshared
 
@@ -57,7 +69,7 @@ class _PatternLoRA(PEFT):
 
     config: PEFTConfig
     # With names, which layers of different chunks may share.
-    _adapted_before: list[tuple[str, NamedLoRALinear]] = field(
+    _adapted_before: list[tuple[str, AdapterWrapper]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
     _initialized_later: dict[LoRAInitMethod, list[tuple[str, AdapterWrapper]]] = field(
@@ -75,21 +87,18 @@ class _PatternLoRA(PEFT):
             attributes = self.config.attributes_of(name)
             if attributes is None:
                 continue
-            base = module.to_wrap if isinstance(module, AdapterWrapper) else module
+            base, wrapper = base_of(module), wrapper_of(module)
             if attributes.lora_init_method != "kaiming_zeros":
                 check_start(attributes.lora_init_method, base, attributes.rank, name)
             if attributes.lora_init_method == "pissa":
                 give_up_a_part.append((name, base))
-            if not isinstance(module, AdapterWrapper):
+            if wrapper is None:
                 continue
-            if not isinstance(module, NamedLoRALinear):
-                raise AdapterError(
-                    f"{name} carries an adapter without a name, made by {module.applied_by}: named ones cannot be added"
-                )
-            if self.config.adapter_name in module.adapter_names:
-                raise AdapterError(f"{name} has an adapter {self.config.adapter_name!r} already; choose another name")
-            module.check_runs_alike(self.config.adapter_name, LoRA().joins(base))
-            self._adapted_before.append((name, module))
+            try:
+                wrapper.check_can_add(self.config.adapter_name, LoRA().joins(base))
+            except AdapterError as error:
+                raise AdapterError(f"{name} {error}") from error
+            self._adapted_before.append((name, wrapper))
         check_unshared(chunks, give_up_a_part)
 
     def _report_unmet(self, pattern: LayerPattern, names: list[str], enable: bool) -> None:
@@ -116,7 +125,7 @@ class _PatternLoRA(PEFT):
         for chunk in chunks:
             self.freeze_model(chunk)
 
-    def _add(self, wrapper: NamedLoRALinear, full_name: str) -> None:
+    def _add(self, wrapper: AdapterWrapper, full_name: str) -> None:
         attributes = self.config.attributes_of(full_name)
         if attributes is None:
             return
@@ -148,9 +157,9 @@ class _PatternLoRA(PEFT):
                 if id(parameter) not in adapters:
                     parameter.requires_grad_(False)
         for wrapper in wrappers:
-            for name, adapter in wrapper.named_adapters() if isinstance(wrapper, NamedLoRALinear) else ():
-                if name == self.config.adapter_name:
-                    adapter.requires_grad_(not self.config.freeze_lora_weights)
+            for term in wrapper.terms():
+                if term.name == self.config.adapter_name:
+                    term.adapter.requires_grad_(not self.config.freeze_lora_weights)
 
     def initialize(self, chunks: list[nn.Module]) -> None:
         """Start the adapters that start from the weights. Collectives, where the weights are divided."""
@@ -166,6 +175,5 @@ def _is_adaptable(module: nn.Module) -> bool:
 def _adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Full name and module of every layer that can carry an adapter, or does."""
     for place, module in walk(model):
-        base = module.to_wrap if isinstance(module, AdapterWrapper) else module
-        if _is_adaptable(base):
+        if _is_adaptable(base_of(module)):
             yield place.full_name, module
