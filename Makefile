@@ -16,13 +16,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-all lint format bench clean
+.PHONY: help finetune test test-all lint format docs bench clean
 
 help:
 	@echo "make finetune   set up .venv and fine-tune the embedded model on 2 processes"
 	@echo "make test       set up .venv and run the tests"
 	@echo "make test-all   the full matrices and the long drills too"
-	@echo "make lint       ruff and mypy; make format mends what can be mended"
+	@echo "make lint       ruff, mypy, imports; make format mends what can be mended"
+	@echo "make docs       the pages of docs/ and the API reference, as a site in site/"
 	@echo "make bench      the benchmarks, each against its peer"
 
 # torch comes first and alone, so that its index can differ; the constraints keep everything else off it.
@@ -35,6 +36,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 finetune: $(VENV)/.runtime
@@ -56,8 +61,12 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# A warning, such as a link to nowhere or a parameter that a docstring invents, is an error.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: $(VENV)/.dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
