@@ -27,15 +27,14 @@ import torch
 from timing import Ratio, quartiles, table
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from meshpeft.data.batches import RowSampler
+from meshpeft.data.batches import IGNORED_LABEL, PackedRows, RowSampler
 from meshpeft.data.embedded import embedded_model_dir
-from meshpeft.data.packing import IGNORED_LABEL, PackedRows
+from meshpeft.data.tokenizers import load_tokenizer
 from meshpeft.models import load_pretrained
 from meshpeft.peft import LoRA
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.inputs import load_inputs, load_tokenizer
-from meshpeft.training.optimizer import adamw
-from meshpeft.training.step import TrainStep
+from meshpeft.training.inputs import load_inputs
+from meshpeft.training.step import TrainStep, adamw
 
 RANK, ROWS, WARMUP = 16, 8, 2
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

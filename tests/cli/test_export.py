@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from meshpeft.checkpoint import CheckpointError
 from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.cli.main import main
-from meshpeft.training.config import ConfigError
-from meshpeft.training.export import MergeConfig, merge
+from meshpeft.training.config import ConfigError, MergeConfig
+from meshpeft.training.export import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Two implementations in float64, a few layers deep.

@@ -10,8 +10,8 @@ import pytest
 
 from meshpeft.models import ModelError
 from meshpeft.models.files import files_to_copy
-from meshpeft.training.config import ConfigError
-from meshpeft.training.export import MergeConfig, merge
+from meshpeft.training.config import ConfigError, MergeConfig
+from meshpeft.training.export import merge
 
 NAMES = ("tokenizer.json", "generation_config.json", "vocab.txt")
 

@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import meshpeft
-from meshpeft.training.adapter_use import EvaluateConfig, GenerateConfig
-from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.export import ExportConfig, MergeConfig
+from meshpeft.training.config import EvaluateConfig, ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig
 
 OPTIONS = {
     field.name.replace("_", "-")

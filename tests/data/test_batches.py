@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from meshpeft.data.batches import GlobalBatchSlice, RowSampler, eval_batches
+from meshpeft.data.batches import (
+    IGNORED_LABEL,
+    PADDING_DOCUMENT,
+    GlobalBatchSlice,
+    MicroBatch,
+    PackedRows,
+    RowSampler,
+    eval_batches,
+    pack_documents,
+)
 from meshpeft.data.documents import Document
-from meshpeft.data.packing import IGNORED_LABEL, PADDING_DOCUMENT, MicroBatch, PackedRows, pack_documents
-from meshpeft.data.records import DataError
+from meshpeft.data.files import DataError
 
 SEQ_LENGTH = 8
 

@@ -10,7 +10,8 @@ import pytest
 from helpers.chats import MARKED_TEMPLATE, PLAIN_TEMPLATE, all_shown, chat, make_tokenizer, shown
 
 from meshpeft.data.documents import tokenize_records
-from meshpeft.data.records import DataError, load_records
+from meshpeft.data.files import DataError
+from meshpeft.data.records import load_records
 
 # Shows calls as Qwen's templates do, and ends nothing after them.
 CALLS = (

@@ -13,7 +13,7 @@ from helpers.chats import (
 )
 
 from meshpeft.data.documents import TokenizedRecords, tokenize_records
-from meshpeft.data.records import DataError
+from meshpeft.data.files import DataError
 
 
 def test_every_token_of_a_text_but_its_first_is_a_target() -> None:

@@ -18,7 +18,8 @@ from helpers.fuzz import MANY, Generator, generators, guarded, json_bytes, mutat
 
 from meshpeft.data import documents, files
 from meshpeft.data.documents import tokenize_records
-from meshpeft.data.records import DataError, load_records
+from meshpeft.data.files import DataError
+from meshpeft.data.records import load_records
 from meshpeft.data.templates import chat_templates
 
 TEMPLATE = (

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshpeft.data.batches import IGNORED_LABEL, PADDING_DOCUMENT, PackedRows, pack_documents
 from meshpeft.data.documents import Document
-from meshpeft.data.packing import IGNORED_LABEL, PADDING_DOCUMENT, PackedRows, pack_documents
-from meshpeft.data.records import DataError
+from meshpeft.data.files import DataError
 
 SEQ_LENGTH = 12
 PAD = 77

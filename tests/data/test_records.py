@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from meshpeft.data.records import DataError, load_records, seeded_permutation, split_held_out
+from meshpeft.data.batches import seeded_permutation, split_held_out
+from meshpeft.data.files import DataError
+from meshpeft.data.records import load_records
 
 # What type inference, or a null by another name, would change: none of it may.
 PAIRS = [

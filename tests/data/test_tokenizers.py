@@ -15,11 +15,11 @@ from helpers.fuzz import MANY, generators, guarded, mutated_bytes, mutated_json
 
 import meshpeft
 from meshpeft.data.documents import tokenize_records
-from meshpeft.data.records import DataError
+from meshpeft.data.files import DataError
+from meshpeft.data.tokenizers import load_tokenizer
 from meshpeft.models import ModelError
 from meshpeft.models.transformers_load import transformers_config
-from meshpeft.training.inputs import load_tokenizer
-from meshpeft.training.prompts import prompt_tokens
+from meshpeft.training.generate import prompt_tokens
 
 SOURCES = sorted(Path(meshpeft.__file__).parent.rglob("*.py"))
 CODE = "open('ran', 'w').write('x')\nclass Own: pass\n"

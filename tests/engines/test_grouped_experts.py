@@ -11,7 +11,7 @@ import torch
 from helpers.workers import run_on_ranks
 
 from meshpeft.peft import PEFT, DoRA, LoRA
-from meshpeft.verify.collectives import Collective
+from meshpeft.verify.simulation import Collective
 
 pytest.importorskip("megatron.core")
 from helpers import megatron_models as models

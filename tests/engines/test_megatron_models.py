@@ -13,7 +13,7 @@ import torch
 from helpers.workers import run_on_ranks
 
 from meshpeft.peft import DoRA, LoRA, update_model
-from meshpeft.verify.collectives import Collective
+from meshpeft.verify.simulation import Collective
 
 pytest.importorskip("megatron.core")
 from helpers import megatron_models as models

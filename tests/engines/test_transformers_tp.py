@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
-from meshpeft.verify.collectives import Collective
+from meshpeft.verify.simulation import Collective
 
 # Float64, two orders of summation, two steps: some 1e-14.
 TOLERANCE = 1e-10

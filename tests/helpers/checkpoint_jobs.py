@@ -32,8 +32,7 @@ from meshpeft.parallel import (
     sharded_state_dict,
 )
 from meshpeft.parallel.init import draw_full
-from meshpeft.training.optimizer import adamw
-from meshpeft.training.step import TrainStep
+from meshpeft.training.step import TrainStep, adamw
 
 
 class At(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshpeft.cli.arguments import parse
-from meshpeft.data.batches import GlobalBatchSlice, RowSampler
-from meshpeft.data.packing import PackedRows
+from meshpeft.data.batches import GlobalBatchSlice, PackedRows, RowSampler
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.finetune import finetune
 

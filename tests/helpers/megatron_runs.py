@@ -30,7 +30,7 @@ from meshpeft.parallel import (
 )
 from meshpeft.peft import PEFT, DoRALinear, adapter_wrappers
 from meshpeft.peft.initialization import init_method_of
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 
 
 @dataclass

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from meshpeft.data.batches import PackedRows, pack_documents
 from meshpeft.data.documents import Document
-from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from meshpeft.verify.float64 import Float64ForFloat32, lift_float32
+from meshpeft.verify.transformers_layout import Float64ForFloat32, lift_float32
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:

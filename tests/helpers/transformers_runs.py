@@ -18,7 +18,7 @@ from meshpeft.checkpoint import merge_adapter
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.parallel import finalize_gradients, init_parallelism, layout_of_tensor, set_seed
 from meshpeft.peft import PEFT, LoRA, adapter_wrappers
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 
 # Not at all, by transformers itself, by us.
 Division = Literal["none", "tp_plan", "parallelize"]

@@ -16,7 +16,7 @@ from helpers.tiny_models import save_tiny
 
 from meshpeft.models import DecoderConfig, ModelError, load_pretrained
 from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.training.base_model import find_base
+from meshpeft.training.base import find_base
 from meshpeft.training.config import LayoutConfig
 
 Tiny = Callable[[str], Path]

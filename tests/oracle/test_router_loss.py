@@ -10,12 +10,11 @@ import pytest
 import torch
 from helpers.oracle_runs import OPTIONS, TOLERANCE, VOCAB_SIZE, rows
 
-from meshpeft.data.packing import IGNORED_LABEL
+from meshpeft.data.batches import IGNORED_LABEL
 from meshpeft.models import Decoder, DecoderConfig, ModelError
 from meshpeft.parallel import ModelParallelConfig, vocab_parallel_cross_entropy
 from meshpeft.peft import LoRA
-from meshpeft.training.optimizer import adamw
-from meshpeft.training.step import TrainStep
+from meshpeft.training.step import TrainStep, adamw
 from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
 
 COEFFICIENT = 0.3

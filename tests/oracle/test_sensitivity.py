@@ -11,7 +11,7 @@ from helpers.oracle_runs import TOLERANCE, one_rank, run
 
 import meshpeft.parallel.init as parallel_init
 import meshpeft.training.step as training_step
-from meshpeft.data.packing import IGNORED_LABEL, MicroBatch
+from meshpeft.data.batches import IGNORED_LABEL, MicroBatch
 from meshpeft.models import Decoder
 from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout

@@ -29,7 +29,7 @@ from meshpeft.parallel import (
     sp_reduce_scatter,
 )
 from meshpeft.parallel.collectives import _All2AllHp2Sp
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 
 DUAL = {"I": "I", "R": "P", "P": "R", "S": "S"}
 

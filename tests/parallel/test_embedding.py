@@ -19,7 +19,7 @@ from meshpeft.parallel import (
     gradient_norm,
     layout_of_tensor,
 )
-from meshpeft.verify.collectives import count_collectives
+from meshpeft.verify.simulation import count_collectives
 
 VOCABULARY, WIDTH = 12, 8
 INDICES = torch.tensor([[0, 3, 3, 11], [5, 3, 11, 7]])

@@ -23,7 +23,7 @@ from meshpeft.parallel import (
     layout_of_tensor,
     set_layout,
 )
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 
 DENSE = {"pp": 1, "dp": 4, "tp": 2}
 EXPERT = {"pp": 1, "edp": 2, "ep": 2, "etp": 2}

@@ -28,7 +28,7 @@ from meshpeft.parallel import (
     parallel_group_info,
     register_layer_type,
 )
-from meshpeft.verify.collectives import count_collectives
+from meshpeft.verify.simulation import count_collectives
 
 IN, OUT = 16, 32
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from helpers.simulate import rank_values, simulate, the_same
 from torch import Tensor
 
 from meshpeft.parallel import ParallelError, TensorLayout, vocab_parallel_cross_entropy
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 
 VOCABULARY = 24
 

@@ -21,7 +21,7 @@ from meshpeft.parallel import (
     finalize_gradients,
     layout_of_tensor,
 )
-from meshpeft.verify.collectives import count_collectives
+from meshpeft.verify.simulation import count_collectives
 
 QKV = Packing(("q", "k", "v"), (8, 4, 4), blocks=4)
 LAYERS: dict[str, tuple[str, Callable[[], Any]]] = {

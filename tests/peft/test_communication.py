@@ -12,7 +12,7 @@ from meshpeft.parallel import ParallelError, finalize_gradients, layout_of_tenso
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, fused_lora, fused_lora_reference
 from meshpeft.peft import lora_linear as lora_linear_module
 from meshpeft.peft.functional import product
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.verify.simulation import Collective, count_collectives
 from meshpeft.verify.typecheck import typecheck_layout
 
 TP, DIM = 2, 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from meshpeft.training.adapter_check import check_adapter
-from meshpeft.training.base_model import find_base
+from meshpeft.training.adapters import check_adapter
+from meshpeft.training.base import find_base
 from meshpeft.training.config import FinetuneConfig
 
 

@@ -9,7 +9,7 @@ from meshpeft.parallel import layout_of_tensor
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.training.adapters import adapter_method, describe_targets
 from meshpeft.training.config import ConfigError, FinetuneConfig
-from meshpeft.training.optimizer import adamw
+from meshpeft.training.step import adamw
 
 
 @pytest.mark.parametrize(("name", "method"), (("lora", LoRA), ("canonical_lora", CanonicalLoRA), ("dora", DoRA)))

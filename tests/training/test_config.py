@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meshpeft.training.adapter_use import EvaluateConfig
-from meshpeft.training.config import ConfigError, FinetuneConfig
+from meshpeft.training.config import ConfigError, EvaluateConfig, FinetuneConfig
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from meshpeft.models import make_transformers_model
 from meshpeft.peft import AdapterError, LoRA, adapter_wrappers
 from meshpeft.quantization import BaseQuantizer
-from meshpeft.training.default_layers import default_layers
+from meshpeft.training.adapters import default_layers
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _IMAGES = {**_SIZES, "image_size": 28, "patch_size": 14}

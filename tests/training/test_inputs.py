@@ -13,11 +13,10 @@ from helpers.chats import PLAIN_TEMPLATE, chat, make_tokenizer
 
 from meshpeft.cli.arguments import parse
 from meshpeft.data.documents import tokenize_records
-from meshpeft.data.records import DataError
-from meshpeft.training.adapter_use import EvaluateConfig
-from meshpeft.training.config import FinetuneConfig
+from meshpeft.data.files import DataError
+from meshpeft.training.config import EvaluateConfig, FinetuneConfig
+from meshpeft.training.generate import prompt_tokens
 from meshpeft.training.inputs import Inputs, load_inputs, load_rows
-from meshpeft.training.prompts import prompt_tokens
 
 REFUSING = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + PLAIN_TEMPLATE
 

@@ -12,8 +12,7 @@ import pytest
 from helpers import launch_jobs
 
 from meshpeft.parallel import MeshPEFTError, ParallelError
-from meshpeft.training.interruption import RunInterrupted
-from meshpeft.training.launch import LaunchError, WorkerDied, launch, number_of_workers, speaks_for_all
+from meshpeft.training.launch import LaunchError, RunInterrupted, WorkerDied, launch, number_of_workers, speaks_for_all
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from meshpeft.training.plain_warnings import plain_warnings
+from meshpeft.training.streams import plain_warnings
 
 
 def test_a_warning_of_ours_is_one_sentence_of_rank_0(

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from meshpeft.training.metrics import MetricsLog
-from meshpeft.training.progress import TrainingProgress
+from meshpeft.training.report import MetricsLog, TrainingProgress
 
 
 def shown(steps: int, console: Console, seconds: float = 0.5) -> None:

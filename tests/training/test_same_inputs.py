@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from meshpeft.cli.arguments import parse
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.training import same_inputs
-from meshpeft.training.adapter_use import EvaluateConfig, GenerateConfig
-from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.config import EvaluateConfig, FinetuneConfig, GenerateConfig
 from meshpeft.training.evaluate import evaluate
 from meshpeft.training.finetune import finetune
 from meshpeft.training.generate import generate

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from meshpeft.training.schedule import learning_rate, steps_between_measurements, warmup_steps
+from meshpeft.training.loop import learning_rate, steps_between_measurements, warmup_steps
 
 
 def test_warm_up_rises_in_equal_steps_to_the_peak_and_the_cosine_falls_to_zero() -> None:

@@ -11,14 +11,12 @@ from helpers.simulate import per_rank, rank_values, simulate
 from torch import Tensor
 from torch.nn import functional
 
-from meshpeft.data.batches import GlobalBatchSlice, RowSampler
+from meshpeft.data.batches import GlobalBatchSlice, PackedRows, RowSampler, pack_documents
 from meshpeft.data.documents import Document
-from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import LoRA
-from meshpeft.training.optimizer import LossScale, NothingToTrain, adamw
-from meshpeft.training.step import StepResult, TrainStep, mean_loss, summed_loss
+from meshpeft.training.step import LossScale, NothingToTrain, StepResult, TrainStep, adamw, mean_loss, summed_loss
 
 CONFIG = DecoderConfig(
     vocab_size=32,

@@ -13,13 +13,13 @@ from helpers.simulate import simulate
 from helpers.tiny_models import VOCAB_SIZE, save_tiny
 from helpers.workers import run_on_ranks
 
+from meshpeft.data.batches import PackedRows, pack_documents
 from meshpeft.data.documents import Document
-from meshpeft.data.packing import PackedRows, pack_documents
 from meshpeft.data.tokenizers import end_tokens
 from meshpeft.models import LanguageModel, ModelError, generate
 from meshpeft.parallel import init_parallelism
 from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.training.base_model import find_base
+from meshpeft.training.base import find_base
 from meshpeft.training.inputs import check_rows
 
 POSITIONS = 16

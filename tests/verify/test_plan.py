@@ -14,7 +14,7 @@ from meshpeft.models import Decoder, DecoderConfig, MoEConfig
 from meshpeft.parallel import ModelParallelConfig, vocab_parallel_cross_entropy
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.verify import Traffic, plan
-from meshpeft.verify.collectives import count_collectives
+from meshpeft.verify.simulation import count_collectives
 
 CONFIG = DecoderConfig(
     vocab_size=64,

@@ -1,3 +1,3 @@
-"""The command line: one module per command, which parses, calls and prints."""
+"""The command line: parses, calls and prints."""
 
 from __future__ import annotations

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
+from meshpeft.cli.commands import COMMANDS
 from meshpeft.training.streams import make_streams_lenient
 
 __all__ = ["main"]
 
-COMMANDS = {
-    "finetune": "fine-tune a model with an adapter, on one process or over a mesh",
-    "evaluate": "measure the loss of a model with or without an adapter",
-    "generate": "continue a prompt with or without an adapter",
-    "export": "write a checkpoint as an adapter or as a model",
-    "merge": "write a base model with an adapter merged into it",
-    "verify": "prove that a layout trains the adapter of one process, before it is run",
-    "plan": "count what one process of a fine-tune will hold and send",
-}
-
-# Commands that do more than print: they go on when nobody reads what they print.
-_WITH_RESULTS_OF_THEIR_OWN = ("finetune", "merge", "export")
-
 USAGE = "usage: meshpeft COMMAND [OPTIONS]\n\n{}\n\n`meshpeft COMMAND --help` lists the options of a command.".format(
-    "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
 )
 
 
@@ -40,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         after `| head`) of a command that only prints. What else goes wrong is raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or [""]
-    make_streams_lenient(end_without_reader=arguments[0] not in _WITH_RESULTS_OF_THEIR_OWN)
+    command = COMMANDS.get(arguments[0])
+    make_streams_lenient(end_without_reader=command is None or not command.has_results)
     try:
         code = _run(*arguments)
         sys.stdout.flush()
@@ -68,13 +56,12 @@ def _run(command: str, *arguments: str) -> int:
         return 2
     # Only now: what a command needs takes seconds to import, and --help should not.
     from meshpeft.parallel.errors import MeshPEFTError
-    from meshpeft.training.interruption import RunInterrupted
-    from meshpeft.training.launch import WorkerDied, speaks_for_all
-    from meshpeft.training.plain_warnings import plain_warnings
+    from meshpeft.training.launch import RunInterrupted, WorkerDied, speaks_for_all
+    from meshpeft.training.streams import plain_warnings
 
     try:
         with plain_warnings(f"meshpeft {command}"):
-            importlib.import_module(f"meshpeft.cli.{command}").run(arguments)
+            COMMANDS[command].run(arguments)
     except MeshPEFTError as error:
         if speaks_for_all():
             print(f"meshpeft {command}: {error}", file=sys.stderr)

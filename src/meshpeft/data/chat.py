@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.data.files import DataError
-from meshpeft.data.messages import (
+from meshpeft.data.records import (
     LEARN_KEYS,
     REASONING_KEYS,
     Message,

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.data.chat import encode_chat
-from meshpeft.data.files import MOST_CHARACTERS
+from meshpeft.data.files import MOST_CHARACTERS, DataError
 from meshpeft.data.records import (
     ACCEPTED_COLUMNS,
-    DataError,
     Findings,
     Record,
     nothing_to_learn,
@@ -29,9 +28,10 @@ from meshpeft.data.records import (
 from meshpeft.data.tokenizers import SpecialTokens, continued_ids, token_ids
 from meshpeft.parallel.errors import shown
 
-__all__ = ["Document", "TokenizedRecords", "tokenize_records"]
+__all__ = ["Document", "TokenizedRecords", "prompt_of", "tokenize_records"]
 
 _TOKENIZER_BATCH = 1000
+_TEXT_PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,3 +243,11 @@ def _int32(tokens: Sequence[int]) -> NDArray[np.int32]:
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 2**31:
         raise DataError(f"the tokenizer gives token ids such as {shown(max(tokens))}, which no vocabulary has.")
     return found.astype(np.int32)
+
+
+def prompt_of(document: Document) -> list[int]:
+    """The tokens before a document's first target; of a text, which is a target from its start, the first few."""
+    first = int(document.targets.argmax())
+    length = first if first > 1 else min(_TEXT_PROMPT_TOKENS, max(1, len(document) // 2))
+    tokens: list[int] = document.tokens[:length].tolist()
+    return tokens

@@ -1,10 +1,7 @@
-"""Data files to records.
+"""Rows of data files to records of one format: a text, a prompt with its completion, or a chat's messages.
 
-:func:`load_records` reads a file, :func:`split_held_out` sets some of its records aside for evaluation;
-``documents.py`` makes tokens of them, ``packing.py`` rows and ``batches.py`` the batches of each rank.
-All of these are pure functions of what is in the files and of the options (a template's date is one), so ranks that
-read the same files get the same data in the same order. That they did is compared before the first step
-(``same_inputs.py``).
+Data sets say in several ways which columns and which messages are learned. What says so is honoured or refused, never
+ignored.
 """
 
 from __future__ import annotations
@@ -16,26 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from meshpeft.data.files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, identity, read_rows
-from meshpeft.data.messages import calls_of, check_messages, is_blank, is_learned, parsed_arguments
 from meshpeft.parallel.errors import shown
 
 __all__ = [
     "ACCEPTED_COLUMNS",
-    "DataError",
+    "LEARN_KEYS",
+    "REASONING_KEYS",
     "FileRecord",
     "Findings",
+    "Message",
     "Record",
     "RecordFormat",
+    "calls_of",
+    "check_messages",
+    "function_of",
+    "is_blank",
+    "is_learned",
     "load_records",
     "nothing_to_learn",
+    "parsed_arguments",
     "place_of",
     "record_format",
-    "seeded_permutation",
-    "split_held_out",
 ]
 
 Record = Mapping[str, Any]
@@ -269,48 +268,113 @@ def nothing_to_learn(record: Record) -> str | None:
     return "every assistant message is blank" if all(map(is_blank, kept)) else None
 
 
-def seeded_permutation(count: int, seed: int, *stream: int) -> NDArray[np.int64]:
-    """A permutation of ``range(count)`` that depends on its arguments alone.
+Message = Mapping[str, Any]
 
-    It must not change with the version of NumPy, or a resumed run would see other data: the legacy
-    ``RandomState`` and ``SeedSequence`` are the generators whose streams NumPy has frozen (NEP 19).
+LEARN_KEYS = ("weight", "train", "trainable", "loss", "loss_mask")
+"""Fields of a message that say whether it is learned: 1 and true, 0 and false."""
 
-    Args:
-        count: number of elements.
-        seed: the run's seed, not negative.
-        stream: further non-negative integers that tell independent uses of one seed apart.
-    """
-    if seed < 0:
-        raise DataError(f"seed: {seed} is negative; use 0 or more.")
-    source = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, *stream])))
-    return source.permutation(count).astype(np.int64, copy=False)
+_REFUSED_KEYS = {
+    **dict.fromkeys(("mask", "masked", "labels", "loss_weight", "loss_scale", "train_detail", "weights"), "learned"),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos", "input_audio"), "media"),
+    "function_call": "call",
+}
+_REFUSALS = {
+    "learned": f"is not read; say which messages are learned with 'weight': 0 or 1 (or {', '.join(LEARN_KEYS[1:])})",
+    "media": "cannot be learned from; only text can",
+    "call": "is not read by chat templates; give it as 'tool_calls'",
+}
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Fields that hold an answer's reasoning."""
 
 
-def split_held_out(
-    records: Sequence[Record], fraction: float = 0.05, seed: int = 0
-) -> tuple[list[Record], list[Record]]:
-    """Set records aside for evaluation.
-
-    Args:
-        records: at least two.
-        fraction: the part to set aside, between 0 and 1; at least one record goes to each side.
-        seed: chooses the records.
-
-    Returns:
-        the training records and the held-out records, each in the order given.
+def is_learned(message: Message) -> bool:
+    """Whether the fields of a message let it be learned (:data:`LEARN_KEYS`); without any, an assistant's is.
 
     Raises:
-        DataError: the fraction is not between 0 and 1, or there are fewer than two records.
+        ValueError: a field has another value than 0, 1, true and false, or they contradict each other, or ask for a
+            message that is not the assistant's.
     """
-    if not 0.0 < fraction < 1.0:
-        raise DataError(f"held-out fraction: {fraction} is not between 0 and 1.")
-    count = len(records)
-    if count < 2:
-        raise DataError(f"number of records: {count} cannot be split into training and held-out data; use 2 or more.")
-    held = min(max(1, round(count * fraction)), count - 1)
-    is_held = np.zeros(count, dtype=bool)
-    is_held[seeded_permutation(count, seed)[:held]] = True
-    return (
-        [record for record, out in zip(records, is_held, strict=True) if not out],
-        [record for record, out in zip(records, is_held, strict=True) if out],
-    )
+    said = {}
+    for key in LEARN_KEYS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ValueError(f"{key!r} is {shown(value)}; expected 0 or 1: a turn is learned or it is not")
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{' and '.join(map(repr, said))} contradict each other; give one")
+    if message.get("role") == "assistant":
+        return all(said.values())
+    if any(said.values()):
+        raise ValueError(f"{next(iter(said))!r} asks to learn a message of role {shown(message.get('role'))}; "
+                         "only the assistant's are learned")  # fmt: skip
+    return False
+
+
+def is_blank(message: Message) -> bool:
+    """Whether there is nothing to learn from a message: no text but white space, no reasoning and no call."""
+    texts = (message.get(key) for key in ("content", *REASONING_KEYS))
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check the fields of a chat's messages that say what is learned, and the tool calls.
+
+    Raises:
+        ValueError: a field cannot be honoured; the message is named.
+    """
+    for number, message in enumerate(messages, start=1):
+        try:
+            if not isinstance(message.get("role"), str):
+                raise ValueError("there is no 'role', a text")
+            for key, kind in _REFUSED_KEYS.items():
+                if message.get(key) not in (None, [], {}):
+                    raise ValueError(f"{key!r} {_REFUSALS[kind]}")
+            is_learned(message)
+            for call in calls_of(message):
+                parsed_arguments(call)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}.") from error
+
+
+def calls_of(message: Message) -> list[Mapping[str, Any]]:
+    """The tool calls of a message."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError("'tool_calls' must be a list of objects")
+    return calls
+
+
+def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The name and arguments of a tool call, which some formats hold without a `function` around them."""
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call must hold a 'function' with a 'name' and its 'arguments'")
+    return function
+
+
+def parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call as an object: OpenAI's format holds them as its JSON text."""
+    function = function_of(call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"the arguments of the call of {shown(function['name'])} are text that is not a JSON object: "
+                f"{shown(function['arguments'])}"
+            )
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        kind = type(arguments).__name__
+        raise ValueError(
+            f"the arguments of the call of {shown(function['name'])} are of type {kind}; expected an object"
+        )
+    return arguments

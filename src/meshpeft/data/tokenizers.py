@@ -1,4 +1,6 @@
-"""Where a text begins and ends: the tokens before it and the token that ends it, by one rule for every kind of record.
+"""A model's tokenizer: read within bounds, and the rule by which texts begin and end.
+
+One rule serves every kind of record:
 
 * **Beginning.** The tokens that the tokenizer itself puts before a text (mostly none, or BOS) stand before it once:
   not where the text begins with them already. A chat begins as its template shows it.
@@ -7,25 +9,102 @@
   over white space, whether the data or the template wrote it; white space behind it is not learned. Where there is
   none, the end-of-sequence token is appended.
 
-Training and :mod:`meshpeft.training.prompts` share these, so that a model is asked as it was trained.
+Training and generation share it, so that a model is prompted as it was trained.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, logging
 
-from meshpeft.data.records import DataError
+from meshpeft.data.files import DataError
 from meshpeft.models import ModelError
 from meshpeft.models.files import read_json
 from meshpeft.parallel.errors import blamed_on, shown
 
-__all__ = ["SpecialTokens", "continued_ids", "end_tokens", "token_ids", "with_leading"]
+__all__ = [
+    "SpecialTokens",
+    "continued_ids",
+    "decoded",
+    "end_tokens",
+    "load_tokenizer",
+    "token_ids",
+    "with_leading",
+]
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory, without asking the network and without running code of its own.
+
+    Raises:
+        ModelError: the directory holds none that can be read.
+    """
+    # Files that are missing are an error here; transformers also explains them at length, as if they were names
+    # of repositories.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with blamed_on(f"{directory}: the tokenizer cannot be read", ModelError):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            try:
+                _check_growth(tokenizer)
+            except ModelError as error:
+                raise ModelError(f"{directory}: {error}") from error
+            tokenizer("a")  # some options are looked at only now
+    finally:
+        logging.set_verbosity(verbosity)
+    return tokenizer
+
+
+# The most that is known of a tokenizer in use is 3: a mark of three bytes for a space.
+_MOST_GROWTH = 256
+
+
+def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the replacements of a tokenizer do not make a text longer without bound.
+
+    A normalizer may replace a character by a long text, and replace characters of that in turn: forty replacements of
+    ``a`` by ``aa`` make terabytes of one letter, in a call that nothing interrupts.
+
+    Raises:
+        ModelError: they may make it more than 256 times as long.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for name in ("normalizer", "decoder"):
+        part = getattr(backend, name, None)
+        if part is None:
+            continue
+        growth = _growth(json.loads(part.__getstate__()))
+        if growth > _MOST_GROWTH:
+            raise ModelError(
+                f"the replacements of its {name} may make a text {growth:.3g} times as long; expected {_MOST_GROWTH} "
+                "at most"
+            )
+
+
+def _growth(part: Any) -> float:
+    """The factor by which a normalizer or decoder makes a text longer at most."""
+    if isinstance(part, list):
+        growth = 1.0
+        for step in part:
+            growth = min(growth * _growth(step), 1e100)
+        return growth
+    if not isinstance(part, dict):
+        return 1.0
+    if part.get("type") == "Replace":
+        replaced = part.get("pattern", {}).get("String") or ""
+        # An expression may find nothing, between all characters.
+        return max(1.0, len(part["content"]) / len(replaced) if replaced else len(part["content"]) + 1.0)
+    return _growth([value for value in part.values() if isinstance(value, list)])
 
 
 def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -52,6 +131,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = batch["input_ids"]
     return ids
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of these tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from meshpeft.checkpoint import CheckpointError, check_exportable, load_peft_adapter
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.peft import CanonicalLoRA, DoRA, GroupedExpertLinearAdapter, LoRA, LowRankPEFT
-from meshpeft.training.config import FinetuneConfig, tensor_type
-from meshpeft.training.default_layers import default_layers
+from meshpeft.parallel import layer_type_of, layout_of
+from meshpeft.peft import (
+    CanonicalLoRA,
+    DoRA,
+    GroupedExpertLinearAdapter,
+    LoRA,
+    LoRATopKRouter,
+    LowRankPEFT,
+    adapter_wrappers,
+)
+from meshpeft.peft.matching import is_target
+from meshpeft.quantization import (
+    DEFAULT_EXCLUDED,
+    BaseQuantizer,
+    forget_residuals,
+    keep_starts,
+    pissa_init,
+    svdquant_init,
+)
+from meshpeft.training.base import BaseModel, find_base
+from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 
-__all__ = ["adapter_method", "add_adapter", "describe_experts", "describe_targets"]
+__all__ = [
+    "DefaultLayers",
+    "adapter_method",
+    "add_adapter",
+    "base_quantizer",
+    "check_adapter",
+    "default_layers",
+    "default_layers_of",
+    "describe_experts",
+    "describe_targets",
+    "load_base_and_adapter",
+    "reserve_start",
+    "start_adapter",
+]
 
 _METHODS: dict[str, type[LoRA | CanonicalLoRA | DoRA]] = {
     "lora": LoRA,
@@ -26,7 +63,7 @@ def add_adapter(model: LanguageModel, config: FinetuneConfig) -> None:
     """Freeze `model` and put adapters on the layers that match, in place.
 
     The adapters are of `config.lora_dtype`; by default float32, or float64 on a float64 base. Warnings are left to
-    [`check_adapter`][meshpeft.training.adapter_check.check_adapter], which gives each once and not on every worker.
+    [`check_adapter`][meshpeft.training.adapters.check_adapter], which gives each once and not on every worker.
 
     Raises:
         AdapterError: a target matches no layer.
@@ -89,3 +126,211 @@ def describe_experts(model: LanguageModel) -> str | None:
         return None
     adapters = "one adapter for all" if found.share_expert_adapters else "an adapter each"
     return f"{moe.num_experts} a layer, {moe.moe_router_topk} a token; {adapters}, rank {found.dim}"
+
+
+class DefaultLayers(NamedTuple):
+    """Names, or patterns with `*` of full names, of layers of a model.
+
+    Attributes:
+        adapted: those that get adapters; `None` for those that the method has.
+        in_full: those that a packed base keeps as they are.
+    """
+
+    adapted: list[str] | None = None
+    in_full: tuple[str, ...] = DEFAULT_EXCLUDED
+
+
+def default_layers(model: LanguageModel) -> DefaultLayers:
+    """Of a model of transformers: adapters on every linear layer of its text model, but for those kept in full.
+
+    These are the vocabulary head, routers, layers whose weight the code around them multiplies by itself, which would
+    leave an adapter out, and all that sees no text.
+
+    Args:
+        model: without adapters; may be on the meta device.
+    """
+    if isinstance(model, Decoder):
+        return DefaultLayers()
+    layers = {name: module for name, module in model.named_modules() if layer_type_of(module) is not None}
+    text = _text_model(model)
+    in_full = [
+        name for name, module in layers.items() if not name.startswith(text) or _stays_in_full(model, name, module)
+    ]
+    adapted = [name for name in layers if name not in in_full]
+    return DefaultLayers(_patterns(adapted, layers.keys() - adapted), (*DEFAULT_EXCLUDED, *in_full))
+
+
+def default_layers_of(base: BaseModel) -> DefaultLayers:
+    """The default layers of a base model whose weights were not read."""
+    return DefaultLayers() if base.engine == "native" else default_layers(base.empty(torch.float32))
+
+
+def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
+    if module is model.get_output_embeddings() or not set(name.split(".")).isdisjoint(DEFAULT_EXCLUDED):
+        return True
+    holder, _, own_name = name.rpartition(".")
+    code = _source(model.get_submodule(holder).__class__)
+    # Not a part of the weight: Bloom multiplies by one where its pretraining was divided, and by all of it elsewhere.
+    return re.search(rf"\bself\.{re.escape(own_name)}\.weight\b(?!\[)", code) is not None
+
+
+@cache
+def _source(cls: type[nn.Module]) -> str:
+    """The code of a class, which finding in its file takes long; empty where there is none."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def _text_model(model: Any) -> str:
+    """How names begin in the part of the model that sees text, where it has others (images, sound)."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    text = model.get_decoder()
+    return "".join(f"{name}." for name, module in model.named_modules() if module is text and name)
+
+
+def _patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """The shortest patterns that match `names` and none of `others`."""
+
+    @cache  # the same patterns serve in every block
+    def fits(pattern: str) -> bool:
+        return not any(is_target(pattern, other) for other in others)
+
+    found = set()
+    for name in names:
+        candidates = (name.rpartition(".")[2], re.sub(r"\.\d+(?=\.)", ".*", name), name)
+        found.add(next(filter(fits, candidates), name))
+    return sorted(found)
+
+
+_OF_THE_DECODER = DefaultLayers()
+
+
+def base_quantizer(
+    run: FinetuneConfig, layers: DefaultLayers = _OF_THE_DECODER, *, residuals: bool = False
+) -> BaseQuantizer | None:
+    """What packs the base of a run as it is read; `None` where it is kept in full.
+
+    Args:
+        run: the options.
+        layers: what the options do not name.
+        residuals: the adapter is about to start, from residuals if the options say so. Otherwise none are kept.
+
+    Raises:
+        QuantizationError: a block size that cannot be.
+    """
+    if run.quantize is None:
+        return None
+    pissa = run.lora_init_method == "pissa"
+    return BaseQuantizer(
+        run.quantize,
+        run.quantize_block_size or BaseQuantizer.block_size,
+        exclude_modules=layers.in_full,
+        residual_rank=run.rank if residuals and run.lora_init_method == "svdquant" else None,
+        # Also where no adapter starts: the adapter that was trained is a change of the base that is packed so.
+        principal_rank=run.rank if pissa else None,
+        principal_modules=adapter_method(run, layers.adapted) if pissa else None,
+    )
+
+
+def start_adapter(model: LanguageModel, run: FinetuneConfig) -> None:
+    """Give a new adapter the values that it starts from, where these depend on the base. Collectives."""
+    if run.lora_init_method == "svdquant":
+        svdquant_init(model)
+        forget_residuals(model)
+    elif run.lora_init_method == "pissa":
+        pissa_init(model)
+
+
+def reserve_start(model: LanguageModel, run: FinetuneConfig) -> None:
+    """Make room for what `start_adapter` would give an adapter beside its factors, where a checkpoint holds it."""
+    if run.lora_init_method == "pissa":
+        keep_starts(model)
+
+
+def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
+    """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
+
+    Raises:
+        AdapterError: a target matches no layer; a rank that does not divide.
+        ConfigError: an option for experts, and the model has none; an adapter that could not start, or be written, as
+            asked.
+        QuantizationError: the base cannot be packed as asked.
+    """
+    if not base.has_experts:
+        for name in ("normalize_moe_lora", "router_aux_loss_coef"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"{name}: this {base.config.model_type} model has no layer with experts; leave it out"
+                )
+    model = base.empty(torch.float32)
+    layers = default_layers(model)
+    quantizer = base_quantizer(config, layers)
+    packed = {} if quantizer is None else quantizer.layers_of(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapter_method(config, layers.adapted)(model)
+    try:
+        check_exportable(model, config.adapter_format)
+    except CheckpointError as error:
+        raise ConfigError(f"adapter_format={config.adapter_format!r}: {error}") from error
+    _check_started(model, {id(layer) for layer in packed.values()}, config)
+    for sentence in _one_of_each_kind([str(warning.message) for warning in caught]):
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _one_of_each_kind(sentences: list[str]) -> list[str]:
+    """The first of those that say the same of different layers and sizes, with the number of the others."""
+    kinds: dict[str, list[str]] = {}
+    for sentence in sentences:
+        layer, _, what = sentence.partition(": ")
+        kinds.setdefault(re.sub(r"\d+", "", what or layer), []).append(sentence)
+    return [f"{first} (and {len(others)} more of the kind)" if others else first for first, *others in kinds.values()]
+
+
+def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) -> None:
+    """Whether every adapter can start from its layer's weight, or from its residual.
+
+    Args:
+        model: with its adapters, on the meta device.
+        packed: ids of the layers that the run packs.
+        run: the options.
+
+    Raises:
+        ConfigError: an adapter that starts from what quantising lost, on a layer that stays as it is or for all
+            experts together.
+    """
+    if run.lora_init_method not in ("svdquant", "pissa"):
+        return
+    for name, wrapper in adapter_wrappers(model):
+        if isinstance(wrapper, LoRATopKRouter):
+            continue
+        if run.lora_init_method == "svdquant" and id(wrapper.to_wrap) not in packed:
+            raise ConfigError(
+                f"lora_init_method=svdquant: {name} is not quantised, and its adapter could not train; leave it out "
+                "of the adapted layers"
+            )
+        if run.share_expert_adapters and layout_of(wrapper.to_wrap).experts is not None:
+            raise ConfigError(
+                f"lora_init_method={run.lora_init_method}: {name} has one adapter for all experts, whose weights "
+                "differ; give each its own with --no-share-expert-adapters"
+            )
+
+
+def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:
+    """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
+
+    Raises:
+        MeshPEFTError: the model or the adapter cannot be read.
+    """
+    base = find_base(run.model, run.engine)
+    model = base.load(
+        tensor_type(run.dtype),
+        quantize=base_quantizer(run, default_layers_of(base)),
+        sequence_parallel=sequence_parallel,
+    )
+    if adapter is not None:
+        load_peft_adapter(model, adapter)
+    return model

@@ -26,9 +26,9 @@ from meshpeft.parallel.errors import shown
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
-from meshpeft.training.metrics import MetricsLog, check_rows
-from meshpeft.training.optimizer import LossScale
 from meshpeft.training.output import CHECKPOINTS, RunState, run_state
+from meshpeft.training.report import MetricsLog, check_rows
+from meshpeft.training.step import LossScale
 
 __all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_runs", "run_date"]
 

@@ -6,17 +6,17 @@ import math
 from dataclasses import replace
 
 from meshpeft.data.batches import eval_batches
+from meshpeft.data.tokenizers import load_tokenizer
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import finite_everywhere
-from meshpeft.training.adapter_use import EvaluateConfig
-from meshpeft.training.base_model import base_directory, check_attention, find_base, load_base_and_adapter
+from meshpeft.training.adapters import load_base_and_adapter
+from meshpeft.training.base import base_directory, check_attention, find_base
 from meshpeft.training.checkpoints import agreed_date
-from meshpeft.training.config import TrainingError, paths
-from meshpeft.training.inputs import check_rows, load_rows, load_tokenizer
-from meshpeft.training.launch import launch
+from meshpeft.training.config import EvaluateConfig, TrainingError, paths
+from meshpeft.training.inputs import check_rows, load_rows
+from meshpeft.training.launch import device, join_mesh, launch, workers_for
 from meshpeft.training.report import Report, describe_layout
 from meshpeft.training.same_inputs import check_same_inputs
-from meshpeft.training.setup import device, join_mesh, workers_for
 from meshpeft.training.step import mean_loss
 
 __all__ = ["evaluate", "start"]

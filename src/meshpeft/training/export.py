@@ -6,9 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 
@@ -28,15 +26,22 @@ from meshpeft.models.save import held_model, refuse_adapter_directory
 from meshpeft.models.staging import StagedFiles, write_flushed
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
-from meshpeft.training.adapter_use import named_base, recorded_run
-from meshpeft.training.adapters import add_adapter
-from meshpeft.training.base_model import base_directory, find_base
+from meshpeft.training.adapters import add_adapter, base_quantizer, default_layers_of, reserve_start, start_adapter
+from meshpeft.training.base import base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
-from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, OptionalField, TensorType, tensor_type
+from meshpeft.training.config import (
+    ConfigError,
+    EngineName,
+    ExportConfig,
+    FinetuneConfig,
+    MergeConfig,
+    named_base,
+    recorded_run,
+    tensor_type,
+)
 from meshpeft.training.output import CHECKPOINTS, RECORD, OutputError
-from meshpeft.training.quantized_base import base_quantizer, reserve_start, start_adapter
 
-__all__ = ["ExportConfig", "MergeConfig", "export", "merge"]
+__all__ = ["export", "merge"]
 
 # Beside weights and config.json, what makes a directory usable: the tokenizer, and how to generate.
 _COMPANIONS = (
@@ -57,41 +62,6 @@ _COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Write a base model with an adapter merged into it, as a Hugging Face model."""
-
-    adapter: Path
-    """Output directory of `meshpeft finetune`, or an adapter that Hugging Face PEFT wrote."""
-    to: Path
-    """Where the model goes."""
-    model: Annotated[Path | None, OptionalField] = None
-    """Base model: a Hugging Face directory. Default: that of the adapter's run, or the one that the adapter names."""
-    engine: Annotated[EngineName | None, OptionalField] = None
-    """Whose layers hold the adapter, as for `meshpeft evaluate`."""
-    dtype: Annotated[TensorType | None, OptionalField] = None
-    """Type of the merged weights, rounded to once. Default: that of the base's files."""
-    overwrite: bool = False
-    """Replace the model that the directory holds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a checkpoint of `meshpeft finetune` as an adapter or a model. One process, whatever layout wrote it."""
-
-    checkpoint: Path
-    """A checkpoint, or a directory of them, of which the newest whole one is taken; or a run's output directory."""
-    to: Path
-    """Where the files go."""
-    format: Literal["peft", "peft-per-expert", "merged"] = "peft"
-    """peft: an adapter for Hugging Face PEFT, from the checkpoint alone. peft-per-expert: the same, with every expert
-    written by itself, as serving systems read it. merged: a Hugging Face model."""
-    model: Annotated[Path | None, OptionalField] = None
-    """Base model, if it is not where it was when the run was started."""
-    overwrite: bool = False
-    """Replace what the directory holds."""
 
 
 def merge(config: MergeConfig) -> str:
@@ -122,7 +92,7 @@ def merge(config: MergeConfig) -> str:
 def _base_as_used(base: Path, run: FinetuneConfig | None, engine: EngineName | None) -> LanguageModel:
     """The base that an adapter was trained on: as its files have it, or as it was after packing."""
     found = find_base(base, run.engine if engine is None and run is not None else engine)
-    quantizer = None if run is None else base_quantizer(run, found.default_layers())
+    quantizer = None if run is None else base_quantizer(run, default_layers_of(found))
     if run is None or quantizer is None:
         return found.load(stored_dtype(base, widest=True))
     return dequantize_base(found.load(tensor_type(run.dtype), quantize=quantizer))
@@ -145,7 +115,7 @@ def export(config: ExportConfig) -> str:
         _check_free_for_model(config.to, config.overwrite)
         files_to_copy(base, _COMPANIONS)
         described = find_base(base, run.engine)
-        quantizer = base_quantizer(run, described.default_layers())
+        quantizer = base_quantizer(run, default_layers_of(described))
         model = described.load(tensor_type(run.dtype), quantize=quantizer)
         add_adapter(model, run)
         if run.lora_init_method == "pissa":  # the base gives its part up again

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.checkpoint import export_peft_adapter, serving_note
+from meshpeft.data.documents import prompt_of
+from meshpeft.data.tokenizers import load_tokenizer
 from meshpeft.models import LanguageModel
 from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import all_or_none
@@ -25,24 +27,35 @@ from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.parallel.random import set_seed
 from meshpeft.peft import trainable_parameters
 from meshpeft.quantization import packed_size
-from meshpeft.training.adapter_check import check_adapter
-from meshpeft.training.adapters import add_adapter, describe_experts, describe_targets
-from meshpeft.training.base_model import BaseModel, check_attention, find_base
+from meshpeft.training.adapters import (
+    DefaultLayers,
+    add_adapter,
+    base_quantizer,
+    check_adapter,
+    default_layers_of,
+    describe_experts,
+    describe_targets,
+    start_adapter,
+)
+from meshpeft.training.base import BaseModel, check_attention, find_base
 from meshpeft.training.checkpoints import difference_of_runs, run_date
 from meshpeft.training.config import FinetuneConfig, tensor_type
-from meshpeft.training.default_layers import DefaultLayers
-from meshpeft.training.inputs import Inputs, check_rows, load_inputs, load_tokenizer
-from meshpeft.training.interruption import Interruption
-from meshpeft.training.launch import launch
+from meshpeft.training.generate import continuation
+from meshpeft.training.inputs import Inputs, check_rows, load_inputs
+from meshpeft.training.launch import Interruption, join_mesh, launch, workers_for
 from meshpeft.training.loop import TrainingLoop
-from meshpeft.training.metrics import MetricsLog, plot_losses
 from meshpeft.training.output import CURVE, METRICS, RECORD, OutputDirectory, OutputError
-from meshpeft.training.progress import TrainingProgress
-from meshpeft.training.prompts import continuation, prompt_of
-from meshpeft.training.quantized_base import base_quantizer, start_adapter
-from meshpeft.training.report import Report, counted, describe_layout, record_of, short_path
+from meshpeft.training.report import (
+    MetricsLog,
+    Report,
+    TrainingProgress,
+    counted,
+    describe_layout,
+    plot_losses,
+    record_of,
+    short_path,
+)
 from meshpeft.training.same_inputs import check_same_inputs
-from meshpeft.training.setup import join_mesh, workers_for
 
 __all__ = ["finetune", "start"]
 
@@ -107,7 +120,7 @@ def _train(config: FinetuneConfig, info: ParallelGroupInfo, report: Report, outp
         inputs = load_inputs(config, tokenizer)
     rows = {"training rows": inputs.train, "held-out rows": inputs.held_out}
     check_same_inputs(config, base.directory, tokenizer, rows)
-    layers = base.default_layers()
+    layers = default_layers_of(base)
     model = _adapted(config, base, layers)
     check_rows(model, inputs.train, inputs.held_out)
     loop = TrainingLoop(config, model, inputs, info)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from meshpeft.data.templates import chat_templates
-from meshpeft.data.tokenizers import end_tokens
+from meshpeft.data.templates import TemplateError, chat_templates, render_chat
+from meshpeft.data.tokenizers import decoded, end_tokens, load_tokenizer, token_ids, with_leading
+from meshpeft.models import LanguageModel
 from meshpeft.models import generate as generate_tokens
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.launcher_world import is_joined
-from meshpeft.training.adapter_use import GenerateConfig
-from meshpeft.training.base_model import base_directory, find_base, load_base_and_adapter
+from meshpeft.training.adapters import load_base_and_adapter
+from meshpeft.training.base import base_directory, find_base
 from meshpeft.training.checkpoints import agreed_date
-from meshpeft.training.config import ConfigError
-from meshpeft.training.inputs import load_tokenizer
-from meshpeft.training.launch import launch
-from meshpeft.training.prompts import decoded, prompt_tokens
+from meshpeft.training.config import ConfigError, GenerateConfig
+from meshpeft.training.launch import device, join_mesh, launch, workers_for
 from meshpeft.training.report import Report
 from meshpeft.training.same_inputs import check_same_inputs
-from meshpeft.training.setup import device, join_mesh, workers_for
 
-__all__ = ["generate", "start"]
+__all__ = ["continuation", "generate", "prompt_tokens", "start"]
+
+SAMPLE_TOKENS = 48
 
 
 def start(config: GenerateConfig) -> None:
@@ -75,3 +77,34 @@ def generate(config: GenerateConfig) -> str:
     text = decoded(tokenizer, tokens[0, len(prompt) :].tolist())
     report.say(text)
     return text
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False) -> list[int]:
+    """A prompt as training would have made it: with what the tokenizer puts before a text, or its chat template.
+
+    Raises:
+        ConfigError: there are no tokens, or there is no chat template for a chat.
+    """
+    if chat:
+        try:
+            question = {"role": "user", "content": text}
+            text = render_chat(tokenizer, [question], add_generation_prompt=True).text
+        except TemplateError as error:
+            raise ConfigError(f"--chat: the chat template cannot be used: {error}") from error
+    (tokens,) = token_ids(tokenizer, [text])
+    if not chat:  # special tokens of a chat are the template's alone
+        tokens = with_leading(tokenizer, tokens)
+    if not tokens:
+        raise ConfigError("the prompt is empty, and the tokenizer puts nothing before a text; give at least a word")
+    return tokens
+
+
+def continuation(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int] | None = None
+) -> str:
+    """What the model says after these tokens: its likeliest tokens, up to an end token. A collective."""
+    if model.most_positions is not None:  # room for the sample; what it is a sample of stands closest to it
+        prompt = prompt[-max(1, model.most_positions - SAMPLE_TOKENS) :]
+    ids = torch.tensor([prompt], device=device())
+    tokens = generate_tokens(model, ids, SAMPLE_TOKENS, eos_token_id=list(ends or [tokenizer.eos_token_id]))
+    return decoded(tokenizer, tokens[0, len(prompt) :].tolist())

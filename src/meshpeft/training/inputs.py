@@ -7,34 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from meshpeft.data.documents import Document, TokenizedRecords, tokenize_records
+from meshpeft.data.batches import PackedRows, pack_documents, split_held_out
+from meshpeft.data.documents import Document, TokenizedRecords, prompt_of, tokenize_records
 from meshpeft.data.embedded import PROMPT_SUFFIX, embedded_records
-from meshpeft.data.packing import PackedRows, pack_documents
+from meshpeft.data.files import DataError
 from meshpeft.data.records import (
-    DataError,
     Findings,
     Record,
     load_records,
     nothing_to_learn,
     place_of,
     record_format,
-    split_held_out,
 )
 from meshpeft.data.templates import chat_templates
-from meshpeft.data.tokenizer_growth import check_growth
 from meshpeft.data.tokenizers import end_tokens
-from meshpeft.models import LanguageModel, ModelError
+from meshpeft.models import LanguageModel
 from meshpeft.models.language_model import check_tokens
-from meshpeft.parallel.errors import blamed_on
-from meshpeft.training.base_model import base_directory
+from meshpeft.training.base import base_directory
 from meshpeft.training.config import FinetuneConfig, paths
-from meshpeft.training.plain_warnings import quiet
-from meshpeft.training.prompts import prompt_of
 from meshpeft.training.report import counted
 
-__all__ = ["Inputs", "check_rows", "load_inputs", "load_rows", "load_tokenizer"]
+__all__ = ["Inputs", "check_rows", "load_inputs", "load_rows"]
 
 SAMPLE_PROMPT_TOKENS = 192
 
@@ -58,26 +53,6 @@ class Inputs:
     summary: str
     example: str
     ends: tuple[int, ...]
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory, without asking the network and without running code of its own.
-
-    Raises:
-        ModelError: the directory holds none that can be read.
-    """
-    # Files that are missing are an error here; transformers also explains them at length, as if they were names
-    # of repositories.
-    with blamed_on(f"{directory}: the tokenizer cannot be read", ModelError), quiet("transformers"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-        try:
-            check_growth(tokenizer)
-        except ModelError as error:
-            raise ModelError(f"{directory}: {error}") from error
-        tokenizer("a")  # some options are looked at only now
-    return tokenizer
 
 
 def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -38,14 +39,26 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from meshpeft.checkpoint.coordination import cpu_group
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
 from meshpeft.parallel.launcher_world import is_joined, launcher_world
-from meshpeft.parallel.mesh import destroy_parallelism
-from meshpeft.training.interruption import RunInterrupted, heeded_signals
-from meshpeft.training.plain_warnings import plain_warnings
-from meshpeft.training.streams import make_streams_lenient
+from meshpeft.parallel.mesh import ParallelGroupInfo, destroy_parallelism, init_parallelism
+from meshpeft.training.config import LayoutConfig
+from meshpeft.training.streams import make_streams_lenient, plain_warnings
 
-__all__ = ["LaunchError", "WorkerDied", "launch", "number_of_workers", "speaks_for_all"]
+__all__ = [
+    "Interruption",
+    "LaunchError",
+    "RunInterrupted",
+    "WorkerDied",
+    "device",
+    "heeded_signals",
+    "join_mesh",
+    "launch",
+    "number_of_workers",
+    "speaks_for_all",
+    "workers_for",
+]
 
 # A worker that lost its connection waits before it dies: the launcher is to see the one that broke it first.
 LOST_CONNECTION_GRACE_SECONDS = 2.0
@@ -358,3 +371,90 @@ def _loopback_interface() -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """List the signals that end a run: those that ask for it, less those that the caller ignores.
+
+    Under `nohup` a run ignores SIGHUP, and goes on when its terminal is gone; a shell's background job may ignore
+    SIGINT.
+    """
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+class RunInterrupted(MeshPEFTError):
+    """A run that was stopped by a signal and can be continued.
+
+    Args:
+        text: what was saved, and how to go on.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """By the shell's convention."""
+        return 128 + self.number
+
+
+class Interruption:
+    """Takes the signals instead of dying of them; a context manager, for the main thread.
+
+    What is to be done about them is asked between two steps, when all ranks do the same.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in heeded_signals()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A lone process can be made to stop at once by asking twice. Workers are told by their launcher, too.
+        if self._number and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        self._number = number
+
+    def requested(self, due: bool = False) -> tuple[int, bool]:
+        """The number of the signal that any rank got, or 0; and whether a checkpoint is due on any. A collective.
+
+        Args:
+            due: whether one is by this rank's clock.
+        """
+        # Not the checkpoints' group: a save may be under way.
+        group = cpu_group("interruptions")
+        if group is None:
+            return self._number, due
+        asked = torch.tensor([self._number, int(due)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
+        return int(asked[0]), bool(asked[1])
+
+
+def device() -> torch.device:
+    """This worker's GPU, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def workers_for(layout: LayoutConfig) -> int:
+    """How many processes the options ask for; see [`number_of_workers`][meshpeft.training.launch.number_of_workers]."""
+    return number_of_workers(layout.tp, layout.dp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
+
+
+def join_mesh(layout: LayoutConfig) -> ParallelGroupInfo:
+    """Make the groups that the options ask for. Every worker calls it."""
+    return init_parallelism(tensor_parallel=layout.tp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)

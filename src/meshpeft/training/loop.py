@@ -12,26 +12,29 @@ import time
 import warnings
 from itertools import takewhile
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from meshpeft.data.batches import RowSampler, eval_batches
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import ParallelGroupInfo
+from meshpeft.peft import adapter_wrappers
 from meshpeft.training.checkpoints import RunCheckpoints
 from meshpeft.training.config import FinetuneConfig, TrainingError
 from meshpeft.training.inputs import Inputs
-from meshpeft.training.interruption import Interruption, RunInterrupted
-from meshpeft.training.metrics import MetricsLog
-from meshpeft.training.optimizer import LossScale, adamw
-from meshpeft.training.progress import TrainingProgress
-from meshpeft.training.report import counted
-from meshpeft.training.schedule import learning_rate, steps_between_measurements, warmup_steps
-from meshpeft.training.setup import device
-from meshpeft.training.step import TrainStep, mean_loss
-from meshpeft.training.untrained import untrained_layers
+from meshpeft.training.launch import Interruption, RunInterrupted, device
+from meshpeft.training.report import MetricsLog, TrainingProgress, counted
+from meshpeft.training.step import LossScale, TrainStep, adamw, mean_loss
 
-__all__ = ["MOST_SKIPPED", "TrainingLoop"]
+__all__ = [
+    "MOST_SKIPPED",
+    "TrainingLoop",
+    "learning_rate",
+    "steps_between_measurements",
+    "untrained_layers",
+    "warmup_steps",
+]
 
 MOST_SKIPPED = 5
 """So many steps in a row without a finite gradient end a run. Those that lower float16's loss scale do not count."""
@@ -231,3 +234,70 @@ def _skipped_at_the_end(log: MetricsLog) -> int:
     """How many of the last steps were skipped, one after the other."""
     steps = [row.get("skipped") for row in log.rows if "loss" in row]
     return len(list(takewhile(lambda skipped: skipped == "not finite", reversed(steps))))
+
+
+# Measurements take this part of the time of training, are at least so many steps apart, and in a run long enough for
+# it there are at least so many of them between the first and the last.
+_SHARE_OF_MEASURING = 0.1
+_FEWEST_STEPS_BETWEEN = 50
+_FEWEST_BETWEEN = 3
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """`warmup` as a number of steps: below 1 it is a part of `steps`, rounded; else a number, cut at `steps`."""
+    return min(round(warmup * steps) if warmup < 1 else int(warmup), steps)
+
+
+def learning_rate(step: int, *, peak: float, steps: int, warmup: int) -> float:
+    """Linear warm-up to `peak`, then half a cosine (SGDR, arXiv 1608.03983) down to 0.
+
+    Step `step` (from 0) of the warm-up has `peak * (step + 1) / warmup`, so that no step is wasted at 0; 0 itself
+    would come one step after the last.
+
+    Args:
+        step: from 0 to `steps - 1`.
+        peak: reached in the last step of the warm-up.
+        steps: of the whole run.
+        warmup: steps of the warm-up.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * peak * (1 + math.cos(math.pi * progress))
+
+
+def steps_between_measurements(steps: int, batch_size: int, measured_rows: int) -> int:
+    """Space the measurements of a run so that they take about a tenth of the time of its training.
+
+    Args:
+        steps: of the whole run.
+        batch_size: rows of a step, which take about three times as long as rows that are only measured.
+        measured_rows: rows of one measurement.
+
+    Returns:
+        Steps from one measurement to the next; the first comes before the first step, the last after the last.
+    """
+    affordable = int(_SHARE_OF_MEASURING * 3 * steps * batch_size / measured_rows) - 2
+    return max(_FEWEST_STEPS_BETWEEN, math.ceil(steps / (max(_FEWEST_BETWEEN, affordable) + 1)))
+
+
+def untrained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Full names of the layers whose adapters had no gradient in any step, as far as this rank's slices go.
+
+    The output of the model does not depend on such a layer: it is part of something that text does not pass through,
+    or of experts that no token was sent to.
+
+    Args:
+        model: with its adapters.
+        optimizer: an AdamW that has taken the steps: its moments remember gradients.
+    """
+
+    def had_gradient(parameter: nn.Parameter) -> bool:
+        state = optimizer.state.get(parameter, {})
+        return any(bool(state[moment].any()) for moment in ("exp_avg", "exp_avg_sq") if moment in state)
+
+    return [
+        name
+        for name, wrapper in adapter_wrappers(model)
+        if not any(had_gradient(parameter) for parameter in wrapper.adapter.parameters())
+    ]

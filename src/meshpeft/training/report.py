@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import torch
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from transformers import PreTrainedTokenizerBase
 
-from meshpeft.data.documents import Document
+from meshpeft.data.documents import Document, prompt_of
+from meshpeft.data.tokenizers import decoded
+from meshpeft.models.staging import StagedFiles
+from meshpeft.parallel.errors import MeshPEFTError, shown
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig
-from meshpeft.training.prompts import decoded, prompt_of
+from meshpeft.training.output import CURVE, METRICS
 
-__all__ = ["Report", "counted", "describe_layout", "describe_processes", "record_of", "short_path"]
+__all__ = [
+    "MetricsLog",
+    "Report",
+    "TrainingProgress",
+    "check_rows",
+    "counted",
+    "describe_layout",
+    "describe_processes",
+    "plot_losses",
+    "record_of",
+    "short_path",
+]
 
 PROMPT_LINES = 12
 
@@ -144,3 +173,211 @@ def _program() -> str:
     if called.name != "meshpeft" or (found is not None and called.exists() and called.samefile(found)):
         return "meshpeft"
     return shlex.quote(str(called))
+
+
+class MetricsLog:
+    """Keeps the rows of `metrics.jsonl` and writes each as it comes, so that a run can be watched.
+
+    A row of a step has `step` (from 1), `loss` (nats per target token), `router_loss` (load balance of the experts,
+    before its coefficient, where it is trained), `learning_rate`, `grad_norm`, `tokens`, `target_tokens` (of the global
+    batch) and `seconds` (of the step); a row of a measurement has `step` (steps done so far) and `held_out_loss`. A
+    number that is not finite is null. A step that was not taken has `skipped`: `overflow` where float16's loss scale
+    was too large, else `not finite`.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+
+    def write_to(self, path: Path) -> None:
+        """Write the rows so far into a file, and each that comes."""
+        self._file = path.open("w", encoding="utf-8")
+        for row in self.rows:
+            self._write(row)
+
+    def add(self, **row: Any) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # the rows are in the checkpoints, too; a full disk ends no training
+            self._file = None
+            warnings.warn(f"{METRICS}: {error.strerror or error}; no more lines are written", stacklevel=3)
+
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Begin with the rows of an earlier part of the run."""
+        for row in rows:
+            self.add(**row)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the rows that have a number of this name."""
+        rows = [row for row in self.rows if row.get(name) is not None]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def close(self) -> None:
+        """Wait until the disk has the file, and close it."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            with file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            warnings.warn(f"{METRICS}: {error.strerror or error}; lines may be missing", stacklevel=2)
+
+
+def check_rows(rows: Any, source: object) -> None:
+    """Check rows that a file holds, before a log begins with them.
+
+    Raises:
+        MeshPEFTError: they are not those of a log.
+    """
+    if not isinstance(rows, list):
+        raise MeshPEFTError(f"{source}: its metrics are {shown(rows)}; expected rows")
+    for row in rows:
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_entry, row.items())):
+            raise MeshPEFTError(f"{source}: a row of its metrics is {shown(row)}, which no run writes")
+    if not any(row.get("held_out_loss") is not None for row in rows):
+        raise MeshPEFTError(f"{source}: its metrics have no held-out loss, with which every run begins")
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    name, value = entry
+    if name == "skipped":
+        return value in ("overflow", "not finite")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return name != "self" and (number or (value is None and name != "step"))
+
+
+def plot_losses(log: MetricsLog, directory: Path, title: str) -> None:
+    """Draw the loss of every step and the held-out loss, in nats per token, as `loss.png`."""
+    with _no_files_at_home(), StagedFiles(directory) as staged:
+        _draw(log, staged.folder / CURVE, title)
+        staged.publish([CURVE])
+
+
+@contextmanager
+def _no_files_at_home() -> Iterator[None]:
+    """Give matplotlib, which keeps its settings and its list of fonts in the home directory, a place for them."""
+    if "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="meshpeft-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
+def _draw(log: MetricsLog, path: Path, title: str) -> None:
+    # Here, because it is slow to import and only rank 0 draws; without pyplot, which would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*log.series("loss"), color="tab:blue", linewidth=1, alpha=0.8, label="training, each step")
+    axes.plot(*log.series("held_out_loss"), color="tab:orange", marker="o", label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+LINES_WITHOUT_TERMINAL = 20
+SPEED_WINDOW_STEPS = 20
+FIRST_LINE_SECONDS = 60.0
+LONGEST_SILENCE_SECONDS = 1800.0
+
+
+class TrainingProgress:
+    """Shows step, loss, tokens per second and time left, from one rank.
+
+    Args:
+        steps: of the whole run.
+        console: where to; `None` shows nothing (on ranks other than 0).
+    """
+
+    def __init__(self, steps: int, console: Console | None) -> None:
+        self._steps = steps
+        self._console = console
+        self._done = 0
+        self._elapsed = 0.0  # seconds in the steps of this process
+        self._last_line = 0.0
+        # (tokens, seconds) of the last steps: the speed now, without the measurements between steps.
+        self._window: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if console is not None and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TimeElapsedColumn(),
+                # Not rich's own estimate: it forgets what is older than 30 seconds, and so knows none of slow steps.
+                TextColumn("{task.fields[left]} left"),
+                console=console,
+            )
+            self._task = self._bar.add_task("training", total=steps, loss="-", speed="-", left="-:--")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start_at(self, done: int) -> None:
+        """Some steps were done before."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def advance(self, loss: float, tokens: int, seconds: float) -> None:
+        """One more step is done, of `tokens` tokens over all ranks."""
+        if self._console is None:
+            return
+        self._done += 1
+        self._window.append((tokens, seconds))
+        self._elapsed += seconds
+        spent = max(sum(seconds for _, seconds in self._window), 1e-9)
+        speed = f"{sum(tokens for tokens, _ in self._window) / spent:,.0f}"
+        left = _clock((self._steps - self._done) * spent / len(self._window))
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", speed=speed, left=left)
+        elif self._line_is_due():
+            self._last_line = self._elapsed
+            self.note(f"step {self._done}/{self._steps}  loss {loss:.4f}  {speed} tokens/s  {left} left")
+
+    def _line_is_due(self) -> bool:
+        if self._done % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0 or self._done == self._steps:
+            return True
+        # A twentieth of a long run is hours: a line a minute at first, then less and less often.
+        wait = min(max(FIRST_LINE_SECONDS, self._elapsed / 10), LONGEST_SILENCE_SECONDS)
+        return self._elapsed - self._last_line >= wait
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._console is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import checksums_of_slices
-from meshpeft.data.packing import PackedRows
+from meshpeft.data.batches import PackedRows
 from meshpeft.models.files import read_json
 from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.agreement import all_or_none, gathered

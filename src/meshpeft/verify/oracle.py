@@ -18,12 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import export_peft_adapter
-from meshpeft.data.batches import GlobalBatchSlice, RowSampler
-from meshpeft.data.packing import MicroBatch, PackedRows
+from meshpeft.data.batches import GlobalBatchSlice, MicroBatch, PackedRows, RowSampler
 from meshpeft.models import LanguageModel
 from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, TensorLayout, layout_of_tensor, set_seed
-from meshpeft.training.optimizer import adamw
-from meshpeft.training.step import StepResult, TrainStep
+from meshpeft.training.step import StepResult, TrainStep, adamw
 from meshpeft.verify.simulation import on_rank, simulate, the_same
 
 __all__ = [

@@ -23,14 +23,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshpeft.data.packing import MicroBatch
+from meshpeft.data.batches import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
 from meshpeft.parallel import ParallelGroupInfo, init_parallelism
-from meshpeft.training.optimizer import adamw
-from meshpeft.training.step import TrainStep, summed_loss
-from meshpeft.verify.collectives import Collective, count_collectives
+from meshpeft.training.step import TrainStep, adamw, summed_loss
 from meshpeft.verify.oracle import Layout
-from meshpeft.verify.simulation import fake_world
+from meshpeft.verify.simulation import Collective, count_collectives, fake_world
 
 __all__ = ["Plan", "Traffic", "plan"]
 

@@ -14,13 +14,18 @@ from torch import nn
 
 from meshpeft.models import DecoderConfig, LanguageModel
 from meshpeft.parallel import MeshPEFTError
-from meshpeft.training.adapter_check import check_adapter
-from meshpeft.training.adapters import add_adapter, describe_targets
-from meshpeft.training.base_model import BaseModel, find_base
+from meshpeft.training.adapters import (
+    add_adapter,
+    base_quantizer,
+    check_adapter,
+    default_layers_of,
+    describe_targets,
+    start_adapter,
+)
+from meshpeft.training.base import BaseModel, find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.quantized_base import base_quantizer, start_adapter
+from meshpeft.training.launch import workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
-from meshpeft.training.setup import workers_for
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
 
@@ -119,7 +124,7 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
     adapt, layout = _quietly(_at_random(config)), _layout(config, world)
     options: dict[str, Any] = {
         "activation_checkpointing": config.activation_checkpointing,
-        "quantizer": base_quantizer(config, base.default_layers(), residuals=True),
+        "quantizer": base_quantizer(config, default_layers_of(base), residuals=True),
         "start": None if config.lora_init_method not in STARTS else partial(start_adapter, run=config),
         "dropout": config.dropout,
         "all_layers": _names_layers(config),
@@ -137,7 +142,7 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
     return [
         f"model: {short_path(base.directory)}, {_structure(base)}",
-        f"{config.method}: rank {config.rank} on {describe_targets(config, base.default_layers().adapted)}",
+        f"{config.method}: rank {config.rank} on {describe_targets(config, default_layers_of(base).adapted)}",
     ]
 
 

@@ -12,13 +12,15 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from meshpeft.models import LanguageModel, ModelError, load_transformers
@@ -26,11 +28,14 @@ from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.formats import BLOCK_SIZES
-from meshpeft.verify.float64 import lift_float32
 from meshpeft.verify.layout import Verdict, few_ranks, in_smallest_blocks, prove_adapter, started, straddling_width
 from meshpeft.verify.oracle import Layout
 
-__all__ = ["verify_transformers_layout"]
+__all__ = [
+    "Float64ForFloat32",
+    "lift_float32",
+    "verify_transformers_layout",
+]
 
 # Rotary embeddings may take a quarter of a head's channels, and half of those for each of sine and cosine.
 _HEAD_DIM = 16
@@ -192,3 +197,37 @@ def _random_model(config: PretrainedConfig) -> Any:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += noise * (2 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
     return model
+
+
+class Float64ForFloat32(TorchFunctionMode):
+    """Calls of torch that name float32 mean float64, and so does `Tensor.float`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        named = {name: _wider(value) for name, value in (kwargs or {}).items()}
+        return func(*(_wider(value) for value in args), **named)
+
+
+def lift_float32(model: nn.Module) -> None:
+    """Let the code of transformers' modules in a model compute in float64 what it would in float32, in place.
+
+    A mode of torch is on in the forward of each of these modules, so that it holds for layers that the backward pass
+    computes again, too. Tensors that are float32 already stay so.
+    """
+    for module in model.modules():
+        if any(cls.__module__.partition(".")[0] == "transformers" for cls in type(module).__mro__):
+            module.forward = _lifted(module.forward)
+
+
+def _lifted(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        with Float64ForFloat32():
+            return forward(*args, **kwargs)
+
+    return lifted
+
+
+def _wider(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value

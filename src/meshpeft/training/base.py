@@ -10,7 +10,6 @@ from types import ModuleType
 import torch
 from transformers import PretrainedConfig
 
-from meshpeft.checkpoint import load_peft_adapter
 from meshpeft.data.embedded import embedded_model_dir
 from meshpeft.models import (
     Decoder,
@@ -28,13 +27,16 @@ from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
-from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig, tensor_type
-from meshpeft.training.default_layers import DefaultLayers, default_layers
-from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, LayoutConfig
+from meshpeft.training.launch import device
 from meshpeft.training.same_inputs import check_same_base
-from meshpeft.training.setup import device
 
-__all__ = ["BaseModel", "base_directory", "check_attention", "find_base", "load_base_and_adapter"]
+__all__ = [
+    "BaseModel",
+    "base_directory",
+    "check_attention",
+    "find_base",
+]
 
 
 def base_directory(model: Path | None) -> Path:
@@ -105,10 +107,6 @@ class BaseModel:
             if isinstance(self.config, DecoderConfig):
                 check_layers(self.config, files)
             return len(files.names())
-
-    def default_layers(self) -> DefaultLayers:
-        """Which layers get adapters, and which a packed base keeps in full, if the options name none."""
-        return DefaultLayers() if self.engine == "native" else default_layers(self.empty(torch.float32))
 
     def empty(self, dtype: torch.dtype) -> LanguageModel:
         """The model without weights, on the meta device."""
@@ -193,23 +191,6 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
 def _transformers() -> ModuleType:
     """Import the engine when it is needed: it takes seconds."""
     return importlib.import_module("meshpeft.models.transformers_load")
-
-
-def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:
-    """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
-
-    Raises:
-        MeshPEFTError: the model or the adapter cannot be read.
-    """
-    base = find_base(run.model, run.engine)
-    model = base.load(
-        tensor_type(run.dtype),
-        quantize=base_quantizer(run, base.default_layers()),
-        sequence_parallel=sequence_parallel,
-    )
-    if adapter is not None:
-        load_peft_adapter(model, adapter)
-    return model
 
 
 def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:

@@ -15,10 +15,9 @@ from helpers.fuzz import MANY, Raw, generators, guarded, json_bytes, mutated_byt
 from meshpeft.cli.arguments import parse
 from meshpeft.data.tokenizers import end_tokens
 from meshpeft.parallel.errors import MeshPEFTError
-from meshpeft.training.adapters import adapter_method
+from meshpeft.training.adapters import adapter_method, base_quantizer
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.metrics import MetricsLog, check_rows
-from meshpeft.training.quantized_base import base_quantizer
+from meshpeft.training.report import MetricsLog, check_rows
 
 RUN = FinetuneConfig(
     model=Path("base"), data=(Path("a.jsonl"),), steps=3, quantize="nf4", target_modules=("linear_qkv", "*.0.*.x")

@@ -1,0 +1,96 @@
+"""The commands of `meshpeft`: each parses its options, calls what does the work, and prints what that returns.
+
+A command imports what it needs when it is run: `meshpeft --help` needs none of it, and `merge` not what `verify` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+__all__ = ["COMMANDS", "Command"]
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        summary: Its line in `meshpeft --help`.
+        run: Parses the arguments behind the command's name, and does the work.
+        has_results: It does more than print, so it goes on when nobody reads what it prints.
+    """
+
+    summary: str
+    run: Callable[[Sequence[str]], None]
+    has_results: bool = False
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import FinetuneConfig
+    from meshpeft.training.finetune import start
+
+    start(parse(FinetuneConfig, argv, prog="meshpeft finetune"))
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import EvaluateConfig
+    from meshpeft.training.evaluate import start
+
+    start(parse(EvaluateConfig, argv, prog="meshpeft evaluate"))
+
+
+def _generate(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import GenerateConfig
+    from meshpeft.training.generate import start
+
+    start(parse(GenerateConfig, argv, prog="meshpeft generate"))
+
+
+def _export(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import ExportConfig
+    from meshpeft.training.export import export
+
+    print(export(parse(ExportConfig, argv, prog="meshpeft export")))
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import MergeConfig
+    from meshpeft.training.export import merge
+
+    print(merge(parse(MergeConfig, argv, prog="meshpeft merge")))
+
+
+def _verify(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import FinetuneConfig
+    from meshpeft.verify.run import verify_run
+
+    description = """Prove that a layout trains the adapter of one process, before it is run. The options are those of
+`meshpeft finetune`: put `verify` in its place. One process, no GPU, seconds; those of data and output do not matter."""
+    print(verify_run(parse(FinetuneConfig, argv, prog="meshpeft verify", description=description)))
+
+
+def _plan(argv: Sequence[str]) -> None:
+    from meshpeft.cli.arguments import parse
+    from meshpeft.training.config import FinetuneConfig
+    from meshpeft.verify.run import plan_run
+
+    description = """What one process of a fine-tune will hold in memory and send to others. The options are those of
+`meshpeft finetune`: put `plan` in its place. One process, no GPU; those of data and output do not matter."""
+    print(plan_run(parse(FinetuneConfig, argv, prog="meshpeft plan", description=description)))
+
+
+COMMANDS = {
+    "finetune": Command("fine-tune a model with an adapter, on one process or over a mesh", _finetune, True),
+    "evaluate": Command("measure the loss of a model with or without an adapter", _evaluate),
+    "generate": Command("continue a prompt with or without an adapter", _generate),
+    "export": Command("write a checkpoint as an adapter or as a model", _export, True),
+    "merge": Command("write a base model with an adapter merged into it", _merge, True),
+    "verify": Command("prove that a layout trains the adapter of one process, before it is run", _verify),
+    "plan": Command("count what one process of a fine-tune will hold and send", _plan),
+}
