@@ -131,7 +131,7 @@ def main() -> None:
     config = FinetuneConfig()
     tokenizer = load_tokenizer(embedded_model_dir())
     packed = load_inputs(config, tokenizer).train
-    alone = load_inputs(FinetuneConfig(packing=False), tokenizer).train
+    alone = load_inputs(FinetuneConfig(fused_parts=False), tokenizer).train
     full = [example for example in examples(packed) if len(example["input_ids"]) == packed.seq_length]
     rows = [
         ("equal batches, 8 rows of 512 tokens", str(compare(packed, full, arguments.steps))),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timing import measure, ratio, table
 from torch import Tensor, nn
 
-from meshpeft.parallel import ColumnParallelLinear, Packing, RowParallelLinear, communication, init_parallelism
+from meshpeft.parallel import ColumnParallelLinear, FusedParts, RowParallelLinear, communication, init_parallelism
 from meshpeft.peft import LoRA
 
 HIDDEN, WIDTH, TOKENS, RANK = 1024, 2816, 512, 16
@@ -34,8 +34,10 @@ class MLP(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        packing = Packing(("gate", "up"), (WIDTH, WIDTH))
-        self.linear_fc1 = ColumnParallelLinear(HIDDEN, 2 * WIDTH, bias=False, gather_output=False, packing=packing)
+        fused_parts = FusedParts(("gate", "up"), (WIDTH, WIDTH))
+        self.linear_fc1 = ColumnParallelLinear(
+            HIDDEN, 2 * WIDTH, bias=False, gather_output=False, fused_parts=fused_parts
+        )
         self.linear_fc2 = RowParallelLinear(WIDTH, HIDDEN, bias=False, input_is_parallel=True)
 
     def forward(self, x: Tensor) -> Tensor:

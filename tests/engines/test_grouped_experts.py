@@ -157,7 +157,7 @@ def test_adapters_of_grouped_experts_communicate_nothing_or_factors(
 
 def test_grouped_layers_are_recognised_by_their_attributes() -> None:
     for rank in run_on_ranks(2, models.grouped_layer, METHODS["lora, own"], layout(tp=2)[0]):
-        assert rank["layout"] == (4, 16, 24, "out") and rank["packing"] == ("gate", "up")
+        assert rank["layout"] == (4, 16, 24, "out") and rank["fused_parts"] == ("gate", "up")
         assert (rank["weight"], rank["A"], rank["B"]) == ((4, 12, 16), (4, 4, 16), (4, 12, 4))
     for rank in run_on_ranks(2, models.grouped_layer, SHARED, layout(ep=2)[0]):
         assert (rank["weight"], rank["A"], rank["B"]) == ((2, 24, 16), (4, 16), (24, 4))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
-    Packing,
+    FusedParts,
     ParallelGroupInfo,
     RowParallelLinear,
     TensorLayout,
@@ -34,21 +34,25 @@ class Block(nn.Module):
         super().__init__()
         kwargs: dict[str, Any] = {"bias": bias, "dtype": torch.float64, "sequence_parallel": sequence_parallel}
         q, k = HEADS * HEAD_DIM, GROUPS * HEAD_DIM
-        self.qkv = Packing(("q", "k", "v"), (q, k, k), blocks=GROUPS)
-        self.gate_up = Packing(("gate", "up"), (WIDTH, WIDTH))
+        self.qkv = FusedParts(("q", "k", "v"), (q, k, k), blocks=GROUPS)
+        self.gate_up = FusedParts(("gate", "up"), (WIDTH, WIDTH))
         attention, mlp = nn.Module(), nn.Module()
-        attention.linear_qkv = ColumnParallelLinear(HIDDEN, q + 2 * k, gather_output=False, packing=self.qkv, **kwargs)
+        attention.linear_qkv = ColumnParallelLinear(
+            HIDDEN, q + 2 * k, gather_output=False, fused_parts=self.qkv, **kwargs
+        )
         attention.linear_proj = RowParallelLinear(q, HIDDEN, input_is_parallel=True, **kwargs)
-        mlp.linear_fc1 = ColumnParallelLinear(HIDDEN, 2 * WIDTH, gather_output=False, packing=self.gate_up, **kwargs)
+        mlp.linear_fc1 = ColumnParallelLinear(
+            HIDDEN, 2 * WIDTH, gather_output=False, fused_parts=self.gate_up, **kwargs
+        )
         mlp.linear_fc2 = RowParallelLinear(WIDTH, HIDDEN, input_is_parallel=True, **kwargs)
         self.self_attention, self.mlp = attention, mlp
         self.shards = attention.linear_qkv.layout.axis.world_size
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv.unpack(self.self_attention.linear_qkv(x), -1, self.shards)
+        q, k, v = self.qkv.split(self.self_attention.linear_qkv(x), -1, self.shards)
         mixed = q.tanh().unflatten(-1, (k.shape[-1], -1)) * (k.tanh() + v).unsqueeze(-1)
         x = x + self.self_attention.linear_proj(mixed.flatten(-2))
-        gate, up = self.gate_up.unpack(self.mlp.linear_fc1(x), -1, self.shards)
+        gate, up = self.gate_up.split(self.mlp.linear_fc1(x), -1, self.shards)
         return x + self.mlp.linear_fc2(F.silu(gate) * up)
 
 

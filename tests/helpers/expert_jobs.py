@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from meshpeft.models import load_pretrained, save_pretrained
 from meshpeft.parallel import (
+    FusedParts,
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
     ModelParallelConfig,
-    Packing,
     ParallelGroupInfo,
     combine_tokens,
     dispatch_tokens,
@@ -85,9 +85,11 @@ class ExpertMLP(nn.Module):
 
     def __init__(self, fc1: Tensor, fc2: Tensor) -> None:
         super().__init__()
-        self.packing = Packing(("gate", "up"), (WIDTH, WIDTH))
+        self.fused_parts = FusedParts(("gate", "up"), (WIDTH, WIDTH))
         options = {"dtype": fc1.dtype, "perform_initialization": False}
-        self.linear_fc1 = GroupedColumnParallelLinear(EXPERTS, HIDDEN, 2 * WIDTH, packing=self.packing, **options)
+        self.linear_fc1 = GroupedColumnParallelLinear(
+            EXPERTS, HIDDEN, 2 * WIDTH, fused_parts=self.fused_parts, **options
+        )
         self.linear_fc2 = GroupedRowParallelLinear(EXPERTS, WIDTH, HIDDEN, **options)
         with torch.no_grad():
             for layer, full in ((self.linear_fc1, fc1), (self.linear_fc2, fc2)):
@@ -96,7 +98,7 @@ class ExpertMLP(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, probabilities: Tensor, info: ParallelGroupInfo) -> Tensor:
         rows, plan = dispatch_tokens(x, experts, probabilities, EXPERTS, info.ep, info.etp)
         packed = self.linear_fc1(rows, plan.tokens_per_expert)
-        gate, up = self.packing.unpack(packed, -1, info.etp.world_size)
+        gate, up = self.fused_parts.split(packed, -1, info.etp.world_size)
         return combine_tokens(self.linear_fc2(functional.silu(gate) * up, plan.tokens_per_expert), plan)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
-    Packing,
+    FusedParts,
     RowParallelLinear,
     TensorLayout,
     finalize_gradients,
@@ -35,11 +35,13 @@ class GatedMLP(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64, bias: bool = True) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": dtype, "bias": bias, "perform_initialization": False}
-        packing = Packing(("gate", "up"), (WIDTH, WIDTH))
-        self.linear_fc1 = ColumnParallelLinear(HIDDEN, 2 * WIDTH, gather_output=False, packing=packing, **options)
+        fused_parts = FusedParts(("gate", "up"), (WIDTH, WIDTH))
+        self.linear_fc1 = ColumnParallelLinear(
+            HIDDEN, 2 * WIDTH, gather_output=False, fused_parts=fused_parts, **options
+        )
         self.linear_fc2 = RowParallelLinear(WIDTH, HIDDEN, input_is_parallel=True, **options)
         self.output_layer = nn.Linear(HIDDEN, 64, dtype=dtype, bias=bias)
-        self.packing, self.shards = packing, self.linear_fc1.layout.axis.world_size
+        self.fused_parts, self.shards = fused_parts, self.linear_fc1.layout.axis.world_size
         for name, parameter in self.named_parameters():
             if layout_of_tensor(parameter) is not None:
                 named_init_(parameter, lambda full: full.normal_(std=0.1), 0, name)
@@ -49,7 +51,7 @@ class GatedMLP(nn.Module):
                 self.output_layer.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.packing.unpack(self.linear_fc1(x), -1, self.shards)
+        gate, up = self.fused_parts.split(self.linear_fc1(x), -1, self.shards)
         return self.output_layer(self.linear_fc2(F.silu(gate) * up))
 
 

@@ -12,7 +12,7 @@ from megatron.core import ModelParallelConfig, parallel_state
 from torch import Tensor, nn
 
 from meshpeft.engines.process_groups import axis_of_group
-from meshpeft.parallel import Packing, ParallelAxis, TensorLayout, finalize_gradients, layout_of
+from meshpeft.parallel import FusedParts, ParallelAxis, TensorLayout, finalize_gradients, layout_of
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.peft import PEFT
 
@@ -60,13 +60,13 @@ def run_layer(case: Case, method: PEFT, tensor_parallel: int) -> Result:
         method(holder)
         axis = axis_of_group("tp", holder.linear.to_wrap.tp_group)
         x = _local(full(SEQ, BATCH, IN, seed=1), case.x, axis).requires_grad_()
-        packing = layout_of(holder.linear.to_wrap).packing
+        fused_parts = layout_of(holder.linear.to_wrap).fused_parts
         y, bias = holder.linear(x)
-        y.backward(_local(full(SEQ, BATCH, OUT, seed=2), case.y, axis, packing))
+        y.backward(_local(full(SEQ, BATCH, OUT, seed=2), case.y, axis, fused_parts))
         finalize_gradients(holder)
         trainable = dict(holder.linear.adapter.named_parameters())
         return Result(
-            _full(y.detach(), case.y, axis, packing),
+            _full(y.detach(), case.y, axis, fused_parts),
             None if bias is None else whole_bias(holder.linear.to_wrap),
             _full(x.grad, "P" if case.x == "R" else case.x, axis),
             {name: whole(p, p.grad) for name, p in trainable.items()},
@@ -97,19 +97,19 @@ def whole_bias(layer: nn.Module) -> Tensor:
     return layout_of(layer).bias().gather(layer.bias)
 
 
-def _divided(dim: int, axis: ParallelAxis, features: int, packing: Packing | None) -> TensorLayout:
-    return TensorLayout((SEQ, BATCH, features), ((dim % 3, axis),), packing, packed_dim=2)
+def _divided(dim: int, axis: ParallelAxis, features: int, fused_parts: FusedParts | None) -> TensorLayout:
+    return TensorLayout((SEQ, BATCH, features), ((dim % 3, axis),), fused_parts, fused_dim=2)
 
 
-def _local(value: Tensor, state: State, axis: ParallelAxis, packing: Packing | None = None) -> Tensor:
+def _local(value: Tensor, state: State, axis: ParallelAxis, fused_parts: FusedParts | None = None) -> Tensor:
     """This rank's share of a full value; of a gradient of a summand, all of it."""
     if isinstance(state, int):
-        return _divided(state, axis, value.shape[-1], packing if state == -1 else None).slice(value).clone()
+        return _divided(state, axis, value.shape[-1], fused_parts if state == -1 else None).slice(value).clone()
     return value.clone()
 
 
-def _full(value: Tensor, state: State, axis: ParallelAxis, packing: Packing | None = None) -> Tensor:
+def _full(value: Tensor, state: State, axis: ParallelAxis, fused_parts: FusedParts | None = None) -> Tensor:
     if isinstance(state, int):
         features = value.shape[-1] * (axis.world_size if state == -1 else 1)
-        return _divided(state, axis, features, packing if state == -1 else None).gather(value)
+        return _divided(state, axis, features, fused_parts if state == -1 else None).gather(value)
     return all_reduce(value, axis) if state == "P" else value

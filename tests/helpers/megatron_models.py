@@ -119,7 +119,7 @@ def grouped_layer(method: PEFT, sizes: dict[str, Any]) -> dict[str, Any]:
         return {
             "layout": (layout.experts, layout.in_features, layout.out_features, layout.shard),
             "weight": tuple(weight.shape),
-            "packing": layout.packing.names,
+            "fused_parts": layout.fused_parts.names,
             "A": tuple(adapter.linear_in.weight.shape),
             "B": tuple(adapter.linear_out.weight.shape),
             "marks of A": {mark: getattr(adapter.linear_in.weight, mark) for mark in MARKS[:4]},

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
-    Packing,
+    FusedParts,
     RowParallelLinear,
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
@@ -34,7 +34,7 @@ class SmallNetwork(nn.Module):
         options = {"sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
         self.embedding = VocabParallelEmbedding(vocabulary, width, **options)
         self.fc1 = ColumnParallelLinear(
-            width, 2 * inner, gather_output=False, packing=Packing(("gate", "up"), (inner, inner)), **options
+            width, 2 * inner, gather_output=False, fused_parts=FusedParts(("gate", "up"), (inner, inner)), **options
         )
         self.fc2 = RowParallelLinear(inner, width, input_is_parallel=True, init_type="kaiming_uniform", **options)
         self.head = ColumnParallelLinear(width, vocabulary, bias=False, gather_output=False, **options)

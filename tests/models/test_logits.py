@@ -140,5 +140,5 @@ def gradients_by_hf_name(name: str, parameter: Tensor) -> dict[str, Tensor]:
     assert layout is not None
     assert parameter.grad is not None
     full = the_same(layout.gather(parameter.grad))
-    sizes = [full.shape[0]] if layout.packing is None else list(layout.packing.sizes)
+    sizes = [full.shape[0]] if layout.fused_parts is None else list(layout.fused_parts.sizes)
     return dict(zip(hf_tensor_names(name, layout), full.split(sizes), strict=True))

@@ -175,7 +175,7 @@ def gradients_by_stored_name(decoder: Decoder) -> dict[str, Tensor]:
         layout = layout_of_tensor(parameter)
         assert layout is not None and parameter.grad is not None
         full = the_same(layout.gather(parameter.grad))
-        parts = [full] if layout.packing is None else full.split(list(layout.packing.sizes), layout.packed_dim)
+        parts = [full] if layout.fused_parts is None else full.split(list(layout.fused_parts.sizes), layout.fused_dim)
         matrices = [matrix for part in parts for matrix in (part if layout.expert else [part])]
         names = hf_tensor_names(name, layout, decoder.config.model_type)
         found.update(zip(names, matrices, strict=True))

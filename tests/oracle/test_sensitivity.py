@@ -15,7 +15,7 @@ from meshpeft.data.batches import IGNORED_LABEL, MicroBatch
 from meshpeft.models import Decoder
 from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.parallel.tensor_layout import FusedParts
 from meshpeft.verify.oracle import Layout, compare
 
 Patch = pytest.MonkeyPatch
@@ -48,13 +48,13 @@ def fans_of_the_shard(patch: Patch) -> None:
 
 def swapped_q_and_k(patch: Patch) -> None:
     """Packed in the wrong order when sharded, as frameworks do whose conversion knows one layout only."""
-    right = Packing.unpack
+    right = FusedParts.split
 
-    def unpack(self: Packing, tensor: torch.Tensor, dim: int, shards: int) -> list[torch.Tensor]:
+    def split(self: FusedParts, tensor: torch.Tensor, dim: int, shards: int) -> list[torch.Tensor]:
         parts = right(self, tensor, dim, shards)
         return [*parts[:-2], parts[-1], parts[-2]] if shards > 1 and len(parts) == 3 else parts
 
-    patch.setattr(Packing, "unpack", unpack)
+    patch.setattr(FusedParts, "split", split)
 
 
 def norm_counts_every_copy(patch: Patch) -> None:

@@ -19,9 +19,9 @@ from helpers.workers import run_on_ranks
 from torch import Tensor
 
 from meshpeft.parallel import (
+    FusedParts,
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
-    Packing,
     ParallelAxis,
     ParallelError,
     TensorLayout,
@@ -191,7 +191,7 @@ def test_weights_are_the_same_at_every_layout_and_each_expert_has_its_own_fans()
         torch.manual_seed(3)
         with simulate(**sizes):
             layers = (
-                GroupedColumnParallelLinear(EXPERTS, 64, 48, packing=Packing(("gate", "up"), (24, 24))),
+                GroupedColumnParallelLinear(EXPERTS, 64, 48, fused_parts=FusedParts(("gate", "up"), (24, 24))),
                 GroupedRowParallelLinear(EXPERTS, 24, 64),
             )
             return [the_same(layer.master_weight) for layer in layers]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     GroupedColumnParallelLinear,
     InitializationType,
-    Packing,
     ParallelEmbedding,
     ParallelError,
     RowParallelLinear,
@@ -34,7 +34,7 @@ MODULES: dict[str, Callable[[InitializationType], nn.Module]] = {
     "column": lambda init: ColumnParallelLinear(12, 24, init_type=init),
     "strided column": lambda init: ColumnParallelLinear(12, 24, init_type=init, stride=3),
     "packed column": lambda init: ColumnParallelLinear(
-        12, 24, init_type=init, packing=Packing(("q", "k", "v"), (16, 4, 4), blocks=4)
+        12, 24, init_type=init, fused_parts=FusedParts(("q", "k", "v"), (16, 4, 4), blocks=4)
     ),
     "row": lambda init: RowParallelLinear(24, 12, init_type=init),
     "strided row": lambda init: RowParallelLinear(24, 12, init_type=init, stride=2),

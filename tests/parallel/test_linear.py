@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     LayerType,
     LinearLayout,
-    Packing,
     ParallelAxis,
     ParallelEmbedding,
     ParallelError,
@@ -35,10 +35,10 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "gathered": {},
     "gathered, no bias": {"bias": False},
     "gathered, strided": {"stride": 2},
-    "gathered, packed": {"packing": Packing(("q", "k", "v"), (16, 8, 8), blocks=4)},
+    "gathered, fused": {"fused_parts": FusedParts(("q", "k", "v"), (16, 8, 8), blocks=4)},
     "divided": {"gather_output": False},
     "divided, strided": {"gather_output": False, "stride": 4},
-    "divided, packed": {"gather_output": False, "packing": Packing(("gate", "up"), (16, 16))},
+    "sharded, fused": {"gather_output": False, "fused_parts": FusedParts(("gate", "up"), (16, 16))},
     "sequence": {"gather_output": False, "sequence_parallel": True},
     "sequence, no bias": {"gather_output": False, "sequence_parallel": True, "bias": False},
 }
@@ -72,9 +72,9 @@ def divided_like(options: dict[str, Any], kind: type, shape: torch.Size, which: 
     if layout.sequence_parallel and (which == "input") == column:
         return TensorLayout(tuple(shape), ((0, tp),))
     if column and which == "output" and not layout.gather_output:
-        return TensorLayout(tuple(shape), ((last, tp),), layout.packing, last)
+        return TensorLayout(tuple(shape), ((last, tp),), layout.fused_parts, last)
     if not column and which == "input" and layout.input_is_parallel:
-        return TensorLayout(tuple(shape), ((last, tp),), layout.in_packing, last)
+        return TensorLayout(tuple(shape), ((last, tp),), layout.in_fused_parts, last)
     return TensorLayout(tuple(shape))
 
 
@@ -176,12 +176,12 @@ def test_one_rank_computes_what_linear_computes_to_the_bit(kind: type, name: str
         found = layer(x)
     assert calls == []
     assert entered is x
-    if name == "gathered, packed":  # per query group in the weight, q then k then v in what is gathered
-        expected = torch.cat(layer.layout.packing.unpack(expected, -1, 1), -1)
+    if name == "gathered, fused":  # per query group in the weight, q then k then v in what is gathered
+        expected = torch.cat(layer.layout.fused_parts.split(expected, -1, 1), -1)
     assert torch.equal(found, expected)
     if layer.bias is None:
         assert layer.exit(expected) is expected
-    if layer.layout.packing is None and layer.layout.in_packing is None:
+    if layer.layout.fused_parts is None and layer.layout.in_fused_parts is None:
         # Not a copy either: it is the parameter's own memory.
         assert layer.master_weight.data_ptr() == layer.weight.data_ptr()
 
@@ -271,11 +271,14 @@ def test_the_documented_example(tp: int) -> None:
         (lambda: ColumnParallelLinear(4, 8, stride=3), "stride=3: size 8 does not divide into 3 x tp=4 strips"),
         (lambda: RowParallelLinear(8, 4, stride=4), "stride=4: size 8 does not divide into 4 x tp=4 strips"),
         (
-            lambda: ColumnParallelLinear(4, 16, stride=2, packing=Packing(("a", "b"), (8, 8))),
-            "stride=2 and packing both order the rows; give one",
+            lambda: ColumnParallelLinear(4, 16, stride=2, fused_parts=FusedParts(("a", "b"), (8, 8))),
+            "stride=2 and fused_parts both order the rows; give one",
         ),
-        (lambda: ColumnParallelLinear(4, 16, packing=Packing(("a", "b"), (8, 4))), "do not add up to dim 0"),
-        (lambda: ColumnParallelLinear(4, 12, packing=Packing(("a", "b"), (6, 6), 2)), "2 blocks do not divide over 4"),
+        (lambda: ColumnParallelLinear(4, 16, fused_parts=FusedParts(("a", "b"), (8, 4))), "do not add up to dim 0"),
+        (
+            lambda: ColumnParallelLinear(4, 12, fused_parts=FusedParts(("a", "b"), (6, 6), 2)),
+            "2 blocks do not divide over 4",
+        ),
     ),
 )
 def test_options_that_do_not_fit_are_refused(build: Callable[[], nn.Module], message: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     GroupedColumnParallelLinear,
-    Packing,
     ParallelEmbedding,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -23,11 +23,11 @@ from meshpeft.parallel import (
 )
 from meshpeft.verify.simulation import count_collectives
 
-QKV = Packing(("q", "k", "v"), (8, 4, 4), blocks=4)
+QKV = FusedParts(("q", "k", "v"), (8, 4, 4), blocks=4)
 LAYERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "column": ("master_weight", lambda: ColumnParallelLinear(8, 16, dtype=torch.float64)),
-    "column, packed": ("master_weight", lambda: ColumnParallelLinear(8, 16, packing=QKV, dtype=torch.float64)),
-    "bias of a column": ("master_bias", lambda: ColumnParallelLinear(8, 16, packing=QKV, dtype=torch.float64)),
+    "column, packed": ("master_weight", lambda: ColumnParallelLinear(8, 16, fused_parts=QKV, dtype=torch.float64)),
+    "bias of a column": ("master_bias", lambda: ColumnParallelLinear(8, 16, fused_parts=QKV, dtype=torch.float64)),
     "row": ("master_weight", lambda: RowParallelLinear(8, 16, stride=2, dtype=torch.float64)),
     "bias of a row": ("master_bias", lambda: RowParallelLinear(8, 16, dtype=torch.float64)),
     "bias of a row, sequence": (
@@ -65,7 +65,9 @@ def test_a_master_tensor_has_the_gradient_of_a_full_parameter(kind: str, tp: int
 @pytest.mark.parametrize("sizes", EXPERTS, ids=str)
 def test_experts_too_whatever_their_ranks_are_otherwise(sizes: dict[str, int]) -> None:
     with simulate(**sizes):
-        layer = GroupedColumnParallelLinear(4, 6, 8, packing=Packing(("gate", "up"), (4, 4)), dtype=torch.float64)
+        layer = GroupedColumnParallelLinear(
+            4, 6, 8, fused_parts=FusedParts(("gate", "up"), (4, 4)), dtype=torch.float64
+        )
         found, expected = gradient_of_sum(layer, "master_weight", sizes.get("dp", 1))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
-    Packing,
     ParallelError,
     RowParallelLinear,
     ShardedTensors,
@@ -25,7 +25,7 @@ from meshpeft.parallel.init import draw_full
 from meshpeft.peft import DoRA, LoRA
 
 LAYERS, HIDDEN, WIDTH, EXPERTS = 3, 8, 24, 4
-QKV, GATED = Packing(("q", "k", "v"), (16, 4, 4), blocks=4), Packing(("gate", "up"), (12, 12))
+QKV, GATED = FusedParts(("q", "k", "v"), (16, 4, 4), blocks=4), FusedParts(("gate", "up"), (12, 12))
 MESHES: tuple[dict[str, Any], ...] = ({}, {"tp": 2}, {"tp": 4}, {"tp": 2, "dp": 2, "ep": 2}, {"dp": 2, "ep": 2})
 
 
@@ -35,10 +35,10 @@ class Layer(ShardedTensors, nn.Module):
     def __init__(self) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.float64, "perform_initialization": False}
-        self.column = ColumnParallelLinear(HIDDEN, WIDTH, gather_output=False, packing=QKV, **options)
+        self.column = ColumnParallelLinear(HIDDEN, WIDTH, gather_output=False, fused_parts=QKV, **options)
         self.row = RowParallelLinear(WIDTH, HIDDEN, input_is_parallel=True, **options)
         self.norm = nn.LayerNorm(HIDDEN, dtype=torch.float64)
-        self.experts_in = GroupedColumnParallelLinear(EXPERTS, HIDDEN, WIDTH, packing=GATED, **options)
+        self.experts_in = GroupedColumnParallelLinear(EXPERTS, HIDDEN, WIDTH, fused_parts=GATED, **options)
         self.experts_out = GroupedRowParallelLinear(EXPERTS, WIDTH, HIDDEN, **options)
 
 

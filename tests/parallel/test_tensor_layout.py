@@ -1,4 +1,4 @@
-"""Where the values of a tensor are: packing, slicing, gathering, and the boxes that a rank holds."""
+"""Where the values of a tensor are: fused parts, slicing, gathering, and the boxes that a rank holds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     GroupedColumnParallelLinear,
-    Packing,
     ParallelAxis,
     ParallelError,
     ParallelGroupInfo,
@@ -43,29 +43,29 @@ def rows_of_shard(sizes: Sequence[int], blocks: int | None, shards: int, shard: 
 
 
 @st.composite
-def packings(draw: st.DrawFn) -> tuple[Packing, int]:
+def fused_parts(draw: st.DrawFn) -> tuple[FusedParts, int]:
     """Parts of unequal sizes: several query heads for a key head, keys wider than values."""
     shards = draw(st.sampled_from((1, 2, 4)))
     per_shard = draw(st.one_of(st.none(), st.integers(1, 3)))
     blocks = None if per_shard is None else per_shard * shards
     chunks = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     sizes = tuple(chunk * (blocks or shards) for chunk in chunks)
-    return Packing(tuple("qkvw"[: len(sizes)]), sizes, blocks), shards
+    return FusedParts(tuple("qkvw"[: len(sizes)]), sizes, blocks), shards
 
 
-@given(packings(), st.integers(-2, 1))
+@given(fused_parts(), st.integers(-2, 1))
 @settings(deadline=None, max_examples=60)
-def test_packed_order_and_back(case: tuple[Packing, int], dim: int) -> None:
-    packing, shards = case
-    canonical = torch.arange(float(sum(packing.sizes)))
+def test_packed_order_and_back(case: tuple[FusedParts, int], dim: int) -> None:
+    fused_parts, shards = case
+    canonical = torch.arange(float(sum(fused_parts.sizes)))
     for shard in range(shards):
-        values = canonical[rows_of_shard(packing.sizes, packing.blocks, shards, shard)]
+        values = canonical[rows_of_shard(fused_parts.sizes, fused_parts.blocks, shards, shard)]
         local = values.expand(3, -1).clone() if dim in (1, -1) else values.unsqueeze(1).expand(-1, 3).clone()
-        parts = packing.unpack(local.requires_grad_(), dim, shards)
-        for part, whole in zip(parts, canonical.split(packing.sizes), strict=True):
+        parts = fused_parts.split(local.requires_grad_(), dim, shards)
+        for part, whole in zip(parts, canonical.split(fused_parts.sizes), strict=True):
             line = part.select(0 if dim in (1, -1) else 1, 0)
             assert torch.equal(line, whole.chunk(shards)[shard])
-        packed = packing.pack(parts, dim, shards)
+        packed = fused_parts.fuse(parts, dim, shards)
         assert torch.equal(packed, local)
         weights = torch.randn_like(local)
         (grad,) = torch.autograd.grad((packed * weights).sum(), local)
@@ -75,22 +75,22 @@ def test_packed_order_and_back(case: tuple[Packing, int], dim: int) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     (
-        (lambda: Packing(("q", "k"), (4,)), "2 names for 1 sizes"),
-        (lambda: Packing((), ()), "0 names"),
-        (lambda: Packing(("q", "k"), (6, 4), blocks=3), r"parts of sizes \(6, 4\) do not divide into 3 blocks"),
-        (lambda: Packing(("q", "k"), (6, 3), blocks=3).chunks(2), "3 blocks do not divide over 2 shards"),
-        (lambda: Packing(("gate", "up"), (6, 5)).chunks(2), "part 'up' of size 5 does not divide over 2 shards"),
+        (lambda: FusedParts(("q", "k"), (4,)), "2 names for 1 sizes"),
+        (lambda: FusedParts((), ()), "0 names"),
+        (lambda: FusedParts(("q", "k"), (6, 4), blocks=3), r"parts of sizes \(6, 4\) do not divide into 3 blocks"),
+        (lambda: FusedParts(("q", "k"), (6, 3), blocks=3).chunks(2), "3 blocks do not divide over 2 shards"),
+        (lambda: FusedParts(("gate", "up"), (6, 5)).chunks(2), "part 'up' of size 5 does not divide over 2 shards"),
     ),
 )
-def test_packings_that_do_not_fit(build: Callable[[], object], message: str) -> None:
+def test_fused_parts_that_do_not_fit(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ParallelError, match=message):
         build()
 
 
-QKV = Packing(("q", "k", "v"), (16, 8, 8), blocks=4)
-GATE_UP = Packing(("gate", "up"), (8, 8))
-# A layout's global shape, its divided dims, and its packing (with the packed dim).
-LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[ParallelGroupInfo], tuple], Packing | None, int]] = {
+QKV = FusedParts(("q", "k", "v"), (16, 8, 8), blocks=4)
+GATE_UP = FusedParts(("gate", "up"), (8, 8))
+# A layout's global shape, its divided dims, and its fused parts (with the fused dim).
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[ParallelGroupInfo], tuple], FusedParts | None, int]] = {
     "replicated": ((3, 5), lambda info: (), None, 0),
     "replicated, packed": ((32, 3), lambda info: (), QKV, 0),
     "rows": ((8, 3), lambda info: ((0, info.tp),), None, 0),
@@ -106,8 +106,8 @@ MESHES = [{"tp": 2, "dp": 2, "ep": 2, "etp": 2}, {"tp": 4, "dp": 2, "ep": 2, "et
 
 
 def layout_of(name: str, info: ParallelGroupInfo) -> TensorLayout:
-    shape, shards, packing, packed_dim = LAYOUTS[name]
-    return TensorLayout(shape, shards(info), packing, packed_dim)
+    shape, shards, fused_parts, fused_dim = LAYOUTS[name]
+    return TensorLayout(shape, shards(info), fused_parts, fused_dim)
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:
@@ -132,9 +132,9 @@ def test_slices_gather_to_the_whole(name: str, mesh: dict[str, int]) -> None:
 def test_the_pieces_of_all_ranks_cover_the_whole_once(name: str, mesh: dict[str, int]) -> None:
     """As often as ranks hold copies, exactly; and each piece names the values that the rank has."""
     world = mesh["tp"] * mesh.get("dp", 1)
-    shape, _, packing, packed_dim = LAYOUTS[name]
+    shape, _, fused_parts, fused_dim = LAYOUTS[name]
     full = numbered(shape)
-    parts = [full] if packing is None else list(full.split(packing.sizes, packed_dim))
+    parts = [full] if fused_parts is None else list(full.split(fused_parts.sizes, fused_dim))
     held = [torch.zeros(part.shape, dtype=torch.int64) for part in parts]
     replicas = world
     for rank in range(world):
@@ -143,7 +143,7 @@ def test_the_pieces_of_all_ranks_cover_the_whole_once(name: str, mesh: dict[str,
             layout = layout_of(name, info)
             local = layout.split_parts(layout.slice(full))
             pieces = layout.pieces()
-            assert [piece.part for piece in pieces] == ([None] if packing is None else list(packing.names))
+            assert [piece.part for piece in pieces] == ([None] if fused_parts is None else list(fused_parts.names))
             for part, count, piece, values in zip(parts, held, pieces, local, strict=True):
                 box = tuple(slice(start, start + size) for start, size in zip(piece.offset, piece.shape, strict=True))
                 assert piece.global_shape == tuple(part.shape)
@@ -160,9 +160,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ParallelError, match=r"dim 0 of a tensor of shape \(6, 4\) cannot be split over tp=4; use a"):
         TensorLayout((6, 4), ((0, tp),))
     with pytest.raises(ParallelError, match=r"parts of sizes \(8, 8\) do not add up to dim 0 of shape \(12, 4\)"):
-        TensorLayout((12, 4), packing=GATE_UP)
+        TensorLayout((12, 4), fused_parts=GATE_UP)
     with pytest.raises(ParallelError, match="4 blocks do not divide over 8 shards"):
-        TensorLayout((32, 4), ((0, ParallelAxis("tp", world_size=8)),), packing=QKV)
+        TensorLayout((32, 4), ((0, ParallelAxis("tp", world_size=8)),), fused_parts=QKV)
     layout = TensorLayout((8, 4), ((0, tp),))
     with pytest.raises(ParallelError, match=r"expected a full tensor of shape \(8, 4\), got \(2, 4\)"):
         layout.slice(torch.zeros(2, 4))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.adapted_block import FULL_INPUT, GROUPS, HEAD_DIM, HEADS, HIDDEN, make_block
 from torch import nn
 
-from meshpeft.parallel import LayerType, LinearLayout, Packing, register_layer_type
+from meshpeft.parallel import FusedParts, LayerType, LinearLayout, register_layer_type
 from meshpeft.peft import (
     AdapterError,
     CanonicalLoRA,
@@ -42,14 +42,14 @@ def part_outputs(block, x):
     for holder, name in ((block.self_attention, "linear_qkv"), (block.mlp, "linear_fc1")):
         wrapper = getattr(holder, name)
         base = wrapper.to_wrap
-        packing = base.layout.packing
-        parts = packing.unpack(F.linear(x, base.weight, base.bias), -1, 1)
-        for index, part in enumerate(packing.names):
+        fused_parts = base.layout.fused_parts
+        parts = fused_parts.split(F.linear(x, base.weight, base.bias), -1, 1)
+        for index, part in enumerate(fused_parts.names):
             if f"adapter_{part}" in wrapper.adapter:
                 adapter = wrapper.adapter[f"adapter_{part}"]
                 a, b = adapter.linear_in.weight, adapter.linear_out.weight
                 parts[index] = parts[index] + 1.5 * (x @ a.t()) @ b.t()
-        found.append((wrapper(x), packing.pack(parts, -1, 1)))
+        found.append((wrapper(x), fused_parts.fuse(parts, -1, 1)))
     return found
 
 
@@ -96,14 +96,14 @@ def test_all_factors_of_a_layer_run_as_one_product(monkeypatch):
     assert seen == [(12, HIDDEN), (4, HEADS * HEAD_DIM), (8, HIDDEN), (4, 32)]
 
 
-def test_the_packed_factor_equals_packing_the_outputs():
-    packing = Packing(("q", "k", "v"), (8, 4, 4), blocks=2)
+def test_the_fused_factor_equals_fusing_the_outputs():
+    fused_parts = FusedParts(("q", "k", "v"), (8, 4, 4), blocks=2)
     generator = torch.Generator().manual_seed(0)
     a = [torch.randn(2, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
     b = [torch.randn(rows, 2, generator=generator, dtype=torch.float64) for rows in (8, 4)]
     x = torch.randn(3, 5, generator=generator, dtype=torch.float64)
-    big_a, big_b = pack_factors(packing, 1, [0, 2], a, b)
-    want = packing.pack([x @ a[0].t() @ b[0].t(), torch.zeros(3, 4).double(), x @ a[1].t() @ b[1].t()], -1, 1)
+    big_a, big_b = pack_factors(fused_parts, 1, [0, 2], a, b)
+    want = fused_parts.fuse([x @ a[0].t() @ b[0].t(), torch.zeros(3, 4).double(), x @ a[1].t() @ b[1].t()], -1, 1)
     torch.testing.assert_close(x @ big_a.t() @ big_b.t(), want, rtol=1e-13, atol=1e-13)
 
 
@@ -114,7 +114,7 @@ def test_ranks_and_scales_may_differ_between_parts():
     v = other.self_attention.linear_qkv.adapter["adapter_v"]
     base = block.self_attention.linear_qkv.to_wrap
     wrapper = LoRALinearSplitQKV(base, ModuleDict({"adapter_v": v, "adapter_q": q}))
-    parts = base.layout.packing.unpack(base(FULL_INPUT), -1, 1)
+    parts = base.layout.fused_parts.split(base(FULL_INPUT), -1, 1)
     for index, adapter in ((0, q), (2, v)):
         parts[index] = parts[index] + adapter(FULL_INPUT)
     torch.testing.assert_close(wrapper(FULL_INPUT), wrapper._interleave_qkv(*parts), rtol=1e-12, atol=1e-12)
@@ -182,13 +182,13 @@ def test_a_part_that_is_not_there_names_the_request():
 class Fused(nn.Linear):
     """Says how it is packed, or that it is not."""
 
-    packing: Packing | None = None
+    fused_parts: FusedParts | None = None
 
 
 register_layer_type(
     Fused,
     LayerType(
-        layout=lambda m: LinearLayout(m.in_features, m.out_features, packing=m.packing),
+        layout=lambda m: LinearLayout(m.in_features, m.out_features, fused_parts=m.fused_parts),
         weight=lambda m: m.weight,
         enter=lambda m, x: x,
         exit=lambda m, y: y if m.bias is None else y + m.bias,
@@ -200,7 +200,7 @@ def test_layers_that_do_not_pack_parts_are_kept_whole():
     model = nn.ModuleDict(
         {"vision_model": nn.ModuleDict({"linear_fc1": Fused(8, 8)}), "mlp": nn.ModuleDict({"linear_fc1": Fused(8, 8)})}
     )
-    model["vision_model"]["linear_fc1"].packing = Packing(("gate", "up"), (4, 4))
+    model["vision_model"]["linear_fc1"].fused_parts = FusedParts(("gate", "up"), (4, 4))
     CanonicalLoRA(target_modules=["linear_fc1_up"], dim=2)(model)
     assert all(type(model[name]["linear_fc1"]) is LoRALinear for name in model)
     assert _should_treat_linear_fc1_as_unfused("vision_model.decoder.linear_fc1")

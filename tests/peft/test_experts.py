@@ -13,9 +13,9 @@ from helpers.simulate import simulate, the_same
 from torch import Tensor, nn
 
 from meshpeft.parallel import (
+    FusedParts,
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
-    Packing,
     TensorLayout,
     gradient_axes,
     group_offsets,
@@ -67,9 +67,9 @@ def stacked(
 
 def adapted(method: str = "lora", shared: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> Experts:
     targets = ["linear_fc1_up", "linear_fc1_gate"] if method == "canonical_lora" else ["linear_fc1"]
-    packing = Packing(("gate", "up"), (OUTER // 2, OUTER // 2))
+    fused_parts = FusedParts(("gate", "up"), (OUTER // 2, OUTER // 2))
     make = METHODS[method](targets, share_expert_adapters=shared, **OPTIONS | options)
-    return make(stacked(dtype=dtype, packing=packing))
+    return make(stacked(dtype=dtype, fused_parts=fused_parts))
 
 
 def one_by_one(wrapper: Any, x: Tensor, counts: list[int]) -> Tensor:
@@ -218,8 +218,10 @@ def test_nothing_of_the_size_of_all_experts_is_made() -> None:
 def test_a_step_asks_the_device_for_no_value(method: str, shared: bool) -> None:
     """On a device whose values cannot be read at all: a loop over experts would have to know where each one ends."""
     options: dict[str, Any] = {"device": "meta", "perform_initialization": False}
-    packing = Packing(("gate", "up"), (16, 16))
-    base = Experts(GroupedColumnParallelLinear(EXPERTS, 8, 32, packing=packing, dtype=torch.bfloat16, **options))
+    fused_parts = FusedParts(("gate", "up"), (16, 16))
+    base = Experts(
+        GroupedColumnParallelLinear(EXPERTS, 8, 32, fused_parts=fused_parts, dtype=torch.bfloat16, **options)
+    )
     targets = ["linear_fc1_up"] if method == "canonical_lora" else ["linear_fc1"]
     layer = METHODS[method](targets, dim=8, share_expert_adapters=shared)(base).layer
     x = torch.empty(9, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)

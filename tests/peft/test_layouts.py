@@ -91,10 +91,10 @@ def _k_and_v_exchanged(patch):
 
 
 def _exchanging(apply):
-    def pack(packing, shards, parts, a, b):
+    def pack(fused_parts, shards, parts, a, b):
         # Only where there are several ranks, as a wrong order of shards would do it.
         order = [0, *parts[:0:-1]] if shards > 1 and len(parts) == 3 else list(parts)
-        return torch.cat(list(a)), apply(packing, shards, tuple(order), *b)
+        return torch.cat(list(a)), apply(fused_parts, shards, tuple(order), *b)
 
     return pack
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    FusedParts,
     LinearLayout,
     ModelParallelConfig,
-    Packing,
     RowParallelLinear,
     TensorLayout,
     finalize_gradients,
@@ -331,8 +331,8 @@ def test_layers_that_gather_or_scatter_by_themselves(kind, fused):
             if kind == "whole row":
                 layer = RowParallelLinear(IN, OUT, dtype=torch.float64)
             else:
-                packing = Packing(("a", "b"), (8, 16)) if "packed" in kind else None
-                layer = ColumnParallelLinear(IN, OUT, dtype=torch.float64, packing=packing)
+                fused_parts = FusedParts(("a", "b"), (8, 16)) if "packed" in kind else None
+                layer = ColumnParallelLinear(IN, OUT, dtype=torch.float64, fused_parts=fused_parts)
             layout = layout_of_tensor(layer.weight)
             with torch.no_grad():
                 layer.weight.copy_(layout.slice(torch.linspace(-1, 1, IN * OUT).double().view(OUT, IN)))

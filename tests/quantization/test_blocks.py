@@ -11,9 +11,9 @@ from helpers.simulate import rank_values, simulate
 from torch import Tensor, nn
 
 from meshpeft.parallel import (
+    FusedParts,
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
-    Packing,
     RowParallelLinear,
     layout_of_tensor,
     named_init_,
@@ -55,7 +55,7 @@ STRADDLING: dict[str, Callable[[], nn.Module]] = {
     "row, stride 2": lambda: RowParallelLinear(640, 6, stride=2, bias=False, perform_initialization=False),
     "experts": lambda: GroupedRowParallelLinear(2, 640, 6, perform_initialization=False),
     "experts, fused": lambda: GroupedRowParallelLinear(
-        2, 640, 6, packing=Packing(("a", "b"), (4, 2)), perform_initialization=False
+        2, 640, 6, fused_parts=FusedParts(("a", "b"), (4, 2)), perform_initialization=False
     ),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.storage import dtype_name
 from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.errors import first_few, shown
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.peft import AdapterWrapper, LowRankAdapter
@@ -227,14 +228,14 @@ def check_same_model(stored: Mapping[str, Any], found: Mapping[str, Any], direct
             raise CheckpointError(f"another base model: {with_it} has {name}, {without} has not")
         for what, (a, b) in zip(("type", "shape"), zip(theirs, ours, strict=True), strict=False):
             if a != b:
-                raise CheckpointError(f"another base model: {name} has {what} {a} in {directory}, {b} here")
+                raise CheckpointError(f"another base model: {name} has {what} {_cut(a)} in {directory}, {_cut(b)} here")
         if theirs != ours:
             raise CheckpointError(f"another base model: {name} has other values here than where {directory} was made")
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], directory: object) -> str:
     if theirs["method"] != ours["method"]:
-        return f"another method: {directory} was made with {theirs['method']}, the model has {ours['method']}"
+        return f"another method: {directory} was made with {_cut(theirs['method'])}, the model has {ours['method']}"
     for part in sorted({*theirs["parts"], *ours["parts"]}):
         a, b = theirs["parts"].get(part), ours["parts"].get(part)
         if a is None or b is None:
@@ -242,5 +243,10 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], directory: o
             return f"another target set: {there} adapts {part}, {missing} does not"
         for option in sorted({*a, *b}):
             if a.get(option) != b.get(option):
-                return f"{option} is {a.get(option)} in {directory}, {b.get(option)} in the model"
-    return f"{directory} says {theirs}, the model {ours}"
+                return f"{option} is {_cut(a.get(option))} in {directory}, {b.get(option)} in the model"
+    return f"{directory} has {shown(theirs)}, the model {shown(ours)}"
+
+
+def _cut(value: Any) -> str:
+    """A value of the manifest in a message, where names stand without quotes."""
+    return first_few([value]) if isinstance(value, str) else shown(value)

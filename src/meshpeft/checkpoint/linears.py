@@ -154,8 +154,10 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
             layout = LinearLayout(layer.in_features, layer.out_features)
         else:
             layout = layer_type.layout(layer)
-        packed = layout.packing is not None and layout.experts is None and not _is_of(model, "transformers")
-        parts: tuple[str | None, ...] = layout.packing.names if packed and layout.packing is not None else (None,)
+        packed = layout.fused_parts is not None and layout.experts is None and not _is_of(model, "transformers")
+        parts: tuple[str | None, ...] = (
+            layout.fused_parts.names if packed and layout.fused_parts is not None else (None,)
+        )
         for part in parts:
             hub_name = _hub_name(model, name, part)
             if hub_name is not None:

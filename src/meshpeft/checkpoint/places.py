@@ -201,7 +201,7 @@ def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
 
 def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:
     """The parts of a layer's output: (gate, up), or `None` for one that is not fused."""
-    return (None,) if layout.packing is None else layout.packing.names
+    return (None,) if layout.fused_parts is None else layout.fused_parts.names
 
 
 def stored_factors(place: Place, names: Names) -> list[StoredFactor]:
@@ -219,7 +219,7 @@ def stored_factors(place: Place, names: Names) -> list[StoredFactor]:
 
 def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredMatrices:
     # A layer of transformers' own that packs its parts is one module there, too.
-    divided = suffix != FACTOR_A and layout.packing is not None and len(place.names) > 1
+    divided = suffix != FACTOR_A and layout.fused_parts is not None and len(place.names) > 1
     return StoredMatrices(
         layout,
         [
@@ -232,11 +232,11 @@ def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
 
 
 def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredMatrices:
-    divided = suffix != FACTOR_A and layout.packing is not None
+    divided = suffix != FACTOR_A and layout.fused_parts is not None
 
     def matrices() -> Iterator[Matrix]:
         for expert in range(place.experts or 0):
-            for number, part in enumerate((None,) if place.b.packing is None else place.b.packing.names):
+            for number, part in enumerate((None,) if place.b.fused_parts is None else place.b.fused_parts.names):
                 key = f"{PREFIX}{names.of_expert(place.names[0], part, expert)}.{suffix}"
                 yield Matrix(key, number if divided else None, expert)
 

@@ -105,10 +105,10 @@ class StoredMatrices(StoredFactor):
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """The tensors of the whole parameter."""
-        sizes = None if self.layout.packing is None else list(self.layout.packing.sizes)
-        parts = (full,) if sizes is None else full.split(sizes, self.layout.packed_dim)
-        packing = self.layout.packing
-        whole = full if packing is None else packing.pack(parts, self.layout.packed_dim, 1)
+        sizes = None if self.layout.fused_parts is None else list(self.layout.fused_parts.sizes)
+        parts = (full,) if sizes is None else full.split(sizes, self.layout.fused_dim)
+        fused_parts = self.layout.fused_parts
+        whole = full if fused_parts is None else fused_parts.fuse(parts, self.layout.fused_dim, 1)
         for matrix in self.matrices:
             values = whole if matrix.part is None else parts[matrix.part]
             values = values[matrix.expert] if self.stacked and matrix.expert is not None else values
@@ -127,10 +127,14 @@ class StoredMatrices(StoredFactor):
 
     def read(self, file: TensorFileReader) -> Tensor:
         """This rank's slice."""
-        packing = self.layout.packing
-        if packing is not None and packing.blocks is not None and [matrix.part for matrix in self.matrices] == [None]:
+        fused_parts = self.layout.fused_parts
+        if (
+            fused_parts is not None
+            and fused_parts.blocks is not None
+            and [matrix.part for matrix in self.matrices] == [None]
+        ):
             # Blocks lie one after the other in the file's matrix as they do here.
-            (box,) = replace(self.layout, packing=None).pieces()
+            (box,) = replace(self.layout, fused_parts=None).pieces()
             return file.read_box(self.matrices[0].key, box.offset, box.shape)
         keys: dict[tuple[int | None, int | None], str] = {}
         for matrix in self.matrices:
@@ -308,10 +312,10 @@ def _check_same(experts: Tensor, key: str) -> None:
 
 def _starts(layout: TensorLayout) -> list[int]:
     """Where each part begins in the global tensor."""
-    sizes = (0,) if layout.packing is None else layout.packing.sizes
+    sizes = (0,) if layout.fused_parts is None else layout.fused_parts.sizes
     return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
 def _moved(layout: TensorLayout, offset: tuple[int, ...], start: int) -> tuple[Any, ...]:
     """An offset in a part as one in the global tensor."""
-    return tuple(place + start if dim == layout.packed_dim else place for dim, place in enumerate(offset))
+    return tuple(place + start if dim == layout.fused_dim else place for dim, place in enumerate(offset))

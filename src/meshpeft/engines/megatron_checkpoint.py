@@ -72,10 +72,10 @@ def _split(
     flattened_range: slice | None,
 ) -> list[ShardedTensor]:
     """What a factory saves: the parts of `tensor`, the parameter or a state of it, under `key` with their names."""
-    assert layout.packing is not None and flattened_range is None
+    assert layout.fused_parts is not None and flattened_range is None
     return [
         _sharded_tensor(entry, part_name(key, part), local, replica_id)
-        for entry, part, local in zip(entries, layout.packing.names, layout.split_parts(tensor), strict=True)
+        for entry, part, local in zip(entries, layout.fused_parts.names, layout.split_parts(tensor), strict=True)
     ]
 
 

@@ -36,17 +36,17 @@ from meshpeft.engines.megatron_mesh import data_axis, megatron_marks, megatron_m
 from meshpeft.engines.megatron_training import let_gradients_enter, remake_buffers, sum_rotary_gradients
 from meshpeft.parallel import (
     ContainerType,
+    FusedParts,
     LayerType,
     LinearLayout,
-    Packing,
     ParallelAxis,
     ParallelError,
-    packing_of,
+    fused_parts_of,
     register_container_type,
     register_layer_type,
     register_mesh_provider,
 )
-from meshpeft.parallel.init import stride_packing
+from meshpeft.parallel.init import stride_parts
 
 __all__: list[str] = []
 
@@ -65,7 +65,7 @@ def _column(layer: ColumnParallelLinear) -> LinearLayout:
         axis=axis,
         sequence_parallel=sequence_parallel,
         gather_output=layer.gather_output,
-        packing=packing_of(layer) or _stride_packing(layer, layer.output_size, axis),
+        fused_parts=fused_parts_of(layer) or _stride_parts(layer, layer.output_size, axis),
         input_grad_is_reduced_outside=not sequence_parallel
         and (layer.explicit_expert_comm or layer.disable_grad_reduce),
         data_axis=data_axis(layer.is_expert),
@@ -82,7 +82,7 @@ def _row(layer: RowParallelLinear) -> LinearLayout:
         axis=axis,
         sequence_parallel=layer.sequence_parallel and not layer.explicit_expert_comm,
         input_is_parallel=layer.input_is_parallel,
-        in_packing=_stride_packing(layer, layer.input_size, axis),
+        in_fused_parts=_stride_parts(layer, layer.input_size, axis),
         output_is_partial=layer.explicit_expert_comm,
         data_axis=data_axis(layer.is_expert),
         marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
@@ -100,9 +100,9 @@ def _router(router: TopKRouter) -> LinearLayout:
     )
 
 
-def _stride_packing(layer: Any, size: int, axis: ParallelAxis) -> Packing | None:
+def _stride_parts(layer: Any, size: int, axis: ParallelAxis) -> FusedParts | None:
     """The parts that the layer's `stride` stands for, which only its weight still knows."""
-    return stride_packing(size, getattr(layer.weight, "partition_stride", 1), axis)
+    return stride_parts(size, getattr(layer.weight, "partition_stride", 1), axis)
 
 
 def _weight(layer: Any) -> Tensor:
@@ -119,27 +119,27 @@ def _gathers(layer: ColumnParallelLinear, kwargs: Mapping[str, Any]) -> bool:
     return layer.gather_output if asked is None else bool(asked)
 
 
-def _qkv_packing(attention: SelfAttention) -> dict[str, Packing]:
+def _qkv_parts(attention: SelfAttention) -> dict[str, FusedParts]:
     config = attention.config
     q, kv = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
     if not hasattr(attention, "linear_qkv"):
         return {}
     parts = {"q": q, "gate": q, "k": kv, "v": kv} if config.attention_output_gate else {"q": q, "k": kv, "v": kv}
-    return {"linear_qkv": Packing(tuple(parts), tuple(parts.values()), blocks=config.num_query_groups)}
+    return {"linear_qkv": FusedParts(tuple(parts), tuple(parts.values()), blocks=config.num_query_groups)}
 
 
-def _gate_up_packing(mlp: MLP) -> dict[str, Packing]:
+def _gate_up_parts(mlp: MLP) -> dict[str, FusedParts]:
     if not mlp.config.gated_linear_unit:
         return {}
     width = mlp.config.ffn_hidden_size
-    return {"linear_fc1": Packing(("gate", "up"), (width, width))}
+    return {"linear_fc1": FusedParts(("gate", "up"), (width, width))}
 
 
-def _gate_up_packing_of_experts(experts: TEGroupedMLP) -> dict[str, Packing]:
+def _gate_up_parts_of_experts(experts: TEGroupedMLP) -> dict[str, FusedParts]:
     if not experts.config.gated_linear_unit:
         return {}
     width = experts.config.moe_ffn_hidden_size
-    return {"linear_fc1": Packing(("gate", "up"), (width, width))}
+    return {"linear_fc1": FusedParts(("gate", "up"), (width, width))}
 
 
 def _layer_numbers(block: TransformerBlock) -> dict[nn.Module, str]:
@@ -160,10 +160,10 @@ register_layer_type(
 )
 register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, checkpoint=megatron_entries))
 register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries, decides=True))
-register_container_type(SelfAttention, ContainerType(packings=_qkv_packing))
+register_container_type(SelfAttention, ContainerType(fused_parts=_qkv_parts))
 register_container_type(MLASelfAttention, ContainerType(adapted=sum_rotary_gradients))
-register_container_type(MLP, ContainerType(packings=_gate_up_packing))
-register_container_type(TEGroupedMLP, ContainerType(packings=_gate_up_packing_of_experts))
+register_container_type(MLP, ContainerType(fused_parts=_gate_up_parts))
+register_container_type(TEGroupedMLP, ContainerType(fused_parts=_gate_up_parts_of_experts))
 register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))
 register_container_type(TransformerBlock, ContainerType(names=_layer_numbers, adapted=let_gradients_enter))
 register_container_type(DistributedDataParallel, ContainerType(adapted=remake_buffers))

@@ -80,13 +80,13 @@ def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: 
     """
     # Undivided experts may lie on several ranks of dense tensor parallel.
     dims = [dim for dim, axis in layout.shards if axis.name == "tp" or (axis.name == "etp" and axis.world_size > 1)]
-    packing = layout.packing
-    interleaved = packing is not None and packing.blocks is None and layout.packed_dim in dims
+    fused_parts = layout.fused_parts
+    interleaved = fused_parts is not None and fused_parts.blocks is None and layout.fused_dim in dims
     return {
         "allreduce": allreduce,
         "sequence_parallel": bool(layout.grad_partial) if sequence_parallel is None else sequence_parallel,
         "tensor_model_parallel": bool(dims) or not allreduce,
         "shared": not allreduce and place_among_copies(layout) > 0,
         "partition_dim": dims[0] if dims else -1,
-        "partition_stride": len(packing.names) if packing is not None and interleaved else 1,
+        "partition_stride": len(fused_parts.names) if fused_parts is not None and interleaved else 1,
     }

@@ -99,7 +99,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
         *rows, _ = weight.local_shape
         to_a_row, left = divmod(amax.numel(), math.prod(rows))
         last = len(rows)
-        if left or not to_a_row or (weight.packing is not None and weight.packed_dim == last):
+        if left or not to_a_row or (weight.fused_parts is not None and weight.fused_dim == last):
             return None
         # Blocks are of this rank's columns; one scale of a row is that of all of them, the same on every rank.
         shards = tuple((dim, axis) for dim, axis in weight.shards if in_blocks or dim != last)

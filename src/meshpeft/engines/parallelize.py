@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meshpeft.engines.transformers_fused import FusedLayer, fused_layers
 from meshpeft.parallel import (
     ColumnParallelLinear,
-    Packing,
+    FusedParts,
     ParallelAxis,
     ParallelError,
     RowParallelLinear,
@@ -114,13 +114,13 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             if module is head and (linear.out_features % axis.world_size or linear.weight is whole):
                 continue
             gather = _COLUMN[style] and name not in fused and (gather_logits or module is not head)
-            packing = None
+            fused_parts = None
             if name in fused:
-                packing = fused[name].packing(model.get_submodule(name.rpartition(".")[0]))
+                fused_parts = fused[name].fused_parts(model.get_submodule(name.rpartition(".")[0]))
             if not gather and module is not head:
-                _check_heads(model, name, linear, packing, axis)
+                _check_heads(model, name, linear, fused_parts, axis)
                 changes.parameters |= _norms_of_heads(model, name, linear, axis, made)
-            changes.layers[name] = _column(linear, name, packing, gather, axis, made)
+            changes.layers[name] = _column(linear, name, fused_parts, gather, axis, made)
         elif style in _ROW:
             parallel = _ROW[style] or name in partners
             changes.layers[name] = _row(_linear(module, name, style), name, parallel, axis, made)
@@ -161,13 +161,15 @@ def _linear(module: nn.Module, name: str, style: str) -> nn.Linear:
     return module
 
 
-def _check_heads(model: nn.Module, name: str, linear: nn.Linear, packing: Packing | None, axis: ParallelAxis) -> None:
+def _check_heads(
+    model: nn.Module, name: str, linear: nn.Linear, fused_parts: FusedParts | None, axis: ParallelAxis
+) -> None:
     """Whether every rank gets whole heads: code between a column and a row counts them."""
     holder: Any = model.get_submodule(name.rpartition(".")[0])
     head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
     if not isinstance(head_dim, int):
         return
-    parts = packing.sizes if packing is not None else (linear.out_features,)
+    parts = fused_parts.sizes if fused_parts is not None else (linear.out_features,)
     for size in parts:
         heads = size // head_dim
         if heads % axis.world_size:
@@ -207,7 +209,7 @@ def _filled(layer: _Linear, module: nn.Linear, made: dict[int, nn.Parameter]) ->
 def _column(
     module: nn.Linear,
     name: str,
-    packing: Packing | None,
+    fused_parts: FusedParts | None,
     gather: bool,
     axis: ParallelAxis,
     made: dict[int, nn.Parameter],
@@ -218,7 +220,7 @@ def _column(
             module.out_features,
             module.bias is not None,
             gather,
-            packing=packing,
+            fused_parts=fused_parts,
             axis=axis,
             **_options(module),
         )
@@ -280,8 +282,8 @@ def _kept(new: nn.Parameter, whole: Tensor, made: dict[int, nn.Parameter]) -> nn
     assert layout is not None
     if not new.is_meta:
         canonical = whole
-        if layout.packing is not None and layout.packed_dim == 0:
-            canonical = torch.cat(layout.packing.unpack(whole, 0, 1))
+        if layout.fused_parts is not None and layout.fused_dim == 0:
+            canonical = torch.cat(layout.fused_parts.split(whole, 0, 1))
         new.copy_(layout.slice(canonical))
     new.requires_grad_(whole.requires_grad)
     made[id(whole)] = new

@@ -37,7 +37,7 @@ from meshpeft.parallel import (
     ParallelAxis,
     ParallelError,
     TensorLayout,
-    packing_of,
+    fused_parts_of,
     parallel_group_info,
     register_layer_type,
 )
@@ -98,7 +98,7 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
         axis=axis,
         sequence_parallel=_sequence_parallel(layer, shard) and not expert and not gathered,
         input_is_parallel=shard == "in",
-        packing=packing_of(layer),
+        fused_parts=fused_parts_of(layer),
         experts=layer.num_gemms * expert_axis.world_size if grouped else None,
         expert_axis=expert_axis if grouped else None,
         output_is_partial=hidden and shard == "in",

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from meshpeft.parallel import Packing
+from meshpeft.parallel import FusedParts
 
 __all__ = ["FusedLayer", "fused_layers"]
 
@@ -22,21 +22,21 @@ class FusedLayer:
     """A layer whose output packs several parts, in a module whose code takes them apart.
 
     Attributes:
-        packing: made from the module that holds the layer.
+        fused_parts: made from the module that holds the layer.
         partner: the layer after it, which then takes its input divided.
         localise: lets the holder's code count the heads of one rank.
     """
 
-    packing: Callable[[Any], Packing]
+    fused_parts: Callable[[Any], FusedParts]
     partner: str
     localise: Callable[[Any, int], None] = lambda holder, shards: None
 
 
-def _qkv_of_phi3(attention: Any) -> Packing:
+def _qkv_of_phi3(attention: Any) -> FusedParts:
     q, kv = (
         heads * attention.head_dim for heads in (attention.config.num_attention_heads, attention.num_key_value_heads)
     )
-    return Packing(("q", "k", "v"), (q, kv, kv))
+    return FusedParts(("q", "k", "v"), (q, kv, kv))
 
 
 def _local_heads_of_phi3(attention: Any, shards: int) -> None:
@@ -46,15 +46,15 @@ def _local_heads_of_phi3(attention: Any, shards: int) -> None:
     attention.num_key_value_heads //= shards
 
 
-def _qkv_of_neox(attention: Any) -> Packing:
+def _qkv_of_neox(attention: Any) -> FusedParts:
     # Head after head: its query, its key, its value.
     size = attention.query_key_value.out_features // 3
-    return Packing(("q", "k", "v"), (size,) * 3, blocks=size // attention.head_size)
+    return FusedParts(("q", "k", "v"), (size,) * 3, blocks=size // attention.head_size)
 
 
-def _gate_up(mlp: Any) -> Packing:
+def _gate_up(mlp: Any) -> FusedParts:
     size = mlp.gate_up_proj.out_features // 2
-    return Packing(("gate", "up"), (size, size))
+    return FusedParts(("gate", "up"), (size, size))
 
 
 # (Class of the module that holds the layer, the layer) -> how it is packed.
@@ -65,7 +65,7 @@ _FUSED: dict[tuple[str, str], FusedLayer] = {
 
 
 def fused_layers(model: nn.Module, styles: Mapping[str, str]) -> dict[str, FusedLayer]:
-    """Those of the layers named in `styles` whose packing is known, by full name."""
+    """Those of the layers named in `styles` whose parts are known, by full name."""
     found = {}
     for name in styles:
         parent, _, own = name.rpartition(".")

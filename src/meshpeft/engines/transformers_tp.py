@@ -36,15 +36,15 @@ from transformers.distributed.tensor_parallel import (
 
 from meshpeft.engines.process_groups import axis_of_group
 from meshpeft.parallel import (
+    FusedParts,
     LayerType,
     LinearLayout,
-    Packing,
     ParallelAxis,
     ParallelError,
     parallel_group_info,
     register_layer_type,
 )
-from meshpeft.parallel.init import stride_packing
+from meshpeft.parallel.init import stride_parts
 
 __all__: list[str] = []
 
@@ -119,7 +119,7 @@ def _divided_layout(module: nn.Linear) -> LinearLayout:
         options = {"shard": "out", "gather_output": style.output_layouts == Replicate()}
         supported = options["gather_output"] or style.output_layouts == Shard(-1)
     elif isinstance(style, PackedColwiseParallel):
-        options = {"shard": "out", "packing": _packing(module.out_features, style.split_factor, axis)}
+        options = {"shard": "out", "fused_parts": _fused_parts(module.out_features, style.split_factor, axis)}
         supported = True
     elif isinstance(style, RowwiseParallel) and not rows and style.output_layouts == Replicate():
         options = {"shard": "in", "input_is_parallel": style.input_layouts == Shard(-1)}
@@ -134,10 +134,10 @@ def _divided_layout(module: nn.Linear) -> LinearLayout:
     return LinearLayout(module.in_features, module.out_features, axis=axis, **options)
 
 
-def _packing(size: int, parts: int, axis: ParallelAxis) -> Packing | None:
+def _fused_parts(size: int, parts: int, axis: ParallelAxis) -> FusedParts | None:
     if parts == 2:
-        return Packing(("gate", "up"), (size // 2, size // 2))
-    return stride_packing(size, parts, axis)
+        return FusedParts(("gate", "up"), (size // 2, size // 2))
+    return stride_parts(size, parts, axis)
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:

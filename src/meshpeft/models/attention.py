@@ -14,7 +14,7 @@ from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.mlp import RMSNorm
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.parallel.tensor_layout import FusedParts
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = [
@@ -223,14 +223,14 @@ class SelfAttention(nn.Module):
         self.shards = tp.world_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_query_groups * config.head_dim
-        self.packing = Packing(("q", "k", "v"), (queries, keys, keys), blocks=config.num_query_groups)
+        self.fused_parts = FusedParts(("q", "k", "v"), (queries, keys, keys), blocks=config.num_query_groups)
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size,
             queries + 2 * keys,
             bias=config.qkv_bias,
             gather_output=False,
             sequence_parallel=sequence_parallel,
-            packing=self.packing,
+            fused_parts=self.fused_parts,
             axis=tp,
             device=device,
             dtype=dtype,
@@ -254,7 +254,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [seq, batch, hidden] -> [seq, batch, hidden]; [seq / tp, ..] of both under sequence parallel."""
-        queries, keys, values = split_heads(self.linear_qkv(x), self.packing, self.shards, self.head_dim)
+        queries, keys, values = split_heads(self.linear_qkv(x), self.fused_parts, self.shards, self.head_dim)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)
         queries = apply_rotary(queries, context.cosines, context.sines)
@@ -264,8 +264,8 @@ class SelfAttention(nn.Module):
         return self.linear_proj(attend(queries, keys, values, context.masks[self.window]))
 
 
-@typed_as(lambda qkv, packing, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))
-def split_heads(qkv: Tensor, packing: Packing, shards: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+@typed_as(lambda qkv, fused_parts, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))
+def split_heads(qkv: Tensor, fused_parts: FusedParts, shards: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The heads of a packed projection.
 
     Args:
@@ -274,7 +274,7 @@ def split_heads(qkv: Tensor, packing: Packing, shards: int, head_dim: int) -> tu
     Returns:
         Queries [seq, batch, heads / tp, head_dim], keys and values [seq, batch, groups / tp, head_dim], `S(2)`.
     """
-    queries, keys, values = (part.unflatten(-1, (-1, head_dim)) for part in packing.unpack(qkv, -1, shards))
+    queries, keys, values = (part.unflatten(-1, (-1, head_dim)) for part in fused_parts.split(qkv, -1, shards))
     return queries, keys, values
 
 

@@ -213,13 +213,13 @@ def _each_expert(module: str, attribute: str, layout: TensorLayout, family: str 
 
 def packed_form(name: str, layout: TensorLayout) -> list[StoredPart]:
     """A parameter as one tensor, whose parts are packed as one rank would hold them."""
-    packing = layout.packing
-    if packing is None:
+    fused_parts = layout.fused_parts
+    if fused_parts is None:
         return [StoredPart((name,), False, layout.global_shape)]
-    starts = accumulate(packing.chunks(1), initial=0)
+    starts = accumulate(fused_parts.chunks(1), initial=0)
     return [
-        StoredPart((name,), False, layout.global_shape, start, packing.local_blocks(1))
-        for start, _ in zip(starts, packing.names, strict=False)
+        StoredPart((name,), False, layout.global_shape, start, fused_parts.local_blocks(1))
+        for start, _ in zip(starts, fused_parts.names, strict=False)
     ]
 
 

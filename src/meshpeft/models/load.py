@@ -292,5 +292,5 @@ def _read(
         elif not shape:
             files.read(part.names[0], (), (), place)
         else:
-            _read_box(files, part, offset, shape, layout.packed_dim, piece.global_shape[layout.packed_dim], place)
+            _read_box(files, part, offset, shape, layout.fused_dim, piece.global_shape[layout.fused_dim], place)
     return local

@@ -10,7 +10,7 @@ from meshpeft.models.config import DecoderConfig
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import Packing, TensorLayout, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, set_layout
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["MLP", "RMSNorm", "gated_silu"]
@@ -75,14 +75,14 @@ class MLP(nn.Module):
         super().__init__()
         self.shards = tp.world_size
         width = config.intermediate_size if width is None else width
-        self.packing = Packing(("gate", "up"), (width, width))
+        self.fused_parts = FusedParts(("gate", "up"), (width, width))
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             2 * width,
             bias=config.mlp_bias,
             gather_output=False,
             sequence_parallel=sequence_parallel,
-            packing=self.packing,
+            fused_parts=self.fused_parts,
             axis=tp,
             device=device,
             dtype=dtype,
@@ -100,11 +100,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [seq, batch, hidden] -> [seq, batch, hidden]; [seq / tp, ..] of both under sequence parallel."""
-        return self.linear_fc2(gated_silu(self.linear_fc1(x), self.packing, self.shards))
+        return self.linear_fc2(gated_silu(self.linear_fc1(x), self.fused_parts, self.shards))
 
 
-@typed_as(lambda packed, packing, shards: dims_follow(packed))
-def gated_silu(packed: Tensor, packing: Packing, shards: int) -> Tensor:
+@typed_as(lambda packed, fused_parts, shards: dims_follow(packed))
+def gated_silu(packed: Tensor, fused_parts: FusedParts, shards: int) -> Tensor:
     """[.., 2 * width / tp] -> silu(gate) * up [.., width / tp], both `S(-1)` over tensor parallel."""
-    gate, up = packing.unpack(packed, -1, shards)
+    gate, up = fused_parts.split(packed, -1, shards)
     return functional.silu(gate) * up

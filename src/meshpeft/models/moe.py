@@ -29,7 +29,7 @@ from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import Packing, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts, set_layout
 
 __all__ = [
     "Experts",
@@ -185,9 +185,15 @@ class Experts(nn.Module):
         info = parallel_group_info()
         self.ep, self.etp = info.ep, info.etp
         width = moe.intermediate_size
-        self.packing = Packing(("gate", "up"), (width, width))
+        self.fused_parts = FusedParts(("gate", "up"), (width, width))
         self.linear_fc1 = GroupedColumnParallelLinear(
-            moe.num_experts, hidden_size, 2 * width, packing=self.packing, device=device, dtype=dtype, config=moe
+            moe.num_experts,
+            hidden_size,
+            2 * width,
+            fused_parts=self.fused_parts,
+            device=device,
+            dtype=dtype,
+            config=moe,
         )
         self.linear_fc2 = GroupedRowParallelLinear(
             moe.num_experts, width, hidden_size, device=device, dtype=dtype, config=moe
@@ -196,7 +202,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [tokens, hidden], R over etp, sorted by local expert -> [tokens, hidden], a summand over etp."""
         packed = self.linear_fc1(x, tokens_per_expert)
-        return self.linear_fc2(gated_silu(packed, self.packing, self.etp.world_size), tokens_per_expert)
+        return self.linear_fc2(gated_silu(packed, self.fused_parts, self.etp.world_size), tokens_per_expert)
 
 
 class SharedExperts(MLP):

@@ -119,9 +119,11 @@ def _storage(model: LanguageModel, name: str, tensor: Tensor) -> tuple[TensorLay
 def _named_parts(full: Tensor, layout: TensorLayout, stored: list[StoredPart]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file that a canonical global one becomes."""
     plain = full.reconcile() if isinstance(full, LocalTensor) else full
-    parts = [plain] if layout.packing is None else list(plain.split(list(layout.packing.sizes), layout.packed_dim))
-    if layout.packing is not None and len({part.names for part in stored}) == 1:
-        yield stored[0].names[0], layout.packing.pack(parts, layout.packed_dim, 1)
+    parts = (
+        [plain] if layout.fused_parts is None else list(plain.split(list(layout.fused_parts.sizes), layout.fused_dim))
+    )
+    if layout.fused_parts is not None and len({part.names for part in stored}) == 1:
+        yield stored[0].names[0], layout.fused_parts.fuse(parts, layout.fused_dim, 1)
         return
     for part, values in zip(stored, parts, strict=True):
         yield from zip(part.names, values if part.per_expert else [values], strict=True)

@@ -15,8 +15,8 @@ from meshpeft.parallel.containers import (
     ContainerType,
     container_type_of,
     describe_layers,
+    fused_parts_of,
     global_names,
-    packing_of,
     register_container_type,
 )
 from meshpeft.parallel.dispatch import DispatchPlan, combine_tokens, dispatch_tokens
@@ -63,7 +63,7 @@ from meshpeft.parallel.mesh import (
 )
 from meshpeft.parallel.random import draw_seed, dropout, dropout_mask, set_seed
 from meshpeft.parallel.sharded_tensor import ShardedStateDict, ShardedTensor, ShardedTensors, sharded_state_dict
-from meshpeft.parallel.tensor_layout import Packing, Piece, TensorLayout, layout_of_tensor, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts, Piece, TensorLayout, layout_of_tensor, set_layout
 
 __all__ = [
     "COMPILED",
@@ -77,7 +77,7 @@ __all__ = [
     "LinearLayout",
     "MeshPEFTError",
     "ModelParallelConfig",
-    "Packing",
+    "FusedParts",
     "ParallelAxis",
     "ParallelEmbedding",
     "ParallelError",
@@ -128,7 +128,7 @@ __all__ = [
     "mp_scatter",
     "named_init_",
     "on_each_rank",
-    "packing_of",
+    "fused_parts_of",
     "parallel_group_info",
     "register_container_type",
     "register_engine",

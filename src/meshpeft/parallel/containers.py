@@ -14,14 +14,14 @@ from torch import nn
 
 from meshpeft.parallel.class_registry import ClassRegistry
 from meshpeft.parallel.layer_types import layer_type_of
-from meshpeft.parallel.tensor_layout import Packing
+from meshpeft.parallel.tensor_layout import FusedParts
 
 __all__ = [
     "ContainerType",
     "container_type_of",
     "describe_layers",
     "global_names",
-    "packing_of",
+    "fused_parts_of",
     "register_container_type",
     "register_description",
 ]
@@ -32,14 +32,14 @@ class ContainerType:
     """The registry's entry for one class of modules that hold layers.
 
     Attributes:
-        packings: name of a child layer -> the canonical parts of its output features.
+        fused_parts: name of a child layer -> the canonical parts of its output features.
         names: module below this one -> its own name, where it differs from the one that its parent gave it: numbers
             of layers and experts that count those of this rank only, as the global number.
         adapted: called on a model to which adapters were applied, once its trainable parameters are known; again
             each time.
     """
 
-    packings: Callable[[Any], Mapping[str, Packing]] | None = None
+    fused_parts: Callable[[Any], Mapping[str, FusedParts]] | None = None
     names: Callable[[Any], Mapping[nn.Module, str]] | None = None
     adapted: Callable[[Any], None] | None = None
 
@@ -67,7 +67,7 @@ def global_names(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-_ATTRIBUTE = "meshpeft_packing"
+_ATTRIBUTE = "meshpeft_fused_parts"
 _descriptions: list[Callable[[nn.Module], None]] = []
 
 
@@ -87,15 +87,15 @@ def describe_layers(model: nn.Module) -> None:
     """
     for holder in model.modules():
         container = container_type_of(holder)
-        if container is not None and container.packings is not None:
-            for name, packing in container.packings(holder).items():
+        if container is not None and container.fused_parts is not None:
+            for name, fused_parts in container.fused_parts(holder).items():
                 layer = getattr(holder, name)
                 if layer_type_of(layer) is not None:  # otherwise it is adapted already, and was described before
-                    setattr(layer, _ATTRIBUTE, packing)
+                    setattr(layer, _ATTRIBUTE, fused_parts)
     for describe in _descriptions:  # of the engines whose classes were met
         describe(model)
 
 
-def packing_of(layer: nn.Module) -> Packing | None:
+def fused_parts_of(layer: nn.Module) -> FusedParts | None:
     """The canonical parts of a layer's output features, as the module that holds it states them, or `None`."""
     return getattr(layer, _ATTRIBUTE, None)

@@ -25,7 +25,7 @@ from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.master import master_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import Packing, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts, set_layout
 
 __all__ = ["GroupedColumnParallelLinear", "GroupedRowParallelLinear"]
 
@@ -42,7 +42,7 @@ class _GroupedLinear(ShardedTensors, nn.Module):
         out_features: int,
         init_type: InitializationType = "xavier_normal",
         *,
-        packing: Packing | None = None,
+        fused_parts: FusedParts | None = None,
         expert_axis: ParallelAxis | None = None,
         axis: ParallelAxis | None = None,
         device: torch.device | str | None = None,
@@ -74,7 +74,7 @@ class _GroupedLinear(ShardedTensors, nn.Module):
             out_features,
             shard=self.shard,
             axis=axis,
-            packing=packing,
+            fused_parts=fused_parts,
             experts=num_experts,
             expert_axis=expert_axis,
             input_is_parallel=self.shard == "in",
@@ -122,7 +122,7 @@ class GroupedColumnParallelLinear(_GroupedLinear):
         num_experts: experts over all ranks; divisible by expert parallel.
         in_features, out_features: of one expert; `out_features` divisible by expert-tensor parallel.
         init_type: initialization type, with the fans of one expert.
-        packing: the canonical parts of the output features (gate, up).
+        fused_parts: the canonical parts of the output features (gate, up).
         expert_axis, axis: expert parallel and expert-tensor parallel by default.
         device, dtype, perform_initialization: as in `ColumnParallelLinear`.
         config: of the layer of experts, kept as `config`; adapters read its `moe_router_topk`.

@@ -22,7 +22,7 @@ from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.tensor_layout import Packing, TensorLayout, layout_of_tensor
+from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, layout_of_tensor
 
 __all__ = [
     "InitializationType",
@@ -30,7 +30,7 @@ __all__ = [
     "initialize_",
     "initialize_model_parallel_affine_weight_",
     "named_init_",
-    "stride_packing",
+    "stride_parts",
 ]
 
 InitializationType = Literal[
@@ -185,8 +185,8 @@ def initialize_model_parallel_affine_weight_(
     layout = TensorLayout(
         shape,
         ((partition_dim, axis),),
-        packing=stride_packing(shape[partition_dim], stride, axis),
-        packed_dim=partition_dim,
+        fused_parts=stride_parts(shape[partition_dim], stride, axis),
+        fused_dim=partition_dim,
     )
     if per_partition_size != layout.local_shape[partition_dim]:
         raise ParallelError(
@@ -200,8 +200,8 @@ def initialize_model_parallel_affine_weight_(
         _fill_(weight, layout, init_fn, _agreed_seed())
 
 
-def stride_packing(size: int, stride: int, axis: ParallelAxis) -> Packing | None:
-    """The packing that `stride` stands for: that many equal parts, each divided over the axis on its own.
+def stride_parts(size: int, stride: int, axis: ParallelAxis) -> FusedParts | None:
+    """The fused parts that `stride` stands for: that many equal parts, each divided over the axis on its own.
 
     Raises:
         ParallelError: `size` is not a multiple of `stride * world_size`.
@@ -212,7 +212,7 @@ def stride_packing(size: int, stride: int, axis: ParallelAxis) -> Packing | None
         raise ParallelError(
             f"stride={stride}: size {size} does not divide into {stride} x {axis.name}={axis.world_size} strips"
         )
-    return Packing(tuple(str(index) for index in range(stride)), (size // stride,) * stride)
+    return FusedParts(tuple(str(index) for index in range(stride)), (size // stride,) * stride)
 
 
 def named_init_(parameter: Tensor, init_fn: Callable[[Tensor], object], seed: int, name: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.tensor_layout import Packing, ParameterMarks, TensorLayout
+from meshpeft.parallel.tensor_layout import FusedParts, ParameterMarks, TensorLayout
 
 __all__ = ["LinearLayout"]
 
@@ -32,8 +32,8 @@ class LinearLayout:
         sequence_parallel: activations outside the layer are divided over `axis` along dim 0.
         gather_output: a column-parallel layer returns all of its output.
         input_is_parallel: a row-parallel layer takes its slice of the input.
-        packing: the canonical parts of the out dim (q, k, v; gate, up).
-        in_packing: the canonical parts of the in dim (the `stride` of a row-parallel layer).
+        fused_parts: the canonical parts of the out dim (q, k, v; gate, up).
+        in_fused_parts: the canonical parts of the in dim (the `stride` of a row-parallel layer).
         experts: number of stacked experts over all ranks, `None` for an ordinary layer. The weight then is
             [experts, out_features, in_features], divided over `expert_axis` along dim 0.
         expert_axis: expert parallel. With `experts=None`: the tokens are divided over it, and one set of parameters
@@ -56,8 +56,8 @@ class LinearLayout:
     sequence_parallel: bool = False
     gather_output: bool = False
     input_is_parallel: bool = False
-    packing: Packing | None = None
-    in_packing: Packing | None = None
+    fused_parts: FusedParts | None = None
+    in_fused_parts: FusedParts | None = None
     experts: int | None = None
     expert_axis: ParallelAxis | None = None
     output_is_partial: bool = False
@@ -167,14 +167,14 @@ class LinearLayout:
                 shards.append((0, self.expert_axis))
         if shard is not None:
             shards.append((lead if shard == "out" else len(shape) - 1, self.axis))
-        packing, packed_dim = (self.packing if out_packed else None), lead
-        if in_packed and self.in_packing is not None:
-            packing, packed_dim = self.in_packing, len(shape) - 1
+        fused_parts, fused_dim = (self.fused_parts if out_packed else None), lead
+        if in_packed and self.in_fused_parts is not None:
+            fused_parts, fused_dim = self.in_fused_parts, len(shape) - 1
         return TensorLayout(
             shape,
             tuple(shards),
-            packing=packing,
-            packed_dim=packed_dim,
+            fused_parts=fused_parts,
+            fused_dim=fused_dim,
             grad_partial=self._grad_partial(partial),
             expert=self.is_expert,
             data_axis=self.data_axis,

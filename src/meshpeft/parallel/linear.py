@@ -20,23 +20,23 @@ from torch import Tensor, nn
 
 from meshpeft.parallel.collectives import mp_copy, mp_gather, mp_reduce, mp_scatter, sp_gather, sp_reduce_scatter
 from meshpeft.parallel.errors import ParallelError
-from meshpeft.parallel.init import InitializationType, initialize_, stride_packing
+from meshpeft.parallel.init import InitializationType, initialize_, stride_parts
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import LayerType, register_layer_type
 from meshpeft.parallel.master import master_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import Packing, TensorLayout, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, set_layout
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "gather_features"]
 
 
 def gather_features(divided: Tensor, layout: LinearLayout, dim: int = -1) -> Tensor:
     """The output features of a column-parallel layer along `dim`, in canonical order. S(dim) -> I."""
-    axis, packing = layout.axis, layout.packing
-    if packing is None or packing.keeps_order(axis.world_size):
+    axis, fused_parts = layout.axis, layout.fused_parts
+    if fused_parts is None or fused_parts.keeps_order(axis.world_size):
         return mp_gather(divided, dim, axis)
-    return torch.cat([mp_gather(part, dim, axis) for part in packing.unpack(divided, dim, axis.world_size)], dim)
+    return torch.cat([mp_gather(part, dim, axis) for part in fused_parts.split(divided, dim, axis.world_size)], dim)
 
 
 class _ParallelLinear(ShardedTensors, nn.Module):
@@ -120,7 +120,7 @@ class ColumnParallelLinear(_ParallelLinear):
         init_type: initialization type.
         stride: the weight is cut into `stride` parts, each divided over the axis on its own.
         sequence_parallel: gather the sequence before the GEMM.
-        packing: the canonical parts of the output features, instead of `stride`.
+        fused_parts: the canonical parts of the output features, instead of `stride`.
         axis: the axis that divides the weight; tensor parallel by default.
         device, dtype: of the parameters.
         perform_initialization: draw the parameters; otherwise they are left empty, to be loaded.
@@ -139,7 +139,7 @@ class ColumnParallelLinear(_ParallelLinear):
         stride: int = 1,
         *,
         sequence_parallel: bool = False,
-        packing: Packing | None = None,
+        fused_parts: FusedParts | None = None,
         axis: ParallelAxis | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,8 +149,8 @@ class ColumnParallelLinear(_ParallelLinear):
         _check_sizes("ColumnParallelLinear", "out_features", out_features, axis)
         if sequence_parallel and gather_output:
             raise ParallelError("ColumnParallelLinear: sequence_parallel=True needs gather_output=False")
-        if packing is not None and stride != 1:
-            raise ParallelError(f"ColumnParallelLinear: stride={stride} and packing both order the rows; give one")
+        if fused_parts is not None and stride != 1:
+            raise ParallelError(f"ColumnParallelLinear: stride={stride} and fused_parts both order the rows; give one")
         layout = LinearLayout(
             in_features,
             out_features,
@@ -158,7 +158,7 @@ class ColumnParallelLinear(_ParallelLinear):
             axis=axis,
             sequence_parallel=sequence_parallel,
             gather_output=gather_output,
-            packing=packing or stride_packing(out_features, stride, axis),
+            fused_parts=fused_parts or stride_parts(out_features, stride, axis),
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
@@ -228,19 +228,19 @@ class RowParallelLinear(_ParallelLinear):
             axis=axis,
             sequence_parallel=sequence_parallel,
             input_is_parallel=input_is_parallel,
-            in_packing=stride_packing(in_features, stride, axis),
+            in_fused_parts=stride_parts(in_features, stride, axis),
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
     def enter(self, x: Tensor) -> Tensor:
         """S(-1) as it is, or I -> S(-1) (in the weight's packed order)."""
-        axis, packing = self.layout.axis, self.layout.in_packing
+        axis, fused_parts = self.layout.axis, self.layout.in_fused_parts
         if self.layout.input_is_parallel:
             return x
-        if packing is None or packing.keeps_order(axis.world_size):
+        if fused_parts is None or fused_parts.keeps_order(axis.world_size):
             return mp_scatter(x, -1, axis)
-        parts = [mp_scatter(part, -1, axis) for part in x.split(list(packing.sizes), -1)]
-        return packing.pack(parts, -1, axis.world_size)
+        parts = [mp_scatter(part, -1, axis) for part in x.split(list(fused_parts.sizes), -1)]
+        return fused_parts.fuse(parts, -1, axis.world_size)
 
     def exit(self, y: Tensor) -> Tensor:
         """y [*, out], P: reduces it, then adds the bias."""

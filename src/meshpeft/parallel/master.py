@@ -46,7 +46,7 @@ def master_tensor(parameter: Tensor) -> Tensor:
     gather = sp_gather if layout.expert else mp_gather
     for dim, axis in reversed(layout.shards):
         parts = [gather(part, dim, axis) for part in parts]
-    full = parts[0] if layout.packing is None else torch.cat(parts, layout.packed_dim)
+    full = parts[0] if layout.fused_parts is None else torch.cat(parts, layout.fused_dim)
     return _with_gradient_over(full, _times_counted(layout))
 
 

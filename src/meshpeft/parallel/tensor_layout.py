@@ -4,9 +4,9 @@ Slicing, gathering, initialisation, gradient reduction, checkpoint entries and e
 [`TensorLayout`][meshpeft.parallel.TensorLayout]; none of them looks at a layer's type or at a rank.
 
 Two orders of a fused dim are kept apart. The **canonical** order is that of the unfused parts, one after the
-other: `[q; k; v]`, `[gate; up]`. The **packed** order is what a layer holds locally: for `linear_qkv`, per query
+other: `[q; k; v]`, `[gate; up]`. The **fused** order is what a layer holds locally: for `linear_qkv`, per query
 group, `[q .. q k v | q .. q k v | ..]`; for `linear_fc1`, `[gate shard; up shard]`. A global tensor is always
-canonical, a local one always packed, and [`Packing`][meshpeft.parallel.Packing] is the only code that converts.
+canonical, a local one always fused, and [`FusedParts`][meshpeft.parallel.FusedParts] is the only code that converts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from meshpeft.parallel.communication import all_gather, positive_dim
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank
 
-__all__ = ["Packing", "ParameterMarks", "Piece", "TensorLayout", "layout_of_tensor", "set_layout"]
+__all__ = ["FusedParts", "ParameterMarks", "Piece", "TensorLayout", "layout_of_tensor", "set_layout"]
 
 
 @dataclass(frozen=True)
-class Packing:
+class FusedParts:
     """Canonical parts that are fused along one dim.
 
     Attributes:
@@ -43,9 +43,11 @@ class Packing:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes) or not self.names:
-            raise ParallelError(f"packing: {len(self.names)} names for {len(self.sizes)} sizes; give one size a part")
+            raise ParallelError(
+                f"fused parts: {len(self.names)} names for {len(self.sizes)} sizes; give one size a part"
+            )
         if self.blocks is not None and any(size % self.blocks for size in self.sizes):
-            raise ParallelError(f"packing: parts of sizes {self.sizes} do not divide into {self.blocks} blocks")
+            raise ParallelError(f"fused parts: parts of sizes {self.sizes} do not divide into {self.blocks} blocks")
 
     def local_blocks(self, shards: int) -> int:
         """Blocks in one shard's local tensor.
@@ -56,10 +58,12 @@ class Packing:
         if self.blocks is None:
             for name, size in zip(self.names, self.sizes, strict=True):
                 if size % shards:
-                    raise ParallelError(f"packing: part {name!r} of size {size} does not divide over {shards} shards")
+                    raise ParallelError(
+                        f"fused parts: part {name!r} of size {size} does not divide over {shards} shards"
+                    )
             return 1
         if self.blocks % shards:
-            raise ParallelError(f"packing: {self.blocks} blocks do not divide over {shards} shards")
+            raise ParallelError(f"fused parts: {self.blocks} blocks do not divide over {shards} shards")
         return self.blocks // shards
 
     def keeps_order(self, shards: int) -> bool:
@@ -71,7 +75,7 @@ class Packing:
         blocks = self.local_blocks(shards)
         return tuple(size // (shards * blocks) for size in self.sizes)
 
-    def unpack(self, tensor: Tensor, dim: int, shards: int) -> list[Tensor]:
+    def split(self, tensor: Tensor, dim: int, shards: int) -> list[Tensor]:
         """The local slice of each part, in canonical order, from a local packed tensor. Differentiable.
 
         Args:
@@ -82,7 +86,7 @@ class Packing:
         return views if self.local_blocks(shards) == 1 else [part.flatten(dim, dim + 1) for part in views]
 
     def views(self, tensor: Tensor, dim: int, shards: int) -> list[Tensor]:
-        """Where the parts that `unpack` gives are in a local packed tensor: views, [.., part, ..] or, where there are
+        """Where the parts that `split` gives are in a local fused tensor: views, [.., part, ..] or, where there are
         several blocks, [.., blocks, chunk, ..].
         """
         dim = dim % tensor.dim()
@@ -91,8 +95,8 @@ class Packing:
             return list(tensor.split(chunks, dim))
         return list(tensor.unflatten(dim, (blocks, sum(chunks))).split(chunks, dim + 1))
 
-    def pack(self, parts: Sequence[Tensor], dim: int, shards: int) -> Tensor:
-        """The inverse of [`unpack`][meshpeft.parallel.Packing.unpack]. Differentiable."""
+    def fuse(self, parts: Sequence[Tensor], dim: int, shards: int) -> Tensor:
+        """The inverse of [`split`][meshpeft.parallel.FusedParts.split]. Differentiable."""
         dim = dim % parts[0].dim()
         blocks, chunks = self.local_blocks(shards), self.chunks(shards)
         if blocks == 1:
@@ -123,10 +127,10 @@ class TensorLayout:
     """The global tensor that a local one is a slice of.
 
     Attributes:
-        global_shape: shape of the unsharded tensor; along a packed dim, the sum of the parts.
+        global_shape: shape of the unsharded tensor; along a fused dim, the sum of the parts.
         shards: `(dim, axis)` for each dim that is sharded over a mesh axis; a negative dim counts from the end. Axes
             not named hold the same values.
-        packing: the canonical parts of dim `packed_dim`, if it is fused.
+        fused_parts: the canonical parts of dim `fused_dim`, if it is fused.
         grad_partial: model axes on which the gradient of this tensor is a summand (`P`), so that
             `finalize_gradients` sums it there.
         expert: the tensor belongs to experts: its data-parallel axis is `edp`, not `dp`.
@@ -142,8 +146,8 @@ class TensorLayout:
 
     global_shape: tuple[int, ...]
     shards: tuple[tuple[int, ParallelAxis], ...] = ()
-    packing: Packing | None = None
-    packed_dim: int = 0
+    fused_parts: FusedParts | None = None
+    fused_dim: int = 0
     grad_partial: tuple[ParallelAxis, ...] = ()
     expert: bool = False
     data_axis: ParallelAxis | None = None
@@ -154,21 +158,21 @@ class TensorLayout:
     def __post_init__(self) -> None:
         dims = len(self.global_shape)
         object.__setattr__(self, "shards", tuple((positive_dim(dim, dims), axis) for dim, axis in self.shards))
-        if self.packing is not None:
-            object.__setattr__(self, "packed_dim", positive_dim(self.packed_dim, dims))
+        if self.fused_parts is not None:
+            object.__setattr__(self, "fused_dim", positive_dim(self.fused_dim, dims))
         for dim, axis in self.shards:
             if self.global_shape[dim] % axis.world_size:
                 raise ParallelError(
                     f"dim {dim} of a tensor of shape {self.global_shape} cannot be split over "
                     f"{axis.name}={axis.world_size}; use a divisor of {self.global_shape[dim]}"
                 )
-        if self.packing is not None:
-            if sum(self.packing.sizes) != self.global_shape[self.packed_dim]:
+        if self.fused_parts is not None:
+            if sum(self.fused_parts.sizes) != self.global_shape[self.fused_dim]:
                 raise ParallelError(
-                    f"packing: parts of sizes {self.packing.sizes} do not add up to dim {self.packed_dim} "
+                    f"fused parts: parts of sizes {self.fused_parts.sizes} do not add up to dim {self.fused_dim} "
                     f"of shape {self.global_shape}"
                 )
-            self.packing.local_blocks(self._split(self.packed_dim))
+            self.fused_parts.local_blocks(self._split(self.fused_dim))
 
     def _split(self, dim: int) -> int:
         """Number of shards along `dim`."""
@@ -210,9 +214,9 @@ class TensorLayout:
         """What this rank holds: one box per part (in canonical order), or the one box of an unfused tensor."""
         local = self.local_shape
         offset = tuple(self._offset_rank(dim) * size for dim, size in enumerate(local))
-        if self.packing is None:
+        if self.fused_parts is None:
             return [Piece(None, self.global_shape, offset, local)]
-        dim, split, index = self.packed_dim, self._split(self.packed_dim), self._offset_rank(self.packed_dim)
+        dim, split, index = self.fused_dim, self._split(self.fused_dim), self._offset_rank(self.fused_dim)
 
         def along(values: tuple[int, ...], value: int) -> tuple[int, ...]:
             return (*values[:dim], value, *values[dim + 1 :])
@@ -224,26 +228,26 @@ class TensorLayout:
                 along(offset, index * (size // split)),
                 along(local, size // split),
             )
-            for name, size in zip(self.packing.names, self.packing.sizes, strict=True)
+            for name, size in zip(self.fused_parts.names, self.fused_parts.sizes, strict=True)
         ]
 
     def split_parts(self, local: Tensor) -> list[Tensor]:
         """The local tensor as the pieces of [`pieces`][meshpeft.parallel.TensorLayout.pieces]. Differentiable."""
-        if self.packing is None:
+        if self.fused_parts is None:
             return [local]
-        return self.packing.unpack(local, self.packed_dim, self._split(self.packed_dim))
+        return self.fused_parts.split(local, self.fused_dim, self._split(self.fused_dim))
 
     def part_views(self, local: Tensor) -> list[Tensor]:
-        """Where the pieces are in the local tensor, to write them there: views, see `Packing.views`."""
-        if self.packing is None:
+        """Where the pieces are in the local tensor, to write them there: views, see `FusedParts.views`."""
+        if self.fused_parts is None:
             return [local]
-        return self.packing.views(local, self.packed_dim, self._split(self.packed_dim))
+        return self.fused_parts.views(local, self.fused_dim, self._split(self.fused_dim))
 
     def join_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of [`split_parts`][meshpeft.parallel.TensorLayout.split_parts]."""
-        if self.packing is None:
+        if self.fused_parts is None:
             return parts[0]
-        return self.packing.pack(parts, self.packed_dim, self._split(self.packed_dim))
+        return self.fused_parts.fuse(parts, self.fused_dim, self._split(self.fused_dim))
 
     def slice(self, full: Tensor) -> Tensor:
         """This rank's local tensor of the canonical global tensor `full`. No gradient flows through it.
@@ -252,7 +256,7 @@ class TensorLayout:
         """
         if tuple(full.shape) != self.global_shape:
             raise ParallelError(f"expected a full tensor of shape {self.global_shape}, got {tuple(full.shape)}")
-        sources = [full] if self.packing is None else list(full.split(list(self.packing.sizes), self.packed_dim))
+        sources = [full] if self.fused_parts is None else list(full.split(list(self.fused_parts.sizes), self.fused_dim))
         with torch.no_grad():
             parts = [
                 _narrow(source, list(piece.offset), list(piece.shape))
@@ -268,7 +272,7 @@ class TensorLayout:
         for dim, axis in reversed(self.shards):
             if axis.world_size > 1:
                 parts = [all_gather(part, axis, dim) for part in parts]
-        return parts[0] if self.packing is None else torch.cat(parts, self.packed_dim)
+        return parts[0] if self.fused_parts is None else torch.cat(parts, self.fused_dim)
 
 
 @on_each_rank

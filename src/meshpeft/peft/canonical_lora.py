@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from meshpeft.parallel import LinearLayout, Packing, ShardedTensors, layout_of
+from meshpeft.parallel import FusedParts, LinearLayout, ShardedTensors, layout_of
 from meshpeft.peft.adapters import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.lora_linear import LoRALinear, LowRankWrapper
@@ -27,7 +27,7 @@ __all__ = [
     "part_layout",
 ]
 
-# Name of a part's target -> (name of the fused layer, name of the part in its packing).
+# Name of a part's target -> (name of the fused layer, name of the part in its fused parts).
 _COMPONENTS = {
     "linear_q": ("linear_qkv", "q"),
     "linear_k": ("linear_qkv", "k"),
@@ -57,16 +57,16 @@ class _SplitLoRALinear(LowRankWrapper):
         if not len(adapter) or any(name not in known for name in adapter):
             raise AdapterError(f"{type(self).__name__}: adapters are called {', '.join(known)}; got {list(adapter)}")
         layout = layout_of(to_wrap)
-        if layout.packing is None or set(layout.packing.names) != set(self.parts):
+        if layout.fused_parts is None or set(layout.fused_parts.names) != set(self.parts):
             raise AdapterError(f"{type(self).__name__} needs a layer that packs {', '.join(self.parts)}")
-        self._packing: Packing = layout.packing
+        self._fused_parts: FusedParts = layout.fused_parts
         self._shards = layout.axis.world_size if layout.shard == "out" else 1
 
     def adapters(self) -> dict[str, LowRankAdapter]:
-        """Part -> its adapter, in the packing's order."""
+        """Part -> its adapter, in the order of the fused parts."""
         return {
             part: cast(LowRankAdapter, self.adapter[f"adapter_{part}"])
-            for part in self._packing.names
+            for part in self._fused_parts.names
             if f"adapter_{part}" in self.adapter
         }
 
@@ -88,7 +88,8 @@ class _SplitLoRALinear(LowRankWrapper):
             for adapter in adapters.values()
         ]
         a = [adapter.linear_in.weight for adapter in adapters.values()]
-        return pack_factors(self._packing, self._shards, [self._packing.names.index(part) for part in adapters], a, b)
+        indices = [self._fused_parts.names.index(part) for part in adapters]
+        return pack_factors(self._fused_parts, self._shards, indices, a, b)
 
 
 class LoRALinearSplitQKV(_SplitLoRALinear):
@@ -103,7 +104,7 @@ class LoRALinearSplitQKV(_SplitLoRALinear):
 
     def _interleave_qkv(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Separate local outputs [*, q], [*, k], [*, v] -> the layer's packed order [*, per group q .. q k v]."""
-        return self._packing.pack([query, key, value], -1, self._shards)
+        return self._fused_parts.fuse([query, key, value], -1, self._shards)
 
 
 class LoRALinearSplitFC1UpGate(_SplitLoRALinear):
@@ -192,7 +193,7 @@ class CanonicalLoRA(LowRankPEFT):
         """One adapter per requested part of a fused layer, or one `LoRALinear` adapter on another."""
         layout = layout_of(base)
         wanted = self._wanted_parts(full_name)
-        wrapper = _WRAPPERS.get(frozenset(layout.packing.names)) if layout.packing is not None else None
+        wrapper = _WRAPPERS.get(frozenset(layout.fused_parts.names)) if layout.fused_parts is not None else None
         if wrapper is None or layout.is_stacked or _should_treat_linear_fc1_as_unfused(full_name):
             if full_name.endswith("linear_qkv"):
                 raise AdapterError(
@@ -235,9 +236,9 @@ class CanonicalLoRA(LowRankPEFT):
 
 def part_layout(layout: LinearLayout, part: str) -> LinearLayout:
     """The layout that a part of a fused layer would have on its own."""
-    assert layout.packing is not None
-    size = layout.packing.sizes[layout.packing.names.index(part)]
-    return replace(layout, out_features=size, packing=None)
+    assert layout.fused_parts is not None
+    size = layout.fused_parts.sizes[layout.fused_parts.names.index(part)]
+    return replace(layout, out_features=size, fused_parts=None)
 
 
 def component_name(module: str, part: str) -> str:

@@ -186,7 +186,7 @@ class ParallelLinearAdapter(LowRankAdapter):
             )
         if layout is not None and layout.is_stacked:
             raise AdapterError("grouped experts get a GroupedExpertLinearAdapter")
-        if not fused and layout is not None and layout.in_packing is not None:
+        if not fused and layout is not None and layout.in_fused_parts is not None:
             raise AdapterError("an adapter beside a row-parallel layer with a stride is not possible; use a fused one")
 
     @property

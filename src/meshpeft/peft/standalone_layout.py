@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpeft.parallel import LinearLayout, Packing, ParallelAxis, TensorLayout, mp_copy, parallel_group_info
+from meshpeft.parallel import FusedParts, LinearLayout, ParallelAxis, TensorLayout, mp_copy, parallel_group_info
 
 __all__ = ["copied", "gate_and_up", "layout_of_flags", "parameter_type", "place", "place_for_experts"]
 
@@ -44,7 +44,7 @@ def parameter_type(config: Any) -> torch.dtype:
     return torch.float16 if config.fp16 else config.params_dtype
 
 
-def gate_and_up(base_linear_name: str, out_features: int, config: Any) -> Packing | None:
+def gate_and_up(base_linear_name: str, out_features: int, config: Any) -> FusedParts | None:
     """The parts of a `linear_fc1`, which is divided as two matrices, `[gate shard; up shard]`; else `None`.
 
     It is gated unless its config (Megatron's) says otherwise, or its size cannot be halved.
@@ -52,7 +52,7 @@ def gate_and_up(base_linear_name: str, out_features: int, config: Any) -> Packin
     gated = getattr(config, "gated_linear_unit", True) and out_features % 2 == 0
     if not gated or base_linear_name.rpartition(".")[2] != "linear_fc1":
         return None
-    return Packing(("gate", "up"), (out_features // 2, out_features // 2))
+    return FusedParts(("gate", "up"), (out_features // 2, out_features // 2))
 
 
 def layout_of_flags(
@@ -63,14 +63,14 @@ def layout_of_flags(
     sequence_parallel: bool,
     disable_sequence_parallel_comm: bool,
     base_linear_is_parallel: bool,
-    packing: Packing | None = None,
+    fused_parts: FusedParts | None = None,
 ) -> LinearLayout:
     """The layout that the documented flags describe, with the parts of the output features if there are any."""
     info = parallel_group_info()
     axis = info.etp if is_expert else info.tp
     if not base_linear_is_parallel:
         of_tokens = sequence_parallel and not is_expert
-        return LinearLayout(in_features, out_features, None, axis, sequence_parallel=of_tokens, packing=packing)
+        return LinearLayout(in_features, out_features, None, axis, sequence_parallel=of_tokens, fused_parts=fused_parts)
     # Experts see gathered tokens and leave their sums to the token dispatcher.
     gathered = is_expert or (sequence_parallel and disable_sequence_parallel_comm)
     return LinearLayout(
@@ -80,7 +80,7 @@ def layout_of_flags(
         axis,
         sequence_parallel=sequence_parallel and not disable_sequence_parallel_comm and not is_expert,
         input_is_parallel=input_is_parallel,
-        packing=packing,
+        fused_parts=fused_parts,
         output_is_partial=input_is_parallel and is_expert,
         input_grad_is_reduced_outside=not input_is_parallel and gathered,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpeft.parallel import LinearLayout, Packing, TensorLayout, on_each_rank
+from meshpeft.parallel import FusedParts, LinearLayout, TensorLayout, on_each_rank
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import BLOCK_SIZES, Packed, WeightFormat
 
@@ -48,11 +48,11 @@ class Blocks:
     @property
     def straddle_ranks(self) -> bool:
         """Whether some block has values on two ranks."""
-        packing, columns = self._column_packing(), self.weight.global_shape[-1]
+        fused_parts, columns = self._column_parts(), self.weight.global_shape[-1]
         shards = columns // self.weight.local_shape[-1]
-        if packing is None:
+        if fused_parts is None:
             return columns // shards % self.size != 0
-        return any(length % self.size for length in packing.chunks(shards))
+        return any(length % self.size for length in fused_parts.chunks(shards))
 
     def codes(self) -> TensorLayout:
         """Of the codes [.., out, in * bits / 8], bytes: divided like the weight."""
@@ -64,8 +64,8 @@ class Blocks:
         weight = self.weight
         if self.straddle_ranks:
             last = len(weight.global_shape) - 1
-            if self._column_packing() is not None:
-                weight = replace(weight, packing=None, packed_dim=0)
+            if self._column_parts() is not None:
+                weight = replace(weight, fused_parts=None, fused_dim=0)
             weight = replace(weight, shards=tuple((dim, axis) for dim, axis in weight.shards if dim != last))
         return replace(_columns_of(weight, 1, self.size), counts_as=0)
 
@@ -83,8 +83,8 @@ class Blocks:
             raise QuantizationError(
                 f"{name}: {columns} input features do not divide into blocks of {self.size}; {advice}"
             )
-        packing = self._column_packing()
-        lengths = (local,) if packing is None else packing.chunks(columns // local)
+        fused_parts = self._column_parts()
+        lengths = (local,) if fused_parts is None else fused_parts.chunks(columns // local)
         if any(length * self.storage.bits % 8 for length in lengths):
             raise QuantizationError(
                 f"{name}: {columns} input features over {columns // local} ranks leave "
@@ -128,7 +128,7 @@ class Blocks:
         if not self.straddle_ranks:
             return _unpack(self.storage, *packed, self.size, dtype)
         codes = self.codes()
-        fused = self._column_packing() is not None
+        fused = self._column_parts() is not None
         parts = [
             _unpack_part(self.storage, part, packed.scales, self.size, dtype, start)
             for part, start in zip(
@@ -145,18 +145,18 @@ class Blocks:
             some = slice(start, start + step)
             yield from ((expert, some) for expert in range(experts[0])) if experts else [(some,)]
 
-    def _column_packing(self) -> Packing | None:
+    def _column_parts(self) -> FusedParts | None:
         """Canonical parts of the columns (a row-parallel layer's `stride`)."""
         weight = self.weight
-        return weight.packing if weight.packed_dim == len(weight.global_shape) - 1 else None
+        return weight.fused_parts if weight.fused_dim == len(weight.global_shape) - 1 else None
 
     def _starts(self) -> list[int]:
         """The canonical column of the full weight at which each contiguous run of this rank's begins."""
-        packing, pieces = self._column_packing(), self.weight.pieces()
-        if packing is None:
+        fused_parts, pieces = self._column_parts(), self.weight.pieces()
+        if fused_parts is None:
             return [pieces[0].offset[-1]]
         starts, before = [], 0
-        for piece, size in zip(pieces, packing.sizes, strict=True):
+        for piece, size in zip(pieces, fused_parts.sizes, strict=True):
             starts.append(before + piece.offset[-1])
             before += size
         return starts
@@ -199,13 +199,13 @@ def _known_to_libraries(dtype: torch.dtype) -> torch.dtype:
 def _of_rows(layout: TensorLayout, rows: int) -> TensorLayout:
     """The layout of some rows of a matrix, or of a stack of them, whose columns alone are divided."""
     last = len(layout.global_shape) - 1
-    packed = layout.packing is not None and layout.packed_dim == last
+    packed = layout.fused_parts is not None and layout.fused_dim == last
     return replace(
         layout,
         global_shape=(rows, layout.global_shape[-1]),
         shards=tuple((1, axis) for dim, axis in layout.shards if dim == last),
-        packing=layout.packing if packed else None,
-        packed_dim=1 if packed else 0,
+        fused_parts=layout.fused_parts if packed else None,
+        fused_dim=1 if packed else 0,
     )
 
 
@@ -216,7 +216,7 @@ def _columns_of(layout: TensorLayout, numerator: int, denominator: int) -> Tenso
         return size * numerator // denominator
 
     *rows, columns = layout.global_shape
-    packing = layout.packing
-    if packing is not None and layout.packed_dim == len(rows):
-        packing = Packing(packing.names, tuple(map(scaled, packing.sizes)), packing.blocks)
-    return replace(layout, global_shape=(*rows, scaled(columns)), packing=packing, grad_partial=())
+    fused_parts = layout.fused_parts
+    if fused_parts is not None and layout.fused_dim == len(rows):
+        fused_parts = FusedParts(fused_parts.names, tuple(map(scaled, fused_parts.sizes)), fused_parts.blocks)
+    return replace(layout, global_shape=(*rows, scaled(columns)), fused_parts=fused_parts, grad_partial=())

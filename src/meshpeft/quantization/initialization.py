@@ -135,11 +135,11 @@ def _give_up(sites: list[AdapterSite]) -> None:
     for own in by_layer.values():
         packed = own[0].packed
         assert packed is not None and packed.principal is not None
-        packing, rank = own[0].layout.packing, packed.principal.a.shape[-2]
+        fused_parts, rank = own[0].layout.fused_parts, packed.principal.a.shape[-2]
         for site in own:
             site.clear(packed.principal)
         rows = {site.part for site in own if site.adapter.dim == rank}
-        if None in rows or (packing is not None and len(rows) == len(packing.names)):
+        if None in rows or (fused_parts is not None and len(rows) == len(fused_parts.names)):
             packed.forget_principal()
 
 

@@ -58,15 +58,15 @@ class AdapterSite:
     @property
     def part(self) -> int | None:
         """Index of the adapted part among the layer's fused parts; `None` for the full layer."""
-        packing = self.layout.packing
-        return None if packing is None or self.term.part is None else packing.names.index(self.term.part)
+        fused_parts = self.layout.fused_parts
+        return None if fused_parts is None or self.term.part is None else fused_parts.names.index(self.term.part)
 
     def rows_of(self, full: Tensor) -> Tensor:
         """The adapter's rows of a full matrix [.., out, n] in canonical order."""
-        packing = self.layout.packing
-        if self.part is None or packing is None:
+        fused_parts = self.layout.fused_parts
+        if self.part is None or fused_parts is None:
             return full
-        return full.split(list(packing.sizes), -2)[self.part]
+        return full.split(list(fused_parts.sizes), -2)[self.part]
 
     def leading(self, kept: KeptFactors) -> LowRank:
         """The adapter's rows, and as many columns as its rank, of a part that the layer keeps; full matrices."""
