@@ -29,11 +29,11 @@ def parse(options: type[T], argv: Sequence[str], prog: str, description: str | N
     A field called `config` names a YAML file whose values stand before those of the command line, which therefore
     override them. `description` stands above the options in the help; by default the dataclass's docstring does.
 
-    An option that takes several values (``--data``) may be repeated: all are taken. Of any other the last one is.
+    An option that takes several values (`--data`) may be repeated: all are taken. Of any other the last one is.
 
     Raises:
-        ConfigError: the YAML file cannot be read, or has a key that is no option.
-        SystemExit: the command line is wrong (code 2, explained on stderr), or asks for help (code 0).
+        ConfigError: The YAML file cannot be read, or has a key that is no option.
+        SystemExit: The command line is wrong (code 2, explained on stderr), or asks for help (code 0).
     """
     arguments = [*_yaml_arguments(options, argv), *_joined(options, argv)]
     return tyro.cli(options, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))

@@ -4,13 +4,13 @@ The seed decides it, and nothing else: no layout, no number of processes.
 
 | what | drawn from | where |
 |---|---|---|
-| records held out | seed | :func:`split_held_out` |
-| order of equally long documents, so which share a row | seed, 1 | :func:`pack_documents` |
-| order of the rows in epoch e | seed, 2, e | :class:`RowSampler` |
+| records held out | seed | `split_held_out` |
+| order of equally long documents, so which share a row | seed, 1 | `pack_documents` |
+| order of the rows in epoch e | seed, 2, e | `RowSampler` |
 
 Every rank has all rows and takes its own of each global batch, a pure function of (seed, step). So each knows, without
 communication, the number of targets in the global batch, which is what the loss is divided by
-(:attr:`GlobalBatchSlice.global_target_tokens`, in ``training/step.py``).
+(`GlobalBatchSlice.global_target_tokens`, in `training/step.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
-"""Label of a position on which no loss is taken (the ``ignore_index`` of PyTorch's cross entropy)."""
+"""Label of a position on which no loss is taken (the `ignore_index` of PyTorch's cross entropy)."""
 
 PADDING_DOCUMENT = -1
 """Document id of padding, which is no document's."""
@@ -55,15 +55,15 @@ _ROWS_STREAM, _STEPS_STREAM = 1, 2
 
 
 def seeded_permutation(count: int, seed: int, *stream: int) -> NDArray[np.int64]:
-    """A permutation of ``range(count)`` that depends on its arguments alone.
+    """A permutation of `range(count)` that depends on its arguments alone.
 
     It must not change with the version of NumPy, or a resumed run would see other data: the legacy
-    ``RandomState`` and ``SeedSequence`` are the generators whose streams NumPy has frozen (NEP 19).
+    `RandomState` and `SeedSequence` are the generators whose streams NumPy has frozen (NEP 19).
 
     Args:
-        count: number of elements.
-        seed: the run's seed, not negative.
-        stream: further non-negative integers that tell independent uses of one seed apart.
+        count: Number of elements.
+        seed: The run's seed, not negative.
+        stream: Further non-negative integers that tell independent uses of one seed apart.
     """
     if seed < 0:
         raise DataError(f"seed: {seed} is negative; use 0 or more.")
@@ -77,15 +77,15 @@ def split_held_out(
     """Set records aside for evaluation.
 
     Args:
-        records: at least two.
-        fraction: the part to set aside, between 0 and 1; at least one record goes to each side.
-        seed: chooses the records.
+        records: At least two.
+        fraction: The part to set aside, between 0 and 1; at least one record goes to each side.
+        seed: Chooses the records.
 
     Returns:
-        the training records and the held-out records, each in the order given.
+        The training records and the held-out records, each in the order given.
 
     Raises:
-        DataError: the fraction is not between 0 and 1, or there are fewer than two records.
+        DataError: The fraction is not between 0 and 1, or there are fewer than two records.
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"held-out fraction: {fraction} is not between 0 and 1.")
@@ -103,14 +103,14 @@ def split_held_out(
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward takes, all int64 ``[micro, width]``.
+    """What one forward takes, all int64 `[micro, width]`.
 
     Attributes:
-        input_ids: token ids.
-        labels: ``labels[b, i]`` is the token to predict at i, the next one of the same document if that is
-            a target, else :data:`IGNORED_LABEL`. Already shifted.
-        position_ids: position in the document; 0 in padding.
-        document_ids: 0, 1, … in the order of the row's documents, :data:`PADDING_DOCUMENT` in padding.
+        input_ids: Token ids.
+        labels: `labels[b, i]` is the token to predict at i, the next one of the same document if that is
+            a target, else `IGNORED_LABEL`. Already shifted.
+        position_ids: Position in the document; 0 in padding.
+        document_ids: 0, 1, … in the order of the row's documents, `PADDING_DOCUMENT` in padding.
             A token may attend to those of equal id only.
     """
 
@@ -129,15 +129,15 @@ class PackedRows:
     """Documents laid out in rows, stored flat and made into tensors only when asked for.
 
     Attributes:
-        seq_length: positions per row.
-        pad_token_id: token of the positions that no document fills.
-        tokens: ``[all tokens]`` int32, document after document.
-        targets: ``[all tokens]`` bool (see :class:`Document`).
-        document_starts: ``[documents + 1]`` where each document begins in ``tokens``.
-        row_documents: ``[documents]`` document numbers, row after row.
-        row_starts: ``[rows + 1]`` where each row begins in ``row_documents``.
-        row_tokens: ``[rows]`` positions filled.
-        row_targets: ``[rows]`` targets of the loss.
+        seq_length: Positions per row.
+        pad_token_id: Token of the positions that no document fills.
+        tokens: `[all tokens]` int32, document after document.
+        targets: `[all tokens]` bool (see `Document`).
+        document_starts: `[documents + 1]` where each document begins in `tokens`.
+        row_documents: `[documents]` document numbers, row after row.
+        row_starts: `[rows + 1]` where each row begins in `row_documents`.
+        row_tokens: `[rows]` positions filled.
+        row_targets: `[rows]` targets of the loss.
     """
 
     seq_length: int
@@ -175,8 +175,8 @@ class PackedRows:
         """Make tensors of some rows.
 
         Args:
-            rows: ``[micro]`` row numbers; -1 stands for a row of padding.
-            width: positions per row, no fewer than the longest of these rows fills; default ``seq_length``.
+            rows: `[micro]` row numbers; -1 stands for a row of padding.
+            width: Positions per row, no fewer than the longest of these rows fills; default `seq_length`.
         """
         width = self.seq_length if width is None else width
         out = np.empty((4, len(rows), width), dtype=np.int64)
@@ -206,7 +206,7 @@ def pack_documents(
     packing: bool = True,
     pad_token_id: int = 0,
 ) -> PackedRows:
-    """Lay documents into rows of ``seq_length`` positions, none of them cut.
+    """Lay documents into rows of `seq_length` positions, none of them cut.
 
     Best-fit decreasing (Johnson et al., 1974): from the longest document to the shortest, each goes to the
     fullest row that still holds it. Documents of equal length come in an order drawn from the seed, so that
@@ -214,14 +214,14 @@ def pack_documents(
     alone.
 
     Args:
-        documents: each of 1 to ``seq_length`` tokens; at least one.
-        seq_length: positions per row.
-        seed: the run's seed.
+        documents: Each of 1 to `seq_length` tokens; at least one.
+        seq_length: Positions per row.
+        seed: The run's seed.
         packing: False gives every document a row of its own, in the order given.
-        pad_token_id: any token of the vocabulary; padding is neither attended to nor predicted.
+        pad_token_id: Any token of the vocabulary; padding is neither attended to nor predicted.
 
     Raises:
-        DataError: no documents, or one that does not fit a row.
+        DataError: No documents, or one that does not fit a row.
     """
     if not documents:
         raise DataError("no training targets: every record was empty or had none within the sequence length.")
@@ -251,7 +251,7 @@ def pack_documents(
 def _best_fit_decreasing(
     lengths: NDArray[np.int64], seq_length: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``row_documents`` and ``row_starts`` of :class:`PackedRows`."""
+    """`row_documents` and `row_starts` of `PackedRows`."""
     shuffled = seeded_permutation(len(lengths), seed, _ROWS_STREAM)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     # open_rows[c] are the rows with c free positions; bit c of `free` says that there are any. The lowest bit
@@ -286,14 +286,14 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
     which has no targets: every rank runs equally many forwards, of equal shapes.
 
     Attributes:
-        source: all rows of the data set.
-        rows: row numbers of the *whole* batch.
-        micro_batch_size: rows of one micro-batch; the last may have fewer.
-        dp_rank: this rank's place on the data-parallel axis.
-        dp_size: size of that axis.
-        pad_to_longest: whether the padding that all rows computed at one time have in common is cut.
-        global_target_tokens: targets of the *whole* batch, the divisor of its loss; the same on every rank.
-        global_tokens: tokens of the *whole* batch, without padding.
+        source: All rows of the data set.
+        rows: Row numbers of the *whole* batch.
+        micro_batch_size: Rows of one micro-batch; the last may have fewer.
+        dp_rank: This rank's place on the data-parallel axis.
+        dp_size: Size of that axis.
+        pad_to_longest: Whether the padding that all rows computed at one time have in common is cut.
+        global_target_tokens: Targets of the *whole* batch, the divisor of its loss; the same on every rank.
+        global_tokens: Tokens of the *whole* batch, without padding.
     """
 
     source: PackedRows = field(repr=False)
@@ -338,23 +338,23 @@ class RowSampler:
     """Which rows each step trains on.
 
     The rows are read in one order after another, epoch e's drawn from (seed, e), without a break: step k
-    takes places ``k·batch_size`` to ``(k+1)·batch_size`` of that stream. So each epoch has each row exactly
+    takes places `k·batch_size` to `(k+1)·batch_size` of that stream. So each epoch has each row exactly
     once; where the batch size does not divide the rows, one step takes the last rows of an epoch and the
     first of the next, and no row is left out or repeated to fill up. The step's number is all the state
     there is: a run resumes exactly by asking for the next step.
 
     Attributes:
-        rows: all rows, the same on every rank.
-        batch_size: rows of the *global* batch.
-        micro_batch_size: rows of one forward on one data-parallel rank.
-        dp_rank: this rank's place on the data-parallel axis, 0 to ``dp_size - 1``.
-        dp_size: size of that axis.
-        seed: the run's seed.
-        pad_to_longest: cut the padding that all rows computed at one time have in common. Worth it where
-            rows are mostly padding (``packing=False``); the shapes then change from step to step.
+        rows: All rows, the same on every rank.
+        batch_size: Rows of the *global* batch.
+        micro_batch_size: Rows of one forward on one data-parallel rank.
+        dp_rank: This rank's place on the data-parallel axis, 0 to `dp_size - 1`.
+        dp_size: Size of that axis.
+        seed: The run's seed.
+        pad_to_longest: Cut the padding that all rows computed at one time have in common. Worth it where
+            rows are mostly padding (`packing=False`); the shapes then change from step to step.
 
     Raises:
-        DataError: a batch or micro-batch size below 1.
+        DataError: A batch or micro-batch size below 1.
     """
 
     rows: PackedRows
@@ -380,15 +380,15 @@ class RowSampler:
         return self.steps(1)
 
     def steps(self, epochs: float) -> int:
-        """Steps until the rows were read ``epochs`` times, rounded up; at least 1."""
+        """Steps until the rows were read `epochs` times, rounded up; at least 1."""
         return max(1, math.ceil(epochs * len(self.rows) / self.batch_size))
 
     def epochs(self, step: int) -> float:
-        """How many times the rows were read before step ``step``."""
+        """How many times the rows were read before step `step`."""
         return step * self.batch_size / len(self.rows)
 
     def global_rows(self, step: int) -> NDArray[np.int64]:
-        """``[batch_size]`` row numbers of step ``step`` (from 0); the same on every rank."""
+        """`[batch_size]` row numbers of step `step` (from 0); the same on every rank."""
         if step < 0:
             raise ValueError(f"step: {step} is negative; steps count from 0.")
         parts = []
@@ -401,7 +401,7 @@ class RowSampler:
         return np.concatenate(parts)
 
     def micro_batches(self, step: int) -> GlobalBatchSlice:
-        """This rank's micro-batches of step ``step`` (from 0)."""
+        """This rank's micro-batches of step `step` (from 0)."""
         return GlobalBatchSlice(
             source=self.rows,
             rows=self.global_rows(step),
@@ -427,10 +427,10 @@ def eval_batches(
     pad_to_longest: bool = True,
     most: int = 0,
 ) -> GlobalBatchSlice:
-    """Every row once, as one global batch (other arguments as for :class:`RowSampler`).
+    """Every row once, as one global batch (other arguments as for `RowSampler`).
 
     Args:
-        most: take at most this many rows, evenly spaced: packing has sorted them by the length of their documents.
+        most: Take at most this many rows, evenly spaced: packing has sorted them by the length of their documents.
             0 takes all.
     """
     _check_split(micro_batch_size, dp_rank, dp_size)

@@ -1,9 +1,9 @@
 """Chats to tokens: the tokenizer's template renders, and the assistant's turns are what is learned.
 
-Which characters are the assistant's is read from the template. One that marks them (``{% generation %}``) says so.
+Which characters are the assistant's is read from the template. One that marks them (`{% generation %}`) says so.
 Any other is rendered turn by turn: what it shows before an assistant turn, with the prompt to generate, is what the
 model will be given when it answers, so what it shows beyond that is what the model has to learn. From the characters
-on there is one path: the turn's end (:mod:`meshpeft.data.tokenizers`), then tokens by their offsets.
+on there is one path: the turn's end ([`tokenizers`][meshpeft.data.tokenizers]), then tokens by their offsets.
 
 A template decides what is shown of a message, and some leave out what others show. What a chat holds and its template
 leaves out is refused where the model would learn an answer without it, and counted where it is only not shown.
@@ -38,7 +38,7 @@ from meshpeft.parallel.errors import blamed_on, shown
 __all__ = ["encode_chat"]
 
 Span = tuple[int, int]
-"""Characters ``[start, end)`` of a rendered chat."""
+"""Characters `[start, end)` of a rendered chat."""
 Note = Callable[[str], None]
 """Takes what is to be said of a chat, in words that can be counted over chats."""
 
@@ -66,17 +66,17 @@ def encode_chat(
     then each assistant turn makes a document of its own, with the history as the template shows it then.
 
     Args:
-        messages: ``{"role", "content"}``, and whatever else the template reads. An assistant's message is learned
-            unless it is blank or one of :data:`LEARN_KEYS` says no.
-        tokenizer: with a chat template.
-        tools: schemas handed to the template.
-        note: is told what the template leaves out without harm to what is learned.
+        messages: `{"role", "content"}`, and whatever else the template reads. An assistant's message is learned
+            unless it is blank or one of `LEARN_KEYS` says no.
+        tokenizer: With a chat template.
+        tools: Schemas handed to the template.
+        note: Is told what the template leaves out without harm to what is learned.
 
     Returns:
-        documents, as token ids and the mask of the targets; one with no target if no turn is learned.
+        Documents, as token ids and the mask of the targets; one with no target if no turn is learned.
 
     Raises:
-        ValueError: no template, the template refuses the chat, leaves out what is to be learned, or its assistant
+        ValueError: No template, the template refuses the chat, leaves out what is to be learned, or its assistant
             turns cannot be told apart.
     """
     special = tokenizer if isinstance(tokenizer, SpecialTokens) else SpecialTokens.of(tokenizer)
@@ -96,9 +96,9 @@ class _Turn:
     """An assistant's message in a rendered chat.
 
     Attributes:
-        at: number of the message, from 0.
-        text: the chat up to this turn, as it is shown when the turn is the last.
-        spans: what is learned of it.
+        at: Number of the message, from 0.
+        text: The chat up to this turn, as it is shown when the turn is the last.
+        spans: What is learned of it.
     """
 
     at: int
@@ -111,11 +111,11 @@ class _Chat:
     """A chat and its template.
 
     Attributes:
-        messages: as the template gets them.
-        special: the tokenizer.
-        tools: schemas handed to the template.
-        learned: numbers of the messages to learn.
-        note: see :func:`encode_chat`.
+        messages: As the template gets them.
+        special: The tokenizer.
+        tools: Schemas handed to the template.
+        learned: Numbers of the messages to learn.
+        note: See `encode_chat`.
     """
 
     messages: list[dict[str, Any]]
@@ -126,7 +126,7 @@ class _Chat:
     _rendered: dict[tuple[int, bool], RenderedChat | TemplateError] = field(default_factory=dict)
 
     def documents(self) -> list[tuple[list[int], list[bool]]]:
-        """The documents of :func:`encode_chat`."""
+        """The documents of `encode_chat`."""
         self._render_turns()
         turns = [turn for turn in map(self.turn, self.learned) if turn.spans]
         _check_shown(self)
@@ -284,7 +284,7 @@ def _chat(
     content beside a call as an empty text or as nothing. The first form that shows every call is taken.
 
     Raises:
-        ValueError: there is none; it says what is wrong with the first.
+        ValueError: There is none; it says what is wrong with the first.
     """
     fault: ValueError | None = None
     for form in _forms(messages):
@@ -342,7 +342,7 @@ def _check_calls(chat: _Chat) -> None:
     """Check that the template shows every call that is to be learned, and its arguments as JSON.
 
     Raises:
-        ValueError: it leaves one out.
+        ValueError: It leaves one out.
     """
     chat.upto(len(chat.messages))
     for at in chat.learned:
@@ -384,7 +384,7 @@ def _check_shown(chat: _Chat) -> None:
     """Note what the template leaves out of the chat.
 
     Raises:
-        ValueError: it leaves out what an assistant's message says, which is to be learned.
+        ValueError: It leaves out what an assistant's message says, which is to be learned.
     """
     tools: Any = chat.tools
     template = str(chat.special.tokenizer.get_chat_template(None, tools))
@@ -469,7 +469,7 @@ def _tokenize(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) 
 def _with_offsets(
     text: str, tokenizer: PreTrainedTokenizerBase, *, continued: bool = False
 ) -> tuple[list[int], NDArray[np.int64]]:
-    """Tokens, and the characters ``[tokens, 2]`` of each; of a text that continues another as by `continued_ids`."""
+    """Tokens, and the characters `[tokens, 2]` of each; of a text that continues another as by `continued_ids`."""
     prefix = ""
     if continued and continued_ids(tokenizer, text) != token_ids(tokenizer, [text])[0]:
         prefix = "\n"

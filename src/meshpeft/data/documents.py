@@ -1,6 +1,6 @@
 """Records to tokenised documents.
 
-:func:`tokenize_records` turns records into :class:`Document`s: token ids, and for each token whether the
+`tokenize_records` turns records into `Document`s: token ids, and for each token whether the
 loss is taken on it.
 """
 
@@ -39,8 +39,8 @@ class Document:
     """A run of tokens that attend to each other and to nothing else.
 
     Attributes:
-        tokens: ``[length]`` int32 token ids.
-        targets: ``[length]`` bool, True where the loss is taken on *predicting this token*; never at 0,
+        tokens: `[length]` int32 token ids.
+        targets: `[length]` bool, True where the loss is taken on *predicting this token*; never at 0,
             which nothing precedes.
     """
 
@@ -56,11 +56,11 @@ class TokenizedRecords(Sequence[Document]):
     """The documents of a data set, and what had to be done to fit them.
 
     Attributes:
-        documents: in the order of the records; each has at least one target.
-        truncated: prompt/completion and chat documents that were cut to the sequence length.
-        split: texts that were split into several documents.
-        dropped: records left out because nothing in them can be learned.
-        findings: why records were dropped, and what of others is not learned or not shown to the model.
+        documents: In the order of the records; each has at least one target.
+        truncated: Prompt/completion and chat documents that were cut to the sequence length.
+        split: Texts that were split into several documents.
+        dropped: Records left out because nothing in them can be learned.
+        findings: Why records were dropped, and what of others is not learned or not shown to the model.
     """
 
     documents: list[Document]
@@ -91,28 +91,28 @@ def tokenize_records(
     *,
     ends: Iterable[int] | None = None,
 ) -> TokenizedRecords:
-    """Turn records into documents of at most ``seq_length`` tokens.
+    """Turn records into documents of at most `seq_length` tokens.
 
     * A text is trained on whole. A longer text is split; a piece starts with the token that
       ended the one before, so that every token but the text's first is a target exactly once.
     * Of a prompt/completion pair the completion and its end token are targets. The prompt is
       tokenised as it will be when the model is asked to complete it.
     * Of a chat, rendered by the tokenizer's template, the assistant's turns are targets
-      (:func:`meshpeft.data.chat.encode_chat`).
-    * How texts and pairs begin and end says :mod:`meshpeft.data.tokenizers`.
+      ([`encode_chat`][meshpeft.data.chat.encode_chat]).
+    * How texts and pairs begin and end says [`tokenizers`][meshpeft.data.tokenizers].
     * A pair or chat that is too long loses its beginning (leading tokens are kept); if its last completion alone is
       too long, that is cut at its end.
     * A record without an answer, or whose answers are blank, is dropped.
 
     Args:
-        records: all of one format (:data:`Record`); at least one.
-        tokenizer: with an end-of-sequence token; for chats with a template.
-        seq_length: longest document in tokens, at least 2.
-        ends: tokens that end a text besides the tokenizer's own
-            (:func:`meshpeft.data.tokenizers.end_tokens`).
+        records: All of one format (`Record`); at least one.
+        tokenizer: With an end-of-sequence token; for chats with a template.
+        seq_length: Longest document in tokens, at least 2.
+        ends: Tokens that end a text besides the tokenizer's own
+            ([`end_tokens`][meshpeft.data.tokenizers.end_tokens]).
 
     Raises:
-        DataError: no records, or of no or of different formats, a tokenizer without what is needed, a chat that the
+        DataError: No records, or of no or of different formats, a tokenizer without what is needed, a chat that the
             template refuses or whose answers it leaves out, a sequence length below 2.
     """
     if seq_length < 2:
@@ -224,7 +224,7 @@ def _encode_chats(
 
 
 def _truncate(tokens: list[int], targets: list[bool], seq_length: int, special: SpecialTokens) -> Encoded:
-    """The ``seq_length`` tokens that hold what fits of the last run of targets, and what precedes it."""
+    """The `seq_length` tokens that hold what fits of the last run of targets, and what precedes it."""
     leading = special.leading or [special.tokenizer.bos_token_id]
     head = len(leading) if tokens[: len(leading)] == leading and len(leading) < seq_length else 0
     room = seq_length - head

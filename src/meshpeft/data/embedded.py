@@ -1,11 +1,11 @@
 """The embedded default: a small base model in the package, and data from the running interpreter.
 
-``meshpeft finetune`` without arguments has to work on a machine that has no model, no data set and no
-network. The base model is a directory of this package (:func:`embedded_model_dir`; made by
-``scripts/train_embedded_base.py``). The data set is made at run time from the standard library of the
-interpreter that runs (:func:`embedded_records`): a function's signature and body is the prompt, its
+`meshpeft finetune` without arguments has to work on a machine that has no model, no data set and no
+network. The base model is a directory of this package (`embedded_model_dir`; made by
+`scripts/train_embedded_base.py`). The data set is made at run time from the standard library of the
+interpreter that runs (`embedded_records`): a function's signature and body is the prompt, its
 docstring the completion. The base saw that library's source only with its docstrings cut out
-(:func:`source_without_docstrings`), and never saw the held-out modules, so that what an adapter learns is
+(`source_without_docstrings`), and never saw the held-out modules, so that what an adapter learns is
 new and what the held-out loss measures was not seen.
 
 Only the standard library is imported here.
@@ -64,7 +64,7 @@ def embedded_model_dir() -> Path:
     """The Hugging Face directory of the packaged base model (Llama architecture, bfloat16, with tokenizer).
 
     Raises:
-        FileNotFoundError: the package was installed without its data files.
+        FileNotFoundError: The package was installed without its data files.
     """
     directory = Path(__file__).resolve().parent / "embedded_base"
     if not (directory / "config.json").is_file():
@@ -86,10 +86,10 @@ def is_held_out(module: str) -> bool:
 
 
 def standard_library_modules() -> Iterator[tuple[str, str]]:
-    """Yield ``(dotted name, source)`` of the standard library's Python modules, sorted by name.
+    """Yield `(dotted name, source)` of the standard library's Python modules, sorted by name.
 
-    Left out: installed packages, tests, generated tables and data (``encodings``, ``pydoc_data``,
-    ``_sysconfigdata…``), and the applications ``idlelib``, ``lib2to3`` and ``turtledemo``.
+    Left out: installed packages, tests, generated tables and data (`encodings`, `pydoc_data`,
+    `_sysconfigdata…`), and the applications `idlelib`, `lib2to3` and `turtledemo`.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, Path] = {}
@@ -109,25 +109,25 @@ def standard_library_modules() -> Iterator[tuple[str, str]]:
 
 
 def source_without_docstrings(source: str) -> str:
-    """``source`` with the docstrings of its module, classes and functions cut out.
+    """`source` with the docstrings of its module, classes and functions cut out.
 
     Comments and the formatting of all other lines stay; the blank lines after a docstring go with it, and
-    a body that held nothing else becomes ``pass``. Lines end in a line feed in the result.
+    a body that held nothing else becomes `pass`. Lines end in a line feed in the result.
 
     Raises:
-        SyntaxError: ``source`` is not valid Python.
+        SyntaxError: `source` is not valid Python.
     """
     lines, _ = _lines_without_docstrings(source)
     return "\n".join(line for line in lines if line is not None)
 
 
 def embedded_records() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The data set ``(train, held_out)``, made from the running interpreter's standard library.
+    """The data set `(train, held_out)`, made from the running interpreter's standard library.
 
-    Each record is ``{"prompt": …, "completion": …}``: a documented function's signature and body, without
+    Each record is `{"prompt": …, "completion": …}`: a documented function's signature and body, without
     its docstring and cut at a line's end after about 600 characters, and the docstring as
-    :func:`inspect.cleandoc` gives it, of 20 to 400 characters. No prompt and no completion occurs twice,
-    in the two lists together. A module's records are all in one list (:func:`is_held_out`). The order is
+    `inspect.cleandoc` gives it, of 20 to 400 characters. No prompt and no completion occurs twice,
+    in the two lists together. A module's records are all in one list (`is_held_out`). The order is
     that of the modules' names and of the lines in them, so the result depends on the interpreter's
     version only. The lists are the caller's own.
     """
@@ -191,7 +191,7 @@ def _code_of(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str | Non
 
 
 def _lines_without_docstrings(source: str) -> tuple[list[str | None], list[_Documented]]:
-    """The lines of ``source`` (None where one is cut out) and its documentable nodes, by line."""
+    """The lines of `source` (None where one is cut out) and its documentable nodes, by line."""
     source = source.replace("\r\n", "\n").replace("\r", "\n")
     tree = ast.parse(source)
     lines: list[str | None] = list(source.split("\n"))
@@ -212,7 +212,7 @@ def _lines_without_docstrings(source: str) -> tuple[list[str | None], list[_Docu
 
 
 def _cut(lines: list[str | None], statement: ast.stmt, *, leave_pass: bool) -> None:
-    """Cut a statement out of ``lines``, in place; the numbering of the lines stays."""
+    """Cut a statement out of `lines`, in place; the numbering of the lines stays."""
     assert statement.end_lineno is not None and statement.end_col_offset is not None
     first, last = statement.lineno - 1, statement.end_lineno - 1
     # ast counts columns in UTF-8 bytes.

@@ -39,9 +39,9 @@ class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        where: for messages: ``line 3`` or ``row 3``, counted from 1.
-        values: by column.
-        unread: columns that were not read, being of no use.
+        where: For messages: `line 3` or `row 3`, counted from 1.
+        values: By column.
+        unread: Columns that were not read, being of no use.
     """
 
     where: str
@@ -54,14 +54,14 @@ Choice = Callable[[Sequence[str]], Collection[str] | None]
 
 
 def read_rows(path: Path, choose: Choice) -> Iterator[Row]:
-    """The rows of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
+    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
 
     Args:
-        path: the file.
-        choose: which columns are read, where the file's format knows them before its rows.
+        path: The file.
+        choose: Which columns are read, where the file's format knows them before its rows.
 
     Raises:
-        DataError: there is no such file, or it cannot be read; the message names it, and the line or row.
+        DataError: There is no such file, or it cannot be read; the message names it, and the line or row.
     """
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         ".jsonl": _read_json_lines,
@@ -101,11 +101,11 @@ def check_text(value: Any, at: str) -> str:
     """Check a text of a row.
 
     Args:
-        value: of a column or field.
-        at: names it, for messages.
+        value: Of a column or field.
+        at: Names it, for messages.
 
     Raises:
-        DataError: it is of another type, no text, or too long.
+        DataError: It is of another type, no text, or too long.
     """
     if not isinstance(value, str):
         raise DataError(f"{at} is of type {type(value).__name__}; expected a string.")
@@ -125,7 +125,7 @@ def check_plain(value: Any, at: str) -> int:
         Its characters.
 
     Raises:
-        DataError: it holds anything else; the message names the place.
+        DataError: It holds anything else; the message names the place.
     """
     characters = _checked_size(value, at, MOST_DEPTH)
     if characters > MOST_CHARACTERS:
@@ -258,8 +258,8 @@ class _JsonText:
     """JSON text of which a window is in memory.
 
     Args:
-        file: from its beginning.
-        path: of the file, for messages.
+        file: From its beginning.
+        path: Of the file, for messages.
     """
 
     # A text that is cut off is at fault near its end, or where its last string begins.

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
-"""One example: ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages"}`` (with ``"tools"`` at will)."""
+"""One example: `{"text"}`, `{"prompt", "completion"}` or `{"messages"}` (with `"tools"` at will)."""
 
 RecordFormat = Literal["messages", "prompt/completion", "text"]
 
@@ -74,7 +74,7 @@ class FileRecord(dict[str, Any]):
     """A record that knows where it is from.
 
     Attributes:
-        where: its file, and its line or row there, counted from 1.
+        where: Its file, and its line or row there, counted from 1.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -122,23 +122,23 @@ def record_format(columns: Sequence[str]) -> RecordFormat | None:
 def load_records(*paths: str | Path, findings: Findings | None = None) -> list[FileRecord]:
     """Read data files into records that hold the columns of one format and nothing else.
 
-    The suffix says how the file is read: ``.jsonl`` (one object per line), ``.json`` (a list of objects,
-    or lines), ``.csv`` (with a header) or ``.parquet``. The first row decides which format the files have
-    (see :func:`record_format`), and every row must have its columns, with a value.
+    The suffix says how the file is read: `.jsonl` (one object per line), `.json` (a list of objects,
+    or lines), `.csv` (with a header) or `.parquet`. The first row decides which format the files have
+    (see `record_format`), and every row must have its columns, with a value.
 
-    JSON and CSV are read by the standard library: the readers of ``datasets`` infer column types, which
-    turns a completion ``2020-01-01`` into ``2020-01-01 00:00:00``, ``007`` into 7 and ``NA`` into nothing.
+    JSON and CSV are read by the standard library: the readers of `datasets` infer column types, which
+    turns a completion `2020-01-01` into `2020-01-01 00:00:00`, `007` into 7 and `NA` into nothing.
     Parquet carries its types.
 
     Args:
-        paths: files of one format; at least one.
-        findings: is told which columns are left out.
+        paths: Files of one format; at least one.
+        findings: Is told which columns are left out.
 
     Returns:
-        the records (:class:`FileRecord`) in the order of the files; at least one of each.
+        The records (`FileRecord`) in the order of the files; at least one of each.
 
     Raises:
-        DataError: a file is missing, empty, of another kind or cannot be parsed, it has no usable
+        DataError: A file is missing, empty, of another kind or cannot be parsed, it has no usable
             column, a row lacks a value, or a column or a field of a message says what is learned in a way that
             cannot be honoured; the message names the file and, where there is one, the line or row.
     """
@@ -288,10 +288,10 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def is_learned(message: Message) -> bool:
-    """Whether the fields of a message let it be learned (:data:`LEARN_KEYS`); without any, an assistant's is.
+    """Whether the fields of a message let it be learned (`LEARN_KEYS`); without any, an assistant's is.
 
     Raises:
-        ValueError: a field has another value than 0, 1, true and false, or they contradict each other, or ask for a
+        ValueError: A field has another value than 0, 1, true and false, or they contradict each other, or ask for a
             message that is not the assistant's.
     """
     said = {}
@@ -322,7 +322,7 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Check the fields of a chat's messages that say what is learned, and the tool calls.
 
     Raises:
-        ValueError: a field cannot be honoured; the message is named.
+        ValueError: A field cannot be honoured; the message is named.
     """
     for number, message in enumerate(messages, start=1):
         try:

@@ -1,11 +1,11 @@
-"""The process that renders chat templates for :mod:`meshpeft.data.templates`; run by its path, not imported.
+"""The process that renders chat templates for [`templates`][meshpeft.data.templates]; run by its path, not imported.
 
-A template is a program that somebody else wrote. It may loop for ever, compute ``9**9**9`` inside of one C call, which
+A template is a program that somebody else wrote. It may loop for ever, compute `9**9**9` inside of one C call, which
 no handler of a signal interrupts, or take all memory there is. So it runs in a process with limits of its own, which
 the operating system enforces: address space, size of files, and processor time, which is set again for each chat and
 ends the process when it is used up.
 
-The environment is that of ``transformers.utils.chat_template_utils``, to the letter, without the seconds that its
+The environment is that of `transformers.utils.chat_template_utils`, to the letter, without the seconds that its
 import takes: only Jinja is imported here. One request and one answer at a time go over standard input and output, each
 behind its length: a request is a pickle (from the process that trains, which is trusted), an answer is JSON (from this
 one, which is not).
@@ -50,11 +50,11 @@ class Request(NamedTuple):
     """A chat to render.
 
     Attributes:
-        template: text of the template.
-        variables: what it reads, `messages` among it.
-        moment: the time that it is told, in ISO format.
-        seconds: processor time for each rendering.
-        prefixes: how many of the messages are shown, and whether the prompt to generate is, in each rendering.
+        template: Text of the template.
+        variables: What it reads, `messages` among it.
+        moment: The time that it is told, in ISO format.
+        seconds: Processor time for each rendering.
+        prefixes: How many of the messages are shown, and whether the prompt to generate is, in each rendering.
     """
 
     template: str
@@ -69,7 +69,7 @@ class TooLong(Exception):
 
 
 class _MarkedParts(jinja2.ext.Extension):
-    """``{% generation %}`` .. ``{% endgeneration %}``: the parts that the assistant says."""
+    """`{% generation %}` .. `{% endgeneration %}`: the parts that the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 

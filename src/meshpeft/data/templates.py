@@ -1,8 +1,8 @@
 """Chat templates: a tokenizer's template renders a chat, within bounds of time and memory.
 
 A template is a program in a file that people fetch. It is rendered in a process of its own
-(``template_process.py`` says why), which is started with the first chat and serves all that follow. What is rendered
-is what ``tokenizer.apply_chat_template`` would give, with one difference: a template that asks for the date gets that
+(`template_process.py` says why), which is started with the first chat and serves all that follow. What is rendered
+is what `tokenizer.apply_chat_template` would give, with one difference: a template that asks for the date gets that
 of the run, so that the same data make the same tokens on every rank, on every machine, and when a run is resumed.
 """
 
@@ -59,9 +59,9 @@ class RenderedChat(NamedTuple):
     """A chat as its template shows it.
 
     Attributes:
-        text: all of it.
-        spans: characters ``[start, end)`` of the parts that the template marks as the assistant's
-            (``{% generation %}``), in order; `None` if the template marks none, or does not show where they are.
+        text: All of it.
+        spans: Characters `[start, end)` of the parts that the template marks as the assistant's
+            (`{% generation %}`), in order; `None` if the template marks none, or does not show where they are.
     """
 
     text: str
@@ -78,13 +78,13 @@ def render_chat(
     """Render a chat with the tokenizer's template.
 
     Args:
-        tokenizer: with a chat template.
-        messages: at least one; keys without a value (`None`) are left out.
-        tools: schemas handed to the template.
-        add_generation_prompt: end with what precedes an answer.
+        tokenizer: With a chat template.
+        messages: At least one; keys without a value (`None`) are left out.
+        tools: Schemas handed to the template.
+        add_generation_prompt: End with what precedes an answer.
 
     Raises:
-        TemplateError: there is no template, it takes too long or too much memory, shows too much, or fails.
+        TemplateError: There is no template, it takes too long or too much memory, shows too much, or fails.
     """
     (rendered,) = render_prefixes(tokenizer, messages, tools, [(len(messages), add_generation_prompt)])
     if isinstance(rendered, TemplateError):
@@ -101,14 +101,14 @@ def render_prefixes(
     """Render the beginnings of a chat together, which is several times as fast as one after another.
 
     Args:
-        tokenizer, messages, tools: see :func:`render_chat`.
-        prefixes: how many of the messages are shown, and whether the chat ends with what precedes an answer.
+        tokenizer, messages, tools: See `render_chat`.
+        prefixes: How many of the messages are shown, and whether the chat ends with what precedes an answer.
 
     Returns:
-        each, or why the template does not show it.
+        Each, or why the template does not show it.
 
     Raises:
-        TemplateError: there is no template, or it takes too long or too much memory, which ends the process.
+        TemplateError: There is no template, or it takes too long or too much memory, which ends the process.
     """
     for kind, given in (("message", messages), ("tool", tools or ())):
         for number, part in enumerate(given, start=1):
@@ -131,10 +131,10 @@ def render_prefixes(
 
 @contextmanager
 def chat_templates(day: str | None) -> Iterator[None]:
-    """Within the block, a template that asks for the date (``strftime_now``) gets this one; then nothing is left of it.
+    """Within the block, a template that asks for the date (`strftime_now`) gets this one; then nothing is left of it.
 
     Args:
-        day: in ISO format; `None`: today.
+        day: In ISO format; `None`: today.
     """
     token = _today.set(None if day is None else date.fromisoformat(day))
     try:
@@ -247,8 +247,8 @@ class _Renderer:
         """The next answer.
 
         Raises:
-            TimeoutError: there is none in time.
-            EOFError: the process has ended.
+            TimeoutError: There is none in time.
+            EOFError: The process has ended.
         """
         assert self._process is not None and self._process.stdout is not None
         until = time.monotonic() + _STALLED_SECONDS

@@ -5,7 +5,7 @@ One rule serves every kind of record:
 * **Beginning.** The tokens that the tokenizer itself puts before a text (mostly none, or BOS) stand before it once:
   not where the text begins with them already. A chat begins as its template shows it.
 * **End.** An *end token* is the tokenizer's end-of-sequence token, or one of those that the model's
-  ``generation_config.json`` names: what stops generation. What is learned ends with the first of them behind it, also
+  `generation_config.json` names: what stops generation. What is learned ends with the first of them behind it, also
   over white space, whether the data or the template wrote it; white space behind it is not learned. Where there is
   none, the end-of-sequence token is appended.
 
@@ -44,7 +44,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, without asking the network and without running code of its own.
 
     Raises:
-        ModelError: the directory holds none that can be read.
+        ModelError: The directory holds none that can be read.
     """
     # Files that are missing are an error here; transformers also explains them at length, as if they were names
     # of repositories.
@@ -73,10 +73,10 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the replacements of a tokenizer do not make a text longer without bound.
 
     A normalizer may replace a character by a long text, and replace characters of that in turn: forty replacements of
-    ``a`` by ``aa`` make terabytes of one letter, in a call that nothing interrupts.
+    `a` by `aa` make terabytes of one letter, in a call that nothing interrupts.
 
     Raises:
-        ModelError: they may make it more than 256 times as long.
+        ModelError: They may make it more than 256 times as long.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in ("normalizer", "decoder"):
@@ -164,8 +164,8 @@ class SpecialTokens:
     """A tokenizer, and the tokens that begin and end its texts.
 
     Attributes:
-        tokenizer: with an end-of-sequence token.
-        ends: end tokens besides the tokenizer's own (:func:`end_tokens`).
+        tokenizer: With an end-of-sequence token.
+        ends: End tokens besides the tokenizer's own (`end_tokens`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -176,7 +176,7 @@ class SpecialTokens:
         """The special tokens of a tokenizer.
 
         Raises:
-            DataError: it has no end-of-sequence token.
+            DataError: It has no end-of-sequence token.
         """
         if not isinstance(tokenizer.eos_token_id, int):
             raise DataError("the tokenizer has no end-of-sequence token to teach the model to stop; set eos_token.")

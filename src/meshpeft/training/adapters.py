@@ -66,7 +66,7 @@ def add_adapter(model: LanguageModel, config: FinetuneConfig) -> None:
     [`check_adapter`][meshpeft.training.adapters.check_adapter], which gives each once and not on every worker.
 
     Raises:
-        AdapterError: a target matches no layer.
+        AdapterError: A target matches no layer.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -77,11 +77,11 @@ def adapter_method(config: FinetuneConfig, targets: Sequence[str] | None = None)
     """The method with the options of a run.
 
     Args:
-        config: the options.
-        targets: the layers that get adapters if the options name none; the method's own by default.
+        config: The options.
+        targets: The layers that get adapters if the options name none; the method's own by default.
 
     Raises:
-        AdapterError: options that do not go together.
+        AdapterError: Options that do not go together.
     """
     named: dict[str, Any] = {} if targets is None or config.exclude_modules else {"target_modules": list(targets)}
     if config.target_modules:
@@ -132,8 +132,8 @@ class DefaultLayers(NamedTuple):
     """Names, or patterns with `*` of full names, of layers of a model.
 
     Attributes:
-        adapted: those that get adapters; `None` for those that the method has.
-        in_full: those that a packed base keeps as they are.
+        adapted: Those that get adapters; `None` for those that the method has.
+        in_full: Those that a packed base keeps as they are.
     """
 
     adapted: list[str] | None = None
@@ -147,7 +147,7 @@ def default_layers(model: LanguageModel) -> DefaultLayers:
     leave an adapter out, and all that sees no text.
 
     Args:
-        model: without adapters; may be on the meta device.
+        model: Without adapters; may be on the meta device.
     """
     if isinstance(model, Decoder):
         return DefaultLayers()
@@ -214,12 +214,12 @@ def base_quantizer(
     """What packs the base of a run as it is read; `None` where it is kept in full.
 
     Args:
-        run: the options.
-        layers: what the options do not name.
-        residuals: the adapter is about to start, from residuals if the options say so. Otherwise none are kept.
+        run: The options.
+        layers: What the options do not name.
+        residuals: The adapter is about to start, from residuals if the options say so. Otherwise none are kept.
 
     Raises:
-        QuantizationError: a block size that cannot be.
+        QuantizationError: A block size that cannot be.
     """
     if run.quantize is None:
         return None
@@ -254,10 +254,10 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
 
     Raises:
-        AdapterError: a target matches no layer; a rank that does not divide.
-        ConfigError: an option for experts, and the model has none; an adapter that could not start, or be written, as
+        AdapterError: A target matches no layer; a rank that does not divide.
+        ConfigError: An option for experts, and the model has none; an adapter that could not start, or be written, as
             asked.
-        QuantizationError: the base cannot be packed as asked.
+        QuantizationError: The base cannot be packed as asked.
     """
     if not base.has_experts:
         for name in ("normalize_moe_lora", "router_aux_loss_coef"):
@@ -294,12 +294,12 @@ def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) 
     """Whether every adapter can start from its layer's weight, or from its residual.
 
     Args:
-        model: with its adapters, on the meta device.
-        packed: ids of the layers that the run packs.
-        run: the options.
+        model: With its adapters, on the meta device.
+        packed: Ids of the layers that the run packs.
+        run: The options.
 
     Raises:
-        ConfigError: an adapter that starts from what quantising lost, on a layer that stays as it is or for all
+        ConfigError: An adapter that starts from what quantising lost, on a layer that stays as it is or for all
             experts together.
     """
     if run.lora_init_method not in ("svdquant", "pissa"):
@@ -323,7 +323,7 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
     """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
 
     Raises:
-        MeshPEFTError: the model or the adapter cannot be read.
+        MeshPEFTError: The model or the adapter cannot be read.
     """
     base = find_base(run.model, run.engine)
     model = base.load(

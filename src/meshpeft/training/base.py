@@ -49,9 +49,9 @@ class BaseModel:
     """A model that no weight was read of yet.
 
     Attributes:
-        directory: a Hugging Face directory.
-        config: a decoder's where the engine is `native`; that of transformers otherwise.
-        reason: why the engine is `transformers`, if nobody asked for it.
+        directory: A Hugging Face directory.
+        config: A decoder's where the engine is `native`; that of transformers otherwise.
+        reason: Why the engine is `transformers`, if nobody asked for it.
     """
 
     directory: Path
@@ -72,12 +72,12 @@ class BaseModel:
         """Check everything that can be known without reading weights; starts no process.
 
         Args:
-            layout: the options.
-            weights: compare the configuration with the files that hold the weights; otherwise there may be none.
+            layout: The options.
+            weights: Compare the configuration with the files that hold the weights; otherwise there may be none.
 
         Raises:
-            ModelError, ParallelError: a file is missing or truncated; the sizes do not divide.
-            ConfigError: a layout of experts for a model without them, or one that the engine does not have.
+            ModelError, ParallelError: A file is missing or truncated; the sizes do not divide.
+            ConfigError: A layout of experts for a model without them, or one that the engine does not have.
         """
         tensors = self._check_files() if weights else 0
         if isinstance(self.config, DecoderConfig):
@@ -129,13 +129,13 @@ class BaseModel:
         """This rank's share, packed as it is read if asked for.
 
         Args:
-            dtype: of weights and activations.
-            quantize: packs the layers.
-            sequence_parallel, activation_checkpointing: as in the options.
+            dtype: Of weights and activations.
+            quantize: Packs the layers.
+            sequence_parallel, activation_checkpointing: As in the options.
 
         Raises:
-            QuantizationError: a layer that cannot be packed.
-            ModelError: see [`load_pretrained`][meshpeft.models.load_pretrained].
+            QuantizationError: A layer that cannot be packed.
+            ModelError: See [`load_pretrained`][meshpeft.models.load_pretrained].
         """
         if not isinstance(self.config, DecoderConfig):
             model: LanguageModel = _transformers().load_transformers(
@@ -169,7 +169,7 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
     """The base model in a directory, with the engine asked for; by default the native one, where it has the model.
 
     Raises:
-        ModelError: the configuration cannot be read or is invalid, or the engine does not have the model.
+        ModelError: The configuration cannot be read or is invalid, or the engine does not have the model.
     """
     directory, reason = base_directory(model), None
     content = read_json(directory / "config.json", expected=MODEL_DIRECTORY)
@@ -197,7 +197,7 @@ def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
     """Whether tokens see what they should: nothing that comes later, nor other documents in their row. A collective.
 
     Raises:
-        ConfigError: they see more.
+        ConfigError: They see more.
     """
     if not model.is_causal():
         raise ConfigError(f"{type(model).__name__} is not a causal language model: its tokens see later ones")

@@ -86,14 +86,14 @@ class RunCheckpoints:
     """Saves and restores one run.
 
     Args:
-        config: resolved options.
-        model: with its adapters.
-        optimizer: over them.
-        loss_scale: of float16.
-        inputs: the data of the run.
+        config: Resolved options.
+        model: With its adapters.
+        optimizer: Over them.
+        loss_scale: Of float16.
+        inputs: The data of the run.
 
     Attributes:
-        directory: where the checkpoints are written.
+        directory: Where the checkpoints are written.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class RunCheckpoints:
         """Go on from a checkpoint if the options say so, else clear away those of an earlier run. A collective.
 
         Args:
-            log: gets the rows of the steps that are done.
+            log: Gets the rows of the steps that are done.
 
         Returns:
             The steps that are done.
 
         Raises:
-            CheckpointError: the checkpoint is broken, or of a run that computes something else.
+            CheckpointError: The checkpoint is broken, or of a run that computes something else.
         """
         self._saved_at = time.monotonic()
         source = self._source()
@@ -184,12 +184,12 @@ class RunCheckpoints:
         """Write the checkpoint of a step in the background. A collective.
 
         Args:
-            step: that was done.
-            log: the rows so far.
-            asked_for: raise if it cannot be written; else warn, since the training itself does not need it.
+            step: That was done.
+            log: The rows so far.
+            asked_for: Raise if it cannot be written; else warn, since the training itself does not need it.
 
         Raises:
-            CheckpointError: it, or the one before, cannot be written.
+            CheckpointError: It, or the one before, cannot be written.
         """
         self.wait()
         self._save, self._asked_for, self._saved_at = None, asked_for, time.monotonic()
@@ -213,7 +213,7 @@ class RunCheckpoints:
         """The last checkpoint, when it is whole.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: It could not be written.
         """
         path: Path | None = None
         with self._warned_of():
@@ -249,9 +249,9 @@ def difference_of_runs(
     """The first option that makes this run compute something else than another: its name, its value here and there.
 
     Args:
-        config: resolved options.
-        other: the other run's options, as `as_json` gave them.
-        with_paths: compare the paths of model and data, too, where their content cannot be compared.
+        config: Resolved options.
+        other: The other run's options, as `as_json` gave them.
+        with_paths: Compare the paths of model and data, too, where their content cannot be compared.
     """
     own = json.loads(json.dumps(config.as_json()))
     for name in (field.name for field in fields(config)):

@@ -299,7 +299,7 @@ class FinetuneConfig(LayoutConfig):
         """The options that `run.json` of a finished run holds.
 
         Raises:
-            ConfigError: the file cannot be read, or is not one of ours.
+            ConfigError: The file cannot be read, or is not one of ours.
         """
         try:
             content = read_json(path, ConfigError, "the output directory of a meshpeft run")
@@ -312,11 +312,11 @@ class FinetuneConfig(LayoutConfig):
         """The options that `as_json` gave.
 
         Args:
-            options: as read from a file.
-            source: where from, for the message.
+            options: As read from a file.
+            source: Where from, for the message.
 
         Raises:
-            ConfigError: they are not the options of a run.
+            ConfigError: They are not the options of a run.
         """
         with blamed_on(f"{source}: not the record of a meshpeft run", ConfigError):
             known = {field.name for field in fields(cls)}
@@ -389,7 +389,7 @@ def recorded_run(adapter: Path) -> FinetuneConfig | None:
     """Read the options of the run that made an adapter; `None` where another program made it.
 
     Raises:
-        ConfigError: the directory holds no adapter, or a record that is not one of ours.
+        ConfigError: The directory holds no adapter, or a record that is not one of ours.
     """
     if not (adapter / CONFIG_NAME).is_file():
         raise ConfigError(f"{adapter}: holds no adapter (there is no {CONFIG_NAME})")
@@ -401,7 +401,7 @@ def named_base(adapter: Path) -> Path:
     """Find the base model that an adapter's own configuration names.
 
     Raises:
-        ConfigError: it names none, or one that is no directory here.
+        ConfigError: It names none, or one that is no directory here.
     """
     named = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(named, str) or not named or not Path(named).is_dir():
@@ -432,7 +432,7 @@ class AdapterUse(LayoutConfig):
         """The options of the run that made the adapter, with those replaced that are given here.
 
         Raises:
-            ConfigError: the directory holds no adapter, or nothing says what its base model is.
+            ConfigError: The directory holds no adapter, or nothing says what its base model is.
         """
         run = None if self.adapter is None else recorded_run(self.adapter)
         model = self.model

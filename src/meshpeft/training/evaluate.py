@@ -26,8 +26,8 @@ def start(config: EvaluateConfig) -> None:
     """Check the options, then run [`evaluate`][meshpeft.training.evaluate.evaluate] on the workers they need.
 
     Raises:
-        MeshPEFTError: the options, the model, the adapter or the data are at fault.
-        WorkerDied: a worker failed otherwise.
+        MeshPEFTError: The options, the model, the adapter or the data are at fault.
+        WorkerDied: A worker failed otherwise.
     """
     config.check()
     workers = workers_for(config)
@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> float:
         The mean loss in nats per target token, the same on every rank.
 
     Raises:
-        TrainingError: it is not finite.
+        TrainingError: It is not finite.
     """
     info = join_mesh(config)
     report = Report(info)

@@ -71,7 +71,7 @@ def merge(config: MergeConfig) -> str:
         What was done, in a sentence.
 
     Raises:
-        MeshPEFTError: the adapter or the model cannot be read or do not fit; the directory cannot be written.
+        MeshPEFTError: The adapter or the model cannot be read or do not fit; the directory cannot be written.
     """
     run = recorded_run(config.adapter)
     base = config.model
@@ -105,7 +105,7 @@ def export(config: ExportConfig) -> str:
         What was done, in a sentence.
 
     Raises:
-        MeshPEFTError: the checkpoint cannot be read or is of another base model; the directory cannot be written.
+        MeshPEFTError: The checkpoint cannot be read or is of another base model; the directory cannot be written.
     """
     found = find_checkpoint(_given_checkpoints(config.checkpoint))
     run = FinetuneConfig.from_options(found.extra.get("run"), found.path)

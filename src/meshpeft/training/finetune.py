@@ -67,9 +67,9 @@ def start(config: FinetuneConfig) -> None:
     """Check the options, then run [`finetune`][meshpeft.training.finetune.finetune] on the workers they need.
 
     Raises:
-        MeshPEFTError: the options, the model, the data or the output directory are at fault; nothing is written.
-        RunInterrupted: a signal asked for an end; there is a checkpoint to go on from.
-        WorkerDied: a worker failed otherwise; nothing is written but the checkpoints before.
+        MeshPEFTError: The options, the model, the data or the output directory are at fault; nothing is written.
+        RunInterrupted: A signal asked for an end; there is a checkpoint to go on from.
+        WorkerDied: A worker failed otherwise; nothing is written but the checkpoints before.
     """
     config = config.resolved()
     config.check()
@@ -94,13 +94,13 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune on the mesh that this process is part of. Every rank calls it, with equal options.
 
     Args:
-        config: checked and [`resolved`][meshpeft.training.config.FinetuneConfig.resolved].
+        config: Checked and [`resolved`][meshpeft.training.config.FinetuneConfig.resolved].
 
     Raises:
-        MeshPEFTError: the model or the data cannot be used; raised before anything is written.
-        TrainingError: the loss is not finite.
-        RunInterrupted: a signal asked for an end; there is a checkpoint to go on from.
-        OutputError: the adapter could not be written, or not where it should be; the text says where it is.
+        MeshPEFTError: The model or the data cannot be used; raised before anything is written.
+        TrainingError: The loss is not finite.
+        RunInterrupted: A signal asked for an end; there is a checkpoint to go on from.
+        OutputError: The adapter could not be written, or not where it should be; the text says where it is.
     """
     info = join_mesh(config)
     config = replace(config, template_date=run_date(config))
@@ -179,8 +179,8 @@ def _publish(
     """Put the adapter into the output directory, or, if it cannot be written there, anywhere. Every rank calls it.
 
     Raises:
-        CheckpointError: the adapter is none that may be written.
-        OutputError: it is not in its place; the text says where it is.
+        CheckpointError: The adapter is none that may be written.
+        OutputError: It is not in its place; the text says where it is.
     """
     leads = info.world.rank == 0
     staged: StagedFiles | None = None
@@ -292,7 +292,7 @@ def _is_finished(config: FinetuneConfig, output: OutputDirectory) -> bool:
     """Whether `--resume auto` finds this very run, finished.
 
     Raises:
-        OutputError: it finds another one, which is not to be replaced.
+        OutputError: It finds another one, which is not to be replaced.
     """
     if config.resume != "auto" or not output.is_finished():
         return False

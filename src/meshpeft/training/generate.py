@@ -32,8 +32,8 @@ def start(config: GenerateConfig) -> None:
     """Check the options, then run [`generate`][meshpeft.training.generate.generate] on the workers they need.
 
     Raises:
-        MeshPEFTError: the options, the model or the adapter are at fault.
-        WorkerDied: a worker failed otherwise.
+        MeshPEFTError: The options, the model or the adapter are at fault.
+        WorkerDied: A worker failed otherwise.
     """
     config.check()
     workers = workers_for(config)
@@ -83,7 +83,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool =
     """A prompt as training would have made it: with what the tokenizer puts before a text, or its chat template.
 
     Raises:
-        ConfigError: there are no tokens, or there is no chat template for a chat.
+        ConfigError: There are no tokens, or there is no chat template for a chat.
     """
     if chat:
         try:

@@ -39,12 +39,12 @@ class Inputs:
     """The rows of a run, the same on every rank.
 
     Attributes:
-        train: rows to train on.
-        held_out: rows to measure on.
-        sample: the held-out document whose beginning is continued as a sample.
-        summary: how much there is, what had to be cut, and what is not learned, with a place in the file.
-        ends: the tokens that end a text.
-        example: options of `meshpeft generate`, in the shell's words, for a prompt like those of the data.
+        train: Rows to train on.
+        held_out: Rows to measure on.
+        sample: The held-out document whose beginning is continued as a sample.
+        summary: How much there is, what had to be cut, and what is not learned, with a place in the file.
+        ends: The tokens that end a text.
+        example: Options of `meshpeft generate`, in the shell's words, for a prompt like those of the data.
     """
 
     train: PackedRows
@@ -59,8 +59,8 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
     """Read, split, tokenise and pack the data of a run; a function of the options alone.
 
     Raises:
-        DataError: the data cannot be used as given.
-        ModelError: the model's generation_config.json cannot.
+        DataError: The data cannot be used as given.
+        ModelError: The model's generation_config.json cannot.
     """
     ends = end_tokens(base_directory(config.model), tokenizer)
     (train, held_out), findings, dropped = _records(config)
@@ -100,8 +100,8 @@ def load_rows(
     """Rows to measure on: all of `data`, or what the run of `config` held out; and what is to be said of them.
 
     Raises:
-        DataError: the data cannot be used as given.
-        ModelError: the model's generation_config.json cannot.
+        DataError: The data cannot be used as given.
+        ModelError: The model's generation_config.json cannot.
     """
     ends = end_tokens(base_directory(config.model), tokenizer)
     if data is None:
@@ -137,7 +137,7 @@ def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:
     """The records that hold something to learn.
 
     Raises:
-        DataError: there are none.
+        DataError: There are none.
     """
     kept = []
     for number, record in enumerate(records, start=1):
@@ -165,8 +165,8 @@ def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
     """Check that rows fit a model; see [`check_tokens`][meshpeft.models.language_model.check_tokens].
 
     Args:
-        model: that is to read them.
-        parts: rows to train on, or to measure on.
+        model: That is to read them.
+        parts: Rows to train on, or to measure on.
     """
     for rows in parts:
         documents = int(np.diff(rows.document_starts).max())

@@ -103,8 +103,8 @@ def number_of_workers(
         `pp * tp` and `pp * ep * etp` divide.
 
     Raises:
-        LaunchError: the sizes do not fit together, or not the launcher's world; it names what would.
-        ParallelError: the launcher's variables make no sense.
+        LaunchError: The sizes do not fit together, or not the launcher's world; it names what would.
+        ParallelError: The launcher's variables make no sense.
     """
     etp = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
     sizes = {"tp": tensor_parallel, "pp": pipeline_parallel, "ep": expert_parallel, "etp": etp}
@@ -140,14 +140,14 @@ def launch(
     """Run `function(*arguments)` once on each worker, and return when all are done.
 
     Args:
-        function: importable by name (workers are fresh processes), as are the types of `arguments`.
-        workers: see [`number_of_workers`][meshpeft.training.launch.number_of_workers].
-        shutdown_seconds: how long workers may take to end when they are asked to, before they are killed.
+        function: Importable by name (workers are fresh processes), as are the types of `arguments`.
+        workers: See [`number_of_workers`][meshpeft.training.launch.number_of_workers].
+        shutdown_seconds: How long workers may take to end when they are asked to, before they are killed.
 
     Raises:
-        MeshPEFTError: a worker found the input at fault; the sentence is the worker's.
-        RunInterrupted: a signal came, and the workers made an end of their own.
-        WorkerDied: a worker failed otherwise; the others have been ended.
+        MeshPEFTError: A worker found the input at fault; the sentence is the worker's.
+        RunInterrupted: A signal came, and the workers made an end of their own.
+        WorkerDied: A worker failed otherwise; the others have been ended.
     """
     if is_joined():
         _work(function, *arguments)
@@ -389,8 +389,8 @@ class RunInterrupted(MeshPEFTError):
     """A run that was stopped by a signal and can be continued.
 
     Args:
-        text: what was saved, and how to go on.
-        number: of the signal.
+        text: What was saved, and how to go on.
+        number: Of the signal.
     """
 
     def __init__(self, text: str, number: int) -> None:
@@ -434,7 +434,7 @@ class Interruption:
         """The number of the signal that any rank got, or 0; and whether a checkpoint is due on any. A collective.
 
         Args:
-            due: whether one is by this rank's clock.
+            due: Whether one is by this rank's clock.
         """
         # Not the checkpoints' group: a save may be under way.
         group = cpu_group("interruptions")

@@ -44,14 +44,14 @@ class TrainingLoop:
     """Trains the adapters of `model` on this rank's share of every batch.
 
     Args:
-        config: resolved options.
-        model: with its adapters.
-        inputs: all rows, the same on every rank.
-        info: the mesh.
+        config: Resolved options.
+        model: With its adapters.
+        inputs: All rows, the same on every rank.
+        info: The mesh.
 
     Attributes:
-        steps: of the whole run.
-        epochs: how often these steps read the rows.
+        steps: Of the whole run.
+        epochs: How often these steps read the rows.
     """
 
     def __init__(self, config: FinetuneConfig, model: LanguageModel, inputs: Inputs, info: ParallelGroupInfo) -> None:
@@ -95,10 +95,10 @@ class TrainingLoop:
         """Go on from a checkpoint if the options say so, else begin, without those of an earlier run. A collective.
 
         Args:
-            log: gets the rows of the steps that are done.
+            log: Gets the rows of the steps that are done.
 
         Raises:
-            CheckpointError: the run cannot go on from the checkpoint it was told to.
+            CheckpointError: The run cannot go on from the checkpoint it was told to.
         """
         self._start = self._checkpoints.start(log)
 
@@ -108,9 +108,9 @@ class TrainingLoop:
         Warns of adapters that no step trained.
 
         Raises:
-            CheckpointError: a checkpoint that was asked for cannot be written.
-            RunInterrupted: a signal asked for an end; there is a checkpoint of the last step.
-            TrainingError: a held-out loss is not finite, or the gradients of too many steps in a row are not.
+            CheckpointError: A checkpoint that was asked for cannot be written.
+            RunInterrupted: A signal asked for an end; there is a checkpoint of the last step.
+            TrainingError: A held-out loss is not finite, or the gradients of too many steps in a row are not.
         """
         start = self._start
         self._skipped = _skipped_at_the_end(log)
@@ -255,10 +255,10 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int) -> float:
     would come one step after the last.
 
     Args:
-        step: from 0 to `steps - 1`.
-        peak: reached in the last step of the warm-up.
-        steps: of the whole run.
-        warmup: steps of the warm-up.
+        step: From 0 to `steps - 1`.
+        peak: Reached in the last step of the warm-up.
+        steps: Of the whole run.
+        warmup: Steps of the warm-up.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -270,9 +270,9 @@ def steps_between_measurements(steps: int, batch_size: int, measured_rows: int) 
     """Space the measurements of a run so that they take about a tenth of the time of its training.
 
     Args:
-        steps: of the whole run.
-        batch_size: rows of a step, which take about three times as long as rows that are only measured.
-        measured_rows: rows of one measurement.
+        steps: Of the whole run.
+        batch_size: Rows of a step, which take about three times as long as rows that are only measured.
+        measured_rows: Rows of one measurement.
 
     Returns:
         Steps from one measurement to the next; the first comes before the first step, the last after the last.
@@ -288,8 +288,8 @@ def untrained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     or of experts that no token was sent to.
 
     Args:
-        model: with its adapters.
-        optimizer: an AdamW that has taken the steps: its moments remember gradients.
+        model: With its adapters.
+        optimizer: An AdamW that has taken the steps: its moments remember gradients.
     """
 
     def had_gradient(parameter: nn.Parameter) -> bool:

@@ -63,9 +63,9 @@ def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: 
     """`2 processes (tp=2, sequence parallel)`.
 
     Args:
-        count: of all.
-        sizes: of `tp dp ep etp`.
-        sequence_parallel: whether the run asked for it.
+        count: Of all.
+        sizes: Of `tp dp ep etp`.
+        sequence_parallel: Whether the run asked for it.
     """
     words = [f"{axis}={sizes[axis]}" for axis in ("tp", "dp", "ep") if sizes[axis] > 1]
     if sizes["etp"] != sizes["tp"]:
@@ -109,8 +109,8 @@ class Report:
     """Prints on the first rank, and nothing elsewhere.
 
     Attributes:
-        console: standard output, or `None`.
-        speaks: whether this is the first rank.
+        console: Standard output, or `None`.
+        speaks: Whether this is the first rank.
     """
 
     def __init__(self, info: ParallelGroupInfo) -> None:
@@ -148,10 +148,10 @@ class Report:
         """Say what was written, and the commands that use it.
 
         Args:
-            directory: the run's output.
-            files: what it holds beside the adapter.
-            example: options of `meshpeft generate` that give a prompt.
-            serving: what serving systems do not make of the adapter.
+            directory: The run's output.
+            files: What it holds beside the adapter.
+            example: Options of `meshpeft generate` that give a prompt.
+            serving: What serving systems do not make of the adapter.
         """
         self.say(f"wrote {directory}: {', '.join(['the adapter (PEFT format)', *files])}")
         program, adapter = _program(), shlex.quote(str(directory))
@@ -236,7 +236,7 @@ def check_rows(rows: Any, source: object) -> None:
     """Check rows that a file holds, before a log begins with them.
 
     Raises:
-        MeshPEFTError: they are not those of a log.
+        MeshPEFTError: They are not those of a log.
     """
     if not isinstance(rows, list):
         raise MeshPEFTError(f"{source}: its metrics are {shown(rows)}; expected rows")
@@ -304,8 +304,8 @@ class TrainingProgress:
     """Shows step, loss, tokens per second and time left, from one rank.
 
     Args:
-        steps: of the whole run.
-        console: where to; `None` shows nothing (on ranks other than 0).
+        steps: Of the whole run.
+        console: Where to; `None` shows nothing (on ranks other than 0).
     """
 
     def __init__(self, steps: int, console: Console | None) -> None:

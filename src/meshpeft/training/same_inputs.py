@@ -87,14 +87,14 @@ def check_same_inputs(
     """Compare what every rank has read but not loaded yet. A collective.
 
     Args:
-        options: a dataclass.
-        directory: of the base model.
-        tokenizer: its tokenizer.
-        rows: name -> rows.
-        adapter: directory of an adapter to load.
+        options: A dataclass.
+        directory: Of the base model.
+        tokenizer: Its tokenizer.
+        rows: Name -> rows.
+        adapter: Directory of an adapter to load.
 
     Raises:
-        InputsDiffer: on every rank; it names the ranks, their machines, and what differs.
+        InputsDiffer: On every rank; it names the ranks, their machines, and what differs.
     """
     if parallel_group_info().world.world_size == 1 or is_simulated():
         return
@@ -116,10 +116,10 @@ def check_same_base(model: nn.Module) -> None:
     """Compare the slices of the base that several ranks hold. A collective.
 
     Args:
-        model: as it was loaded, without adapters.
+        model: As it was loaded, without adapters.
 
     Raises:
-        InputsDiffer: on every rank.
+        InputsDiffer: On every rank.
     """
     world = parallel_group_info().world
     if world.world_size == 1 or is_simulated():

@@ -49,12 +49,12 @@ class StepResult(NamedTuple):
     """What a step reports; scalars, the same on every rank.
 
     Attributes:
-        loss: cross entropy, mean over the target tokens of the global batch, in nats.
-        grad_norm: of all gradients before clipping; not finite where they are not, on any rank.
-        router_loss: load-balancing loss, before its coefficient: the mean over the rows of the global batch, weighted
+        loss: Cross entropy, mean over the target tokens of the global batch, in nats.
+        grad_norm: Of all gradients before clipping; not finite where they are not, on any rank.
+        router_loss: Load-balancing loss, before its coefficient: the mean over the rows of the global batch, weighted
             with their target tokens; `None` if it is not part of what is trained.
-        skipped: what was not finite, and where, if the step was not taken.
-        rescaled: whether float16's loss scale was too large for it, and is lower now.
+        skipped: What was not finite, and where, if the step was not taken.
+        rescaled: Whether float16's loss scale was too large for it, and is lower now.
     """
 
     loss: Tensor
@@ -91,11 +91,11 @@ class TrainStep:
     """Trains the parameters of `model` that are not frozen.
 
     Args:
-        model: with its adapters; the trainable parameters are those of this moment.
-        optimizer: over these parameters.
-        clip: largest gradient norm; 0 means no limit.
-        loss_scale: for float16; `None` otherwise.
-        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
+        model: With its adapters; the trainable parameters are those of this moment.
+        optimizer: Over these parameters.
+        clip: Largest gradient norm; 0 means no limit.
+        loss_scale: For float16; `None` otherwise.
+        router_aux_loss_coef: Of the routers' load-balancing loss; 0 leaves it out.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class TrainStep:
         """One step on one global batch. The gradients, final and clipped, are left for the caller to read.
 
         Args:
-            micro_batches: this data-parallel rank's; equally many, of equal shapes, on every rank.
-            target_tokens: of the *global* batch, over all ranks and micro-batches.
-            lr: the learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
+            micro_batches: This data-parallel rank's; equally many, of equal shapes, on every rank.
+            target_tokens: Of the *global* batch, over all ranks and micro-batches.
+            lr: The learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,8 +160,8 @@ class TrainStep:
         """Why a step is not taken, and whether the loss scale was at fault, which is lower then. A collective.
 
         Args:
-            total: this rank's summed losses.
-            largest: of this rank's gradients, before they were summed over ranks.
+            total: This rank's summed losses.
+            largest: Of this rank's gradients, before they were summed over ranks.
         """
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         bad = [
@@ -237,7 +237,7 @@ def parameters_to_train(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient, each once, in the order of the modules (the same on every rank).
 
     Raises:
-        NothingToTrain: there are none.
+        NothingToTrain: There are none.
     """
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not found:
@@ -249,10 +249,10 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, lr_ratio: 
     """AdamW (arXiv 1711.05101) over the trainable parameters of `model`, with betas 0.9 and 0.999.
 
     Args:
-        model: with its adapters.
-        lr: learning rate.
-        weight_decay: decoupled.
-        lr_ratio: the learning rate of B factors over `lr` (LoRA+). Every group keeps its own as `lr_ratio`, so
+        model: With its adapters.
+        lr: Learning rate.
+        weight_decay: Decoupled.
+        lr_ratio: The learning rate of B factors over `lr` (LoRA+). Every group keeps its own as `lr_ratio`, so
             that a schedule can change them together.
     """
     parameters: list[nn.Parameter] | list[dict[str, Any]] = parameters_to_train(model)
@@ -272,9 +272,9 @@ class LossScale:
     steps without one. The verdict comes from the global gradient norm, so every rank has the same scale.
 
     Attributes:
-        value: the current factor, a power of two.
-        growth_interval: good steps before the next doubling.
-        good_steps: since the factor last changed.
+        value: The current factor, a power of two.
+        growth_interval: Good steps before the next doubling.
+        good_steps: Since the factor last changed.
     """
 
     value: float = 2.0**15

@@ -35,7 +35,7 @@ def make_streams_lenient(*, end_without_reader: bool = False) -> None:
     Streams that the caller has replaced already, as test runners do, are left alone.
 
     Args:
-        end_without_reader: raise `BrokenPipeError` when nobody reads a pipe any more, for commands whose output is
+        end_without_reader: Raise `BrokenPipeError` when nobody reads a pipe any more, for commands whose output is
             their result; else that is dropped too.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):

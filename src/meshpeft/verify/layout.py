@@ -47,11 +47,11 @@ class Verdict:
     """What was found.
 
     Attributes:
-        states: the loss's state per axis, from the type check; `None` where they are not followed.
-        checks: what was compared, each with its largest relative error and what was done.
-        unchecked: what could not be, each with the reason.
-        layout: the simulated layout.
-        num_layers, hidden_size: of the scaled-down model.
+        states: The loss's state per axis, from the type check; `None` where they are not followed.
+        checks: What was compared, each with its largest relative error and what was done.
+        unchecked: What could not be, each with the reason.
+        layout: The simulated layout.
+        num_layers, hidden_size: Of the scaled-down model.
     """
 
     states: dict[str, str] | None
@@ -92,20 +92,20 @@ def verify_layout(
     """Check a model, an adapter and a layout together.
 
     Args:
-        config: of the model, at its real size.
-        adapt: adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
+        config: Of the model, at its real size.
+        adapt: Adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
-        tp, dp, ep, etp: sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: as the run will have them.
-        quantizer: packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
-        start: gives the adapters the values that they start from, where these depend on the base.
-        dropout: of the run; its masks are checked, at another probability.
-        all_layers: keep all layers instead of two, for adapters that name layers by their number.
-        steps: optimizer steps to compare.
+        tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
+        sequence_parallel, activation_checkpointing: As the run will have them.
+        quantizer: Packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
+        start: Gives the adapters the values that they start from, where these depend on the base.
+        dropout: Of the run; its masks are checked, at another probability.
+        all_layers: Keep all layers instead of two, for adapters that name layers by their number.
+        steps: Optimizer steps to compare.
         options: `lr_ratio` and `router_aux_loss_coef`, see [`Recipe`][meshpeft.verify.oracle.Recipe].
 
     Raises:
-        MeshPEFTError: the sizes do not divide, or a state is wrong.
+        MeshPEFTError: The sizes do not divide, or a state is wrong.
     """
     asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing)
     check_divisible(config, asked.parallel_config())
@@ -149,10 +149,10 @@ def prove_adapter(
     """Prove a layout on random documents, see [`prove`][meshpeft.verify.proof.prove].
 
     Args:
-        layout: simulated in this process.
-        make_model, adapt, options: see [`Recipe`][meshpeft.verify.oracle.Recipe].
-        vocab_size: of the model.
-        steps, dropout: see `prove`.
+        layout: Simulated in this process.
+        make_model, adapt, options: See [`Recipe`][meshpeft.verify.oracle.Recipe].
+        vocab_size: Of the model.
+        steps, dropout: See `prove`.
     """
     # A small learning rate: AdamW divides the rounding of a gradient near zero by its epsilon, and every step adds it.
     options = {"lr": 1e-3, **options}
@@ -193,9 +193,9 @@ def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) 
     """A model of the same structure that takes seconds: narrow heads, small widths and vocabulary, few experts.
 
     Args:
-        config: of the model.
-        layout: which its sizes divide over.
-        blocks: rows divide into the smallest blocks of a packed weight. Those of attention's output do on each rank,
+        config: Of the model.
+        layout: Which its sizes divide over.
+        blocks: Rows divide into the smallest blocks of a packed weight. Those of attention's output do on each rank,
             too; those of the MLP's straddle ranks.
     """
     heads, tp = config.num_attention_heads, layout.tp

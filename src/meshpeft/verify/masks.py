@@ -55,9 +55,9 @@ class MasksOfALayout:
     """The masks of one training step, in the order in which they were first drawn.
 
     Attributes:
-        p: the probability.
-        mesh: of the layout.
-        tokens_dim: the dim of activations that counts rows of the micro-batch.
+        p: The probability.
+        mesh: Of the layout.
+        tokens_dim: The dim of activations that counts rows of the micro-batch.
     """
 
     p: float
@@ -97,10 +97,10 @@ class MasksOfALayout:
         """Hold the masks against the rule.
 
         Args:
-            most_shown: how often one mask may be used: in the forward pass, and where it is made again.
+            most_shown: How often one mask may be used: in the forward pass, and where it is made again.
 
         Raises:
-            MaskFault: says which rule is broken.
+            MaskFault: Says which rule is broken.
         """
         kept = total = 0
         for drawn in self._drawn.values():

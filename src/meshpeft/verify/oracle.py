@@ -42,10 +42,10 @@ class Layout:
     """How one run is spread out; whatever it says, the numbers must not change.
 
     Attributes:
-        tp, dp, ep, etp: sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel: token shards between layers.
-        activation_checkpointing: compute each layer again in the backward pass.
-        micro_batch_size: rows of one forward on one data-parallel rank.
+        tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
+        sequence_parallel: Token shards between layers.
+        activation_checkpointing: Compute each layer again in the backward pass.
+        micro_batch_size: Rows of one forward on one data-parallel rank.
     """
 
     tp: int = 1
@@ -79,10 +79,10 @@ class Trace:
     """What a run computed; every tensor whole, on no mesh.
 
     Attributes:
-        losses, grad_norms: of each step; the loss as it is trained, with the routers' balance if that is part of it.
-        gradients: of each adapter parameter after the first step (summed, and clipped if the run clips).
-        weights: of each adapter parameter after the last step.
-        exported: the tensors of the exported adapter file.
+        losses, grad_norms: Of each step; the loss as it is trained, with the routers' balance if that is part of it.
+        gradients: Of each adapter parameter after the first step (summed, and clipped if the run clips).
+        weights: Of each adapter parameter after the last step.
+        exported: The tensors of the exported adapter file.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -97,13 +97,13 @@ class Recipe:
     """What is trained, and how; the same at every layout.
 
     Attributes:
-        make_model: builds or loads the base, the same values at every layout, in float64.
-        adapt: adds the adapters and freezes the rest, for instance a `LoRA`.
-        rows: what to train on.
-        batch_size: rows of the global batch.
-        lr, lr_ratio, weight_decay, clip: of AdamW.
-        router_aux_loss_coef: of the routers' load-balancing loss; 0 leaves it out.
-        seed: of the data order and of dropout.
+        make_model: Builds or loads the base, the same values at every layout, in float64.
+        adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
+        rows: What to train on.
+        batch_size: Rows of the global batch.
+        lr, lr_ratio, weight_decay, clip: Of AdamW.
+        router_aux_loss_coef: Of the routers' load-balancing loss; 0 leaves it out.
+        seed: Of the data order and of dropout.
     """
 
     make_model: Callable[[ModelParallelConfig], LanguageModel]
@@ -122,9 +122,9 @@ class Run:
     """A fine-tune at one layout, before its first step. Made and used inside `simulate`.
 
     Attributes:
-        recipe, layout, mesh: as given.
-        model: with its adapters.
-        optimizer: over them.
+        recipe, layout, mesh: As given.
+        model: With its adapters.
+        optimizer: Over them.
         step: `training`'s own.
     """
 
@@ -219,10 +219,10 @@ def trace_layout(
     """Fine-tune at one layout and keep what it computed.
 
     Args:
-        layout: the layout.
-        make_model, adapt, rows: see [`Recipe`][meshpeft.verify.oracle.Recipe].
-        steps: optimizer steps.
-        options: the other options of a `Recipe`.
+        layout: The layout.
+        make_model, adapt, rows: See [`Recipe`][meshpeft.verify.oracle.Recipe].
+        steps: Optimizer steps.
+        options: The other options of a `Recipe`.
     """
     trace = Trace()
     recipe = Recipe(make_model=make_model, adapt=adapt, rows=rows, **options)

@@ -43,8 +43,8 @@ class Traffic:
     Attributes:
         axis: `tp dp ep etp edp`, or axes joined by `+`.
         name: `allreduce allgather reduce_scatter alltoall broadcast`.
-        calls: how many.
-        bytes: what one rank puts into all of them.
+        calls: How many.
+        bytes: What one rank puts into all of them.
     """
 
     axis: str
@@ -58,11 +58,11 @@ class Plan:
     """What one rank holds, in bytes, and sends.
 
     Attributes:
-        base, adapter, gradients, optimizer: frozen parameters, trainable ones, their gradients, their states.
-        activations: alive between the forward and the backward pass of one micro-batch.
-        micro_batch: collectives of one forward and backward pass.
-        added: those of them that are the adapter's: without it the frozen base would not make them.
-        step: collectives of an optimizer step beside those of its micro-batches.
+        base, adapter, gradients, optimizer: Frozen parameters, trainable ones, their gradients, their states.
+        activations: Alive between the forward and the backward pass of one micro-batch.
+        micro_batch: Collectives of one forward and backward pass.
+        added: Those of them that are the adapter's: without it the frozen base would not make them.
+        step: Collectives of an optimizer step beside those of its micro-batches.
 
     The last four are `None` for a model with experts.
     """
@@ -94,16 +94,16 @@ def plan(
     """Count what one rank of `tp * dp` holds and sends.
 
     Args:
-        config: of the model, at its real size: nothing is allocated.
-        adapt: adds the adapters and freezes the rest, for instance a `LoRA`.
-        tp, dp, ep, etp: sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: as the run will have them.
-        micro_batch_size: rows of one forward pass on one rank.
-        seq_length: tokens of a row.
-        dtype: of the base.
+        config: Of the model, at its real size: nothing is allocated.
+        adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
+        tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
+        sequence_parallel, activation_checkpointing: As the run will have them.
+        micro_batch_size: Rows of one forward pass on one rank.
+        seq_length: Tokens of a row.
+        dtype: Of the base.
 
     Raises:
-        MeshPEFTError: sizes that do not divide; the process has a process group already.
+        MeshPEFTError: Sizes that do not divide; the process has a process group already.
     """
     parallel = Layout(tp, dp, ep, etp, sequence_parallel).parallel_config()
     check_divisible(config, parallel)

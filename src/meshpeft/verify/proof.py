@@ -67,9 +67,9 @@ class Check:
     """One comparison.
 
     Attributes:
-        name: what was compared.
-        error: the largest relative error; infinite where there was nothing to compare.
-        did: what was done, or what is wrong.
+        name: What was compared.
+        error: The largest relative error; infinite where there was nothing to compare.
+        did: What was done, or what is wrong.
     """
 
     name: str
@@ -104,11 +104,11 @@ def prove(recipe: Recipe, layout: Layout, held_out: PackedRows, *, steps: int = 
     """Train at a layout and on one rank, and compare everything that a run computes, writes and reads.
 
     Args:
-        recipe: what is trained; its `clip` is set to a tenth of the first step's norm, so that clipping acts.
-        layout: simulated in this process.
-        held_out: rows of the loss without training.
-        steps: optimizer steps; the last one is taken again from checkpoints.
-        dropout: check the masks of a step with dropout, too.
+        recipe: What is trained; its `clip` is set to a tenth of the first step's norm, so that clipping acts.
+        layout: Simulated in this process.
+        held_out: Rows of the loss without training.
+        steps: Optimizer steps; the last one is taken again from checkpoints.
+        dropout: Check the masks of a step with dropout, too.
     """
     recipe, proof = replace(recipe, clip=_first_norm(recipe) / 10), Proof()
     with tempfile.TemporaryDirectory() as name:
@@ -135,13 +135,13 @@ class _Trained:
     """A layout's run.
 
     Attributes:
-        trace: of its steps.
-        held_out: the loss without training, after them.
-        packed: codes and scales of the base's packed layers, gathered.
-        checkpoint: of the state before the last step; or why there is none.
-        entropy: the cross entropy of the last step.
-        resumed: the last step, taken from the other layout's checkpoint; or why it was not.
-        masks: of one more step, with dropout, and what it computed.
+        trace: Of its steps.
+        held_out: The loss without training, after them.
+        packed: Codes and scales of the base's packed layers, gathered.
+        checkpoint: Of the state before the last step; or why there is none.
+        entropy: The cross entropy of the last step.
+        resumed: The last step, taken from the other layout's checkpoint; or why it was not.
+        masks: Of one more step, with dropout, and what it computed.
     """
 
     trace: Trace
@@ -354,7 +354,7 @@ def store(model: LanguageModel, optimizer: torch.optim.Optimizer, directory: Pat
     """Write a checkpoint of all ranks of this layout; where there is one, as every run does.
 
     Raises:
-        CheckpointError: the slices of the ranks do not make up the tensors, each part once; ranks that hold the same
+        CheckpointError: The slices of the ranks do not make up the tensors, each part once; ranks that hold the same
             slice hold other values; it is not one rank's to write.
     """
     if not is_simulated():
@@ -391,7 +391,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, path: Path) 
     """Load a checkpoint into all ranks of this layout; where there is one, as every run does.
 
     Raises:
-        CheckpointError: it is of another model, or its tensors do not fit.
+        CheckpointError: It is of another model, or its tensors do not fit.
     """
     if not is_simulated():
         load_checkpoint(model, path, optimizer=optimizer)

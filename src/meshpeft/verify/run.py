@@ -47,14 +47,14 @@ def verify_run(config: FinetuneConfig) -> str:
     weights and data. Dropout is part of one step only, since its masks belong to a layout.
 
     Args:
-        config: of the run; one that could not be started is refused as `finetune` refuses it.
+        config: Of the run; one that could not be started is refused as `finetune` refuses it.
 
     Returns:
         What was checked and found, in lines.
 
     Raises:
-        NotExact: an error above the tolerance, with the same lines.
-        MeshPEFTError: options, model and layout do not fit together; a state is wrong.
+        NotExact: An error above the tolerance, with the same lines.
+        MeshPEFTError: Options, model and layout do not fit together; a state is wrong.
     """
     config, base, world = _checked(config, weights=True)
     start = time.perf_counter()
@@ -73,13 +73,13 @@ def plan_run(config: FinetuneConfig) -> str:
     """What one rank of the run with these options would hold and send.
 
     Args:
-        config: of the run; one that could not be started is refused as `finetune` refuses it.
+        config: Of the run; one that could not be started is refused as `finetune` refuses it.
 
     Returns:
         Tables, in lines.
 
     Raises:
-        MeshPEFTError: options, model and layout do not fit together.
+        MeshPEFTError: Options, model and layout do not fit together.
     """
     config, base, world = _checked(config, weights=False)
     assert isinstance(base.config, DecoderConfig)
@@ -103,8 +103,8 @@ def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, 
     """The options as `finetune` would take them, the model's structure, and the number of processes.
 
     Args:
-        config: of the run.
-        weights: the directory has them; without, a configuration is enough, of a model that the native engine has.
+        config: Of the run.
+        weights: The directory has them; without, a configuration is enough, of a model that the native engine has.
     """
     config = config.resolved()
     config.check()

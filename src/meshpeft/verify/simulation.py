@@ -40,7 +40,7 @@ def fake_world(world_size: int) -> Iterator[None]:
     """A process group of `world_size` ranks whose collectives do nothing; this process is rank 0.
 
     Raises:
-        ParallelError: this process already has a process group.
+        ParallelError: This process already has a process group.
     """
     if dist.is_initialized():
         raise ParallelError("a simulation needs a process without a process group; run it outside the training job")
@@ -88,7 +88,7 @@ def the_same(tensor: Tensor) -> Tensor:
     """The value that all ranks hold, detached.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: They differ.
     """
     return tensor.reconcile() if isinstance(tensor, LocalTensor) else tensor.detach().clone()
 
@@ -98,9 +98,9 @@ class Collective:
     """One call: `allreduce allgather reduce_scatter alltoall broadcast`, and what one rank puts in.
 
     Attributes:
-        name: the kind.
-        elements, itemsize: how many, of how many bytes each.
-        group: name of the process group; not compared.
+        name: The kind.
+        elements, itemsize: How many, of how many bytes each.
+        group: Name of the process group; not compared.
     """
 
     name: str

@@ -72,13 +72,13 @@ def verify_transformers_layout(
     """Check a model, an adapter and a layout together.
 
     Args:
-        config: of the model, at its real size.
-        adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: see
+        config: Of the model, at its real size.
+        adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
             [`verify_layout`][meshpeft.verify.layout.verify_layout].
 
     Raises:
-        ModelError: no small model of the structure could be made, or the simulation cannot follow its code.
-        MeshPEFTError: sizes do not divide; a target matches no layer.
+        ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
+        MeshPEFTError: Sizes do not divide; a target matches no layer.
     """
     layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing))
     small = _small_model(config, tp, all_layers, blocks=quantizer is not None)
@@ -135,7 +135,7 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bo
     """The configuration with fewer layers and a small vocabulary, and narrow if asked for; it may not fit together.
 
     Raises:
-        ModelError: a model of it would be too large.
+        ModelError: A model of it would be too large.
     """
     small = copy.deepcopy(config)
     text: Any = small.get_text_config()

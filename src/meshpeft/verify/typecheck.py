@@ -42,17 +42,17 @@ def typecheck_layout(
     """Check the states of a decoder and its adapters at `tp * dp` ranks, in this process.
 
     Args:
-        config: of the model, at its real size: nothing is allocated.
-        adapt: adds the adapters, for instance a `LoRA`.
-        tp, dp: sizes of the axes.
-        sequence_parallel: token shards between layers.
-        seq_length: of the row that is sent through.
+        config: Of the model, at its real size: nothing is allocated.
+        adapt: Adds the adapters, for instance a `LoRA`.
+        tp, dp: Sizes of the axes.
+        sequence_parallel: Token shards between layers.
+        seq_length: Of the row that is sent through.
 
     Returns:
         The loss's state on each axis of more than one rank: `I` on tp, `P` on dp, where its sum is still pending.
 
     Raises:
-        ParallelError: a state is wrong; the checker's message names the operation and its operands' states.
+        ParallelError: A state is wrong; the checker's message names the operation and its operands' states.
     """
     with fake_world(tp * dp):
         mesh = init_parallelism(tp)
