@@ -25,7 +25,7 @@ from torch import Tensor
 
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel import RowParallelLinear, init_parallelism
 
 FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(dp=2, ep=2)]

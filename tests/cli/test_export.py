@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from meshpeft.checkpoint import CheckpointError
-from meshpeft.checkpoint.peft_config import PeftConfig
 from meshpeft.cli.main import main
+from meshpeft.hub.adapter_config import PeftConfig
 from meshpeft.training.config import ConfigError, MergeConfig
 from meshpeft.training.export import merge
 
@@ -284,7 +284,7 @@ def test_a_model_that_cannot_be_written_leaves_no_tokenizer_behind(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("meshpeft.models.save.save_file", full_disk)
+    monkeypatch.setattr("meshpeft.hub.save.save_file", full_disk)
     error = refused(capsys, "merge", "--adapter", runs("lora"), "--to", tmp_path / "to")
     assert "No space left on device" in error
     assert not list(tmp_path.iterdir())

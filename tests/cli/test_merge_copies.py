@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from meshpeft.hub.files import files_to_copy
 from meshpeft.models import ModelError
-from meshpeft.models.files import files_to_copy
 from meshpeft.training.config import ConfigError, MergeConfig
 from meshpeft.training.export import merge
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meshpeft.checkpoint import latest_checkpoint
-from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.cli.main import main
+from meshpeft.hub.tensor_file import TensorFileWriter
 
 STEPS = 8
 

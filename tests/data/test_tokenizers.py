@@ -17,8 +17,8 @@ import meshpeft
 from meshpeft.data.documents import tokenize_records
 from meshpeft.data.files import DataError
 from meshpeft.data.tokenizers import load_tokenizer
+from meshpeft.hub.transformers_load import transformers_config
 from meshpeft.models import ModelError
-from meshpeft.models.transformers_load import transformers_config
 from meshpeft.training.generate import prompt_tokens
 
 SOURCES = sorted(Path(meshpeft.__file__).parent.rglob("*.py"))

@@ -17,8 +17,8 @@ from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
-from meshpeft.checkpoint.tensor_file import TensorFileWriter
 from meshpeft.data.batches import RowSampler
+from meshpeft.hub.tensor_file import TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.parallel import (
     ModelParallelConfig,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import (
     ModelError,
     generate,
@@ -28,7 +29,6 @@ from meshpeft.models import (
     stored_dtype,
     transformers_config,
 )
-from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism, vocab_parallel_cross_entropy
 from meshpeft.peft import LoRA
 

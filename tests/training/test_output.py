@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
-from meshpeft.models import directory_lock
-from meshpeft.models.directory_lock import LOCK_NAME, DirectoryInUse, DirectoryLock
-from meshpeft.models.staging import StagedFiles
+from meshpeft.hub import directory_lock
+from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from meshpeft.hub.directory_lock import LOCK_NAME, DirectoryInUse, DirectoryLock
+from meshpeft.hub.staging import StagedFiles
 from meshpeft.training.output import OutputDirectory, OutputError, RunState, run_state
 
 

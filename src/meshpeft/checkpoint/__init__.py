@@ -1,13 +1,16 @@
-"""What outlives a run: sharded checkpoints, and adapters in Hugging Face PEFT's format."""
+"""Sharded checkpoints, which any layout reads.
 
-from meshpeft.checkpoint.errors import CheckpointError
+Adapters in Hugging Face PEFT's format are [`meshpeft.hub`][meshpeft.hub]'s; the names are offered here too.
+"""
+
 from meshpeft.checkpoint.load import LoadedCheckpoint, find_checkpoint, latest_checkpoint, load_checkpoint
-from meshpeft.checkpoint.merge import merge_adapter
-from meshpeft.checkpoint.peft_export import check_exportable, export_peft_adapter
-from meshpeft.checkpoint.peft_import import load_peft_adapter
-from meshpeft.checkpoint.places import AdapterFormat
 from meshpeft.checkpoint.save import Save, save_checkpoint
-from meshpeft.checkpoint.serving import serving_note
+from meshpeft.hub.adapter_export import check_exportable, export_peft_adapter
+from meshpeft.hub.adapter_import import load_peft_adapter
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.merge import merge_adapter
+from meshpeft.hub.places import AdapterFormat
+from meshpeft.hub.serving import serving_note
 
 __all__ = [
     "AdapterFormat",

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.fsdp import refuse_sharded
 from meshpeft.checkpoint.slices import Slice
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.fsdp import refuse_sharded
 from meshpeft.parallel.errors import blamed_on
-from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
-from meshpeft.peft import AdapterWrapper, adapter_wrappers
+from meshpeft.peft import AdapterWrapper
 
 __all__ = [
     "MODEL",
@@ -25,7 +24,6 @@ __all__ = [
     "RANDOM",
     "ModelContent",
     "OptimizerContent",
-    "check_finite_adapters",
     "check_random_state",
     "random_state",
     "restore_random_state",
@@ -35,24 +33,6 @@ __all__ = [
 MODEL = "model."
 OPTIMIZER = "optimizer."
 RANDOM = "random.torch"
-
-
-def check_finite_adapters(model: nn.Module, what: str) -> None:
-    """Check that every value of the adapters is finite. A collective.
-
-    Args:
-        model: with adapters.
-        what: what is about to happen, for the message.
-
-    Raises:
-        CheckpointError: on every rank, if one is not on any.
-    """
-    parameters = (
-        (f"{name}.{own}".lstrip("."), parameter)
-        for name, wrapper in adapter_wrappers(model)
-        for own, parameter in wrapper.adapter.named_parameters(prefix="adapter")
-    )
-    check_finite(parameters, what, CheckpointError)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from meshpeft.checkpoint.content import (
     restore_random_state,
     state_key,
 )
-from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import Manifest
 from meshpeft.checkpoint.slices import Place, Slice
 from meshpeft.checkpoint.storage import dtype_name
+from meshpeft.hub.errors import CheckpointError
 from meshpeft.parallel.sharded_tensor import ShardedTensor, expert_key, sharded_tensors
 
 __all__ = ["Incoming"]

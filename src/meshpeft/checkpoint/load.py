@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from meshpeft.checkpoint.content import ModelContent, OptimizerContent
 from meshpeft.checkpoint.coordination import agreed, checkpoint_group, explained, rank_and_world_size
 from meshpeft.checkpoint.directory import CheckpointDirectory
-from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
 from meshpeft.checkpoint.incoming import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.save import finish_saves
 from meshpeft.checkpoint.slices import SliceLoadPlanner, labelled
 from meshpeft.checkpoint.storage import Reader
+from meshpeft.hub.errors import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.errors import blamed_on
 

@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from meshpeft.checkpoint.content import ModelContent, OptimizerContent, random_state
 from meshpeft.checkpoint.coordination import checkpoint_group, explained, rank_and_world_size
 from meshpeft.checkpoint.directory import CheckpointDirectory
-from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.identity import describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from meshpeft.checkpoint.slices import Slice, SliceSavePlanner, labelled
 from meshpeft.checkpoint.storage import Writer
-from meshpeft.models.staging import write_flushed
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.staging import write_flushed
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
 

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from meshpeft.checkpoint.errors import CheckpointError
 from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_sha256
-from meshpeft.checkpoint.tensor_file import Declared, TensorFileReader, TensorFileWriter
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_file import Declared, TensorFileReader, TensorFileWriter
 
 __all__ = ["Reader", "Writer", "dtype_name"]
 

@@ -25,8 +25,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, logging
 
 from meshpeft.data.files import DataError
+from meshpeft.hub.files import read_json
 from meshpeft.models import ModelError
-from meshpeft.models.files import read_json
 from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = [

@@ -2,11 +2,12 @@
 
 A [`DecoderConfig`][meshpeft.models.DecoderConfig] holds everything that changes a number in the forward pass
 under a name that says what it does, so that the modules never ask which family they belong to. How the families'
-`config.json` files are read and written is in `hf_config`.
+`config.json` files are read and written is in `meshpeft.hub.config`.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,10 @@ class MoEConfig:
                 f"the router chooses {self.moe_router_topk} experts per token, and there are {self.num_experts}; "
                 f"use a top-k of at most {self.num_experts}"
             )
+
+
+# The package above this one: a face offers its functions, and imports it when they are called.
+_FORMAT = "meshpeft.hub.config"
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,7 @@ class DecoderConfig:
                 implemented.
             ModelError: a value is invalid.
         """
-        from meshpeft.models.hf_config import options_of  # it describes this class
-
-        return cls(**options_of(source))
+        return cls(**importlib.import_module(_FORMAT).options_of(source))
 
     def to_hf(self) -> PretrainedConfig:
         """The transformers configuration of `model_type` that describes this decoder.
@@ -207,9 +210,7 @@ class DecoderConfig:
         Raises:
             ModelError: the family cannot express it.
         """
-        from meshpeft.models.hf_config import hf_config_of
-
-        hf = hf_config_of(self)
+        hf: PretrainedConfig = importlib.import_module(_FORMAT).hf_config_of(self)
         if DecoderConfig.from_hf(hf) != self:
             raise ModelError(f"a {self.model_type} configuration cannot express {self}")
         return hf

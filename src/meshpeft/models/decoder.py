@@ -25,7 +25,6 @@ from meshpeft.models.attention import (
 )
 from meshpeft.models.config import DecoderConfig, check_divisible
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart, stored_forms
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
@@ -35,7 +34,6 @@ from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.init import named_init_
 from meshpeft.parallel.linear import ColumnParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis, ParallelGroupInfo, parallel_group_info
-from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
 
@@ -221,10 +219,6 @@ class Decoder(LanguageModel):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
         self.decoder.activation_checkpointing = enabled
-
-    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
-        """See [`stored_forms`][meshpeft.models.hf_names.stored_forms]."""
-        return stored_forms(parameter, layout, self.config.model_type)
 
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`."""

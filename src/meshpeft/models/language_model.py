@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
@@ -29,10 +29,12 @@ class LanguageModel(nn.Module, ABC):
     Attributes:
         vocab_axis: divides the vocabulary of the logits; of one rank where they are whole.
         name_or_path: the directory that it was loaded from; empty for none.
+        stored_names: name of a parameter -> its name in the files, where that is another.
     """
 
     vocab_axis: ParallelAxis
     name_or_path: str = ""
+    stored_names: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -74,14 +76,6 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
-
-    @abstractmethod
-    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
-        """The forms in which files may hold a parameter or persistent buffer; the first is the one that is written.
-
-        Raises:
-            ModelError: it has no name there (an adapter's, for instance).
-        """
 
     @abstractmethod
     def hub_config(self) -> PretrainedConfig:

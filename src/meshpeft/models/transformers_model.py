@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart, packed_form
 from meshpeft.models.language_model import LanguageModel
-from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, TensorLayout, layout_of, mp_gather
+from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, layout_of, mp_gather
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.mesh import parallel_group_info
@@ -57,10 +56,7 @@ class TransformersModel(LanguageModel):
     """What is added to the class of a transformers model; made by `make_transformers_model`.
 
     Attributes:
-        stored_names: name of a parameter -> its name in the files, where that is another.
     """
-
-    stored_names: dict[str, str]
 
     def forward(
         self,
@@ -160,10 +156,6 @@ class TransformersModel(LanguageModel):
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"activation_checkpointing: {type(self).__name__} of transformers does not support it")
         model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def stored_forms(self, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
-        """One tensor, as one rank would hold it."""
-        return [packed_form(self.stored_names.get(parameter, parameter), layout)]
 
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`."""

@@ -11,6 +11,10 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.hub.files import MODEL_DIRECTORY, read_json
+from meshpeft.hub.limits import few_modules
+from meshpeft.hub.load import check_layers
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import (
     Decoder,
     DecoderConfig,
@@ -20,10 +24,6 @@ from meshpeft.models import (
     check_divisible,
     load_pretrained,
 )
-from meshpeft.models.files import MODEL_DIRECTORY, read_json
-from meshpeft.models.limits import few_modules
-from meshpeft.models.load import check_layers
-from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
@@ -190,7 +190,7 @@ def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel
 
 def _transformers() -> ModuleType:
     """Import the engine when it is needed: it takes seconds."""
-    return importlib.import_module("meshpeft.models.transformers_load")
+    return importlib.import_module("meshpeft.hub.transformers_load")
 
 
 def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get
 import torch
 import tyro
 
-from meshpeft.checkpoint.peft_config import CONFIG_NAME
-from meshpeft.models.files import read_json
+from meshpeft.hub.adapter_config import CONFIG_NAME
+from meshpeft.hub.files import read_json
 from meshpeft.parallel.errors import MeshPEFTError, blamed_on, shown
 from meshpeft.training.output import RECORD
 

@@ -19,11 +19,11 @@ from meshpeft.checkpoint import (
     merge_adapter,
     serving_note,
 )
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME
+from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from meshpeft.hub.files import files_to_copy
+from meshpeft.hub.save import held_model, refuse_adapter_directory
+from meshpeft.hub.staging import StagedFiles, write_flushed
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
-from meshpeft.models.files import files_to_copy
-from meshpeft.models.save import held_model, refuse_adapter_directory
-from meshpeft.models.staging import StagedFiles, write_flushed
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
 from meshpeft.training.adapters import add_adapter, base_quantizer, default_layers_of, reserve_start, start_adapter

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from meshpeft.checkpoint import export_peft_adapter, serving_note
 from meshpeft.data.documents import prompt_of
 from meshpeft.data.tokenizers import load_tokenizer
+from meshpeft.hub.staging import StagedFiles
 from meshpeft.models import LanguageModel
-from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.errors import MeshPEFTError, first_line, shown
 from meshpeft.parallel.launcher_world import is_joined

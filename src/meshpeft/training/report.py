@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meshpeft.data.documents import Document, prompt_of
 from meshpeft.data.tokenizers import decoded
-from meshpeft.models.staging import StagedFiles
+from meshpeft.hub.staging import StagedFiles
 from meshpeft.parallel.errors import MeshPEFTError, shown
 from meshpeft.parallel.mesh import ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig

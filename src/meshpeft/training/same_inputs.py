@@ -42,8 +42,8 @@ from transformers import PreTrainedTokenizerBase
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import checksums_of_slices
 from meshpeft.data.batches import PackedRows
-from meshpeft.models.files import read_json
-from meshpeft.models.weights import WeightFiles
+from meshpeft.hub.files import read_json
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info

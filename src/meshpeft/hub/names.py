@@ -15,7 +15,9 @@ import re
 from itertools import accumulate
 from typing import NamedTuple
 
+from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
+from meshpeft.models.language_model import LanguageModel
 from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = [
@@ -174,14 +176,20 @@ class StoredPart(NamedTuple):
     blocks: int = 1
 
 
-def stored_forms(parameter: str, layout: TensorLayout, model_type: str) -> list[list[StoredPart]]:
-    """The forms in which files may hold a parameter; in each, a part for each of `layout.pieces()`.
+def stored_forms(model: LanguageModel, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
+    """List the forms in which files may hold a parameter or persistent buffer of a model; the first is written.
 
-    The first form is the one that is written: that of the hub.
+    In each form there is a part for each of `layout.pieces()`. The form that is written is that of the hub.
 
     Raises:
         ModelError: the parameter has no name there (an adapter's, for instance).
     """
+    if isinstance(model, Decoder):
+        return _forms_of_family(parameter, layout, model.config.model_type)
+    return [packed_form(model.stored_names.get(parameter, parameter), layout)]
+
+
+def _forms_of_family(parameter: str, layout: TensorLayout, model_type: str) -> list[list[StoredPart]]:
     module, _, attribute = parameter.rpartition(".")
     # Some files use the names of the modules of transformers where the family has others.
     families = [model_type, None] if model_type in _OTHERWISE else [None]
@@ -234,4 +242,4 @@ def hf_tensor_names(parameter: str, layout: TensorLayout, model_type: str = "") 
     Raises:
         ModelError: the parameter has no name there (an adapter's, for instance).
     """
-    return [name for part in stored_forms(parameter, layout, model_type)[0] for name in part.names]
+    return [name for part in _forms_of_family(parameter, layout, model_type)[0] for name in part.names]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from meshpeft.checkpoint.linears import adapted_linears
-from meshpeft.checkpoint.places import AdapterFormat
+from meshpeft.hub.linears import adapted_linears
+from meshpeft.hub.places import AdapterFormat
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.peft import adapter_wrappers
 from meshpeft.peft.matching import decides

@@ -18,12 +18,12 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear
-from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
-from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, Written
-from meshpeft.checkpoint.stored_factors import Matrix, StackedA, StackedB, StoredFactor, StoredMatrices
+from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
+from meshpeft.hub.adapter_scales import AS_THEY_ARE, Written
+from meshpeft.hub.linears import AdaptedLinear, HubLinear
+from meshpeft.hub.names import hf_module_name
+from meshpeft.hub.stored_factors import Matrix, StackedA, StackedB, StoredFactor, StoredMatrices
 from meshpeft.models import DecoderConfig
-from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.tensor_layout import TensorLayout
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from meshpeft.checkpoint.base_copies import BASE_COPY
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import HubLinear, has_our_names
-from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, PeftConfig
-from meshpeft.checkpoint.places import parts_of, wrapper_of
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, PeftConfig
+from meshpeft.hub.base_copies import BASE_COPY
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.linears import HubLinear, has_our_names
+from meshpeft.hub.names import hf_module_name, our_module_name
+from meshpeft.hub.places import parts_of, wrapper_of
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.models import ModelError
-from meshpeft.models.hf_names import hf_module_name, our_module_name
 
 __all__ = ["FoundNames"]
 
@@ -22,7 +22,7 @@ _WRAPPER = re.compile(r"(.*\.experts)(\.base_layer)?")
 
 
 class FoundNames:
-    """The names in a file; see [`Names`][meshpeft.checkpoint.places.Names]. Every module of the file is complete.
+    """The names in a file; see [`Names`][meshpeft.hub.places.Names]. Every module of the file is complete.
 
     Attributes:
         held: the layers, and parameters of stacked experts, that the file has adapters for, by their names in

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from meshpeft.hub.families import FAMILIES, Family
+from meshpeft.hub.limits import check_fields
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
-from meshpeft.models.hf_families import FAMILIES, Family
-from meshpeft.models.limits import check_fields
 from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = ["hf_config_of", "options_of"]

@@ -31,10 +31,10 @@ from meshpeft.checkpoint import (
     merge_adapter,
     save_checkpoint,
     serving_note,
-    tensor_file,
 )
-from meshpeft.checkpoint.peft_config import PeftConfig
-from meshpeft.checkpoint.peft_plan import AdapterPlan
+from meshpeft.hub import tensor_file
+from meshpeft.hub.adapter_config import PeftConfig
+from meshpeft.hub.adapter_plan import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
 from meshpeft.peft import LoRA, LoRATopKRouter, LowRankAdapter

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meshpeft.hub.files import MODEL_DIRECTORY, read_json
+from meshpeft.hub.names import StoredPart, hf_module_name, stored_forms
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.files import MODEL_DIRECTORY, read_json
-from meshpeft.models.hf_names import StoredPart, hf_module_name
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
-from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import first_few
 from meshpeft.parallel.mesh import on_each_rank
@@ -184,9 +184,9 @@ def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[Stored
 
     def form(name: str, tensor: Tensor) -> list[StoredPart]:
         layout = layout_or_whole(tensor)
-        forms = decoder.stored_forms(name, layout)
+        forms = stored_forms(decoder, name, layout)
         if tied and tensor is decoder.embedding.weight:
-            forms += decoder.stored_forms("output_layer.weight", layout)
+            forms += stored_forms(decoder, "output_layer.weight", layout)
         return next((form for form in forms if all(held.issuperset(part.names) for part in form)), forms[0])
 
     return {name: form(name, tensor) for name, tensor in decoder.stored_tensors().items()}

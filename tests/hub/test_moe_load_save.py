@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import (
     ModelError,
     hf_module_name,
@@ -23,7 +24,6 @@ from meshpeft.models import (
     our_module_name,
     save_pretrained,
 )
-from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel import ModelParallelConfig, layout_of_tensor
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.peft_config import AdapterShape, PeftConfig
+from meshpeft.hub.adapter_config import AdapterShape, PeftConfig
+from meshpeft.hub.errors import CheckpointError
 from meshpeft.parallel.errors import reason_of
 
 __all__ = ["AS_THEY_ARE", "FileScale", "OwnAdapter", "Written"]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import HubLinear
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.linears import HubLinear
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel.layer_types import layout_of
 from meshpeft.peft import AdapterWrapper
 

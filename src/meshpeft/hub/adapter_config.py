@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.peft_patterns import Clock, EndsOfNames, Expression, KeyedValues
-from meshpeft.models.files import read_json
+from meshpeft.hub.adapter_patterns import Clock, EndsOfNames, Expression, KeyedValues
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.files import read_json
 from meshpeft.parallel.errors import shown
 
 __all__ = [
@@ -205,7 +205,7 @@ def describe(
         "lora_dropout": 0.0 if parameters else dropout,
         "target_modules": _short_names(adapted, modules),
         **({"target_parameters": sorted(parameters)} if parameters else {}),
-        # Serving systems pass over these three, or refuse them; see meshpeft.checkpoint.peft_scales.
+        # Serving systems pass over these three, or refuse them; see meshpeft.hub.adapter_scales.
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import regex
 
-from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.hub.errors import CheckpointError
 from meshpeft.parallel.errors import first_line, shown
 
 __all__ = ["Clock", "EndsOfNames", "Expression", "KeyedValues"]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
-from meshpeft.checkpoint.tensor_file import TensorFileWriter
+from meshpeft.hub.tensor_file import TensorFileWriter
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.peft import (
     CanonicalLoRA,

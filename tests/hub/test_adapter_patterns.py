@@ -11,8 +11,8 @@ from helpers.fuzz import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.peft_patterns import Clock, EndsOfNames, Expression, KeyedValues
+from meshpeft.hub.adapter_patterns import Clock, EndsOfNames, Expression, KeyedValues
+from meshpeft.hub.errors import CheckpointError
 from meshpeft.peft import wildcard_match
 
 NAMES = [f"model.layers.{n}.{part}" for n in range(12) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts")]

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from meshpeft.hub.files import MODEL_DIRECTORY, check_readable, read_json
 from meshpeft.models.errors import ModelError
-from meshpeft.models.files import MODEL_DIRECTORY, check_readable, read_json
 from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "WeightFiles"]

@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.fsdp import reshard
-from meshpeft.checkpoint.linears import adapted_linears, is_adapted
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
-from meshpeft.checkpoint.peft_plan import AdapterPlan
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
+from meshpeft.hub.adapter_plan import AdapterPlan
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.fsdp import reshard
+from meshpeft.hub.linears import adapted_linears, is_adapted
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel.agreement import all_or_none
 
 __all__ = ["load_peft_adapter"]

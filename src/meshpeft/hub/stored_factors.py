@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = ["Matrix", "SeparateA", "SeparateB", "StackedA", "StackedB", "StoredFactor", "StoredMatrices"]

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.content import check_finite_adapters
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.fsdp import refuse_sharded
-from meshpeft.models import Decoder, LanguageModel, save_pretrained
-from meshpeft.models.save import held_model, refuse_adapter_directory
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.fsdp import refuse_sharded
+from meshpeft.hub.save import held_model, refuse_adapter_directory, save_pretrained
+from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
-from meshpeft.peft import AdapterError, AdapterWrapper
+from meshpeft.peft import AdapterError, AdapterWrapper, adapter_wrappers
 from meshpeft.peft.wrapper import parameter_like
 
 __all__ = ["merge_adapter"]
@@ -53,7 +52,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
         refuse_sharded(model, "merge before fully_shard; or export the adapter, which gathers it, and merge the files")
         if directory is not None:
             _check_target(model, Path(directory), overwrite)
-    check_finite_adapters(model, "merging")
+    _check_finite_adapters(model, "merging")
     for name, wrapper in wrappers.items():
         wrapper.merge(keep_base=False)
         parent, _, child = name.rpartition(".")
@@ -74,6 +73,24 @@ def _check(wrappers: Mapping[str, AdapterWrapper]) -> None:
             wrapper.check_mergeable()
         except AdapterError as error:
             raise CheckpointError(f"{name}: {error}") from error
+
+
+def _check_finite_adapters(model: nn.Module, what: str) -> None:
+    """Check that every value of the adapters is finite. A collective.
+
+    Args:
+        model: with adapters.
+        what: what is about to happen, for the message.
+
+    Raises:
+        CheckpointError: on every rank, if one is not on any.
+    """
+    parameters = (
+        (f"{name}.{own}".lstrip("."), parameter)
+        for name, wrapper in adapter_wrappers(model)
+        for own, parameter in wrapper.adapter.named_parameters(prefix="adapter")
+    )
+    check_finite(parameters, what, CheckpointError)
 
 
 def _check_merged(wrappers: Mapping[str, AdapterWrapper]) -> None:

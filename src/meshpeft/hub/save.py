@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
 
+from meshpeft.hub.names import StoredPart, stored_forms
+from meshpeft.hub.staging import StagedFiles
+from meshpeft.hub.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.models.errors import ModelError
-from meshpeft.models.hf_names import StoredPart
 from meshpeft.models.language_model import LanguageModel, layout_or_whole
-from meshpeft.models.staging import StagedFiles
-from meshpeft.models.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
@@ -111,7 +111,7 @@ def save_pretrained(
 def _storage(model: LanguageModel, name: str, tensor: Tensor) -> tuple[TensorLayout, list[StoredPart]]:
     layout = layout_or_whole(tensor)
     try:
-        return layout, model.stored_forms(name, layout)[0]
+        return layout, stored_forms(model, name, layout)[0]
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
 

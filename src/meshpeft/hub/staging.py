@@ -2,7 +2,7 @@
 
 The folder is inside, not beside: a directory may be a mount point, or its parent read-only, and what can be written
 into it can be renamed within it. While the files are written the process owns the directory
-(`meshpeft.models.directory_lock`).
+(`meshpeft.hub.directory_lock`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from meshpeft.models.directory_lock import DirectoryLock
+from meshpeft.hub.directory_lock import DirectoryLock
 
 __all__ = ["StagedFiles", "flush", "remove_leftovers", "write_flushed"]
 

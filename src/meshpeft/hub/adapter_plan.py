@@ -14,15 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.base_copies import compare_base_copies
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.linears import AdaptedLinear, HubLinear, adapted_linears, hub_linears, is_adapted
-from meshpeft.checkpoint.peft_config import FACTOR_A, FACTOR_B, PREFIX, AdapterShape, PeftConfig
-from meshpeft.checkpoint.peft_names import FoundNames
-from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
-from meshpeft.checkpoint.places import Place, parts_of, stored_factors
-from meshpeft.checkpoint.stored_factors import SeparateA, SeparateB, StoredFactor
-from meshpeft.checkpoint.tensor_file import TensorFileReader
+from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, PREFIX, AdapterShape, PeftConfig
+from meshpeft.hub.adapter_names import FoundNames
+from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
+from meshpeft.hub.base_copies import compare_base_copies
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.linears import AdaptedLinear, HubLinear, adapted_linears, hub_linears, is_adapted
+from meshpeft.hub.places import Place, parts_of, stored_factors
+from meshpeft.hub.stored_factors import SeparateA, SeparateB, StoredFactor
+from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.fsdp import gathered, sharded_like, sharded_parameters
-from meshpeft.checkpoint.peft_config import AdapterShape
+from meshpeft.hub.adapter_config import AdapterShape
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.fsdp import gathered, sharded_like, sharded_parameters
+from meshpeft.hub.names import hf_module_name
 from meshpeft.models import Decoder, ModelError
-from meshpeft.models.hf_names import hf_module_name
 from meshpeft.parallel import describe_layers, parallel_group_info
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout
@@ -134,7 +134,7 @@ class AdaptedLinear:
 def hub_linears(model: nn.Module) -> list[HubLinear]:
     """Every linear layer, and stack of experts, that an adapter can be on and that Hugging Face models have.
 
-    Names are those of `meshpeft.models.hf_names` for a decoder, ours or Megatron's; another model's own otherwise.
+    Names are those of `meshpeft.hub.names` for a decoder, ours or Megatron's; another model's own otherwise.
 
     Raises:
         CheckpointError: a stage of a pipeline of Megatron's, or a part of a model.

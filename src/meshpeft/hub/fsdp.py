@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from meshpeft.checkpoint.errors import CheckpointError
+from meshpeft.hub.errors import CheckpointError
 
 __all__ = ["gathered", "refuse_sharded", "reshard", "sharded_like", "sharded_parameters"]
 

@@ -2,8 +2,8 @@
 
 A layer of ours that is fused is several modules there: LoRA or DoRA on `linear_qkv` is written as adapters of
 `q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes. For the forms of
-stacked experts see `meshpeft.checkpoint.places`; for adapters of several ranks and scales, of which a file has one,
-`meshpeft.checkpoint.peft_scales`.
+stacked experts see `meshpeft.hub.places`; for adapters of several ranks and scales, of which a file has one,
+`meshpeft.hub.adapter_scales`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.checkpoint.fsdp import reshard, sharded_parameters
-from meshpeft.checkpoint.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
-from meshpeft.checkpoint.peft_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
-from meshpeft.checkpoint.peft_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
-from meshpeft.checkpoint.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
-from meshpeft.checkpoint.stored_factors import StoredFactor
-from meshpeft.checkpoint.tensor_file import Declared, TensorFileWriter
+from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
+from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.fsdp import reshard, sharded_parameters
+from meshpeft.hub.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
+from meshpeft.hub.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
+from meshpeft.hub.staging import StagedFiles
+from meshpeft.hub.stored_factors import StoredFactor
+from meshpeft.hub.tensor_file import Declared, TensorFileWriter
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.models.staging import StagedFiles
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.held_modules import held_module

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from meshpeft.hub.transformers_load import load_transformers
+from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, load_pretrained, save_pretrained
-from meshpeft.models.transformers_load import load_transformers
-from meshpeft.models.weights import WeightFiles
 from meshpeft.parallel import ModelParallelConfig, sharded_state_dict
 
 
@@ -266,7 +266,7 @@ def test_a_failed_save_leaves_nothing(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("meshpeft.models.save.save_file", full_disk)
+    monkeypatch.setattr("meshpeft.hub.save.save_file", full_disk)
     with pytest.raises(ModelError, match=r"saving to .*saved: No space left"):
         save_pretrained(load_pretrained(tiny("mistral")), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

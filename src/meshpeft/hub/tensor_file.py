@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
-from meshpeft.checkpoint.errors import CheckpointError
-from meshpeft.models.files import check_readable
+from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.files import check_readable
 from meshpeft.parallel.errors import blamed_on, shown
 from meshpeft.parallel.finite import finite_flag
 from meshpeft.parallel.mesh import on_each_rank
