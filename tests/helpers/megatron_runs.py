@@ -29,7 +29,7 @@ from meshpeft.parallel import (
     set_layout,
 )
 from meshpeft.peft import PEFT, DoRALinear, adapter_wrappers
-from meshpeft.peft.initialization import init_method_of
+from meshpeft.peft.adapter import init_method_of
 from meshpeft.verify.simulation import Collective, count_collectives
 
 

@@ -11,11 +11,11 @@ from helpers.oracle_runs import TOLERANCE
 from torch import Tensor
 
 import meshpeft.parallel.init as parallel_init
-import meshpeft.peft.adapters as adapters
-import meshpeft.peft.lora_linear as lora_linear
+import meshpeft.peft.adapter as adapter_module
+import meshpeft.peft.lora as lora
 from meshpeft.parallel import ParallelAxis, TensorLayout, gradients, mp_reduce, parallel_group_info
 from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.peft.functional import fused_lora, product
+from meshpeft.peft.fused import Term, fused_lora, product
 from meshpeft.verify.oracle import Layout, compare
 
 Patch = pytest.MonkeyPatch
@@ -45,16 +45,14 @@ def reduced_over_dp(patch: Patch) -> None:
 def counted_once_per_etp_rank(patch: Patch) -> None:
     """The adapter of a row finishes its sum before the token combine sums again [Megatron-Bridge 5634, 5635]."""
 
-    def finished(
-        x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropped: Any, axis: Any, offsets: Any
-    ) -> Tensor:
-        is_row = offsets is not None and weight.shape[-2] == 16  # the hidden size
+    def finished(x: Tensor, weight: Tensor, term: Term) -> Tensor:
+        is_row = term.offsets is not None and weight.shape[-2] == 16  # the hidden size
         if not is_row:
-            return fused_lora(x, weight, a, b, scale, dropped, axis, offsets)
-        h = mp_reduce(product(x, a, offsets), axis=parallel_group_info().etp)
-        return product(x, weight, offsets) + product(h * scale, b, offsets)
+            return fused_lora(x, weight, term)
+        h = mp_reduce(product(x, term.a, term.offsets), axis=parallel_group_info().etp)
+        return product(x, weight, term.offsets) + product(h * term.scale, term.b, term.offsets)
 
-    patch.setattr(lora_linear, "fused_lora", finished)
+    patch.setattr(lora, "fused_lora", finished)
 
 
 def etp_sum_forgotten(patch: Patch) -> None:
@@ -74,7 +72,7 @@ def every_rank_numbers_its_experts_from_zero(patch: Patch) -> None:
         layout = TensorLayout(tuple(parameter.shape), expert=parameter.dim() == 3)
         parallel_init._fill_(parameter, layout, init_fn, seed)
 
-    patch.setattr(adapters, "named_init_", init_)
+    patch.setattr(adapter_module, "named_init_", init_)
 
 
 EP = Layout(dp=2, ep=2, micro_batch_size=2)

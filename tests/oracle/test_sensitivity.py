@@ -41,9 +41,9 @@ def fans_of_the_shard(patch: Patch) -> None:
         local = TensorLayout(tuple(parameter.shape))
         parallel_init._fill_(parameter, local, init_fn, seed)
 
-    import meshpeft.peft.adapters as adapters
+    import meshpeft.peft.adapter as adapter_module
 
-    patch.setattr(adapters, "named_init_", init_)
+    patch.setattr(adapter_module, "named_init_", init_)
 
 
 def swapped_q_and_k(patch: Patch) -> None:

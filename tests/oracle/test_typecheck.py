@@ -14,10 +14,9 @@ from torch import Tensor
 
 import meshpeft.parallel.linear as parallel_linear
 import meshpeft.peft.dora as dora
-import meshpeft.peft.lora_linear as lora_linear
+import meshpeft.peft.lora as lora
 from meshpeft.parallel import ParallelError
-from meshpeft.peft.dora_functional import fused_dora_reference
-from meshpeft.peft.functional import fused_lora_reference
+from meshpeft.peft.fused import Term, fused_dora_reference, fused_lora_reference
 from meshpeft.verify import typecheck_layout
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -29,12 +28,10 @@ def test_states_of_the_base_are_right_at_4096_ranks(sequence_parallel: bool) -> 
     assert typecheck_layout(config(**SIZES), tp=8, dp=512, sequence_parallel=sequence_parallel) == STATES
 
 
-def dora_twin(*given: Any) -> Tensor:
+def dora_twin(x: Tensor, weight: Tensor, term: Term, magnitude: Tensor, norm: Tensor, _: Any) -> Tensor:
     """The norm is made outside the model and has no type yet: that of the magnitude, by which it divides."""
-    *arguments, offsets = given
-    magnitude, norm = arguments[4:6]
     spmd.assert_type_like(norm, magnitude)
-    return fused_dora_reference(*arguments[:8], offsets)
+    return fused_dora_reference(x, weight, term, magnitude, norm)
 
 
 @pytest.mark.parametrize("sequence_parallel", (False, True))
@@ -42,7 +39,7 @@ def dora_twin(*given: Any) -> Tensor:
 def test_states_of_the_unfused_twins_are_right(
     method: str, sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_linear, "fused_lora", lambda *arguments: fused_lora_reference(*arguments[:6]))
+    monkeypatch.setattr(lora, "fused_lora", fused_lora_reference)
     monkeypatch.setattr(dora, "fused_dora", dora_twin)
     states = typecheck_layout(config(**SIZES), METHODS[method], tp=8, dp=512, sequence_parallel=sequence_parallel)
     assert states == STATES

@@ -22,9 +22,8 @@ from meshpeft.peft import (
     LoRATopKRouter,
     ModuleDict,
 )
-from meshpeft.peft.canonical_lora import _should_treat_linear_fc1_as_unfused
-from meshpeft.peft.named_adapters import NamedLoRALinear
-from meshpeft.peft.packed_factors import pack_factors
+from meshpeft.peft.canonical import _should_treat_linear_fc1_as_unfused, pack_factors
+from meshpeft.peft.named import NamedLoRALinear
 
 PARTS = {
     "linear_q": ("self_attention", "linear_qkv", "adapter_q"),
@@ -87,11 +86,11 @@ def test_a_swap_of_q_and_k_would_be_seen():
 
 
 def test_all_factors_of_a_layer_run_as_one_product(monkeypatch):
-    from meshpeft.peft import lora_linear
+    from meshpeft.peft import lora
 
     seen = []
-    original = lora_linear.fused_lora
-    monkeypatch.setattr(lora_linear, "fused_lora", lambda *args: seen.append(args[2].shape) or original(*args))
+    original = lora.fused_lora
+    monkeypatch.setattr(lora, "fused_lora", lambda *args: seen.append(args[2].a.shape) or original(*args))
     make_block(CanonicalLoRA(**OPTIONS))(FULL_INPUT)
     assert seen == [(12, HIDDEN), (4, HEADS * HEAD_DIM), (8, HIDDEN), (4, 32)]
 

@@ -10,8 +10,8 @@ from helpers.simulate import simulate, the_same
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import ParallelError, finalize_gradients, layout_of_tensor, mp_reduce
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, fused_lora, fused_lora_reference
-from meshpeft.peft import lora_linear as lora_linear_module
-from meshpeft.peft.functional import product
+from meshpeft.peft import lora as lora_module
+from meshpeft.peft.fused import product
 from meshpeft.verify.simulation import Collective, count_collectives
 from meshpeft.verify.typecheck import typecheck_layout
 
@@ -156,15 +156,15 @@ def test_states_are_right_at_4096_ranks(method, sequence_parallel):
 
 
 def test_the_unfused_twin_has_the_states_of_the_fused_function(monkeypatch):
-    monkeypatch.setattr(lora_linear_module, "fused_lora", lambda *a: fused_lora_reference(*a[:6]))
-    assert fused_lora is not lora_linear_module.fused_lora
+    monkeypatch.setattr(lora_module, "fused_lora", fused_lora_reference)
+    assert fused_lora is not lora_module.fused_lora
     assert typecheck_layout(CONFIG, LoRA(dim=8), tp=8, dp=512) == {"tp": "I", "dp": "P"}
 
 
 def test_an_adapter_that_finishes_its_sum_before_the_base_does_is_caught(monkeypatch):
-    def finished_too_early(x, weight, a, b, *_):
-        return product(x, weight) + product(mp_reduce(product(x, a)), b)
+    def finished_too_early(x, weight, term):
+        return product(x, weight) + product(mp_reduce(product(x, term.a)), term.b)
 
-    monkeypatch.setattr(lora_linear_module, "fused_lora", finished_too_early)
+    monkeypatch.setattr(lora_module, "fused_lora", finished_too_early)
     with pytest.raises(ParallelError):
         typecheck_layout(CONFIG, LoRA(target_modules=["linear_fc2"], dim=8), tp=8, dp=512)

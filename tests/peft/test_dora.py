@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from meshpeft.peft import AdapterError, DoRA, DoRALinear, adapter_wrappers, fused_dora, fused_dora_reference
-from meshpeft.peft.row_norms import RowNorms, adapted_row_norms
+from meshpeft.peft import AdapterError, DoRA, DoRALinear, Term, adapter_wrappers, fused_dora, fused_dora_reference
+from meshpeft.peft.dora import RowNorms, adapted_row_norms
 
 NAMES = ("x", "weight", "a", "b", "magnitude", "dropped")
 
@@ -27,7 +27,8 @@ def operands(requires_grad=NAMES, dtype=torch.float64, shape=(3, 2)):
 def run(function, requires_grad, dropout, **options):
     tensors, norm = operands(requires_grad, **options)
     inputs = [tensors[name] for name in ("x", "weight", "a", "b", "magnitude")]
-    out = function(*inputs, norm, 0.7, tensors["dropped"] if dropout else None)
+    x, weight, a, b, magnitude = inputs
+    out = function(x, weight, Term(a, b, 0.7, tensors["dropped"] if dropout else None), magnitude, norm)
     used = {name: t for name, t in tensors.items() if t.requires_grad and (dropout or name != "dropped")}
     gradient = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
     return out, dict(zip(used, torch.autograd.grad(out, list(used.values()), gradient), strict=True))
@@ -64,11 +65,11 @@ def test_the_gradient_of_a_zero_magnitude_is_not_lost():
     tensors, norm = operands(("magnitude",))
     with torch.no_grad():
         tensors["magnitude"][2] = 0
-    inputs = [tensors[name] for name in ("x", "weight", "a", "b", "magnitude")]
-    (got,) = torch.autograd.grad(fused_dora(*inputs, norm, 0.7).square().sum(), tensors["magnitude"])
-    (want,) = torch.autograd.grad(fused_dora_reference(*inputs, norm, 0.7).sum(), tensors["magnitude"])
+    inputs = (tensors["x"], tensors["weight"], Term(tensors["a"], tensors["b"], 0.7), tensors["magnitude"], norm)
+    (got,) = torch.autograd.grad(fused_dora(*inputs).square().sum(), tensors["magnitude"])
+    (want,) = torch.autograd.grad(fused_dora_reference(*inputs).sum(), tensors["magnitude"])
     assert got[2].abs() < 1e-100
-    (got,) = torch.autograd.grad(fused_dora(*inputs, norm, 0.7).sum(), tensors["magnitude"])
+    (got,) = torch.autograd.grad(fused_dora(*inputs).sum(), tensors["magnitude"])
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert want[2] != 0
 
@@ -77,7 +78,8 @@ def test_only_the_output_is_kept_beside_what_lora_keeps():
     tensors, norm = operands(("x", "a", "b", "magnitude"), shape=(64, 2))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = fused_dora(*[tensors[n] for n in ("x", "weight", "a", "b", "magnitude")], norm, 0.7)
+        term = Term(tensors["a"], tensors["b"], 0.7)
+        out = fused_dora(tensors["x"], tensors["weight"], term, tensors["magnitude"], norm)
     large = [tensor for tensor in saved if tensor.numel() > 64 * 2 * 4]
     assert sorted(t.shape[-1] for t in large) == [6, 8]
     assert out.data_ptr() in {tensor.data_ptr() for tensor in saved}

@@ -17,7 +17,7 @@ from spmd_types.types import PartitionSpec, R, V
 from torch import Tensor, nn
 
 import meshpeft.peft.dora as dora
-import meshpeft.peft.lora_linear as lora_linear
+import meshpeft.peft.lora as lora
 from meshpeft.parallel import (
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
@@ -26,7 +26,7 @@ from meshpeft.parallel import (
 )
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.typing import parameter_type
-from meshpeft.peft import DoRA, LoRA, fused_dora_reference, fused_lora_reference
+from meshpeft.peft import DoRA, LoRA, Term, fused_dora_reference, fused_lora_reference
 from meshpeft.verify.simulation import fake_world
 
 METHODS = {"lora": LoRA, "dora": DoRA}  # Canonical LoRA is LoRA here
@@ -66,12 +66,11 @@ def states(kind: type[nn.Module], method: str, shared: bool, ep: int, adapter_al
 LAYERS = ((GroupedColumnParallelLinear, "V"), (GroupedRowParallelLinear, "P"))
 
 
-def dora_twin(*given: Any) -> Tensor:
+def dora_twin(x: Tensor, weight: Tensor, term: Term, magnitude: Tensor, norm: Tensor, _: Any) -> Tensor:
     """The norm is made outside the model and has no type yet: that of the magnitude, by which it divides."""
-    *arguments, offsets = given
-    arguments[4] = arguments[4].to(arguments[0].dtype)
-    spmd.assert_type_like(arguments[5], arguments[4])
-    return fused_dora_reference(*arguments[:8], offsets)
+    magnitude = magnitude.to(x.dtype)
+    spmd.assert_type_like(norm, magnitude)
+    return fused_dora_reference(x, weight, term, magnitude, norm)
 
 
 @pytest.mark.parametrize("twin", (False, True), ids=("fused", "unfused twin"))
@@ -84,9 +83,7 @@ def test_an_adapted_layer_of_experts_has_the_states_of_the_layer(
     if twin and method == "dora":
         monkeypatch.setattr(dora, "fused_dora", dora_twin)
     elif twin:
-        monkeypatch.setattr(
-            lora_linear, "fused_lora", lambda *given: fused_lora_reference(*given[:6], offsets=given[7])
-        )
+        monkeypatch.setattr(lora, "fused_lora", fused_lora_reference)
     assert states(kind, method, shared, ep=1) == {"edp": "V", "etp": over_etp}
 
 

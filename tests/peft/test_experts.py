@@ -30,6 +30,7 @@ from meshpeft.peft import (
     LoRA,
     LoRALinear,
     ParallelLinearAdapter,
+    Term,
     adapter_wrappers,
     fused_dora,
     fused_dora_reference,
@@ -142,12 +143,9 @@ def test_the_fused_functions_are_their_unfused_twins(dropout: bool, shared: bool
     a, b, m = draw(*stack, RANK, INNER), draw(*stack, OUTER, RANK), draw(EXPERTS, OUTER)
     offsets, inputs = group_offsets(torch.tensor(COUNTS[0])), [x, weight, a, b]
     norm = torch.rand(EXPERTS, OUTER, generator=generator, dtype=torch.float64) + 0.5
-    given = dropped if dropout else None
-    lora = [function(x, weight, a, b, 0.7, given, offsets=offsets) for function in (fused_lora, fused_lora_reference)]
-    dora = [
-        function(x, weight, a, b, m, norm, 0.7, given, offsets=offsets)
-        for function in (fused_dora, fused_dora_reference)
-    ]
+    term = Term(a, b, 0.7, dropped if dropout else None, offsets=offsets)
+    lora = [function(x, weight, term) for function in (fused_lora, fused_lora_reference)]
+    dora = [function(x, weight, term, m, norm) for function in (fused_dora, fused_dora_reference)]
     for (found, expected), used in ((lora, inputs), (dora, [*inputs, m])):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
         used = [*used, dropped] if dropout else used

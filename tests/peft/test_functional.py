@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from meshpeft.peft import fused_lora, fused_lora_reference
+from meshpeft.peft import Term, fused_lora, fused_lora_reference
 
 NAMES = ("x", "weight", "a", "b", "dropped")
 
@@ -28,9 +28,9 @@ def operands(shape=(3, 2), dtype=torch.float64, factor_dtype=None, requires_grad
     }
 
 
-def run(function, tensors, dropout, **options):
-    arguments = [tensors[name] for name in ("x", "weight", "a", "b")]
-    out = function(*arguments, 0.7, tensors["dropped"] if dropout else None, **options)
+def run(function, tensors, dropout):
+    term = Term(tensors["a"], tensors["b"], 0.7, tensors["dropped"] if dropout else None)
+    out = function(tensors["x"], tensors["weight"], term)
     used = {name: t for name, t in tensors.items() if t.requires_grad and (dropout or name != "dropped")}
     gradient = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
     gradients = torch.autograd.grad(out, list(used.values()), gradient)
@@ -62,7 +62,7 @@ def test_only_the_gradients_asked_for_are_made(requires_grad):
 
 def test_gradients_are_those_of_finite_differences():
     tensors = operands((2,))
-    assert torch.autograd.gradcheck(lambda x, w, a, b, d: fused_lora(x, w, a, b, 0.7, d), tuple(tensors.values()))
+    assert torch.autograd.gradcheck(lambda x, w, a, b, d: fused_lora(x, w, Term(a, b, 0.7, d)), tuple(tensors.values()))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_a_weight_that_is_made_anew_is_not_kept():
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = fused_lora(tensors["x"], make, tensors["a"], tensors["b"], 0.7)
+        out = fused_lora(tensors["x"], make, Term(tensors["a"], tensors["b"], 0.7))
     assert len(calls) == 1
     assert all(tensor.shape != weight.shape for tensor in saved)
     gradient = torch.ones_like(out)
     grads = torch.autograd.grad(out, [tensors[name] for name in ("x", "a", "b")], gradient)
     assert len(calls) == 2
     _, expected = run(fused_lora, operands(requires_grad=("x", "a", "b")), False)
-    plain = fused_lora_reference(tensors["x"], weight, tensors["a"], tensors["b"], 0.7)
+    plain = fused_lora_reference(tensors["x"], weight, Term(tensors["a"], tensors["b"], 0.7))
     for got, name in zip(grads, ("x", "a", "b"), strict=True):
         (want,) = torch.autograd.grad(plain, tensors[name], gradient, retain_graph=True)
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
@@ -116,7 +116,7 @@ def test_only_the_input_and_the_low_rank_product_are_kept():
     tensors = operands((64, 2), requires_grad=("x", "a", "b"))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused_lora(*[tensors[name] for name in ("x", "weight", "a", "b")], 0.7)
+        fused_lora(tensors["x"], tensors["weight"], Term(tensors["a"], tensors["b"], 0.7))
     sizes = sorted(tensor.numel() for tensor in saved)
     x, h = 64 * 2 * 8, 64 * 2 * 3
     assert sizes == sorted([x, h, 6 * 8, 3 * 8, 6 * 3])
@@ -126,7 +126,9 @@ def test_checkpointing_trains_factors_although_no_input_requires_a_gradient():
     tensors = operands(requires_grad=("a", "b"))
     _, expected = run(fused_lora_reference, tensors, False)
     out = checkpoint(
-        lambda *t: fused_lora(*t, 0.7), *(tensors[n] for n in ("x", "weight", "a", "b")), use_reentrant=False
+        lambda x, w, a, b: fused_lora(x, w, Term(a, b, 0.7)),
+        *(tensors[n] for n in ("x", "weight", "a", "b")),
+        use_reentrant=False,
     )
     gradient = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
     grads = torch.autograd.grad(out, [tensors["a"], tensors["b"]], gradient)
@@ -137,7 +139,7 @@ def test_checkpointing_trains_factors_although_no_input_requires_a_gradient():
 def test_autocast_computes_in_its_type():
     tensors = operands(dtype=torch.float32, requires_grad=("x", "a", "b"))
     with torch.autocast("cpu", torch.bfloat16):
-        out = fused_lora(*[tensors[name] for name in ("x", "weight", "a", "b")], 0.7)
+        out = fused_lora(tensors["x"], tensors["weight"], Term(tensors["a"], tensors["b"], 0.7))
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert tensors["a"].grad.dtype == tensors["x"].grad.dtype == torch.float32

@@ -15,9 +15,8 @@ from torch.distributed._local_tensor import LocalTensor
 from meshpeft.parallel import LinearLayout, mp_copy
 from meshpeft.parallel.init import draw_full
 from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, DoRALinear, LoRA
-from meshpeft.peft import adapters as adapters_module
-from meshpeft.peft import canonical_lora as canonical_module
-from meshpeft.peft import packed_factors as packed_factors_module
+from meshpeft.peft import adapter as adapter_module
+from meshpeft.peft import canonical as canonical_module
 from meshpeft.peft import parallel_adapter as parallel_adapter_module
 
 # Factors that are not zero, so that every gradient is.
@@ -67,7 +66,7 @@ def _initialised_by_the_shard(patch):
         with torch.no_grad():
             parameter.copy_(full)
 
-    patch.setattr(adapters_module, "named_init_", by_the_shard)
+    patch.setattr(adapter_module, "named_init_", by_the_shard)
 
 
 def _norms_of_local_columns(patch):
@@ -81,12 +80,12 @@ def _norms_of_local_columns(patch):
 
 
 def _gradient_of_b_is_summed_twice(patch):
-    original = adapters_module.product
+    original = adapter_module.product
     patch.setattr(parallel_adapter_module, "product", lambda x, w: original(x, mp_copy(w)))
 
 
 def _k_and_v_exchanged(patch):
-    original = packed_factors_module._PackDiagonal.apply
+    original = canonical_module._PackDiagonal.apply
     patch.setattr(canonical_module, "pack_factors", _exchanging(original))
 
 

@@ -12,7 +12,7 @@ from meshpeft.checkpoint.incoming import Incoming
 from meshpeft.models import DecoderConfig, ModelError
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft import DoRA, LoRA, LowRankAdapter
-from meshpeft.peft.row_norms import RowNorms
+from meshpeft.peft.dora import RowNorms
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.blocks import Blocks
 from meshpeft.verify import verify_layout

@@ -23,7 +23,7 @@ from meshpeft.parallel.errors import first_few, shown
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
 from meshpeft.peft import AdapterWrapper, LowRankAdapter
-from meshpeft.peft.walk import walk
+from meshpeft.peft.matching import walk
 from meshpeft.quantization import PackedLayer
 
 __all__ = ["check_same_model", "checksums_of_slices", "describe_adapters", "describe_base"]

@@ -34,7 +34,7 @@ from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_types import layer_type_of
 from meshpeft.peft import AdapterWrapper
-from meshpeft.peft.walk import walk
+from meshpeft.peft.matching import walk
 
 __all__ = ["check_exportable", "export_peft_adapter"]
 

@@ -26,7 +26,7 @@ from meshpeft.hub.tensor_file import TensorFileReader
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
-from meshpeft.peft.canonical_lora import component_name, part_layout
+from meshpeft.peft.canonical import component_name, part_layout
 
 __all__ = ["AdapterPlan"]
 

@@ -30,8 +30,8 @@ from meshpeft.peft import (
     LoRALinearSplitQKV,
     LowRankAdapter,
 )
-from meshpeft.peft.named_adapters import NamedLoRALinear
-from meshpeft.peft.walk import walk
+from meshpeft.peft.matching import walk
+from meshpeft.peft.named import NamedLoRALinear
 
 __all__ = ["AdaptedLinear", "Factor", "HubLinear", "adapted_linears", "has_our_names", "hub_linears", "is_adapted"]
 

@@ -5,31 +5,44 @@ from typing import TYPE_CHECKING, Any
 
 from meshpeft.engines import register_engines
 from meshpeft.parallel import all2all_hp2sp
-from meshpeft.peft.adapters import LinearAdapter, LowRankAdapter, LowRankFactor
-from meshpeft.peft.attributes import AdapterAttributes, get_adapter_attributes_from_linear
-from meshpeft.peft.base import PEFT
-from meshpeft.peft.canonical_lora import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
+from meshpeft.peft.adapter import (
+    AdapterAttributes,
+    LinearAdapter,
+    LowRankAdapter,
+    LowRankFactor,
+    get_adapter_attributes_from_linear,
+    init_method_const,
+    init_method_kaiming_uniform,
+    init_method_normal,
+    normalize_dtype,
+    pad_seq_to_mult,
+    unpad_seq_to_mult,
+)
+from meshpeft.peft.canonical import CanonicalLoRA, LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
 from meshpeft.peft.config import PEFTAttributeConfig, PEFTConfig
-from meshpeft.peft.counting import ParameterCount, print_trainable_parameters, trainable_parameters
-from meshpeft.peft.dora import DoRA, DoRALinear
-from meshpeft.peft.dora_functional import fused_dora, fused_dora_reference
-from meshpeft.peft.dtypes import normalize_dtype
+from meshpeft.peft.dora import DoRA, DoRALinear, GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.expert_adapter import GroupedExpertLinearAdapter
-from meshpeft.peft.functional import fused_lora, fused_lora_reference
-from meshpeft.peft.initialization import init_method_const, init_method_kaiming_uniform, init_method_normal
-from meshpeft.peft.lora import LoRA
-from meshpeft.peft.lora_linear import LoRALinear
-from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.magnitude import GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
-from meshpeft.peft.matching import ModuleMatcher, is_expert_linear, wildcard_match
-from meshpeft.peft.named_adapters import NamedLoRALinear
-from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
+from meshpeft.peft.experts import GroupedExpertLinearAdapter
+from meshpeft.peft.fused import Term, fused_dora, fused_dora_reference, fused_lora, fused_lora_reference
+from meshpeft.peft.lora import LoRA, LoRALinear, LoRATopKRouter
+from meshpeft.peft.matching import (
+    ModuleMatcher,
+    adapted_layers,
+    adapter_wrappers,
+    chunks_of,
+    is_expert_linear,
+    walk,
+    wildcard_match,
+)
+from meshpeft.peft.method import PEFT, LowRankPEFT
+from meshpeft.peft.named import NamedLoRALinear, disable_adapters, enable_adapters, is_peft_model
 from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
-from meshpeft.peft.parameter_groups import lora_plus_parameter_groups
-from meshpeft.peft.router import LoRATopKRouter
-from meshpeft.peft.switching import disable_adapters, enable_adapters, is_peft_model
-from meshpeft.peft.walk import adapted_layers, adapter_wrappers, chunks_of, walk
+from meshpeft.peft.parameters import (
+    ParameterCount,
+    lora_plus_parameter_groups,
+    print_trainable_parameters,
+    trainable_parameters,
+)
 from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, BaseOutput, base_of
 
 __all__ = [
@@ -64,6 +77,7 @@ __all__ = [
     "ParameterCount",
     "TECL",
     "TERL",
+    "Term",
     "adapted_layers",
     "adapter_wrappers",
     "all2all_hp2sp",

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from meshpeft.peft.dtypes import normalize_dtype
+from meshpeft.peft.adapter import normalize_dtype
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.matching import wildcard_match
 

@@ -1,4 +1,14 @@
-"""DoRA, weight-decomposed low-rank adaptation (Liu et al. 2024): y = m / |W + s B A| * (W + s B A) x."""
+"""DoRA, weight-decomposed low-rank adaptation (Liu et al. 2024): y = m / |W + s B A| * (W + s B A) x.
+
+The row norms of W + s B A are computed without W + s B A:
+
+    |w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i^T
+
+Every term is a sum over the input features: where these are sharded, the three local terms are added up first and one
+all-reduce of [out] completes them. They are computed in float32 or the widest type of the operands, clamped at zero
+before the root (rounding may leave a square a little below), never differentiated, and kept until something that they
+depend on changes (`RowNorms`).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +17,251 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from spmd_types import rules
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from meshpeft.parallel import LinearLayout, gather_features, layout_of
-from meshpeft.peft.dora_functional import fused_dora, magnitude_scale, scale_of
+from meshpeft.parallel import LinearLayout, ParallelAxis, TensorLayout, gather_features, layout_of, set_layout
+from meshpeft.parallel.communication import all_reduce
+from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.functional import WeightSource
-from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.magnitude import AdapterWithMagnitude, GroupedExpertDoRAAdapter, ParallelLinearDoRAAdapter
-from meshpeft.peft.products import rows_for
-from meshpeft.peft.row_norms import RowNorms
+from meshpeft.peft.experts import GroupedExpertLinearAdapter
+from meshpeft.peft.fused import WeightSource, fused_dora, magnitude_scale, rows_for
+from meshpeft.peft.method import LowRankPEFT
+from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
+from meshpeft.peft.standalone_layout import copied, place, place_for_experts
 from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
-__all__ = ["DoRA", "DoRALinear"]
+__all__ = [
+    "AdapterWithMagnitude",
+    "DoRA",
+    "DoRALinear",
+    "GroupedExpertDoRAAdapter",
+    "ParallelLinearDoRAAdapter",
+    "RowNorms",
+    "adapted_row_norms",
+]
+
+
+# Rows of a narrow weight that are widened at a time.
+_ROWS = 4096
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of a matrix, or some experts of a stack, at a time: nothing is made of the size of all of them."""
+    return weight.split(_ROWS if weight.dim() == 2 else max(1, _ROWS // weight.shape[1]))
+
+
+def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """|w_i|^2 [.., out], of the local columns."""
+    return torch.cat([rows.to(dtype).square().sum(-1) for rows in _pieces(weight)])
+
+
+def _products(weight: Tensor, a: Tensor) -> Tensor:
+    """A w_i for every row, [.., out, r], of the local columns; `a` has the wide type."""
+    if weight.dtype == a.dtype:
+        return weight @ a.mT
+    pieces = _pieces(weight)
+    factors = a.split([len(piece) for piece in pieces]) if a.dim() == 3 else [a] * len(pieces)
+    return torch.cat([piece.to(a.dtype) @ factor.mT for piece, factor in zip(pieces, factors, strict=True)])
+
+
+@torch.no_grad()
+def adapted_row_norms(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, axis: ParallelAxis | None, squared: Tensor | None = None
+) -> Tensor:
+    """|w_i + s b_i A| for every local row.
+
+    Args:
+        weight: W [out, in], local; S(-1) on `axis`, if one is given; or a stack [experts, out, in].
+        a: A [r, in], S(-1) likewise; of a stack, one or [experts, r, in].
+        b: B [out, r], R on `axis`; likewise.
+        scale: s.
+        axis: the axis that divides the input features, or `None`.
+        squared: |w_i|^2 [out] of the local columns, if they are known.
+
+    Returns:
+        [out], or [experts, out], float32 or wider; the same on every rank of `axis`. A collective over it.
+    """
+    dtype = _wide(weight, a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    if squared is None:
+        squared = _squared_norms(weight, dtype)
+    # s b_i . (2 A w_i + s (A A^T) b_i)
+    change = _products(weight, a).mul_(2).add_(b @ (a @ a.mT), alpha=scale).mul_(b).sum(-1)
+    total = torch.add(squared.to(dtype), change, alpha=scale)
+    if axis is not None:
+        total = all_reduce(total, axis)
+    return total.clamp_(min=0).sqrt_()
+
+
+class RowNorms:
+    """Row norms of one adapted layer, computed anew only when something they depend on may have changed.
+
+    That is: another tensor, storage, type or version (the counter of in-place changes) of W, A or B, or another
+    scale. Some optimizers and engines write parameters behind that counter's back, so a backward pass through the
+    layer (`after_backward`) counts as a change too once the gradients it left have been taken away, as an optimizer
+    step does; and parameters that are views of a larger buffer, into which others may write, are never trusted.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._norms: Tensor | None = None
+        self._weight_key: tuple[object, ...] | None = None
+        self._squared: Tensor | None = None
+        self._held: tuple[Tensor, ...] = ()
+        self._trained = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RowNorms:
+        return RowNorms()
+
+    def __reduce__(self) -> tuple[type[RowNorms], tuple[()]]:
+        return RowNorms, ()
+
+    def clear(self) -> None:
+        """Forget everything: a parameter was written in a way that leaves no trace."""
+        self.__init__()  # type: ignore[misc]  # back to the start, whatever the fields are
+
+    def after_backward(self) -> None:
+        """A backward pass went through the layer: an optimizer step may follow."""
+        self._trained = True
+
+    def get(
+        self,
+        weight: WeightSource,
+        identity: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        axis: ParallelAxis | None,
+    ) -> Tensor:
+        """Return the norms [out] of W + s B A, computed where one of the tensors may have changed.
+
+        Args:
+            weight: W, or a function that makes it.
+            identity: Stored tensor whose change means another W.
+            a, b, scale, axis: As in `adapted_row_norms`.
+        """
+        weight_key = _fingerprint(identity)
+        key = (weight_key, _fingerprint(a), _fingerprint(b), scale)
+        stepped = self._trained and a.grad is None and b.grad is None
+        if self._norms is None or stepped or None in key or key != self._key:
+            local = weight if isinstance(weight, Tensor) else weight()
+            dtype = _wide(local, a, b)
+            if self._squared is None or weight_key is None or self._weight_key != (weight_key, dtype):
+                self._squared, self._weight_key = _squared_norms(local.detach(), dtype), (weight_key, dtype)
+            self._norms = adapted_row_norms(local.detach(), a, b, scale, axis, self._squared)
+            # The factors are held so that no other tensor can come to lie at their address.
+            self._key, self._held, self._trained = key, (a.detach(), b.detach()), False
+        return self._norms
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...] | None:
+    """What changes when a tensor's values do; `None` if that cannot be told."""
+    try:
+        address = tensor.data_ptr()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            return None
+    except RuntimeError:  # wrapper tensors have no storage of their own
+        address = 0
+    return id(tensor), address, tensor._version, tensor.dtype, tensor.device
+
+
+class AdapterWithMagnitude(LowRankAdapter):
+    """A low-rank adapter with `weight_magnitude` m [out], or [experts, out] of grouped experts.
+
+    m is divided like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
+    entries follow from that.
+    """
+
+    weight_magnitude: nn.Parameter
+    magnitude_layout: TensorLayout
+    _copy_m: tuple[ParallelAxis, ...] = ()
+
+    def init_weight_magnitude(self, value: Tensor) -> None:
+        """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
+
+        It keeps the type of the values, whatever the factors have: row norms rounded to bfloat16 would change the
+        model before its first step, and most optimizer steps would be lost in them.
+
+        Args:
+            value: this rank's slice of the initial values, [out] or [experts, out]; row norms are float32 or wider.
+        """
+        layout, self._copy_m = self._place_magnitude()
+        if tuple(value.shape) != layout.local_shape:
+            raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
+        self.magnitude_layout = layout
+        self.weight_magnitude = nn.Parameter(value.detach().clone())
+        set_layout(self.weight_magnitude, layout)
+
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+        """Where m lies, and the axes over which its gradient is summed inside the backward pass."""
+        return self.layout.magnitude(), ()
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's m, [out] or [experts, out] local."""
+        return self.weight_magnitude
+
+    def get_weight_magnitude(self) -> Tensor:
+        """Public function to get the weight magnitude parameter, as it enters the forward pass."""
+        return copied(self.weight_magnitude, self._copy_m)
+
+
+class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
+    """Adapter class for DoRA to handle the additional weight_magnitude parameter."""
+
+    def init_weight_magnitude(self, value: Tensor) -> None:
+        """See `AdapterWithMagnitude`."""
+        super().init_weight_magnitude(value)
+        self._mark(self.weight_magnitude)
+
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+        return place(self.layout.magnitude(fused=self.fused), self.fused or self._marks)
+
+
+class GroupedExpertDoRAAdapter(AdapterWithMagnitude, GroupedExpertLinearAdapter):
+    """DoRA's adapter of grouped experts: each expert has its own m, also where A and B serve all of them."""
+
+    def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+        return place_for_experts(self.layout.magnitude(), self.layout, self.fused)
+
+
+class _MagnitudeScale(Function):
+    """`magnitude_scale` with a type for the type checker: the norm has none, being made outside the model."""
+
+    @staticmethod
+    def forward(ctx: Any, magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
+        ctx.save_for_backward(norm)
+        ctx.dtype, ctx.norms = magnitude.dtype, norms
+        return magnitude_scale(magnitude, norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (norm,) = ctx.saved_tensors
+        ctx.norms.after_backward()
+        return magnitude_scale(grads[0], norm).to(ctx.dtype), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, magnitude: Tensor, norm: Tensor) -> Any:
+        rules.ignore(norm)
+        names = "o->o" if magnitude.dim() == 1 else "eo->eo"
+        return rules.einsum(names, magnitude, linear_in=(0,))
+
+
+def _scale_of(magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
+    """`magnitude_scale`, differentiable in the magnitude and in its state; `norms` counts the backward passes."""
+    g: Tensor = _MagnitudeScale.apply(magnitude, norm, norms)
+    return g
 
 
 class DoRALinear(AdapterWrapper):
@@ -65,7 +307,7 @@ class DoRALinear(AdapterWrapper):
         adapter, source = self.adapter, self.weight_source()
         identity = source if isinstance(source, Tensor) else next(self.to_wrap.parameters(), adapter.linear_in.weight)
         a, b = adapter.linear_in.weight, adapter.linear_out.weight
-        return self._norms.get(source, identity, a, b, adapter.scale, self._norm_axis, _read)
+        return self._norms.get(source, identity, a, b, adapter.scale, self._norm_axis)
 
     def terms(self) -> list[AdapterTerm]:
         """Return the one term, with a magnitude."""
@@ -84,19 +326,9 @@ class DoRALinear(AdapterWrapper):
     def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         adapter, norm = self.adapter, self._get_weight_norm()
-        return fused_dora(
-            x,
-            self.weight_source(),
-            adapter.linear_in.weight,
-            adapter.linear_out.weight,
-            adapter.get_weight_magnitude(),
-            norm,
-            adapter.scale,
-            adapter.drop_input(x),
-            self._norms,
-            adapter.token_axis,
-            self.offsets(args, kwargs),
-        )
+        term = adapter.term(x, self.offsets(args, kwargs))
+        magnitude = adapter.get_weight_magnitude()
+        return fused_dora(x, self.weight_source(), term, magnitude, norm, self._norms.after_backward)
 
     def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """W x + (g - 1) W x' + g s B A x', from the outputs of base and adapter."""
@@ -119,9 +351,9 @@ class DoRALinear(AdapterWrapper):
         if base.bias is None and isinstance(bias, Tensor) and bias.numel():
             again = again - rows_for(self._as_output(bias), again, offsets)  # the base added it itself
         delta = adapter.delta_of_dropped(adapter_input, adapter.linear_in.weight, adapter.linear_out.weight, offsets)
-        g = self._as_output(scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms))
+        g = self._as_output(_scale_of(adapter.get_weight_magnitude(), self._get_weight_norm(), self._norms))
         g = rows_for(g, delta, offsets)
-        # In the type of g, and rounded once; see dora_functional.
+        # In the type of g, and rounded once; see `fused`.
         return base.rebuild((base.linear + (g - 1) * again + g * delta).to(base.linear.dtype))
 
     def _as_output(self, local: Tensor) -> Tensor:
@@ -137,10 +369,6 @@ class DoRALinear(AdapterWrapper):
         for weight, a, b, rows in self.matrices(adapter.linear_in.weight, adapter.linear_out.weight, g):
             combined = torch.addmm(weight.to(norm.dtype), b.to(norm.dtype), a.to(norm.dtype), alpha=adapter.scale)
             yield combined.mul_(rows)
-
-
-def _read(source: WeightSource) -> Tensor:
-    return source if isinstance(source, Tensor) else source()
 
 
 @dataclass

@@ -1,17 +1,170 @@
-"""LoRA (Hu et al. 2021): one low-rank adapter per layer, also on fused ones."""
+"""LoRA (Hu et al. 2021): y = x W^T + s (x A^T) B^T on linear layers, fused ones included, and on routers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from meshpeft.peft.lora_linear import LoRALinear
-from meshpeft.peft.low_rank import LowRankPEFT
-from meshpeft.peft.router import LoRATopKRouter
-from meshpeft.peft.wrapper import AdapterWrapper
+from meshpeft.parallel import mp_gather
+from meshpeft.peft.adapter import LowRankAdapter
+from meshpeft.peft.errors import AdapterError
+from meshpeft.peft.fused import fused_lora, product
+from meshpeft.peft.method import LowRankPEFT
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "LoRALinear", "LoRATopKRouter", "LowRankWrapper"]
+
+
+class LowRankWrapper(AdapterWrapper):
+    """A linear layer to whose output s (x A^T) B^T is added; a subclass says where A and B come from."""
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter whose scale, dropout and place count."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        raise NotImplementedError
+
+    @property
+    def joins(self) -> bool:
+        """Whether the adapter runs between the base's `enter` and `exit`."""
+        return self.one_adapter.fused
+
+    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+        adapter, source, offsets = self.one_adapter, self.weight_source(), self.offsets(args, kwargs)
+        if adapter.drops_output:
+            weight = source if isinstance(source, Tensor) else source()
+            return product(x, weight, offsets) + adapter.delta(x, *self.factors(), offsets)
+        return fused_lora(x, source, adapter.term(x, offsets, self.factors()))
+
+    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's output plus the adapter's."""
+        base = self.base_linear_forward(x, *args, **kwargs)
+        adapter_input = x if base.layernorm is None else base.layernorm
+        delta = self.one_adapter.delta(adapter_input, *self.factors(), self.offsets(args, kwargs))
+        if self.gathers_now(kwargs):
+            delta = mp_gather(delta, -1, self.one_adapter.layout.axis)
+        return base.rebuild(base.linear + delta)
+
+    def merged_weights(self) -> Iterator[Tensor]:
+        """W + s B A, local, in float32 or wider; of grouped experts one after the other."""
+        scale = self.one_adapter.scale
+        for weight, a, b in self.matrices(*self.factors()):
+            wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+            yield torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scale)
+
+
+class LoRALinear(LowRankWrapper):
+    """A linear layer and its LoRA adapter.
+
+    A `LinearAdapter` joins the layer between `enter` and `exit`; a `ParallelLinearAdapter` runs beside it and its
+    output, in the state of the layer's own, is added.
+
+    Args:
+        to_wrap: the base layer.
+        adapter: its adapter.
+
+    Raises:
+        AdapterError: the adapter is not one of this package.
+    """
+
+    adapter: LowRankAdapter
+
+    def __init__(self, to_wrap: nn.Module, adapter: LowRankAdapter) -> None:
+        check_ours(type(self), adapter, LowRankAdapter)
+        super().__init__(to_wrap, adapter)
+
+    def terms(self) -> list[AdapterTerm]:
+        """Return the one term."""
+        return [AdapterTerm(self.adapter)]
+
+    @property
+    def one_adapter(self) -> LowRankAdapter:
+        """The adapter itself."""
+        return self.adapter
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], local."""
+        return self.adapter.linear_in.weight, self.adapter.linear_out.weight
+
+
+class LoRATopKRouter(LoRALinear):
+    """Adapter wrapper that applies LoRA to router gating logits.
+
+    The router is a module whose `forward` calls its `gating(x)` -> logits [*, experts], as Megatron's `TopKRouter`.
+    Only `gating` is replaced, for the length of a call: whatever else the router does before and after (jitter,
+    random logits for benchmarks, losses, biases, masks), it does. One without a `forward` has `routing(logits)`.
+
+    Args:
+        to_wrap: the router.
+        adapter: its adapter; in the router's state, which is replicated or on token shards, nothing communicates.
+    """
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the adapter may start from the router's weight: never, for routers are not quantised."""
+        return False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the router returns for x, with adapted logits.
+
+        Args:
+            x: [*, hidden].
+            args, kwargs: handed to the router.
+
+        Raises:
+            AdapterError: the router's `forward` does not call `gating`, so that its adapter would be left out.
+        """
+        router: Any = self.to_wrap
+        own, adapted = router.gating, self._adapter_enabled and not self._is_merged
+        calls = 0
+
+        def gating(tokens: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return self._adapted_logits(own(tokens), tokens)
+
+        if type(router).forward is nn.Module.forward:
+            return router.routing((gating if adapted else own)(x), *args, **kwargs)
+        if not adapted:
+            return router(x, *args, **kwargs)
+        with _attribute(router, "gating", gating):
+            routed = router(x, *args, **kwargs)
+        if not calls:
+            raise AdapterError(
+                f"the forward of {type(router).__name__} does not call its gating, which the adapter joins; "
+                "leave the router out of target_modules"
+            )
+        return routed
+
+    def _adapted_logits(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Logits [*, experts] of x [*, hidden] -> those with the adapter's change.
+
+        The adapter computes in the type of the logits where that is wider: routers of narrow models use float32.
+        """
+        delta: Tensor = self.adapter(x.to(torch.promote_types(x.dtype, logits.dtype)))
+        return logits + delta.to(logits.dtype)
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Let an instance have an attribute of its own, in the place of its class's."""
+    own = vars(module)
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)
 
 
 @dataclass

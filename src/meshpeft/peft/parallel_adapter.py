@@ -36,11 +36,16 @@ from meshpeft.parallel import (
     sp_gather,
     sp_reduce_scatter,
 )
-from meshpeft.peft.adapters import DropoutPosition, LowRankAdapter
+from meshpeft.peft.adapter import (
+    DropoutPosition,
+    InitMethod,
+    LowRankAdapter,
+    init_method_of,
+    pad_seq_to_mult,
+    unpad_seq_to_mult,
+)
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.functional import product
-from meshpeft.peft.initialization import InitMethod, init_method_of
-from meshpeft.peft.padding import pad_seq_to_mult, unpad_seq_to_mult
+from meshpeft.peft.fused import product
 from meshpeft.peft.standalone_layout import copied, gate_and_up, layout_of_flags, parameter_type, place
 
 __all__ = ["ParallelLinearAdapter"]

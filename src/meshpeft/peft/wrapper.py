@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from meshpeft.parallel import LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
-from meshpeft.peft.adapters import LowRankAdapter
+from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.peft import AdapterWrapper
-from meshpeft.peft.walk import chunks_of
+from meshpeft.peft.matching import chunks_of
 from meshpeft.quantization.full_matrices import full_matrices
 from meshpeft.quantization.sites import AdapterSite, adapter_sites, check_unshared, residual_of, widened
 from meshpeft.quantization.svd import LowRank, low_rank_part

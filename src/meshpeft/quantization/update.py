@@ -22,10 +22,9 @@ from meshpeft.peft import (
     chunks_of,
     walk,
 )
-from meshpeft.peft.base import Model
 from meshpeft.peft.config import LayerPattern, LoRAInitMethod, matches
-from meshpeft.peft.matching import is_router, nearest_names
-from meshpeft.peft.walk import Place
+from meshpeft.peft.matching import Place, is_router, nearest_names
+from meshpeft.peft.method import Model
 from meshpeft.peft.wrapper import wrapper_of
 from meshpeft.quantization.initialization import pissa_init, svdquant_init
 from meshpeft.quantization.sites import check_start, check_unshared

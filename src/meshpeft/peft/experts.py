@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from meshpeft.parallel import LinearLayout, group_offsets, layout_of
-from meshpeft.peft.adapters import LinearAdapter
+from meshpeft.peft.adapter import LinearAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.standalone_layout import copied, place_for_experts
 

@@ -1,13 +1,15 @@
-"""The two factors of a low-rank adapter, laid out like the layer that they adapt."""
+"""The factors of a low-rank adapter: their options, initialisation and layout, and what is applied with them."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshpeft.parallel import (
@@ -23,10 +25,28 @@ from meshpeft.parallel import (
     set_layout,
 )
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.functional import product
-from meshpeft.peft.initialization import init_method_of
+from meshpeft.peft.fused import Term, product
 
-__all__ = ["DropoutPosition", "LinearAdapter", "LowRankAdapter", "LowRankFactor", "check_options"]
+__all__ = [
+    "AdapterAttributes",
+    "DropoutPosition",
+    "DtypeName",
+    "InitMethod",
+    "LinearAdapter",
+    "LowRankAdapter",
+    "LowRankFactor",
+    "adapter_dtype",
+    "check_options",
+    "get_adapter_attributes_from_linear",
+    "init_method_const",
+    "init_method_kaiming_uniform",
+    "init_method_normal",
+    "init_method_of",
+    "normalize_dtype",
+    "pad_seq_to_mult",
+    "unpad_seq_to_mult",
+]
+
 
 DropoutPosition = Literal["pre", "post"]
 
@@ -236,6 +256,17 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         """Return `delta` of an input that dropout was applied to already; the output is not dropped."""
         raise NotImplementedError
 
+    def term(self, x: Tensor, offsets: Tensor | None = None, factors: tuple[Tensor, Tensor] | None = None) -> Term:
+        """Return the term of a call on the base's input x, with dropout drawn; for a fused adapter.
+
+        Args:
+            x: [*, in], after the base's `enter`.
+            offsets: As in `Term`.
+            factors: A and B of several adapters together; by default the adapter's own.
+        """
+        a, b = factors or (self.linear_in.weight, self.linear_out.weight)
+        return Term(a, b, self.scale, self.drop_input(x), self.token_axis, offsets)
+
     @property
     def drops_output(self) -> bool:
         """Whether dropout comes after the adapter, now."""
@@ -310,3 +341,200 @@ class LinearAdapter(LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """X [*, in] -> the adapter's output [*, out]; see `delta`."""
         return self.delta(x, self.linear_in.weight, self.linear_out.weight)
+
+
+InitMethod = Callable[[Tensor], Tensor]
+
+
+def init_method_normal(sigma: float) -> InitMethod:
+    """Create an initialization method based on normal distribution N(0, sigma).
+
+    Args:
+        sigma: standard deviation.
+
+    Returns:
+        A function that fills a tensor in place, and returns it.
+    """
+
+    def init_(tensor: Tensor) -> Tensor:
+        return nn.init.normal_(tensor, mean=0.0, std=sigma)
+
+    return init_
+
+
+def init_method_kaiming_uniform(val: float) -> InitMethod:
+    """Create an initialization method based on Kaiming uniform distribution.
+
+    Args:
+        val: the `a` parameter (negative slope).
+
+    Returns:
+        A function that fills a tensor in place, and returns it.
+    """
+
+    def init_(tensor: Tensor) -> Tensor:
+        return nn.init.kaiming_uniform_(tensor, a=val)
+
+    return init_
+
+
+def init_method_const(val: float) -> InitMethod:
+    """Create an initialization method that sets all values to a constant.
+
+    Args:
+        val: the constant.
+
+    Returns:
+        A function that fills a tensor in place, and returns it.
+    """
+
+    def init_(tensor: Tensor) -> Tensor:
+        return nn.init.constant_(tensor, val)
+
+    return init_
+
+
+_METHODS: dict[str, InitMethod] = {
+    "xavier": nn.init.xavier_normal_,
+    "normal": init_method_normal(0.2),
+    "kaiming": init_method_kaiming_uniform(math.sqrt(5)),
+    "zero": init_method_const(0.0),
+}
+
+
+def init_method_of(name: str) -> InitMethod:
+    """The initialization called `name`: `xavier` (normal), `normal` N(0, 0.2), `kaiming` (uniform, a=√5), `zero`.
+
+    Fans are those of the full matrix, because the full matrix is what is drawn.
+
+    Raises:
+        NotImplementedError: another name.
+    """
+    if name not in _METHODS:
+        raise NotImplementedError(f"init method {name!r} is not one of {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
+def pad_seq_to_mult(x: Tensor, mult: int) -> tuple[Tensor, int]:
+    """Pad sequence length to be a multiple of mult.
+
+    Args:
+        x: [tokens, *].
+        mult: the number that the padded length is a multiple of; at least 1.
+
+    Returns:
+        x with zeros behind it, [tokens + padding, *] (x itself if there is nothing to pad), and the padding.
+    """
+    if mult < 1:
+        raise AdapterError(f"mult={mult}: expected at least 1")
+    padding = -x.shape[0] % mult
+    if padding == 0:
+        return x, 0
+    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, padding]), padding
+
+
+def unpad_seq_to_mult(x: Tensor, pad_len: int) -> Tensor:
+    """Remove sequence padding that was added by pad_seq_to_mult.
+
+    Args:
+        x: [tokens + pad_len, *].
+        pad_len: number of padding elements.
+
+    Returns:
+        [tokens, *]; x itself if there is no padding.
+    """
+    if not 0 <= pad_len <= x.shape[0]:
+        raise AdapterError(f"pad_len={pad_len} cannot be removed from a sequence of {x.shape[0]}")
+    return x if pad_len == 0 else x[: x.shape[0] - pad_len]
+
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
+
+_TYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LONG_FORMS: dict[str, DtypeName] = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+}
+
+
+def normalize_dtype(value: str | torch.dtype | None) -> DtypeName | None:
+    """The short name of a type: `bf16`, `fp16` or `fp32`; `None` stays `None`.
+
+    Args:
+        value: a short name; a long form (`bfloat16 float16 half float32 float`), also with `torch.` in front; or the
+            torch type itself.
+
+    Raises:
+        AdapterError: anything else; adapters are never stored in a type made for quantised weights.
+
+    Example:
+        >>> normalize_dtype("torch.bfloat16")
+        'bf16'
+    """
+    if value is None:
+        return None
+    if isinstance(value, (str, torch.dtype)):
+        name = str(value).removeprefix("torch.")
+        for short in get_args(DtypeName):
+            if short == _LONG_FORMS.get(name, name):
+                return short
+    raise AdapterError(
+        f"lora_dtype={value!r}: expected {', '.join(get_args(DtypeName))}, or {', '.join(_LONG_FORMS)} (with or "
+        "without torch. in front); None is the type that the base computes in"
+    )
+
+
+def adapter_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch type that a `lora_dtype` names; `None` stays `None`.
+
+    `torch.float64` is taken too, as the type itself: exactness is tested in it.
+
+    Raises:
+        AdapterError: see `normalize_dtype`.
+    """
+    if value is torch.float64:
+        return torch.float64
+    name = normalize_dtype(value)
+    return None if name is None else _TYPES[name]
+
+
+class AdapterAttributes(NamedTuple):
+    """Attributes of a base linear layer. What they cannot say (groups, partial outputs) is in its layout.
+
+    Attributes:
+        input_is_parallel: the layer is row parallel: its weight is divided along the input features.
+        in_features, out_features: of the unsharded layer.
+        disable_sequence_parallel_comm: the adapter makes no sequence-parallel collective: there is no sequence
+            parallel, or the input comes gathered already.
+        base_linear_is_parallel: the layer's weight is divided at all.
+    """
+
+    input_is_parallel: bool
+    in_features: int
+    out_features: int
+    disable_sequence_parallel_comm: bool
+    base_linear_is_parallel: bool
+
+
+def get_adapter_attributes_from_linear(m: nn.Module) -> AdapterAttributes:
+    """Returns attributes from the base layer, read from its registered layout.
+
+    Args:
+        m: the linear module.
+
+    Raises:
+        NotImplementedError: no layout is registered for the layer's type; the message names it.
+    """
+    layout = layout_of(m)
+    parallel = layout.shard is not None
+    communicates = layout.sequence_parallel and parallel and not layout.input_grad_is_reduced_outside
+    return AdapterAttributes(
+        input_is_parallel=layout.shard == "in",
+        in_features=layout.in_features,
+        out_features=layout.out_features,
+        disable_sequence_parallel_comm=not communicates,
+        base_linear_is_parallel=parallel,
+    )
