@@ -33,14 +33,14 @@ def parse(options: type[T], argv: Sequence[str], prog: str, description: str | N
 
     Raises:
         ConfigError: The YAML file cannot be read, or has a key that is no option.
-        SystemExit: The command line is wrong (code 2, explained on stderr), or asks for help (code 0).
+        SystemExit: The command line is wrong (code 2, explained on stderr), or requests help (code 0).
     """
     arguments = [*_yaml_arguments(options, argv), *_joined(options, argv)]
     return tyro.cli(options, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
 
 
 def _joined(options: type[Any], argv: Sequence[str]) -> list[str]:
-    """The arguments, with the values of a repeated option that takes several behind one: none is lost."""
+    """Gather the values of a repeated option that takes several behind one occurrence of it."""
     several = {"--" + field.name.replace("_", "-") for field in fields(options) if "tuple[" in str(field.type)}
     others: list[str] = []
     values: dict[str, list[str]] = {}

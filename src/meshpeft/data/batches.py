@@ -55,15 +55,15 @@ _ROWS_STREAM, _STEPS_STREAM = 1, 2
 
 
 def seeded_permutation(count: int, seed: int, *stream: int) -> NDArray[np.int64]:
-    """A permutation of `range(count)` that depends on its arguments alone.
+    """Draw a permutation of `range(count)` that depends on the arguments alone.
 
     It must not change with the version of NumPy, or a resumed run would see other data: the legacy
     `RandomState` and `SeedSequence` are the generators whose streams NumPy has frozen (NEP 19).
 
     Args:
         count: Number of elements.
-        seed: The run's seed, not negative.
-        stream: Further non-negative integers that tell independent uses of one seed apart.
+        seed: Seed of the run, not negative.
+        stream: Further non-negative integers that separate independent uses of one seed.
     """
     if seed < 0:
         raise DataError(f"seed: {seed} is negative; use 0 or more.")
@@ -77,9 +77,9 @@ def split_held_out(
     """Set records aside for evaluation.
 
     Args:
-        records: At least two.
-        fraction: The part to set aside, between 0 and 1; at least one record goes to each side.
-        seed: Chooses the records.
+        records: Records; at least two.
+        fraction: Part to set aside, between 0 and 1; at least one record goes to each side.
+        seed: Seed of the run.
 
     Returns:
         The training records and the held-out records, each in the order given.
@@ -120,7 +120,7 @@ class MicroBatch:
     document_ids: torch.Tensor
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
+        """Copy the micro-batch to another device."""
         return MicroBatch(*(getattr(self, part.name).to(device, non_blocking=True) for part in fields(self)))
 
 
@@ -214,11 +214,11 @@ def pack_documents(
     alone.
 
     Args:
-        documents: Each of 1 to `seq_length` tokens; at least one.
+        documents: Documents of 1 to `seq_length` tokens; at least one.
         seq_length: Positions per row.
         seed: The run's seed.
-        packing: False gives every document a row of its own, in the order given.
-        pad_token_id: Any token of the vocabulary; padding is neither attended to nor predicted.
+        packing: Put several documents into a row; otherwise each gets its own, in the order given.
+        pad_token_id: Token that fills rows, any of the vocabulary; padding is neither attended to nor predicted.
 
     Raises:
         DataError: No documents, or one that does not fit a row.
@@ -251,7 +251,7 @@ def pack_documents(
 def _best_fit_decreasing(
     lengths: NDArray[np.int64], seq_length: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`row_documents` and `row_starts` of `PackedRows`."""
+    """Compute `row_documents` and `row_starts` of `PackedRows`."""
     shuffled = seeded_permutation(len(lengths), seed, _ROWS_STREAM)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     # open_rows[c] are the rows with c free positions; bit c of `free` says that there are any. The lowest bit
@@ -287,13 +287,13 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
 
     Attributes:
         source: All rows of the data set.
-        rows: Row numbers of the *whole* batch.
+        rows: Row numbers of the *global* batch.
         micro_batch_size: Rows of one micro-batch; the last may have fewer.
         dp_rank: This rank's place on the data-parallel axis.
         dp_size: Size of that axis.
         pad_to_longest: Whether the padding that all rows computed at one time have in common is cut.
-        global_target_tokens: Targets of the *whole* batch, the divisor of its loss; the same on every rank.
-        global_tokens: Tokens of the *whole* batch, without padding.
+        global_target_tokens: Targets of the *global* batch, which its loss is divided by; the same on every rank.
+        global_tokens: Tokens of the *global* batch, without padding.
     """
 
     source: PackedRows = field(repr=False)
@@ -324,7 +324,7 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        # What all ranks compute at one time is a run of consecutive rows, so that each knows the longest.
+        # All ranks together compute a run of consecutive rows at a time, so each can find the longest of them.
         together = self.micro_batch_size * self.dp_size
         start = index % len(self) * together
         run = self.rows[start : start + together]
@@ -380,15 +380,15 @@ class RowSampler:
         return self.steps(1)
 
     def steps(self, epochs: float) -> int:
-        """Steps until the rows were read `epochs` times, rounded up; at least 1."""
+        """Count the steps until the rows are read `epochs` times, rounded up; at least 1."""
         return max(1, math.ceil(epochs * len(self.rows) / self.batch_size))
 
     def epochs(self, step: int) -> float:
-        """How many times the rows were read before step `step`."""
+        """Return how many times the rows are read before step `step`."""
         return step * self.batch_size / len(self.rows)
 
     def global_rows(self, step: int) -> NDArray[np.int64]:
-        """`[batch_size]` row numbers of step `step` (from 0); the same on every rank."""
+        """Return the `[batch_size]` row numbers of step `step` (from 0), the same on every rank."""
         if step < 0:
             raise ValueError(f"step: {step} is negative; steps count from 0.")
         parts = []
@@ -401,7 +401,7 @@ class RowSampler:
         return np.concatenate(parts)
 
     def micro_batches(self, step: int) -> GlobalBatchSlice:
-        """This rank's micro-batches of step `step` (from 0)."""
+        """Return this rank's micro-batches of step `step` (from 0)."""
         return GlobalBatchSlice(
             source=self.rows,
             rows=self.global_rows(step),
@@ -427,7 +427,7 @@ def eval_batches(
     pad_to_longest: bool = True,
     most: int = 0,
 ) -> GlobalBatchSlice:
-    """Every row once, as one global batch (other arguments as for `RowSampler`).
+    """Make one global batch of every row, each once; arguments as for `RowSampler`.
 
     Args:
         most: Take at most this many rows, evenly spaced: packing has sorted them by the length of their documents.

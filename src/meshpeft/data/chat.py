@@ -1,9 +1,9 @@
 """Chats to tokens: the tokenizer's template renders, and the assistant's turns are what is learned.
 
-Which characters are the assistant's is read from the template. One that marks them (`{% generation %}`) says so.
-Any other is rendered turn by turn: what it shows before an assistant turn, with the prompt to generate, is what the
-model will be given when it answers, so what it shows beyond that is what the model has to learn. From the characters
-on there is one path: the turn's end ([`tokenizers`][meshpeft.data.tokenizers]), then tokens by their offsets.
+Which characters are the assistant's is read from the template, if it marks them (`{% generation %}`). Any other
+template is rendered turn by turn: what it shows before an assistant turn, with the prompt to generate, is what the
+model is given when it answers, so what it shows beyond that is what the model has to learn. From the characters on
+there is one path: the turn's end ([`tokenizers`][meshpeft.data.tokenizers]), then tokens by their offsets.
 
 A template decides what is shown of a message, and some leave out what others show. What a chat holds and its template
 leaves out is refused where the model would learn an answer without it, and counted where it is only not shown.
@@ -40,7 +40,7 @@ __all__ = ["encode_chat"]
 Span = tuple[int, int]
 """Characters `[start, end)` of a rendered chat."""
 Note = Callable[[str], None]
-"""Takes what is to be said of a chat, in words that can be counted over chats."""
+"""Receives a finding about a chat, worded so that it can be counted over chats."""
 
 # Read by some templates and ignored by others, without harm.
 _PLAIN_KEYS = {"role", "content", "name", "id", "tool_call_id", "tool_calls", "refusal", "annotations"}
@@ -67,10 +67,10 @@ def encode_chat(
 
     Args:
         messages: `{"role", "content"}`, and whatever else the template reads. An assistant's message is learned
-            unless it is blank or one of `LEARN_KEYS` says no.
-        tokenizer: With a chat template.
+            unless it is blank or one of `LEARN_KEYS` is false.
+        tokenizer: Tokenizer with a chat template.
         tools: Schemas handed to the template.
-        note: Is told what the template leaves out without harm to what is learned.
+        note: Receives what the template leaves out without harm to what is learned.
 
     Returns:
         Documents, as token ids and the mask of the targets; one with no target if no turn is learned.
@@ -111,7 +111,7 @@ class _Chat:
     """A chat and its template.
 
     Attributes:
-        messages: As the template gets them.
+        messages: Messages as they are given to the template.
         special: The tokenizer.
         tools: Schemas handed to the template.
         learned: Numbers of the messages to learn.
@@ -126,21 +126,21 @@ class _Chat:
     _rendered: dict[tuple[int, bool], RenderedChat | TemplateError] = field(default_factory=dict)
 
     def documents(self) -> list[tuple[list[int], list[bool]]]:
-        """The documents of `encode_chat`."""
+        """Make the documents of `encode_chat`."""
         self._render_turns()
         turns = [turn for turn in map(self.turn, self.learned) if turn.spans]
         _check_shown(self)
-        whole = self.upto(len(self.messages)).text
+        full = self.upto(len(self.messages)).text
         if not turns:
-            return [_tokenize(whole, [], self.special.tokenizer)]
-        if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
-            parts = [(whole, turns)]
+            return [_tokenize(full, [], self.special.tokenizer)]
+        if all(full.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
+            parts = [(full, turns)]
         else:
             parts = [(turn.text, [turn]) for turn in turns]
         return [self._document(text, held) for text, held in parts]
 
     def upto(self, count: int, *, ask: bool = False) -> RenderedChat:
-        """The first `count` messages, and with `ask` the prompt to generate."""
+        """Render the first `count` messages, and with `ask` the prompt to generate."""
         if (count, ask) not in self._rendered:
             self._rendered[count, ask] = self.render(self.messages[:count], ask=ask)
         rendered = self._rendered[count, ask]
@@ -149,7 +149,7 @@ class _Chat:
         return rendered
 
     def _render_turns(self) -> None:
-        """Render what the turns will ask for, all at once: each request of its own takes longer than its answer."""
+        """Render what the turns need in one request: a request takes longer than its answer."""
         asks = self.upto(len(self.messages)).spans is None
         prefixes = {part for at in self.learned for part in ((at + 1, False), (at, asks)) if part[0]}
         missing = sorted(prefixes - self._rendered.keys())
@@ -162,7 +162,7 @@ class _Chat:
         return render_chat(self.special.tokenizer, messages, self.tools, add_generation_prompt=ask)
 
     def turn(self, at: int) -> _Turn:
-        """The assistant's message of this number."""
+        """Find the assistant's message of this number in the rendered chat."""
         text, marked = self.upto(at + 1)
         if marked is not None:
             before = len(self._marked_before(at, len(marked)))
@@ -179,7 +179,9 @@ class _Chat:
         return turn
 
     def _marked_before(self, at: int, count: int) -> list[Span]:
-        """The parts marked before this turn; all of the `count` but one where the template refuses what is before."""
+        """Return the parts marked before this turn; all of the `count` but one where the template refuses those
+        messages.
+        """
         try:
             return (self.upto(at).spans or []) if at else []
         except TemplateError:
@@ -188,7 +190,7 @@ class _Chat:
     def _start(self, at: int, text: str) -> int:
         opening = self.upto(at, ask=True).text if at else ""
         if at and text.startswith(opening):
-            # Some templates show no prompt behind a tool's answer, and all the same what begins an answer elsewhere.
+            # Some templates show no prompt behind a tool's answer, though they begin the answer as elsewhere.
             begun = self._prompt() if opening == self.upto(at).text else ""
             return len(opening) + (len(begun) if text.startswith(begun, len(opening)) else 0)
         # The prompt to generate is more than what precedes an answer (it opens a reasoning block), or there is nothing
@@ -206,7 +208,7 @@ class _Chat:
         )
 
     def _prompt(self) -> str:
-        """The template's prompt to generate, behind a question."""
+        """Return the template's prompt to generate, behind a question."""
         try:
             asked, shown_alone = self.render([_QUESTION], ask=True).text, self.render([_QUESTION]).text
         except TemplateError:
@@ -229,7 +231,7 @@ class _Chat:
         return [*tokens, self._stop_behind(turns[-1])], [*targets, True]
 
     def _closed(self, text: str, turn: _Turn) -> tuple[bool, Span]:
-        """Whether a turn has an end that stops generation, and its last span, up to its end.
+        """Return whether an end that stops generation closes a turn, and the turn's last span, up to that end.
 
         A special token that the template closes the turn with is learned, too, where it is no end token, and is the end
         of a tool call.
@@ -250,7 +252,9 @@ class _Chat:
         return (True, (start, end + len(found))) if found is not None else (False, (start, end))
 
     def _stop_behind(self, turn: _Turn) -> int:
-        """What to append to a turn that the template leaves open: what would begin the next message, if that stops."""
+        """Return the token to append to a turn that the template leaves open: what begins the next message, if that
+        stops.
+        """
         calls = bool(self.messages[turn.at].get("tool_calls"))
         start, end = turn.spans[-1]
         said = str(self.messages[turn.at].get("content") or "").strip()
@@ -278,13 +282,13 @@ def _chat(
     learned: list[int],
     note: Note,
 ) -> _Chat:
-    """The chat in the form in which its template shows all that is to be learned.
+    """Find the form of a chat in which its template shows all that is to be learned.
 
     Templates differ in what they take: a call's arguments as an object (as transformers documents) or as text, and no
     content beside a call as an empty text or as nothing. The first form that shows every call is taken.
 
     Raises:
-        ValueError: There is none; it says what is wrong with the first.
+        ValueError: There is none; the message is about the first.
     """
     fault: ValueError | None = None
     for form in _forms(messages):
@@ -319,7 +323,7 @@ def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _formed(message: dict[str, Any], *, as_text: bool, other_empty: bool) -> dict[str, Any]:
-    """A message with tool calls, their arguments as text or object, and with `other_empty` no content otherwise."""
+    """Write the tool calls of a message in one form: arguments as text or object, content missing or empty."""
     calls = []
     for call in message["tool_calls"]:
         function = function_of(call)
@@ -363,7 +367,7 @@ def _check_calls(chat: _Chat) -> None:
         try:
             probed = _unescaped(chat.render([*chat.messages[:at], {**message, "tool_calls": probes}]).text)
         except TemplateError:
-            continue  # it reads them, and knows which tools there are
+            continue  # it reads them, and refuses tools that do not exist
         for number, call in enumerate(calls):
             parts = [("name", "a"), *([("arguments", "c")] if parsed_arguments(call) else [])]
             lost = [what for what, mark in parts if f"{_SENTINEL}{number}{mark}" not in probed]
@@ -384,15 +388,15 @@ def _check_shown(chat: _Chat) -> None:
     """Note what the template leaves out of the chat.
 
     Raises:
-        ValueError: It leaves out what an assistant's message says, which is to be learned.
+        ValueError: It leaves out the text of an assistant's message, which is to be learned.
     """
     tools: Any = chat.tools
     template = str(chat.special.tokenizer.get_chat_template(None, tools))
-    whole = chat.upto(len(chat.messages)).text
+    full = chat.upto(len(chat.messages)).text
     for at, message in enumerate(chat.messages):
         learned, role = at in chat.learned, message["role"]
         # An earlier answer may be shown otherwise, but not when it was the last.
-        text = chat.upto(at + 1).text if learned else whole
+        text = chat.upto(at + 1).text if learned else full
         reasoning = next((key for key in REASONING_KEYS if message.get(key)), None)
         if learned and reasoning is not None and not _is_shown(chat, at, reasoning, text):
             chat.note(f"assistant turns whose {reasoning!r} the chat template leaves out")
@@ -408,9 +412,9 @@ def _check_shown(chat: _Chat) -> None:
         for key in sorted(message.keys() - _PLAIN_KEYS - set(REASONING_KEYS)):
             if key not in template:
                 chat.note(f"messages with a field {shown(key)} that the chat template does not read")
-    if chat.tools and not all(name in whole for name in _tool_names(chat.tools)):
+    if chat.tools and not all(name in full for name in _tool_names(chat.tools)):
         without = replace(chat, tools=None, _rendered={}).upto(len(chat.messages)).text
-        if without == whole:
+        if without == full:
             chat.note("chats whose 'tools' the chat template leaves out")
 
 
@@ -422,7 +426,7 @@ def _tool_names(tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _is_shown(chat: _Chat, at: int, key: str, text: str) -> bool:
-    """Whether the template shows a field of a message, in `text` or with another value in its place."""
+    """Return whether the template shows a field of a message, in `text` or with another value in its place."""
     message = chat.messages[at]
     value = message[key]
     if not isinstance(value, str) or not value.strip() or value.strip() in text:
@@ -457,7 +461,7 @@ def _tokenize(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) 
         ]
         ids = [token for _, part, _ in parts for token in part]
         first, last = np.concatenate([begin + places for begin, _, places in parts]).T
-    # White space may have no place of its own: it begins where the token before it ends.
+    # White space may have no offsets of its own: it begins where the token before it ends.
     before = np.concatenate([[0], np.maximum.accumulate(last)[:-1]]) if len(last) else last
     begins = np.where(first < last, first, np.minimum(before, last))
     targets = np.zeros(len(ids), dtype=bool)

@@ -56,7 +56,7 @@ class TokenizedRecords(Sequence[Document]):
     """The documents of a data set, and what had to be done to fit them.
 
     Attributes:
-        documents: In the order of the records; each has at least one target.
+        documents: Documents in the order of the records; each has at least one target.
         truncated: Prompt/completion and chat documents that were cut to the sequence length.
         split: Texts that were split into several documents.
         dropped: Records left out because nothing in them can be learned.
@@ -93,20 +93,20 @@ def tokenize_records(
 ) -> TokenizedRecords:
     """Turn records into documents of at most `seq_length` tokens.
 
-    * A text is trained on whole. A longer text is split; a piece starts with the token that
-      ended the one before, so that every token but the text's first is a target exactly once.
+    * Every token of a text but its first is a target. A longer text is split; a piece starts with the token that
+      ended the one before, so that each token is a target exactly once.
     * Of a prompt/completion pair the completion and its end token are targets. The prompt is
       tokenised as it will be when the model is asked to complete it.
     * Of a chat, rendered by the tokenizer's template, the assistant's turns are targets
       ([`encode_chat`][meshpeft.data.chat.encode_chat]).
-    * How texts and pairs begin and end says [`tokenizers`][meshpeft.data.tokenizers].
+    * Texts and pairs begin and end by the rule of [`tokenizers`][meshpeft.data.tokenizers].
     * A pair or chat that is too long loses its beginning (leading tokens are kept); if its last completion alone is
       too long, that is cut at its end.
     * A record without an answer, or whose answers are blank, is dropped.
 
     Args:
         records: All of one format (`Record`); at least one.
-        tokenizer: With an end-of-sequence token; for chats with a template.
+        tokenizer: Tokenizer with an end-of-sequence token; for chats with a template.
         seq_length: Longest document in tokens, at least 2.
         ends: Tokens that end a text besides the tokenizer's own
             ([`end_tokens`][meshpeft.data.tokenizers.end_tokens]).
@@ -160,7 +160,7 @@ def tokenize_records(
 def _encoded(
     records: Sequence[Record], special: SpecialTokens, findings: Findings
 ) -> Iterator[tuple[Record, list[Encoded]]]:
-    """Each record and its documents, not cut; none of a record without anything to learn."""
+    """Yield each record with its documents, not cut; none where the record holds nothing to learn."""
     start = 0
     for batch in _batches(records):
         if "messages" in batch[0]:
@@ -173,7 +173,9 @@ def _encoded(
 
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Records to tokenise at once: up to a number, and up to the characters of the longest record there may be."""
+    """Yield records to tokenise together: up to a number, and up to the characters of the longest record there may
+    be.
+    """
     batch: list[Record] = []
     characters = 0
     for record in records:
@@ -198,12 +200,12 @@ def _encode_pairs(records: Sequence[Record], special: SpecialTokens) -> Iterator
     completions = [special.without_space_behind_end(record["completion"]) for record in records]
     joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     both = zip(token_ids(special.tokenizer, prompts), token_ids(special.tokenizer, joined), strict=True)
-    for record, text, (prompt, whole) in zip(records, completions, both, strict=True):
-        # Generation starts from the prompt's own tokens, so training does. Mostly the tokens of the whole
+    for record, text, (prompt, full) in zip(records, completions, both, strict=True):
+        # Generation starts from the prompt's own tokens, so training does. Mostly the tokens of the full
         # text continue them; where one would span the boundary, the completion is tokenised alone. Not
         # always, because some tokenizers put a space before whatever text begins with.
-        continued = whole[: len(prompt)] == prompt
-        completion = whole[len(prompt) :] if continued else continued_ids(special.tokenizer, text)
+        continued = full[: len(prompt)] == prompt
+        completion = full[len(prompt) :] if continued else continued_ids(special.tokenizer, text)
         context, answer = special.begun(prompt), special.ended(completion)
         targets = [False] * len(context) + [True] * len(answer)
         yield record, [] if nothing_to_learn(record) else [(context + answer, targets)]
@@ -224,7 +226,9 @@ def _encode_chats(
 
 
 def _truncate(tokens: list[int], targets: list[bool], seq_length: int, special: SpecialTokens) -> Encoded:
-    """The `seq_length` tokens that hold what fits of the last run of targets, and what precedes it."""
+    """Cut a document to the `seq_length` tokens that hold what fits of its last run of targets, and what precedes
+    it.
+    """
     leading = special.leading or [special.tokenizer.bos_token_id]
     head = len(leading) if tokens[: len(leading)] == leading and len(leading) < seq_length else 0
     room = seq_length - head
@@ -246,7 +250,7 @@ def _int32(tokens: Sequence[int]) -> NDArray[np.int32]:
 
 
 def prompt_of(document: Document) -> list[int]:
-    """The tokens before a document's first target; of a text, which is a target from its start, the first few."""
+    """Return the tokens before the first target; of a text, which is a target from its start, the first few."""
     first = int(document.targets.argmax())
     length = first if first > 1 else min(_TEXT_PROMPT_TOKENS, max(1, len(document) // 2))
     tokens: list[int] = document.tokens[:length].tolist()

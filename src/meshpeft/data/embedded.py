@@ -61,7 +61,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def embedded_model_dir() -> Path:
-    """The Hugging Face directory of the packaged base model (Llama architecture, bfloat16, with tokenizer).
+    """Find the Hugging Face directory of the packaged base model (Llama architecture, bfloat16, with tokenizer).
 
     Raises:
         FileNotFoundError: The package was installed without its data files.
@@ -76,7 +76,7 @@ def embedded_model_dir() -> Path:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether the module of this dotted name is held out: its name's hash falls in the last tenth.
+    """Return whether the module of this dotted name is held out: its name's hash falls in the last tenth.
 
     The split depends on the name alone, so that it is the same on every machine and Python version, and
     for the corpus that the base model was trained on.
@@ -109,7 +109,7 @@ def standard_library_modules() -> Iterator[tuple[str, str]]:
 
 
 def source_without_docstrings(source: str) -> str:
-    """`source` with the docstrings of its module, classes and functions cut out.
+    """Cut the docstrings of its module, classes and functions out of `source`.
 
     Comments and the formatting of all other lines stay; the blank lines after a docstring go with it, and
     a body that held nothing else becomes `pass`. Lines end in a line feed in the result.
@@ -122,7 +122,7 @@ def source_without_docstrings(source: str) -> str:
 
 
 def embedded_records() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The data set `(train, held_out)`, made from the running interpreter's standard library.
+    """Make the data set `(train, held_out)` from the running interpreter's standard library.
 
     Each record is `{"prompt": …, "completion": …}`: a documented function's signature and body, without
     its docstring and cut at a line's end after about 600 characters, and the docstring as
@@ -174,7 +174,7 @@ def _records_of(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _code_of(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str | None]) -> str | None:
-    """The function's lines, without its docstring, moved to column 0 and cut; None if nothing is left."""
+    """Return the function's lines, without its docstring, moved to column 0 and cut; None if nothing is left."""
     indent = " " * node.col_offset
     kept: list[str] = []
     used = 0
@@ -191,7 +191,7 @@ def _code_of(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str | Non
 
 
 def _lines_without_docstrings(source: str) -> tuple[list[str | None], list[_Documented]]:
-    """The lines of `source` (None where one is cut out) and its documentable nodes, by line."""
+    """Return the lines of `source` (None where one is cut out) and its documentable nodes, by line."""
     source = source.replace("\r\n", "\n").replace("\r", "\n")
     tree = ast.parse(source)
     lines: list[str | None] = list(source.split("\n"))

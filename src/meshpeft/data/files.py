@@ -2,7 +2,7 @@
 
 A file may be of any size; a row may not. What is read at a time is bounded whatever the file holds: a line without an
 end, a cell whose quote is never closed, a list nested a million deep, a number of as many digits. JSON and CSV are read
-by the standard library and Parquet by PyArrow, in pieces; no reader infers types, asks a network or writes a cache.
+by the standard library and Parquet by PyArrow, in pieces; no reader infers types, uses a network or writes a cache.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from meshpeft.parallel.errors import MeshPEFTError, first_line, shown
 __all__ = ["MOST_CHARACTERS", "DataError", "Row", "check_plain", "check_text", "identity", "read_rows"]
 
 MOST_ROW_CHARACTERS = 16 * 2**20
-"""In a line, or in an object of a list, with all its columns."""
+"""Most characters in a line, or in an object of a list, with all its columns."""
 MOST_CHARACTERS = 4 * 2**20
-"""In a text, and in the messages of a chat together: a tokenizer takes some 200 bytes for each."""
+"""Most characters in a text, and in the messages of a chat together: a tokenizer takes some 200 bytes for each."""
 MOST_DEPTH = 64
 _CHUNK = 2**20
 # Rows that Parquet decodes at once: each may be long.
@@ -39,8 +39,8 @@ class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        where: For messages: `line 3` or `row 3`, counted from 1.
-        values: By column.
+        where: Its place for messages: `line 3` or `row 3`, counted from 1.
+        values: Values by column.
         unread: Columns that were not read, being of no use.
     """
 
@@ -50,15 +50,15 @@ class Row(NamedTuple):
 
 
 Choice = Callable[[Sequence[str]], Collection[str] | None]
-"""Of the columns that a file has, those that are read; `None`: it has none of use."""
+"""Chooses the columns to read among those of a file; `None` where none is of use."""
 
 
 def read_rows(path: Path, choose: Choice) -> Iterator[Row]:
-    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
+    """Read the rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
 
     Args:
-        path: The file.
-        choose: Which columns are read, where the file's format knows them before its rows.
+        path: Path of the file.
+        choose: Chooses the columns to read, where the file's format lists them before its rows.
 
     Raises:
         DataError: There is no such file, or it cannot be read; the message names it, and the line or row.
@@ -90,10 +90,10 @@ def read_rows(path: Path, choose: Choice) -> Iterator[Row]:
 
 
 def identity(path: Path) -> Path:
-    """What two names of one file have in common."""
+    """Return what two names of one file have in common."""
     try:
         return path.resolve()
-    except (OSError, ValueError, RuntimeError):  # it cannot be read either, which its reader says better
+    except (OSError, ValueError, RuntimeError):  # it cannot be read either, which its reader reports better
         return path
 
 
@@ -101,8 +101,8 @@ def check_text(value: Any, at: str) -> str:
     """Check a text of a row.
 
     Args:
-        value: Of a column or field.
-        at: Names it, for messages.
+        value: Value of a column or field.
+        at: Its name, for messages.
 
     Raises:
         DataError: It is of another type, no text, or too long.
@@ -134,7 +134,7 @@ def check_plain(value: Any, at: str) -> int:
 
 
 def _checked_size(value: Any, at: str, depth: int) -> int:
-    """The characters in a value whose parts have been looked at."""
+    """Check all parts of a value, and count its characters."""
     if isinstance(value, str):
         return len(check_text(value, at))
     if value is None or isinstance(value, bool | int):
@@ -177,7 +177,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with text that is no value, of whatever `json` raises but its own error."""
+    """Describe why text is no value, for the exceptions of `json` other than its own error."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if isinstance(error, _DuplicateError):
@@ -258,8 +258,8 @@ class _JsonText:
     """JSON text of which a window is in memory.
 
     Args:
-        file: From its beginning.
-        path: Of the file, for messages.
+        file: File, open at its beginning.
+        path: Path of the file, for messages.
     """
 
     # A text that is cut off is at fault near its end, or where its last string begins.
@@ -271,7 +271,7 @@ class _JsonText:
         self._line, self._ended = 1, False
 
     def next_character(self) -> str:
-        """The next character that is no white space, which stays; nothing at the end."""
+        """Return the next character that is not white space, without going past it; an empty string at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\n\r":
                 self._at += 1
@@ -287,7 +287,7 @@ class _JsonText:
         self._at += 1
 
     def value(self) -> Any:
-        """The next value, from the next character on."""
+        """Parse the value that begins at the next character."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
@@ -304,7 +304,7 @@ class _JsonText:
             return value
 
     def error(self, what: str, at: int | None = None) -> DataError:
-        """The error of the text at a place, by default the next character."""
+        """Make the error of the text at a place, by default the next character."""
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)
         return DataError(f"{self._path}, line {line}: not valid JSON ({what}).")
 

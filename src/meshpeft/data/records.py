@@ -1,7 +1,6 @@
 """Rows of data files to records of one format: a text, a prompt with its completion, or a chat's messages.
 
-Data sets say in several ways which columns and which messages are learned. What says so is honoured or refused, never
-ignored.
+Data sets mark in several ways what is learned. Such a column or field is honoured or refused, never ignored.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
 }
 _OPTIONAL: dict[RecordFormat, tuple[str, ...]] = {"messages": ("tools",), "prompt/completion": (), "text": ()}
 
-# Columns that say what is learned, or belong to the example: to leave them out would train on something else.
+# Columns that mark what is learned, or belong to the example: to leave them out would train on something else.
 _REFUSED: dict[str, str] = {
     **dict.fromkeys(("weight", "weights", "loss_weight", "loss_mask", "loss", "train", "trainable", "mask", "labels"),
                     "says what is learned, and is read in messages only ('weight': 0 or 1)"),
@@ -71,7 +70,7 @@ ACCEPTED_COLUMNS = '"text", or "prompt" and "completion", or "messages"'
 
 
 class FileRecord(dict[str, Any]):
-    """A record that knows where it is from.
+    """A record with its place in a file.
 
     Attributes:
         where: Its file, and its line or row there, counted from 1.
@@ -83,7 +82,7 @@ class FileRecord(dict[str, Any]):
 
 
 def place_of(record: Record, number: int) -> str:
-    """Where a record is from, for messages; of one that is from no file, its number."""
+    """Name the place of a record for messages; the record's number if it comes from no file."""
     if isinstance(record, FileRecord):
         return record.where
     return f"{'chat' if 'messages' in record else 'record'} {number}"
@@ -91,7 +90,7 @@ def place_of(record: Record, number: int) -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is to be said of the records: how often each thing was found, and where first."""
+    """What was found in the records, how often, and where first."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -107,12 +106,12 @@ class Findings:
             self.add(what, other.first[what], count)
 
     def lines(self) -> list[str]:
-        """A line for each thing."""
+        """Return a line for each finding."""
         return [f"{what}: {count:,} (first: {self.first[what]})" for what, count in self.counts.items()]
 
 
 def record_format(columns: Sequence[str]) -> RecordFormat | None:
-    """The format that these columns hold: the first of chat, prompt/completion and text that is complete."""
+    """Return the format of these columns: the first of chat, prompt/completion and text that is complete."""
     for name, required in _REQUIRED.items():
         if all(column in columns for column in required):
             return name
@@ -132,14 +131,14 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[F
 
     Args:
         paths: Files of one format; at least one.
-        findings: Is told which columns are left out.
+        findings: Receives the columns that are left out.
 
     Returns:
         The records (`FileRecord`) in the order of the files; at least one of each.
 
     Raises:
         DataError: A file is missing, empty, of another kind or cannot be parsed, it has no usable
-            column, a row lacks a value, or a column or a field of a message says what is learned in a way that
+            column, a row lacks a value, or a column or a field of a message marks what is learned in a way that
             cannot be honoured; the message names the file and, where there is one, the line or row.
     """
     records: list[FileRecord] = []
@@ -174,7 +173,7 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[F
 
 
 def _chosen(names: Sequence[str]) -> list[str] | None:
-    """The columns to read of these: those of the format, and those that must not be left out."""
+    """Choose the columns to read: those of the format, and those that must not be left out silently."""
     found = record_format(names)
     if found is None:
         return None
@@ -183,7 +182,7 @@ def _chosen(names: Sequence[str]) -> list[str] | None:
 
 
 def _checked(row: Row, found: RecordFormat, path: Path) -> FileRecord:
-    """The columns of the format, each with a value of the right kind."""
+    """Return the columns of the format, each with a value of the right kind."""
     at = f"{path}, {row.where}"
     record = FileRecord({}, at)
     for column in _REQUIRED[found]:
@@ -250,7 +249,7 @@ def _checked_messages(value: Any, at: str) -> list[dict[str, Any]]:
 
 
 def nothing_to_learn(record: Record) -> str | None:
-    """Why nothing can be learned from a record, or None: it holds no answer, or one that is blank.
+    """Return why nothing can be learned from a record, or None: it holds no answer, or a blank one.
 
     A blank answer would teach the model to say nothing.
     """
@@ -271,7 +270,7 @@ def nothing_to_learn(record: Record) -> str | None:
 Message = Mapping[str, Any]
 
 LEARN_KEYS = ("weight", "train", "trainable", "loss", "loss_mask")
-"""Fields of a message that say whether it is learned: 1 and true, 0 and false."""
+"""Fields of a message that decide whether it is learned: 1 and true, 0 and false."""
 
 _REFUSED_KEYS = {
     **dict.fromkeys(("mask", "masked", "labels", "loss_weight", "loss_scale", "train_detail", "weights"), "learned"),
@@ -288,7 +287,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def is_learned(message: Message) -> bool:
-    """Whether the fields of a message let it be learned (`LEARN_KEYS`); without any, an assistant's is.
+    """Return whether a message is learned by its fields (`LEARN_KEYS`); without any, an assistant's is.
 
     Raises:
         ValueError: A field has another value than 0, 1, true and false, or they contradict each other, or ask for a
@@ -313,13 +312,13 @@ def is_learned(message: Message) -> bool:
 
 
 def is_blank(message: Message) -> bool:
-    """Whether there is nothing to learn from a message: no text but white space, no reasoning and no call."""
+    """Return whether a message holds nothing to learn: no text but white space, no reasoning and no call."""
     texts = (message.get(key) for key in ("content", *REASONING_KEYS))
     return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Check the fields of a chat's messages that say what is learned, and the tool calls.
+    """Check the fields of a chat's messages that decide what is learned, and the tool calls.
 
     Raises:
         ValueError: A field cannot be honoured; the message is named.
@@ -339,7 +338,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def calls_of(message: Message) -> list[Mapping[str, Any]]:
-    """The tool calls of a message."""
+    """Return the tool calls of a message."""
     calls = message.get("tool_calls")
     if calls is None:
         return []
@@ -349,7 +348,7 @@ def calls_of(message: Message) -> list[Mapping[str, Any]]:
 
 
 def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The name and arguments of a tool call, which some formats hold without a `function` around them."""
+    """Return the name and arguments of a tool call, which some formats hold without a `function` around them."""
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call must hold a 'function' with a 'name' and its 'arguments'")
@@ -357,7 +356,7 @@ def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a call as an object: OpenAI's format holds them as its JSON text."""
+    """Return the arguments of a call as an object: OpenAI's format holds them as its JSON text."""
     function = function_of(call)
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -1,9 +1,9 @@
 """The process that renders chat templates for [`templates`][meshpeft.data.templates]; run by its path, not imported.
 
-A template is a program that somebody else wrote. It may loop for ever, compute `9**9**9` inside of one C call, which
-no handler of a signal interrupts, or take all memory there is. So it runs in a process with limits of its own, which
-the operating system enforces: address space, size of files, and processor time, which is set again for each chat and
-ends the process when it is used up.
+A template is a program that somebody else wrote. It may loop for ever, compute `9**9**9` inside one C call, which no
+signal handler interrupts, or take all memory there is. So it runs in a separate process with limits that the operating
+system enforces: address space, size of files, and processor time, which is set again for each chat and ends the
+process when it is used up.
 
 The environment is that of `transformers.utils.chat_template_utils`, to the letter, without the seconds that its
 import takes: only Jinja is imported here. One request and one answer at a time go over standard input and output, each
@@ -52,7 +52,7 @@ class Request(NamedTuple):
     Attributes:
         template: Text of the template.
         variables: What it reads, `messages` among it.
-        moment: The time that it is told, in ISO format.
+        moment: Time that it reads as now, in ISO format.
         seconds: Processor time for each rendering.
         prefixes: How many of the messages are shown, and whether the prompt to generate is, in each rendering.
     """
@@ -69,7 +69,7 @@ class TooLong(Exception):
 
 
 class _MarkedParts(jinja2.ext.Extension):
-    """`{% generation %}` .. `{% endgeneration %}`: the parts that the assistant says."""
+    """`{% generation %}` .. `{% endgeneration %}`: the assistant's parts."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -142,7 +142,7 @@ def render(request: Request, count: int, ask: bool) -> dict[str, Any]:
     """Render the first messages of a chat: the `text`, and the `spans` that the template marks.
 
     Spans are `None` if the template puts a marked part elsewhere than where it is marked (in a macro, or in a variable
-    that is shown later), since then nothing says where it is.
+    that is shown later), since its place is then unknown.
     """
     template = _compiled(request.template)
     environment: Any = template.environment
@@ -165,7 +165,7 @@ def render(request: Request, count: int, ask: bool) -> dict[str, Any]:
 
 
 def _answer(request: Request, count: int, ask: bool) -> dict[str, Any]:
-    """What comes of one rendering, or the end of a sentence that begins with "the chat template"."""
+    """Render once; on failure return the end of a sentence that begins with "the chat template"."""
     try:
         return render(request, count, ask)
     except TooLong:

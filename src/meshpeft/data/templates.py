@@ -1,9 +1,9 @@
 """Chat templates: a tokenizer's template renders a chat, within bounds of time and memory.
 
-A template is a program in a file that people fetch. It is rendered in a process of its own
-(`template_process.py` says why), which is started with the first chat and serves all that follow. What is rendered
-is what `tokenizer.apply_chat_template` would give, with one difference: a template that asks for the date gets that
-of the run, so that the same data make the same tokens on every rank, on every machine, and when a run is resumed.
+A template is a program in a file that people download. It is rendered in a separate process (why: see
+`template_process.py`), which is started with the first chat and serves all that follow. The result is that of
+`tokenizer.apply_chat_template`, with one difference: a template that reads the date gets that of the run, so that the
+same data make the same tokens on every rank, on every machine, and when a run is resumed.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def render_chat(
     """Render a chat with the tokenizer's template.
 
     Args:
-        tokenizer: With a chat template.
-        messages: At least one; keys without a value (`None`) are left out.
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages, at least one; keys without a value (`None`) are left out.
         tools: Schemas handed to the template.
         add_generation_prompt: End with what precedes an answer.
 
@@ -131,10 +131,10 @@ def render_prefixes(
 
 @contextmanager
 def chat_templates(day: str | None) -> Iterator[None]:
-    """Within the block, a template that asks for the date (`strftime_now`) gets this one; then nothing is left of it.
+    """Give templates that read the date (`strftime_now`) this one inside the block; end the process behind it.
 
     Args:
-        day: In ISO format; `None`: today.
+        day: Date in ISO format; `None`: today.
     """
     token = _today.set(None if day is None else date.fromisoformat(day))
     try:
@@ -167,7 +167,9 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy in JSON's types; of anything else (a date in a Parquet file) the name of its type, as in transformers."""
+    """Copy a value in JSON's types; anything else (a date in a Parquet file) becomes its type's name, as in
+    transformers.
+    """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -244,7 +246,7 @@ class _Renderer:
         return answers
 
     def _read(self) -> bytes:
-        """The next answer.
+        """Read the next answer.
 
         Raises:
             TimeoutError: There is none in time.
@@ -270,7 +272,7 @@ class _Renderer:
             self._received += part
 
     def _how_it_ended(self, error: Exception) -> str:
-        """End the process after an error, and say what its end has to do with the template."""
+        """End the process after an error, and describe its end as the template's."""
         process = self._process
         assert process is not None
         if not isinstance(error, TimeoutError):
@@ -286,7 +288,7 @@ class _Renderer:
         return f"ends the process that renders it ({said or f'exit code {process.returncode}'})"
 
     def _end(self) -> str:
-        """End the process, if there is one, and return the last line of what it said."""
+        """End the process, if there is one, and return the last line of its standard error."""
         process, self._process = self._process, None
         if process is None:
             return ""

@@ -41,7 +41,7 @@ __all__ = [
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory, without asking the network and without running code of its own.
+    """Load the tokenizer of a Hugging Face directory, without network access and without running the directory's code.
 
     Raises:
         ModelError: The directory holds none that can be read.
@@ -92,7 +92,7 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _growth(part: Any) -> float:
-    """The factor by which a normalizer or decoder makes a text longer at most."""
+    """Return the factor by which a normalizer or decoder makes a text longer at most."""
     if isinstance(part, list):
         growth = 1.0
         for step in part:
@@ -108,7 +108,7 @@ def _growth(part: Any) -> float:
 
 
 def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's `generation_config.json`.
+    """Return the tokens that end a text: the tokenizer's, and those of the model's `generation_config.json`.
 
     Raises:
         ModelError: `generation_config.json` holds something else.
@@ -125,7 +125,7 @@ def end_tokens(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, and none that the text does not have."""
+    """Tokenise texts without adding special tokens."""
     # verbose=False: documents beyond the model's length are ours to cut, the tokenizer need not warn.
     with blamed_on("the tokenizer makes no tokens of a text", DataError):
         batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -134,18 +134,18 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of these tokens, without special ones."""
+    """Decode tokens to text, without special tokens."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that continues another, without the space that some tokenizers put before any text."""
+    """Tokenise a text that continues another, without the space that some tokenizers put before any text."""
     behind, before = token_ids(tokenizer, [f"\n{text}", "\n"])
     return behind[len(before) :] if behind[: len(before)] == before else token_ids(tokenizer, [text])[0]
 
 
 def with_leading(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    """The tokens of a text, preceded by what the tokenizer puts before texts, unless they begin with it."""
+    """Put the tokenizer's leading tokens before the tokens of a text, unless they begin with them."""
     leading = _leading_tokens(tokenizer)
     return tokens if tokens[: len(leading)] == leading else leading + tokens
 
@@ -164,7 +164,7 @@ class SpecialTokens:
     """A tokenizer, and the tokens that begin and end its texts.
 
     Attributes:
-        tokenizer: With an end-of-sequence token.
+        tokenizer: Tokenizer with an end-of-sequence token.
         ends: End tokens besides the tokenizer's own (`end_tokens`).
     """
 
@@ -173,7 +173,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] | None = None) -> SpecialTokens:
-        """The special tokens of a tokenizer.
+        """Collect the special tokens of a tokenizer.
 
         Raises:
             DataError: It has no end-of-sequence token.
@@ -211,24 +211,26 @@ class SpecialTokens:
         return {str(token.content): number for number, token in added.items() if token.content}
 
     def id_of(self, text: str) -> int:
-        """The id of an added token."""
+        """Return the id of an added token."""
         return self._added_texts[text]
 
     def begun(self, tokens: list[int]) -> list[int]:
-        """The tokens of a text, with the leading ones before them once."""
+        """Put the leading tokens before the tokens of a text, unless they begin with them."""
         return tokens if tokens[: len(self.leading)] == self.leading else self.leading + tokens
 
     def ended(self, tokens: list[int]) -> list[int]:
-        """The tokens of a text, with an end token behind them, if they do not end with one."""
+        """Put an end token behind the tokens of a text, unless they end with one."""
         return tokens if tokens and tokens[-1] in self.ends else [*tokens, self.eos]
 
     def without_space_behind_end(self, text: str) -> str:
-        """The text, without white space behind an end token that it ends with."""
+        """Strip white space behind an end token that the text ends with."""
         stripped = text.rstrip()
         return stripped if self.end_of(stripped) is not None else text
 
     def length_to_end(self, text: str) -> int | None:
-        """The length of a text up to the first end token of the special tokens that it ends with, if there is one."""
+        """Return the length up to the first end token among the special tokens that the text ends with, if there is
+        one.
+        """
         found = None
         text = text.rstrip()
         while token := self.end_of(text, special=True):
@@ -238,11 +240,11 @@ class SpecialTokens:
         return found
 
     def end_of(self, text: str, *, special: bool = False) -> str | None:
-        """The end token, or with `special` any special token, that the text ends with, as it is written."""
+        """Return the end token, or with `special` any special token, that the text ends with, as it is written."""
         return _longest(token for token in self._texts(special) if text.endswith(token))
 
     def end_at(self, text: str, at: int, *, special: bool = False) -> str | None:
-        """The same for the token that begins at a character."""
+        """Return the end token, or with `special` any special token, that begins at a character of the text."""
         return _longest(token for token in self._texts(special) if text.startswith(token, at))
 
     def _texts(self, special: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The adapter that the options ask for."""
+"""The adapter of a run: its method, the layers that get it, how it starts, and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def add_adapter(model: LanguageModel, config: FinetuneConfig) -> None:
 
 
 def adapter_method(config: FinetuneConfig, targets: Sequence[str] | None = None) -> LowRankPEFT:
-    """The method with the options of a run.
+    """Make the adapter method with the options of a run.
 
     Args:
-        config: The options.
-        targets: The layers that get adapters if the options name none; the method's own by default.
+        config: Options of the run.
+        targets: Layers that get adapters if the options name none; the method's own by default.
 
     Raises:
         AdapterError: Options that do not go together.
@@ -112,14 +112,14 @@ def adapter_method(config: FinetuneConfig, targets: Sequence[str] | None = None)
 
 
 def describe_targets(config: FinetuneConfig, targets: Sequence[str] | None = None) -> str:
-    """The layers that get adapters, for the report of a run; arguments as for `adapter_method`."""
+    """Describe the layers that get adapters, for the report of a run; arguments as for `adapter_method`."""
     if config.exclude_modules:
         return f"every linear layer but {', '.join(config.exclude_modules)}"
     return ", ".join(adapter_method(config, targets).target_modules)
 
 
 def describe_experts(model: LanguageModel) -> str | None:
-    """What the experts of a model got, for the report of a run; `None` where they have no adapter."""
+    """Describe the adapters of a model's experts, for the report of a run; `None` where they have none."""
     moe = model.config.moe if isinstance(model, Decoder) else None
     found = next((module for module in model.modules() if isinstance(module, GroupedExpertLinearAdapter)), None)
     if moe is None or found is None:
@@ -132,8 +132,8 @@ class DefaultLayers(NamedTuple):
     """Names, or patterns with `*` of full names, of layers of a model.
 
     Attributes:
-        adapted: Those that get adapters; `None` for those that the method has.
-        in_full: Those that a packed base keeps as they are.
+        adapted: Layers that get adapters; `None` for the method's own default (`target_modules` of LoRA, DoRA ...).
+        in_full: Layers that a packed base keeps in full precision.
     """
 
     adapted: list[str] | None = None
@@ -141,13 +141,14 @@ class DefaultLayers(NamedTuple):
 
 
 def default_layers(model: LanguageModel) -> DefaultLayers:
-    """Of a model of transformers: adapters on every linear layer of its text model, but for those kept in full.
+    """Choose the layers that get adapters, and those that a packed base keeps in full precision.
 
-    These are the vocabulary head, routers, layers whose weight the code around them multiplies by itself, which would
-    leave an adapter out, and all that sees no text.
+    Of a model of transformers, every linear layer of its text model gets an adapter but the vocabulary head, routers,
+    and layers whose weight the code around them multiplies by itself, which would leave an adapter out. These, and all
+    that sees no text, stay in full precision.
 
     Args:
-        model: Without adapters; may be on the meta device.
+        model: Model without adapters; may be on the meta device.
     """
     if isinstance(model, Decoder):
         return DefaultLayers()
@@ -161,7 +162,7 @@ def default_layers(model: LanguageModel) -> DefaultLayers:
 
 
 def default_layers_of(base: BaseModel) -> DefaultLayers:
-    """The default layers of a base model whose weights were not read."""
+    """Choose the default layers of a base model whose weights are not loaded."""
     return DefaultLayers() if base.engine == "native" else default_layers(base.empty(torch.float32))
 
 
@@ -170,13 +171,13 @@ def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
         return True
     holder, _, own_name = name.rpartition(".")
     code = _source(model.get_submodule(holder).__class__)
-    # Not a part of the weight: Bloom multiplies by one where its pretraining was divided, and by all of it elsewhere.
+    # Not a part of the weight: Bloom multiplies by one where its pretraining was sharded, and by all of it elsewhere.
     return re.search(rf"\bself\.{re.escape(own_name)}\.weight\b(?!\[)", code) is not None
 
 
 @cache
 def _source(cls: type[nn.Module]) -> str:
-    """The code of a class, which finding in its file takes long; empty where there is none."""
+    """Return the source code of a class; empty where there is none. Cached: finding it in its file takes long."""
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):
@@ -184,7 +185,7 @@ def _source(cls: type[nn.Module]) -> str:
 
 
 def _text_model(model: Any) -> str:
-    """How names begin in the part of the model that sees text, where it has others (images, sound)."""
+    """Return the prefix of the names in the part of the model that sees text, where it has others (images, sound)."""
     if model.config.get_text_config() is model.config:
         return ""
     text = model.get_decoder()
@@ -192,7 +193,7 @@ def _text_model(model: Any) -> str:
 
 
 def _patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
-    """The shortest patterns that match `names` and none of `others`."""
+    """Find the shortest patterns that match `names` and none of `others`."""
 
     @cache  # the same patterns serve in every block
     def fits(pattern: str) -> bool:
@@ -211,12 +212,12 @@ _OF_THE_DECODER = DefaultLayers()
 def base_quantizer(
     run: FinetuneConfig, layers: DefaultLayers = _OF_THE_DECODER, *, residuals: bool = False
 ) -> BaseQuantizer | None:
-    """What packs the base of a run as it is read; `None` where it is kept in full.
+    """Make the quantizer that packs the base of a run as it is loaded; `None` where it stays in full precision.
 
     Args:
-        run: The options.
-        layers: What the options do not name.
-        residuals: The adapter is about to start, from residuals if the options say so. Otherwise none are kept.
+        run: Options of the run.
+        layers: Default layers, for what the options do not name.
+        residuals: Keep residuals if the options start the adapter from them.
 
     Raises:
         QuantizationError: A block size that cannot be.
@@ -229,7 +230,7 @@ def base_quantizer(
         run.quantize_block_size or BaseQuantizer.block_size,
         exclude_modules=layers.in_full,
         residual_rank=run.rank if residuals and run.lora_init_method == "svdquant" else None,
-        # Also where no adapter starts: the adapter that was trained is a change of the base that is packed so.
+        # Also where no adapter starts: the trained adapter is a change of the base that is packed like this.
         principal_rank=run.rank if pissa else None,
         principal_modules=adapter_method(run, layers.adapted) if pissa else None,
     )
@@ -245,13 +246,13 @@ def start_adapter(model: LanguageModel, run: FinetuneConfig) -> None:
 
 
 def reserve_start(model: LanguageModel, run: FinetuneConfig) -> None:
-    """Make room for what `start_adapter` would give an adapter beside its factors, where a checkpoint holds it."""
+    """Make room for what `start_adapter` gives an adapter besides its factors, where a checkpoint holds it."""
     if run.lora_init_method == "pissa":
         keep_starts(model)
 
 
 def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
-    """Whether the adapter fits the model, found out on a model without weights; warns of what is doubtful, once.
+    """Check, on a model without weights, that the adapter fits it; warn of what is doubtful, once.
 
     Raises:
         AdapterError: A target matches no layer; a rank that does not divide.
@@ -282,7 +283,7 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
 
 
 def _one_of_each_kind(sentences: list[str]) -> list[str]:
-    """The first of those that say the same of different layers and sizes, with the number of the others."""
+    """Keep one of the sentences that differ in layer and size only, with the number of the others."""
     kinds: dict[str, list[str]] = {}
     for sentence in sentences:
         layer, _, what = sentence.partition(": ")
@@ -291,12 +292,12 @@ def _one_of_each_kind(sentences: list[str]) -> list[str]:
 
 
 def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) -> None:
-    """Whether every adapter can start from its layer's weight, or from its residual.
+    """Check that every adapter can start from its layer's weight, or from its residual.
 
     Args:
-        model: With its adapters, on the meta device.
+        model: Model with its adapters, on the meta device.
         packed: Ids of the layers that the run packs.
-        run: The options.
+        run: Options of the run.
 
     Raises:
         ConfigError: An adapter that starts from what quantising lost, on a layer that stays as it is or for all
@@ -320,7 +321,7 @@ def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) 
 
 
 def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:
-    """This rank's share of a run's base model, with the adapter that a directory holds, if one is given.
+    """Load this rank's shard of a run's base model, with the adapter in a directory, if one is given.
 
     Raises:
         MeshPEFTError: The model or the adapter cannot be read.

@@ -1,4 +1,4 @@
-"""The base model of a run: what its directory says, and the engine that runs it."""
+"""The base model of a run: its configuration, the engine that runs it, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ __all__ = [
 
 
 def base_directory(model: Path | None) -> Path:
-    """The directory of the base model: the one asked for, or the embedded one."""
+    """Return the directory of the base model: the one asked for, or the embedded one."""
     return embedded_model_dir() if model is None else model
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model that no weight was read of yet.
+    """A model whose weights are not loaded yet.
 
     Attributes:
-        directory: A Hugging Face directory.
-        config: A decoder's where the engine is `native`; that of transformers otherwise.
-        reason: Why the engine is `transformers`, if nobody asked for it.
+        directory: Hugging Face directory.
+        config: Decoder's configuration where the engine is `native`; that of transformers otherwise.
+        reason: Why the engine is `transformers`, if the options left it open.
     """
 
     directory: Path
@@ -60,12 +60,12 @@ class BaseModel:
 
     @property
     def engine(self) -> EngineName:
-        """Which layers the model is made of."""
+        """Whose layers the model is made of."""
         return "native" if isinstance(self.config, DecoderConfig) else "transformers"
 
     @property
     def has_experts(self) -> bool:
-        """Whether it has layers with experts that are known as such."""
+        """Whether the native engine finds layers with experts in it."""
         return isinstance(self.config, DecoderConfig) and bool(self.config.expert_layers)
 
     def check(self, layout: LayoutConfig, *, weights: bool = True) -> None:
@@ -102,14 +102,14 @@ class BaseModel:
                 self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
 
     def _check_files(self) -> int:
-        """How many tensors the files hold; of a decoder, its layers are compared with them."""
+        """Count the tensors in the files; compare them with the layers of a decoder."""
         with WeightFiles(self.directory) as files:
             if isinstance(self.config, DecoderConfig):
                 check_layers(self.config, files)
             return len(files.names())
 
     def empty(self, dtype: torch.dtype) -> LanguageModel:
-        """The model without weights, on the meta device."""
+        """Build the model without weights, on the meta device."""
         if isinstance(self.config, DecoderConfig):
             return Decoder(self.config, device="meta", dtype=dtype)
         return self._empty_transformers(dtype, None)
@@ -126,12 +126,12 @@ class BaseModel:
         sequence_parallel: bool = False,
         activation_checkpointing: bool = False,
     ) -> LanguageModel:
-        """This rank's share, packed as it is read if asked for.
+        """Load this rank's shard, packed layer by layer if asked for.
 
         Args:
-            dtype: Of weights and activations.
+            dtype: Type of weights and activations.
             quantize: Packs the layers.
-            sequence_parallel, activation_checkpointing: As in the options.
+            sequence_parallel, activation_checkpointing: Options of the run.
 
         Raises:
             QuantizationError: A layer that cannot be packed.
@@ -166,7 +166,7 @@ class BaseModel:
 
 
 def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel:
-    """The base model in a directory, with the engine asked for; by default the native one, where it has the model.
+    """Read a directory's configuration, and choose its engine: by default the native one, where it has the model.
 
     Raises:
         ModelError: The configuration cannot be read or is invalid, or the engine does not have the model.
@@ -194,7 +194,7 @@ def _transformers() -> ModuleType:
 
 
 def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
-    """Whether tokens see what they should: nothing that comes later, nor other documents in their row. A collective.
+    """Check that tokens attend to no later ones, and to no other documents in their row. A collective.
 
     Raises:
         ConfigError: They see more.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what they hold beside the model, and whether a run may go on from one."""
+"""Checkpoints of a run: what they hold besides the model, and whether a run can be resumed from one."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _NEUTRAL = frozenset(
 
 
 def checkpoints_in(directory: Path) -> Path:
-    """A checkpoint, a directory of them, or the output directory of a run that holds one: the first or second."""
+    """Find checkpoints: a run's output directory holds them in a folder; any other directory is taken as given."""
     inside = directory / CHECKPOINTS
     return inside if inside.is_dir() else directory
 
 
 def run_date(config: FinetuneConfig) -> str:
-    """The date that chat templates get in this run, the same on every rank. A collective.
+    """Agree on the date that chat templates get in this run. A collective.
 
     It is the option, or that of the checkpoint to go on from, or today's.
     """
@@ -58,7 +58,7 @@ def run_date(config: FinetuneConfig) -> str:
 
 
 def agreed_date(day: str | None) -> str:
-    """This day, or today by the clock of rank 0, since machines differ in their time zone. A collective."""
+    """Agree on this day, or on today by the clock of rank 0: machines differ in their time zone. A collective."""
     days = [day or date.today().isoformat()]
     world = parallel_group_info().world
     if world.world_size > 1 and not is_simulated():
@@ -67,7 +67,7 @@ def agreed_date(day: str | None) -> str:
 
 
 def _checkpoint_date(config: FinetuneConfig) -> str | None:
-    """The date that a run to go on from recorded. `None` if there is none; whether it may go on is asked later."""
+    """Read the date that the run to resume recorded, if there is one; whether it can be resumed is checked later."""
     if config.resume is None:
         return None
     with suppress(CheckpointError, OSError, ValueError):  # ValueError: a null byte in a name
@@ -87,13 +87,13 @@ class RunCheckpoints:
 
     Args:
         config: Resolved options.
-        model: With its adapters.
-        optimizer: Over them.
-        loss_scale: Of float16.
-        inputs: The data of the run.
+        model: Model with its adapters.
+        optimizer: Optimizer of the adapters.
+        loss_scale: Loss scale of float16; `None` for other types.
+        inputs: Data of the run.
 
     Attributes:
-        directory: Where the checkpoints are written.
+        directory: Directory of the checkpoints.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class RunCheckpoints:
         self._saved_at = time.monotonic()
 
     def start(self, log: MetricsLog) -> int:
-        """Go on from a checkpoint if the options say so, else clear away those of an earlier run. A collective.
+        """Resume from a checkpoint if the options name one, else remove those of an earlier run. A collective.
 
         Args:
-            log: Gets the rows of the steps that are done.
+            log: Receives the rows of the steps that are done.
 
         Returns:
             The steps that are done.
@@ -138,7 +138,7 @@ class RunCheckpoints:
         return loaded.step
 
     def _clear(self, step: int) -> None:
-        """Remove what is there of steps after this one. A collective."""
+        """Remove the checkpoints of later steps. A collective."""
         with all_or_none(f"clearing {self.directory}", CheckpointError):
             if rank_and_world_size(checkpoint_group())[0] == 0:
                 CheckpointDirectory(self.directory).drop_after(step)
@@ -148,13 +148,13 @@ class RunCheckpoints:
             return None
         if self.config.resume != "auto":
             return checkpoints_in(Path(self.config.resume))
-        # Those beside a finished run are its own: it is to be replaced.
+        # Those of a finished run are its own: it is to be replaced.
         unfinished = run_state(self.directory.parent) is RunState.UNFINISHED
         found = CheckpointDirectory(self.directory).steps() if unfinished else []
         return self.directory if agreed(found, f"reading {self.directory}", checkpoint_group()) else None
 
     def _compare(self, extra: dict[str, Any], path: Path) -> None:
-        """Whether this run computes what the run of a checkpoint did."""
+        """Check that this run computes what the run of a checkpoint did."""
         if not {"run", "data", "metrics", "loss_scale"} <= extra.keys():
             raise CheckpointError(f"{path} was not written by meshpeft finetune; resume it with what wrote it")
         check_rows(extra["metrics"], path)
@@ -175,7 +175,7 @@ class RunCheckpoints:
                 )
 
     def is_due(self) -> bool:
-        """Whether the last checkpoint is `save_minutes` old, by the first rank's clock."""
+        """Return whether the last checkpoint is `save_minutes` old, by the first rank's clock."""
         minutes = self.config.save_minutes
         first = not dist.is_initialized() or dist.get_rank() == 0
         return bool(minutes) and first and time.monotonic() - self._saved_at >= 60 * minutes
@@ -184,8 +184,8 @@ class RunCheckpoints:
         """Write the checkpoint of a step in the background. A collective.
 
         Args:
-            step: That was done.
-            log: The rows so far.
+            step: Number of the step.
+            log: Rows so far.
             asked_for: Raise if it cannot be written; else warn, since the training itself does not need it.
 
         Raises:
@@ -210,7 +210,7 @@ class RunCheckpoints:
             )
 
     def wait(self) -> Path | None:
-        """The last checkpoint, when it is whole.
+        """Wait for the last checkpoint to be complete, and return its path.
 
         Raises:
             CheckpointError: It could not be written.
@@ -221,7 +221,7 @@ class RunCheckpoints:
         return path
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint of the run, also one from before it was resumed."""
+        """Return the newest complete checkpoint of the run, also one from before it was resumed."""
         self.wait()
         directory = CheckpointDirectory(self.directory)
         return next((directory.of_step(step) for step in directory.steps()), None)
@@ -246,11 +246,11 @@ class RunCheckpoints:
 def difference_of_runs(
     config: FinetuneConfig, other: Mapping[str, Any], *, with_paths: bool = False
 ) -> tuple[str, Any, Any] | None:
-    """The first option that makes this run compute something else than another: its name, its value here and there.
+    """Find the first option that makes two runs compute different things: its name, its value here and there.
 
     Args:
         config: Resolved options.
-        other: The other run's options, as `as_json` gave them.
+        other: Options of the other run, as `as_json` gave them.
         with_paths: Compare the paths of model and data, too, where their content cannot be compared.
     """
     own = json.loads(json.dumps(config.as_json()))

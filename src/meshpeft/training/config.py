@@ -1,7 +1,7 @@
-"""What a run is told: the options of `finetune`, with their checks.
+"""The options of every command, with their checks.
 
 The command line is made from these classes, and the text under each field is its help. No default depends on
-the layout. Where `None` is the default, the text says what it stands for.
+the layout. Where `None` is the default, the text explains what it stands for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EngineName = Literal["native", "transformers"]
 # No option has such a number; what reads a record may take memory by it.
 _LARGEST = 2**31
 
-# The help of such an option says itself what leaving it out means.
+# The help of such an option states its default itself.
 OptionalField = tyro.conf.arg(help_behavior_hint="")
 
 
@@ -65,7 +65,7 @@ class TrainingError(MeshPEFTError):
 
 
 def tensor_type(name: TensorType) -> torch.dtype:
-    """The torch type of this name."""
+    """Return the torch type of this name."""
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -79,11 +79,11 @@ class LayoutConfig:
     dp: Annotated[int | None, OptionalField] = None
     """Data parallel: copies of the model that share a batch. Default: the fewest, or what a launcher's world leaves."""
     ep: int = 1
-    """Expert parallel: processes over which the experts of each layer are divided."""
+    """Expert parallel: processes over which the experts of each layer are sharded."""
     etp: Annotated[int | None, OptionalField] = None
     """Expert-tensor parallel: processes that share each expert. Default: as many as --tp."""
     sequence_parallel: bool = False
-    """Divide the activations between the layers over the tensor-parallel processes, too: less memory."""
+    """Shard the activations between the layers over the tensor-parallel processes, too: less memory."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no machine could take."""
@@ -98,7 +98,7 @@ class FinetuneConfig(LayoutConfig):
     """Base model: a Hugging Face directory of any causal language model. Default: the small embedded model."""
     engine: Annotated[EngineName | None, OptionalField] = None
     """Whose layers run it: native (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE), or those of
-    transformers, divided by their architecture's plan. Default: native, where it has the model."""
+    transformers, sharded by their architecture's plan. Default: native, where it has the model."""
     data: Annotated[tuple[Path, ...] | None, OptionalField] = None
     """Training data: a file, or several that are read one after the other: JSONL, JSON, CSV or Parquet with a `text`
     column, `prompt` and `completion`, or chat `messages`. Default: functions and docstrings of the running Python's
@@ -109,8 +109,7 @@ class FinetuneConfig(LayoutConfig):
     quantize_block_size: Annotated[int | None, OptionalField] = None
     """Parameters of a row that share a scale: 32, 64, 128, .. Default: 64."""
     template_date: Annotated[str | None, OptionalField] = None
-    """Date that a chat template gets that asks for today's, such as 2026-11-29. Default: the day on which the run
-    started."""
+    """Date for a chat template that reads today's, such as 2026-11-29. Default: the day on which the run started."""
     held_out: float = 0.05
     """Part of the records of --data that is set aside to measure the held-out loss."""
     output_dir: Path = Path("runs/finetune")
@@ -158,7 +157,7 @@ class FinetuneConfig(LayoutConfig):
     adapter_format: Literal["peft", "peft-per-expert"] = "peft"
     """How the adapter of experts is written: as peft reads it, or every expert by itself, as serving systems do."""
     fused: bool = True
-    """Run adapters inside their layers' products; --no-fused runs them beside, as on other engines' layers."""
+    """Run adapters inside their layers' products; --no-fused runs them standalone, as on other engines' layers."""
     a2a_experimental: bool = False
     """With --no-fused and --sequence-parallel: exchange the outputs of row-parallel adapters by an all-to-all."""
 
@@ -204,8 +203,8 @@ class FinetuneConfig(LayoutConfig):
     keep: int = 2
     """Newest checkpoints to keep."""
     resume: Annotated[str | None, OptionalField] = None
-    """Go on from a checkpoint: its directory, that of a run, or `auto` for this run's own newest, if there is one.
-    The layout may be another. Default: start anew."""
+    """Resume from a checkpoint: its directory, that of a run, or `auto` for this run's own newest, if there is one.
+    The layout may be another. Default: start from the beginning."""
     seed: int = 0
     """Seed of the adapter's first values, the order of the data and dropout."""
     config: Annotated[Path | None, OptionalField] = None
@@ -274,7 +273,7 @@ class FinetuneConfig(LayoutConfig):
             )
 
     def resolved(self) -> Self:
-        """The same run with every default filled in that depends on other options."""
+        """Fill in every default that depends on other options."""
         steps, epochs, lr = self.steps, self.epochs, self.lr
         if steps is None and epochs is None:
             steps, epochs = (self.EMBEDDED_STEPS, None) if self.data is None else (None, 1.0)
@@ -288,7 +287,7 @@ class FinetuneConfig(LayoutConfig):
         return paths(self.data)
 
     def as_json(self) -> dict[str, Any]:
-        """The options as plain values, with absolute paths; `from_json` reads them."""
+        """Return the options as plain values, with absolute paths; `from_json` reads them."""
         options = {
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
@@ -296,7 +295,7 @@ class FinetuneConfig(LayoutConfig):
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """The options that `run.json` of a finished run holds.
+        """Read the options in `run.json` of a finished run.
 
         Raises:
             ConfigError: The file cannot be read, or is not one of ours.
@@ -309,11 +308,11 @@ class FinetuneConfig(LayoutConfig):
 
     @classmethod
     def from_options(cls, options: Any, source: Path) -> Self:
-        """The options that `as_json` gave.
+        """Read the options that `as_json` wrote.
 
         Args:
-            options: As read from a file.
-            source: Where from, for the message.
+            options: Options as read from a file.
+            source: That file, for messages.
 
         Raises:
             ConfigError: They are not the options of a run.
@@ -341,12 +340,14 @@ class FinetuneConfig(LayoutConfig):
 
 
 def _listed(value: Any) -> Any:
-    """A list of a file as the tuple of an option; anything else as it is, for the comparison with the option's type."""
+    """Turn a list of a file into the tuple of an option; return anything else as it is, to be checked against its
+    type.
+    """
     return tuple(value) if isinstance(value, list) else value
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value read from a file is one of the type of an option."""
+    """Return whether a value read from a file is of an option's type."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_is_of(value, part) for part in arguments)
@@ -361,7 +362,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def paths(given: Path | str | Sequence[Path | str] | None) -> tuple[Path, ...]:
-    """The paths of an option that takes one or several."""
+    """Return the paths of an option that takes one or several."""
     if given is None:
         return ()
     if not isinstance(given, Path | str | list | tuple):
@@ -429,10 +430,10 @@ class AdapterUse(LayoutConfig):
     full."""
 
     def run(self) -> FinetuneConfig:
-        """The options of the run that made the adapter, with those replaced that are given here.
+        """Return the options of the run that made the adapter, with those replaced that are given here.
 
         Raises:
-            ConfigError: The directory holds no adapter, or nothing says what its base model is.
+            ConfigError: The directory holds no adapter, or nothing names its base model.
         """
         run = None if self.adapter is None else recorded_run(self.adapter)
         model = self.model
@@ -525,7 +526,7 @@ class ExportConfig:
     """Write a checkpoint of `meshpeft finetune` as an adapter or a model. One process, whatever layout wrote it."""
 
     checkpoint: Path
-    """A checkpoint, or a directory of them, of which the newest whole one is taken; or a run's output directory."""
+    """A checkpoint, or a directory of them, of which the newest complete one is taken; or a run's output directory."""
     to: Path
     """Where the files go."""
     format: Literal["peft", "peft-per-expert", "merged"] = "peft"

@@ -90,7 +90,7 @@ def merge(config: MergeConfig) -> str:
 
 
 def _base_as_used(base: Path, run: FinetuneConfig | None, engine: EngineName | None) -> LanguageModel:
-    """The base that an adapter was trained on: as its files have it, or as it was after packing."""
+    """Load the base that an adapter was trained on: as its files have it, or dequantised where it was packed."""
     found = find_base(base, run.engine if engine is None and run is not None else engine)
     quantizer = None if run is None else base_quantizer(run, default_layers_of(found))
     if run is None or quantizer is None:
@@ -118,7 +118,7 @@ def export(config: ExportConfig) -> str:
         quantizer = base_quantizer(run, default_layers_of(described))
         model = described.load(tensor_type(run.dtype), quantize=quantizer)
         add_adapter(model, run)
-        if run.lora_init_method == "pissa":  # the base gives its part up again
+        if run.lora_init_method == "pissa":  # the principal part is taken out of the base again
             start_adapter(model, run)
         load_checkpoint(model, found.path)
         dequantize_base(model)
@@ -141,7 +141,7 @@ def export(config: ExportConfig) -> str:
 
 
 def _given_checkpoints(given: Path) -> Path:
-    """A checkpoint, or a directory of them.
+    """Find the checkpoint, or the directory of them.
 
     Raises:
         ConfigError: There is no such directory, or it holds the adapter of a finished run, and no checkpoint.
@@ -158,7 +158,7 @@ def _given_checkpoints(given: Path) -> Path:
 
 
 def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
-    """The run's model whose adapters have room for values, and whose base has none."""
+    """Build the run's model with memory for its adapters and none for its base."""
     model = find_base(base, run.engine).empty(tensor_type(run.dtype))
     add_adapter(model, run)
     reserve_start(model, run)
@@ -210,7 +210,7 @@ def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path
 
 @contextmanager
 def _staged(to: Path) -> Iterator[StagedFiles]:
-    """Files that one process writes.
+    """Stage files that one process writes.
 
     Raises:
         OutputError: They cannot be written.

@@ -1,4 +1,4 @@
-"""The whole fine-tune: from the options to an adapter, with its numbers before and after."""
+"""`meshpeft finetune`: from the options to an adapter, with its numbers before and after."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def finetune(config: FinetuneConfig) -> None:
         MeshPEFTError: The model or the data cannot be used; raised before anything is written.
         TrainingError: The loss is not finite.
         RunInterrupted: A signal asked for an end; there is a checkpoint to go on from.
-        OutputError: The adapter could not be written, or not where it should be; the text says where it is.
+        OutputError: The adapter could not be written, or not where it should be; the message names its place.
     """
     info = join_mesh(config)
     config = replace(config, template_date=run_date(config))
@@ -180,7 +180,7 @@ def _publish(
 
     Raises:
         CheckpointError: The adapter is none that may be written.
-        OutputError: It is not in its place; the text says where it is.
+        OutputError: It is not in its place; the message names where it is.
     """
     leads = info.world.rank == 0
     staged: StagedFiles | None = None
@@ -217,7 +217,7 @@ def _publish(
 def _sample(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, info: ParallelGroupInfo
 ) -> str | None:
-    """What the model says after the held-out prompt; a training is not lost because that fails. Every rank calls it."""
+    """Continue the held-out prompt; warn if that fails, since no training is to be lost by it. Every rank calls it."""
     try:
         return continuation(model, tokenizer, prompt_of(inputs.sample), inputs.ends)
     except Exception as error:
@@ -230,7 +230,7 @@ def _sample(
 
 @contextmanager
 def _or_warning(what: str) -> Iterator[None]:
-    """Warn of what fails in the block, since the training is done."""
+    """Warn of a failure in the block instead of raising it, since the training is done."""
     try:
         yield
     except Exception as error:
@@ -239,7 +239,7 @@ def _or_warning(what: str) -> Iterator[None]:
 
 
 def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> LanguageModel:
-    """This rank's share of the base, with its adapter as it starts. Every rank calls it."""
+    """Load this rank's shard of the base, and add the adapter as it starts. Every rank calls it."""
     model = base.load(
         tensor_type(config.dtype),
         quantize=base_quantizer(config, layers, residuals=True),
@@ -253,7 +253,7 @@ def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> 
 
 
 def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, layers: DefaultLayers) -> Iterator[str]:
-    """What is trained, line by line."""
+    """Describe what is trained, line by line."""
     yield f"model: {short_path(base.directory)}, {config.dtype}"
     if base.engine == "transformers":
         why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
@@ -269,7 +269,7 @@ def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, laye
 
 @contextmanager
 def _owned(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputDirectory | None]:
-    """The output directory, which the first rank owns meanwhile; `None` if the run is finished. A collective."""
+    """Own the output directory on the first rank; yield `None` if the run is finished. A collective."""
     output = _output(config)
     leads = info.world.rank == 0
     finished = False
@@ -289,7 +289,7 @@ def _owned(config: FinetuneConfig, info: ParallelGroupInfo) -> Iterator[OutputDi
 
 
 def _is_finished(config: FinetuneConfig, output: OutputDirectory) -> bool:
-    """Whether `--resume auto` finds this very run, finished.
+    """Return whether `--resume auto` finds this very run, finished.
 
     Raises:
         OutputError: It finds another one, which is not to be replaced.
@@ -307,7 +307,7 @@ def _is_finished(config: FinetuneConfig, output: OutputDirectory) -> bool:
 
 
 def _of_first_rank(value: Any, info: ParallelGroupInfo) -> Any:
-    """What the first rank has. A collective."""
+    """Broadcast the first rank's value. A collective."""
     values = [value]
     if info.world.world_size > 1:
         dist.broadcast_object_list(values, src=0, group=info.world.group)

@@ -80,7 +80,7 @@ def generate(config: GenerateConfig) -> str:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool = False) -> list[int]:
-    """A prompt as training would have made it: with what the tokenizer puts before a text, or its chat template.
+    """Tokenise a prompt as training does: with the tokenizer's leading tokens, or by its chat template.
 
     Raises:
         ConfigError: There are no tokens, or there is no chat template for a chat.
@@ -102,7 +102,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool =
 def continuation(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int] | None = None
 ) -> str:
-    """What the model says after these tokens: its likeliest tokens, up to an end token. A collective."""
+    """Continue tokens with the likeliest ones, up to an end token. A collective."""
     if model.most_positions is not None:  # room for the sample; what it is a sample of stands closest to it
         prompt = prompt[-max(1, model.most_positions - SAMPLE_TOKENS) :]
     ids = torch.tensor([prompt], device=device())

@@ -1,4 +1,4 @@
-"""From the options to rows of tokens: which records there are, which are held out, and what they become."""
+"""The data of a run, from the options to rows of tokens."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Inputs:
     Attributes:
         train: Rows to train on.
         held_out: Rows to measure on.
-        sample: The held-out document whose beginning is continued as a sample.
+        sample: Held-out document whose beginning is continued as a sample.
         summary: How much there is, what had to be cut, and what is not learned, with a place in the file.
-        ends: The tokens that end a text.
+        ends: Tokens that end a text.
         example: Options of `meshpeft generate`, in the shell's words, for a prompt like those of the data.
     """
 
@@ -97,7 +97,7 @@ def load_inputs(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> I
 def load_rows(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, data: Path | Sequence[Path] | None
 ) -> tuple[PackedRows, Findings]:
-    """Rows to measure on: all of `data`, or what the run of `config` held out; and what is to be said of them.
+    """Load the rows to measure on: all of `data`, or the held-out part of the data of `config`, with the findings.
 
     Raises:
         DataError: The data cannot be used as given.
@@ -116,7 +116,7 @@ def load_rows(
 
 
 def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]], Findings, int]:
-    """The records to train on and those held out, what is to be said of the file, and how many were dropped.
+    """Load the records to train on and those held out, with the findings and the number of dropped ones.
 
     What holds nothing to learn is dropped before the split, so that neither part is made of it.
     """
@@ -134,7 +134,7 @@ def _records(config: FinetuneConfig) -> tuple[tuple[list[Record], list[Record]],
 
 
 def _learnable(records: Sequence[Record], findings: Findings) -> list[Record]:
-    """The records that hold something to learn.
+    """Drop the records that hold nothing to learn.
 
     Raises:
         DataError: There are none.
@@ -165,7 +165,7 @@ def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
     """Check that rows fit a model; see [`check_tokens`][meshpeft.models.language_model.check_tokens].
 
     Args:
-        model: That is to read them.
+        model: Model that reads them.
         parts: Rows to train on, or to measure on.
     """
     for rows in parts:
@@ -181,7 +181,7 @@ def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
 
 
 def _sample(documents: TokenizedRecords) -> Document:
-    """The first document whose prompt is short enough to be shown, else the one with the shortest."""
+    """Choose the first document whose prompt is short enough to be shown, else the one with the shortest."""
     for document in documents:
         if len(prompt_of(document)) <= SAMPLE_PROMPT_TOKENS:
             return document

@@ -1,11 +1,14 @@
-"""Starting the workers of a run, or joining those that a launcher has started.
+"""The processes of a run: started here or joined, placed on the mesh, and interrupted by signals.
 
 `meshpeft finetune --tp 2` is one process that starts two workers through PyTorch's elastic launcher and
 waits. Under a launcher that sets `RANK` and `WORLD_SIZE` (torchrun, Slurm with the two exported) it is one
 of the workers already, and starts none. With one worker nothing is started and torch.distributed is unused.
 
-A failing worker writes a report beside the others'; the parent ends the rest and raises the report of the
+A failing worker writes a report into a directory that all share; the parent ends the rest and raises the report of the
 worker that failed *first*, since the others then fail too, for want of it.
+
+A signal that ends a run (Ctrl-C, a scheduler's SIGTERM, a terminal's SIGHUP) is handled between two steps, by all ranks
+together (`Interruption`).
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def number_of_workers(
     expert_parallel: int = 1,
     expert_tensor_parallel: int | None = None,
 ) -> int:
-    """How many processes the sizes need; `data_parallel=None` takes the smallest that fits.
+    """Count the processes that the sizes need; `data_parallel=None` takes the smallest number that fits.
 
     Returns:
         The world size given by a launcher, else `pp * dp * tp`, else the smallest number that both
@@ -187,7 +190,7 @@ def launch(
 
 
 def speaks_for_all() -> bool:
-    """Whether this process is the one to print an error: true on exactly one of those that fail and ask.
+    """Return whether this process prints an error: true on exactly one of those that fail and call this.
 
     Before the workers are connected they all fail alike, and rank 0 speaks; afterwards the first to ask does.
     """
@@ -207,7 +210,7 @@ def speaks_for_all() -> bool:
 
 
 def _work(function: Callable[..., object], *arguments: Any) -> None:
-    """The body of a worker: its share of the cores, the function, and a clean end."""
+    """Run the body of a worker: its share of the cores, the function, and a clean end."""
     world = launcher_world()
     if "OMP_NUM_THREADS" not in os.environ and world is not None and world.local_world_size is not None:
         torch.set_num_threads(max(1, _available_cores() // world.local_world_size))
@@ -252,7 +255,7 @@ def _reports(directory: Path) -> list[_Report]:
 
 
 def _root_cause(directory: Path, error: ChildFailedError) -> MeshPEFTError | WorkerDied:
-    """The first failure: reports in order of time, those who merely lost their connection last."""
+    """Find the first failure: reports in order of time, lost connections last."""
     reports = _reports(directory)
     rank, failure = error.get_first_failure()
     first = min(reports, key=lambda report: (report.lost_connection, report.time_ns), default=None)
@@ -281,7 +284,7 @@ def _available_cores() -> int:
 
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """The launcher logs every failure several times over; ours is reported once, by us."""
+    """Silence the launcher's log: it repeats every failure, which `launch` raises once."""
     noisy = ("torch.distributed.elastic", "torch.multiprocessing")
     names = [name for name in logging.root.manager.loggerDict if name.startswith(noisy)]
     states = {name: logging.getLogger(name).disabled for name in names}
@@ -296,7 +299,7 @@ def _quiet_launcher() -> Iterator[None]:
 
 @contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
-    """The launcher installs handlers and leaves them: put the caller's back."""
+    """Put the caller's signal handlers back: the launcher installs its own and leaves them."""
     handlers = {number: signal.getsignal(number) for number in heeded_signals()}
     try:
         yield
@@ -333,11 +336,11 @@ class _LoopbackRendezvous(RendezvousHandler):
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(_LOOPBACK, self._port))
 
     def is_closed(self) -> bool:
-        """Tell that nobody has closed it."""
+        """Return False: nobody closes it."""
         return False
 
     def set_closed(self) -> None:
-        """Do nothing: no other launcher is to be told."""
+        """Do nothing: there is no other launcher to notify."""
 
     def num_nodes_waiting(self) -> int:
         """Count the launchers that wait to join: none."""
@@ -389,8 +392,8 @@ class RunInterrupted(MeshPEFTError):
     """A run that was stopped by a signal and can be continued.
 
     Args:
-        text: What was saved, and how to go on.
-        number: Of the signal.
+        text: What was saved, and how to resume.
+        number: Number of the signal.
     """
 
     def __init__(self, text: str, number: int) -> None:
@@ -404,9 +407,9 @@ class RunInterrupted(MeshPEFTError):
 
 
 class Interruption:
-    """Takes the signals instead of dying of them; a context manager, for the main thread.
+    """Records the signals that would end the process; a context manager, for the main thread.
 
-    What is to be done about them is asked between two steps, when all ranks do the same.
+    Ranks agree between two steps (`requested`) on what follows.
     """
 
     def __init__(self) -> None:
@@ -425,16 +428,16 @@ class Interruption:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A lone process can be made to stop at once by asking twice. Workers are told by their launcher, too.
+        # A second signal stops a lone process at once. Workers get a second one from their launcher, too.
         if self._number and "RANK" not in os.environ:
             raise KeyboardInterrupt
         self._number = number
 
     def requested(self, due: bool = False) -> tuple[int, bool]:
-        """The number of the signal that any rank got, or 0; and whether a checkpoint is due on any. A collective.
+        """Agree on the signal that any rank got, or 0, and whether a checkpoint is due on any. A collective.
 
         Args:
-            due: Whether one is by this rank's clock.
+            due: Whether a checkpoint is due by this rank's clock.
         """
         # Not the checkpoints' group: a save may be under way.
         group = cpu_group("interruptions")
@@ -446,12 +449,14 @@ class Interruption:
 
 
 def device() -> torch.device:
-    """This worker's GPU, else the CPU."""
+    """Return this worker's GPU, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def workers_for(layout: LayoutConfig) -> int:
-    """How many processes the options ask for; see [`number_of_workers`][meshpeft.training.launch.number_of_workers]."""
+    """Count the processes that the options need, see
+    [`number_of_workers`][meshpeft.training.launch.number_of_workers].
+    """
     return number_of_workers(layout.tp, layout.dp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
 
 

@@ -45,12 +45,12 @@ class TrainingLoop:
 
     Args:
         config: Resolved options.
-        model: With its adapters.
+        model: Model with its adapters.
         inputs: All rows, the same on every rank.
-        info: The mesh.
+        info: Mesh.
 
     Attributes:
-        steps: Of the whole run.
+        steps: Steps of the run.
         epochs: How often these steps read the rows.
     """
 
@@ -92,13 +92,13 @@ class TrainingLoop:
         self._start = 0
 
     def restore(self, log: MetricsLog) -> None:
-        """Go on from a checkpoint if the options say so, else begin, without those of an earlier run. A collective.
+        """Resume from a checkpoint if the options name one, else remove those of an earlier run. A collective.
 
         Args:
-            log: Gets the rows of the steps that are done.
+            log: Receives the rows of the steps that are done.
 
         Raises:
-            CheckpointError: The run cannot go on from the checkpoint it was told to.
+            CheckpointError: The run cannot be resumed from the checkpoint that the options name.
         """
         self._start = self._checkpoints.start(log)
 
@@ -225,13 +225,13 @@ class TrainingLoop:
 
 
 def _if_finite(value: Tensor) -> float | None:
-    """A number for a JSON file, which has none for NaN and infinity."""
+    """Convert a number for a JSON file, which has none for NaN and infinity."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 def _skipped_at_the_end(log: MetricsLog) -> int:
-    """How many of the last steps were skipped, one after the other."""
+    """Count the steps at the end of the log that were skipped."""
     steps = [row.get("skipped") for row in log.rows if "loss" in row]
     return len(list(takewhile(lambda skipped: skipped == "not finite", reversed(steps))))
 
@@ -244,7 +244,9 @@ _FEWEST_BETWEEN = 3
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`warmup` as a number of steps: below 1 it is a part of `steps`, rounded; else a number, cut at `steps`."""
+    """Convert `warmup` to a number of steps: below 1 it is a part of `steps`, rounded; else a number, cut at
+    `steps`.
+    """
     return min(round(warmup * steps) if warmup < 1 else int(warmup), steps)
 
 
@@ -255,9 +257,9 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int) -> float:
     would come one step after the last.
 
     Args:
-        step: From 0 to `steps - 1`.
-        peak: Reached in the last step of the warm-up.
-        steps: Of the whole run.
+        step: Number of the step, from 0 to `steps - 1`.
+        peak: Learning rate in the last step of the warm-up.
+        steps: Steps of the run.
         warmup: Steps of the warm-up.
     """
     if step < warmup:
@@ -270,7 +272,7 @@ def steps_between_measurements(steps: int, batch_size: int, measured_rows: int) 
     """Space the measurements of a run so that they take about a tenth of the time of its training.
 
     Args:
-        steps: Of the whole run.
+        steps: Steps of the run.
         batch_size: Rows of a step, which take about three times as long as rows that are only measured.
         measured_rows: Rows of one measurement.
 
@@ -288,8 +290,8 @@ def untrained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     or of experts that no token was sent to.
 
     Args:
-        model: With its adapters.
-        optimizer: An AdamW that has taken the steps: its moments remember gradients.
+        model: Model with its adapters.
+        optimizer: AdamW that has taken the steps: its moments remember gradients.
     """
 
     def had_gradient(parameter: nn.Parameter) -> bool:

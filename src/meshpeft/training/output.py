@@ -1,4 +1,4 @@
-"""The output directory of a run: whose it is, what it holds, and how the results come into it.
+"""The output directory of a run: which process owns it, what it holds, and how results are put into it.
 
     checkpoints/        while the run goes on, and afterwards if they were asked for
     run.partial.json    the run's options; there from its first step on
@@ -8,7 +8,7 @@
     loss.png
 
 An older run that is to be replaced stays as it is until the new adapter is on the disk. So a process that is killed
-leaves the old run, or one that is not finished and says so; while a process lives it owns the directory
+leaves the old run, or one that is marked as unfinished; while a process lives it owns the directory
 (`meshpeft.hub.directory_lock`).
 """
 
@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 METRICS, CURVE = "metrics.jsonl", "loss.png"
 _METRICS_BESIDE_OLD = "metrics.partial.jsonl"
 
-# What may be there all the same, the second in the root of a volume; and what a run that was killed early leaves.
+# What a free directory may hold, the second in the root of a volume; and what a run that was killed early leaves.
 _OF_NOBODY = {CHECKPOINTS, "lost+found"}
 _OF_THE_UNFINISHED = {UNFINISHED, METRICS, _METRICS_BESIDE_OLD, CURVE}
 
@@ -62,7 +62,7 @@ class RunState(Enum):
 
 
 def run_state(directory: Path) -> RunState:
-    """What an output directory holds.
+    """Determine what an output directory holds.
 
     Raises:
         OSError: It cannot be read.
@@ -106,7 +106,7 @@ class OutputDirectory:
         self.metrics = self.path / METRICS
 
     def is_finished(self) -> bool:
-        """Whether a finished run is there, and none that was to replace it.
+        """Return whether a finished run is there, and none that was to replace it.
 
         Raises:
             OutputError: The directory cannot be read.
@@ -184,7 +184,7 @@ class OutputDirectory:
             )
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Say that there is a run that is not finished, before its first step.
+        """Mark the directory as that of an unfinished run, before its first step.
 
         Raises:
             OSError: It cannot be written.
@@ -201,7 +201,7 @@ class OutputDirectory:
             staged: The adapter's files, of this directory.
 
         Raises:
-            OSError: It cannot be done. The older run is as it was, and `strerror` says where the adapter is.
+            OSError: It cannot be done. The older run is as it was, and `strerror` names the adapter's place.
         """
         self.keep()
         staged.publish([WEIGHTS_NAME, CONFIG_NAME], [self.path / RECORD, self.path / CURVE])
@@ -228,13 +228,13 @@ class OutputDirectory:
             flush(self.path)
 
     def close(self) -> None:
-        """Give the directory up. A run that failed and left nothing to go on from leaves nothing at all."""
+        """Release the directory. A run that failed and left nothing to resume from leaves no files."""
         if not self._keeps:
             self._remove_beginning()
         self._lock.release()
 
     def clear(self) -> None:
-        """Do the same for a process of the run that was killed, unless another owns the directory by now."""
+        """Clean up after a process of the run that was killed, unless another owns the directory by now."""
         if not self.path.is_dir():
             return
         with suppress(OSError):

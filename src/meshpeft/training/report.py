@@ -1,4 +1,4 @@
-"""What a run says and writes about itself, on the first rank only."""
+"""What a run prints and records of itself, on the first rank only: report, progress, metrics and their curve."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ PROMPT_LINES = 12
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `3,198 rows`."""
+    """Write a number with its noun: `1 row`, `3,198 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: bool) -> str:
-    """`2 processes (tp=2, sequence parallel)`.
+    """Describe the processes: `2 processes (tp=2, sequence parallel)`.
 
     Args:
-        count: Of all.
-        sizes: Of `tp dp ep etp`.
-        sequence_parallel: Whether the run asked for it.
+        count: Number of all processes.
+        sizes: Sizes of `tp dp ep etp`.
+        sequence_parallel: Whether the run uses it.
     """
     words = [f"{axis}={sizes[axis]}" for axis in ("tp", "dp", "ep") if sizes[axis] > 1]
     if sizes["etp"] != sizes["tp"]:
@@ -76,20 +76,20 @@ def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: 
 
 
 def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
-    """`2 processes (tp=2, sequence parallel) on CPU`; how experts are divided, where that is not like the rest."""
+    """Describe the layout: `2 processes (tp=2, sequence parallel) on CPU`."""
     sizes = {axis: info.axis(axis).world_size for axis in ("tp", "dp", "ep", "etp")}
     processes = describe_processes(info.world.world_size, sizes, sequence_parallel)
     return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
 
 
 def short_path(path: Path) -> str:
-    """The path from the current directory, if it lies below."""
+    """Return the path from the current directory, if it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def record_of(config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str, Any] | None) -> dict[str, Any]:
-    """What `run.json` holds: options, layout, versions, and results once there are some."""
+    """Make the content of `run.json`: options, layout, versions, and results once there are some."""
     packages = ("meshpeft", "torch", "transformers", "tokenizers", "safetensors")
     return {
         "options": config.as_json(),
@@ -123,7 +123,7 @@ class Report:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, document: Document, before: str, after: str) -> None:
-        """Show a held-out prompt, what follows it in the data, and what the model said before and after."""
+        """Show a held-out prompt, its continuation in the data, and the model's before and after training."""
         prompt = prompt_of(document)
         rest = document.tokens[len(prompt) :].tolist()
         lines = decoded(tokenizer, prompt).strip("\n").splitlines()
@@ -140,18 +140,18 @@ class Report:
             self._quote("\n".join([*said[:PROMPT_LINES], *(["..."] if len(said) > PROMPT_LINES else [])]))
 
     def outcome(self, before: float, after: float, tokens: int, seconds: float) -> None:
-        """Say what came out."""
+        """Print the held-out loss before and after, and the speed."""
         self.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
         self.say(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 
     def next_commands(self, directory: Path, files: Sequence[str], example: str, serving: str | None = None) -> None:
-        """Say what was written, and the commands that use it.
+        """Print the files written, and the commands that use them.
 
         Args:
-            directory: The run's output.
-            files: What it holds beside the adapter.
+            directory: Output directory of the run.
+            files: Files in it besides the adapter.
             example: Options of `meshpeft generate` that give a prompt.
-            serving: What serving systems do not make of the adapter.
+            serving: What serving systems do not read of the adapter.
         """
         self.say(f"wrote {directory}: {', '.join(['the adapter (PEFT format)', *files])}")
         program, adapter = _program(), shlex.quote(str(directory))
@@ -167,7 +167,7 @@ class Report:
 
 
 def _program() -> str:
-    """`meshpeft`, or where it is if it is not on the path, so that what is printed can be copied."""
+    """Return `meshpeft`, or its path if it is not on the search path, so that printed commands can be copied."""
     called = Path(sys.argv[0])
     found = shutil.which("meshpeft")
     if called.name != "meshpeft" or (found is not None and called.exists() and called.samefile(found)):
@@ -216,7 +216,7 @@ class MetricsLog:
             self.add(**row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the rows that have a number of this name."""
+        """Return steps and values of the rows that have a number of this name."""
         rows = [row for row in self.rows if row.get(name) is not None]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
@@ -304,8 +304,8 @@ class TrainingProgress:
     """Shows step, loss, tokens per second and time left, from one rank.
 
     Args:
-        steps: Of the whole run.
-        console: Where to; `None` shows nothing (on ranks other than 0).
+        steps: Steps of the run.
+        console: Console to print on; `None` shows nothing (on ranks other than 0).
     """
 
     def __init__(self, steps: int, console: Console | None) -> None:
@@ -325,7 +325,7 @@ class TrainingProgress:
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
                 TimeElapsedColumn(),
-                # Not rich's own estimate: it forgets what is older than 30 seconds, and so knows none of slow steps.
+                # Not rich's own estimate: it drops what is older than 30 seconds, and so has none for slow steps.
                 TextColumn("{task.fields[left]} left"),
                 console=console,
             )
@@ -343,7 +343,7 @@ class TrainingProgress:
             self._bar.stop()
 
     def start_at(self, done: int) -> None:
-        """Some steps were done before."""
+        """Begin after the steps that an earlier process took."""
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done)

@@ -87,14 +87,14 @@ def check_same_inputs(
     """Compare what every rank has read but not loaded yet. A collective.
 
     Args:
-        options: A dataclass.
-        directory: Of the base model.
+        options: Options, a dataclass.
+        directory: Directory of the base model.
         tokenizer: Its tokenizer.
-        rows: Name -> rows.
+        rows: Rows by name.
         adapter: Directory of an adapter to load.
 
     Raises:
-        InputsDiffer: On every rank; it names the ranks, their machines, and what differs.
+        InputsDiffer: Raised on every rank; it names the ranks, their machines, and what differs.
     """
     if parallel_group_info().world.world_size == 1 or is_simulated():
         return
@@ -116,10 +116,10 @@ def check_same_base(model: nn.Module) -> None:
     """Compare the slices of the base that several ranks hold. A collective.
 
     Args:
-        model: As it was loaded, without adapters.
+        model: Model as it was loaded, without adapters.
 
     Raises:
-        InputsDiffer: On every rank.
+        InputsDiffer: Raised on every rank.
     """
     world = parallel_group_info().world
     if world.world_size == 1 or is_simulated():
@@ -142,7 +142,7 @@ def check_same_base(model: nn.Module) -> None:
 
 
 def _compare(found: _Description) -> None:
-    """Raise on every rank if two that describe the same subject describe it in different words. A collective."""
+    """Raise on every rank if the ranks describe a subject differently. A collective."""
     short = {subject: _sha256(json.dumps(sorted(parts.items())).encode()) for subject, parts in found.items()}
     told = gathered((socket.gethostname(), short))
     subjects = list(dict.fromkeys(subject for _, own in told for subject in own))
@@ -195,7 +195,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
 
 
 def _weights(directory: Path) -> Iterator[tuple[str, str]]:
-    """Each tensor of the files, with a checksum of its type, its shape, and some of its values."""
+    """Yield each tensor of the files, with a checksum of its type, its shape, and some of its values."""
     with WeightFiles(directory) as files:
         sizes = {name: math.prod(files.shape(name)) for name in sorted(files.names())}
         # An element is four bytes or fewer, but for a few.

@@ -3,11 +3,13 @@
     micro-batches -> logits -> cross entropy, summed -> / target tokens of the global batch -> backward
         -> finalize_gradients -> clip -> AdamW
 
-A step whose loss or whose gradients' norm is not finite changes nothing: neither the adapter nor the optimizer's
-state. Whether it is, the ranks decide together: one that went on alone would train another adapter.
+The loss is divided by the number of target tokens in the *global* batch: one sum over all of it, with any split over
+data parallel, micro-batches or accumulation. A rank that divided by its own tokens would weight them by how few there
+are. The number comes with the batch (`GlobalBatchSlice.global_target_tokens`). Where the routers' balance is part of
+the loss, each row's is weighted with its target tokens, and so divided by the same number.
 
-Where the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the
-same number: the loss stays one sum over the global batch, however that is split.
+A step whose loss or whose gradients' norm is not finite changes nothing: neither the adapter nor the optimizer's
+state. The ranks decide together whether it is: one that went on alone would train another adapter.
 
 Every rank runs the same code on its own micro-batches, equally many of them, and gets the same loss and norm.
 """
@@ -50,7 +52,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: Cross entropy, mean over the target tokens of the global batch, in nats.
-        grad_norm: Of all gradients before clipping; not finite where they are not, on any rank.
+        grad_norm: Norm of all gradients before clipping; not finite where a gradient is not, on any rank.
         router_loss: Load-balancing loss, before its coefficient: the mean over the rows of the global batch, weighted
             with their target tokens; `None` if it is not part of what is trained.
         skipped: What was not finite, and where, if the step was not taken.
@@ -65,7 +67,7 @@ class StepResult(NamedTuple):
 
 
 def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
-    """The sum of -log p(label) over this micro-batch's target tokens, in nats: a scalar, `I` over tp.
+    """Sum -log p(label) over this micro-batch's target tokens, in nats: a scalar, `I` over tp.
 
     float32, or float64 for a float64 model.
     """
@@ -74,7 +76,7 @@ def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
 
 
 def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
-    """The [`summed_loss`][meshpeft.training.step.summed_loss] and the load-balancing loss of a model with experts.
+    """Compute [`summed_loss`][meshpeft.training.step.summed_loss] and the load-balancing loss of a model with experts.
 
     Returns:
         [2]: the cross entropy, and the sum over the rows of (load-balancing loss x target tokens). `I` over tp.
@@ -91,11 +93,11 @@ class TrainStep:
     """Trains the parameters of `model` that are not frozen.
 
     Args:
-        model: With its adapters; the trainable parameters are those of this moment.
-        optimizer: Over these parameters.
+        model: Model with its adapters; the trainable parameters are those at construction.
+        optimizer: Optimizer of these parameters.
         clip: Largest gradient norm; 0 means no limit.
-        loss_scale: For float16; `None` otherwise.
-        router_aux_loss_coef: Of the routers' load-balancing loss; 0 leaves it out.
+        loss_scale: Loss scale of float16; `None` for other types.
+        router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
     """
 
     def __init__(
@@ -117,12 +119,13 @@ class TrainStep:
     def __call__(
         self, micro_batches: Iterable[MicroBatch], target_tokens: int, *, lr: float | None = None
     ) -> StepResult:
-        """One step on one global batch. The gradients, final and clipped, are left for the caller to read.
+        """Take one step on one global batch. The gradients, final and clipped, stay for the caller to read.
 
         Args:
-            micro_batches: This data-parallel rank's; equally many, of equal shapes, on every rank.
-            target_tokens: Of the *global* batch, over all ranks and micro-batches.
-            lr: The learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
+            micro_batches: Micro-batches of this data-parallel rank; equally many, of equal shapes, on every rank.
+            target_tokens: Target tokens of the *global* batch, over all ranks and micro-batches: the loss is divided
+                by it (`GlobalBatchSlice.global_target_tokens`, which every rank has without communication).
+            lr: Learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,11 +160,11 @@ class TrainStep:
         return StepResult(means[0], norm, means[1] if self.router_aux_loss_coef else None, skipped, rescaled)
 
     def _skipped(self, total: Tensor, largest: list[Tensor]) -> tuple[str, bool]:
-        """Why a step is not taken, and whether the loss scale was at fault, which is lower then. A collective.
+        """Describe why a step is not taken, and whether the loss scale was too large; if so, lower it. A collective.
 
         Args:
-            total: This rank's summed losses.
-            largest: Of this rank's gradients, before they were summed over ranks.
+            total: Summed losses of this rank.
+            largest: Largest values of this rank's gradients, before they were summed over ranks.
         """
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         bad = [
@@ -187,7 +190,7 @@ class TrainStep:
         return " and ".join(what) + (" is" if len(what) == 1 else " are") + " not finite", False
 
     def _losses(self, batch: MicroBatch) -> Tensor:
-        """[1] or [2]: the summed cross entropy, and the routers' balance where it is trained."""
+        """Compute [1] or [2]: the summed cross entropy, and the routers' balance where it is trained."""
         if self.router_aux_loss_coef:
             return summed_losses(self.model, batch)
         return summed_loss(self.model, batch).unsqueeze(0)
@@ -197,7 +200,7 @@ class TrainStep:
 
 
 def _largest_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The largest absolute value in each parameter's gradient as it is on this rank; nothing waits for them."""
+    """Return the largest absolute value in each parameter's gradient on this rank, without waiting for it."""
     grads = []
     for parameter in parameters:
         grad = parameter.grad
@@ -216,7 +219,7 @@ def _is_finite(norm: Tensor) -> bool:
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, micro_batches: Iterable[MicroBatch], target_tokens: int) -> Tensor:
-    """The loss without training: the mean over `target_tokens`, arguments and result as for a step."""
+    """Compute the loss without training: the mean over `target_tokens`; arguments and result as for a step."""
     was_training = model.training
     model.eval()
     total: Tensor | None = None
@@ -234,7 +237,7 @@ class NothingToTrain(MeshPEFTError):
 
 
 def parameters_to_train(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient, each once, in the order of the modules (the same on every rank).
+    """Return the parameters that require a gradient, each once, in the order of the modules (the same on every rank).
 
     Raises:
         NothingToTrain: There are none.
@@ -246,13 +249,13 @@ def parameters_to_train(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, lr_ratio: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the trainable parameters of `model`, with betas 0.9 and 0.999.
+    """Make AdamW (arXiv 1711.05101) over the trainable parameters of `model`, with betas 0.9 and 0.999.
 
     Args:
-        model: With its adapters.
+        model: Model with its adapters.
         lr: Learning rate.
-        weight_decay: Decoupled.
-        lr_ratio: The learning rate of B factors over `lr` (LoRA+). Every group keeps its own as `lr_ratio`, so
+        weight_decay: Decoupled weight decay.
+        lr_ratio: Learning rate of B factors over `lr` (LoRA+). Every group keeps its own as `lr_ratio`, so
             that a schedule can change them together.
     """
     parameters: list[nn.Parameter] | list[dict[str, Any]] = parameters_to_train(model)
@@ -288,7 +291,7 @@ class LossScale:
                 parameter.grad.mul_(1 / self.value)
 
     def accept(self, grad_norm: Tensor) -> bool:
-        """Whether a step with this norm (of unscaled gradients, over all ranks) is taken; adapts the factor."""
+        """Return whether a step with this norm (of unscaled gradients, over all ranks) is taken; adapt the factor."""
         if not bool(grad_norm.isfinite()):
             self.value = max(1.0, self.value / 2)
             self.good_steps = 0

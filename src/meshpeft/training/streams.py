@@ -1,6 +1,7 @@
-"""Standard streams that never end a run: closed ones, encodings that lack a character, readers that are gone.
+"""What a process prints: standard streams that never end a run, and warnings as one sentence each.
 
-A training is worth more than its log. What cannot be written is dropped, and the run goes on to its result.
+A training is worth more than its log. Where a stream is closed, its encoding lacks a character or its reader is gone,
+what cannot be written is dropped, and the run goes on to its result.
 """
 
 from __future__ import annotations

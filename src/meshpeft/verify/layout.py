@@ -1,4 +1,4 @@
-"""`verify_layout`: proof, before the GPU hours, that a layout trains the adapter that one process would train.
+"""`verify_layout`: proof, before the GPU hours, that a layout trains the same adapter as one process.
 
 Two checks, both in this process and without a GPU:
 
@@ -51,7 +51,7 @@ class Verdict:
         checks: What was compared, each with its largest relative error and what was done.
         unchecked: What could not be, each with the reason.
         layout: The simulated layout.
-        num_layers, hidden_size: Of the scaled-down model.
+        num_layers, hidden_size: Sizes of the scaled-down model.
     """
 
     states: dict[str, str] | None
@@ -92,14 +92,14 @@ def verify_layout(
     """Check a model, an adapter and a layout together.
 
     Args:
-        config: Of the model, at its real size.
+        config: Configuration of the model, at its real size.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
         tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: As the run will have them.
+        sequence_parallel, activation_checkpointing: Options of the run.
         quantizer: Packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
         start: Gives the adapters the values that they start from, where these depend on the base.
-        dropout: Of the run; its masks are checked, at another probability.
+        dropout: Dropout of the run; its masks are checked, at another probability.
         all_layers: Keep all layers instead of two, for adapters that name layers by their number.
         steps: Optimizer steps to compare.
         options: `lr_ratio` and `router_aux_loss_coef`, see [`Recipe`][meshpeft.verify.oracle.Recipe].
@@ -149,9 +149,9 @@ def prove_adapter(
     """Prove a layout on random documents, see [`prove`][meshpeft.verify.proof.prove].
 
     Args:
-        layout: Simulated in this process.
+        layout: Layout to simulate in this process.
         make_model, adapt, options: See [`Recipe`][meshpeft.verify.oracle.Recipe].
-        vocab_size: Of the model.
+        vocab_size: Vocabulary size of the model.
         steps, dropout: See `prove`.
     """
     # A small learning rate: AdamW divides the rounding of a gradient near zero by its epsilon, and every step adds it.
@@ -163,7 +163,7 @@ def prove_adapter(
 def started(
     adapt: Callable[[LanguageModel], nn.Module], start: Callable[[LanguageModel], None] | None
 ) -> Callable[[LanguageModel], nn.Module]:
-    """What puts adapters on a model and lets them start."""
+    """Compose adding adapters to a model and starting them."""
 
     def adapt_and_start(model: LanguageModel) -> nn.Module:
         adapted = adapt(model)
@@ -175,12 +175,12 @@ def started(
 
 
 def in_smallest_blocks(quantizer: BaseQuantizer) -> BaseQuantizer:
-    """The same with the smallest blocks there are, for narrow layers."""
+    """Copy a quantizer with the smallest blocks there are, for narrow layers."""
     return replace(quantizer, block_size=BLOCK_SIZES[0])
 
 
 def few_ranks(layout: Layout) -> Layout:
-    """The layout with as few ranks as show all of its arithmetic, and two rows in a micro-batch."""
+    """Reduce a layout to as few ranks as show all of its arithmetic, with two rows in a micro-batch."""
     tp, ep, few_ep = layout.tp, layout.ep, min(layout.ep, 4)
     ranks = math.lcm(tp, few_ep * (tp if layout.etp is None else layout.etp))
     # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
@@ -190,13 +190,13 @@ def few_ranks(layout: Layout) -> Layout:
 
 
 def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) -> DecoderConfig:
-    """A model of the same structure that takes seconds: narrow heads, small widths and vocabulary, few experts.
+    """Scale a model's structure down to seconds: narrow heads, small widths and vocabulary, few experts.
 
     Args:
-        config: Of the model.
-        layout: Which its sizes divide over.
-        blocks: Rows divide into the smallest blocks of a packed weight. Those of attention's output do on each rank,
-            too; those of the MLP's straddle ranks.
+        config: Configuration of the model.
+        layout: Layout that the sizes are divisible by.
+        blocks: Make rows of whole smallest blocks of a packed weight. Those of attention's output are whole on each
+            rank, too; those of the MLP's straddle ranks.
     """
     heads, tp = config.num_attention_heads, layout.tp
     windows, moe = config.sliding_windows, config.moe
@@ -232,7 +232,7 @@ def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) 
 
 
 def straddling_width(ranks: int) -> int:
-    """A small number of input features that divide into blocks, some of which have values on two of the ranks.
+    """Find a small number of input features that divide into blocks, some of which straddle two ranks.
 
     Where there is no such number (three ranks), one that divides.
     """
@@ -243,7 +243,7 @@ def straddling_width(ranks: int) -> int:
 
 
 def first_layers(config: DecoderConfig, count: int) -> DecoderConfig:
-    """A model of `count` layers; of layers with and without a window, or experts, one of each."""
+    """Reduce a model to `count` layers; of layers with and without a window, or experts, one of each."""
     windows, moe = config.sliding_windows, config.moe
     if windows is not None:
         kinds = list(dict.fromkeys(windows))

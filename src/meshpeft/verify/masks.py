@@ -30,11 +30,11 @@ _FEWEST = 64
 
 
 class MaskFault(Exception):
-    """Masks that are not what the rule says."""
+    """Masks that break the rule."""
 
 
 def set_dropout(model: nn.Module, p: float) -> list[LowRankAdapter]:
-    """Give every adapter of a model this dropout; returns them."""
+    """Give every adapter of a model this dropout; return the adapters."""
     adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
     for adapter in adapters:
         adapter.dropout = p
@@ -55,9 +55,9 @@ class MasksOfALayout:
     """The masks of one training step, in the order in which they were first drawn.
 
     Attributes:
-        p: The probability.
-        mesh: Of the layout.
-        tokens_dim: The dim of activations that counts rows of the micro-batch.
+        p: Dropout probability.
+        mesh: Mesh of the layout.
+        tokens_dim: Dim of activations that counts rows of the micro-batch.
     """
 
     p: float
@@ -77,7 +77,7 @@ class MasksOfALayout:
         return len(self._drawn)
 
     def record(self, seed: int, x: Tensor, mask: Tensor) -> Tensor:
-        """Keep a mask of the layout; a witness for `masks_seen_by`."""
+        """Keep a mask of the layout; an observer for `masks_seen_by`."""
         key = tuple(index_on_rank(seed, rank) for rank in ranks())
         if key in self._drawn:
             self._drawn[key].shown += 1
@@ -87,20 +87,20 @@ class MasksOfALayout:
         return mask
 
     def replay(self, seed: int, x: Tensor, mask: Tensor) -> Tensor:
-        """On one rank, the mask that the layout drew in this place; a witness for `masks_seen_by`."""
+        """On one rank, return the mask that the layout drew in this place; an observer for `masks_seen_by`."""
         number = self._order.setdefault(seed, len(self._order))
         if number >= len(self._drawn):
             raise MaskFault(f"one rank draws more masks than the layout's {len(self._drawn)}")
         return self._assembled(list(self._drawn.values())[number].masks, tuple(mask.shape))
 
     def check(self, most_shown: int) -> None:
-        """Hold the masks against the rule.
+        """Check the masks against the rule.
 
         Args:
             most_shown: How often one mask may be used: in the forward pass, and where it is made again.
 
         Raises:
-            MaskFault: Says which rule is broken.
+            MaskFault: A rule is broken; the message names it.
         """
         kept = total = 0
         for drawn in self._drawn.values():
@@ -129,7 +129,7 @@ class MasksOfALayout:
                 seen.append(rank)
 
     def _assembled(self, masks: Mapping[int, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """The mask of the global activation of this shape."""
+        """Assemble the mask of the global activation of this shape."""
         local = next(iter(masks.values())).shape
         if len(local) != len(shape):
             raise MaskFault(f"a mask of shape {tuple(local)} has its place in {shape} on one rank")
@@ -158,6 +158,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _equal_beginning(a: Tensor, b: Tensor) -> bool:
-    """Whether two masks are one, as far as both reach."""
+    """Return whether two masks are equal as far as both reach."""
     length = min(a.numel(), b.numel())
     return length >= _FEWEST and torch.equal(a.flatten()[:length], b.flatten()[:length])

@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layout:
-    """How one run is spread out; whatever it says, the numbers must not change.
+    """How one run is spread over ranks; no number may depend on it.
 
     Attributes:
         tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
@@ -57,7 +57,7 @@ class Layout:
     micro_batch_size: int = 1
 
     def parallel_config(self) -> ModelParallelConfig:
-        """What a decoder is told of this layout."""
+        """Make the decoder's configuration of this layout."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.tp,
             expert_model_parallel_size=self.ep,
@@ -76,13 +76,14 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a run computed; every tensor whole, on no mesh.
+    """What a run computed; every tensor in full, on no mesh.
 
     Attributes:
-        losses, grad_norms: Of each step; the loss as it is trained, with the routers' balance if that is part of it.
-        gradients: Of each adapter parameter after the first step (summed, and clipped if the run clips).
-        weights: Of each adapter parameter after the last step.
-        exported: The tensors of the exported adapter file.
+        losses, grad_norms: Loss and norm of each step; the loss as it is trained, with the routers' balance if that is
+            part of it.
+        gradients: Gradient of each adapter parameter after the first step (summed, and clipped if the run clips).
+        weights: Value of each adapter parameter after the last step.
+        exported: Tensors of the exported adapter file.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -101,9 +102,9 @@ class Recipe:
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
         rows: What to train on.
         batch_size: Rows of the global batch.
-        lr, lr_ratio, weight_decay, clip: Of AdamW.
-        router_aux_loss_coef: Of the routers' load-balancing loss; 0 leaves it out.
-        seed: Of the data order and of dropout.
+        lr, lr_ratio, weight_decay, clip: Settings of AdamW and of clipping.
+        router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
+        seed: Seed of the data order and of dropout.
     """
 
     make_model: Callable[[ModelParallelConfig], LanguageModel]
@@ -122,10 +123,10 @@ class Run:
     """A fine-tune at one layout, before its first step. Made and used inside `simulate`.
 
     Attributes:
-        recipe, layout, mesh: As given.
-        model: With its adapters.
-        optimizer: Over them.
-        step: `training`'s own.
+        recipe, layout, mesh: Arguments.
+        model: Model with its adapters.
+        optimizer: AdamW of the adapters.
+        step: `training`'s own step.
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, mesh: ParallelGroupInfo) -> None:
@@ -140,7 +141,7 @@ class Run:
         )
 
     def take(self, number: int, trace: Trace) -> StepResult:
-        """Take the optimizer step of this number, and note its loss and norm; of a first one, the gradients."""
+        """Take the optimizer step of this number, and record its loss and norm; of a first one, the gradients."""
         return self.take_on(*self.batches(number), trace)
 
     def take_on(self, batches: list[MicroBatch], targets: int, trace: Trace) -> StepResult:
@@ -154,11 +155,11 @@ class Run:
         return result
 
     def batches(self, number: int) -> tuple[list[MicroBatch], int]:
-        """This (possibly simulated) rank's own micro-batches of a step, and the target tokens of all ranks."""
+        """Return this (possibly simulated) rank's micro-batches of a step, and the target tokens of all ranks."""
         return self.own(self._of_every_rank(number))
 
     def all_batches(self, number: int) -> tuple[list[MicroBatch], int]:
-        """The micro-batches of all data-parallel ranks together, for one rank to compute."""
+        """Join the micro-batches of all data-parallel ranks, for one rank to compute."""
         slices = self._of_every_rank(number)
         batches = [
             MicroBatch(*(torch.cat([getattr(b, name) for b in ranks]) for name in MicroBatch.__dataclass_fields__))
@@ -170,7 +171,9 @@ class Run:
         return [self._sampler(rank).micro_batches(number) for rank in range(self.layout.dp)]
 
     def own(self, slices: Sequence[GlobalBatchSlice]) -> tuple[list[MicroBatch], int]:
-        """This rank's own of every data-parallel rank's micro-batches, and the target tokens of all of them."""
+        """Take this rank's own from every data-parallel rank's micro-batches; return it with the target tokens of
+        all.
+        """
         stacked = TensorLayout((self.layout.dp,), ((0, self.mesh.dp),))
 
         def own(tensors: Sequence[Tensor]) -> Tensor:
@@ -194,7 +197,7 @@ class Run:
         )
 
     def finish(self, trace: Trace) -> None:
-        """Note the weights, and the tensors of the exported file."""
+        """Record the weights, and the tensors of the exported file."""
         trace.weights.update(full_tensors(self.model, lambda parameter: parameter))
         # Ranks that hold different copies have no adapter to export; `compare` then finds none.
         if all(bool(weight.isfinite().all()) for weight in trace.weights.values()):
@@ -203,7 +206,7 @@ class Run:
                 trace.exported.update(load_file(Path(directory) / "adapter_model.safetensors"))
 
     def export(self, directory: str | Path) -> None:
-        """Write the adapter, in the form that holds every method's on experts; of other layers there is one form."""
+        """Write the adapter, in the form that holds every method's on experts; other layers have one form."""
         export_peft_adapter(self.model, directory, format="peft-per-expert")
 
 
@@ -235,7 +238,7 @@ def trace_layout(
 
 
 def full_tensors(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-    """A value of each trainable parameter, gathered, by the parameter's name; NaN where copies differ."""
+    """Gather a value of each trainable parameter, by the parameter's name; NaN where replicas differ."""
     full = {}
     for name, parameter in model.named_parameters():
         value = value_of(parameter)
@@ -246,7 +249,7 @@ def full_tensors(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor | N
 
 
 def agreed(tensor: Tensor) -> Tensor:
-    """The value that all ranks hold; not a number where they differ, which no comparison forgives."""
+    """Return the value that all ranks hold; NaN where they differ, which every comparison reports."""
     same: Tensor
     try:
         same = the_same(tensor)
@@ -256,7 +259,7 @@ def agreed(tensor: Tensor) -> Tensor:
 
 
 def compare(expected: Trace, found: Trace) -> dict[str, float]:
-    """The largest relative error of each quantity: `loss`, `grad_norm`, and `gradient`, `weight`, `export` tensors.
+    """Return the largest relative error of each quantity: `loss`, `grad_norm`, and `gradient`, `weight`, `export`.
 
     A tensor's error is its largest difference over the largest magnitude of the expected tensor. A tensor that is
     missing, unexpected, or not finite has an infinite error.
@@ -278,7 +281,7 @@ def _scalars(expected: list[float], found: list[float]) -> float:
 
 
 def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
-    """The largest error of the tensors of a kind, see [`compare`][meshpeft.verify.oracle.compare]."""
+    """Return the largest error among tensors of a kind, see [`compare`][meshpeft.verify.oracle.compare]."""
     if expected.keys() != found.keys() or not expected:
         return float("inf")
     worst = 0.0

@@ -1,7 +1,7 @@
 """`plan`: what one rank of a fine-tune holds and sends, before anything is started.
 
 The model is built at its real size on a process group of the full size, on tensors that have shapes and no memory,
-and one training step runs on them: what is counted is what the code does, not a formula beside it.
+and one training step runs on them: what is counted is what the code does, not a second formula for it.
 
 In a model with experts the tokens choose where they go, so what waits for the backward pass and what is exchanged
 depends on their values, which such tensors do not have: there only weights, gradients and optimizer are counted.
@@ -62,7 +62,7 @@ class Plan:
         activations: Alive between the forward and the backward pass of one micro-batch.
         micro_batch: Collectives of one forward and backward pass.
         added: Those of them that are the adapter's: without it the frozen base would not make them.
-        step: Collectives of an optimizer step beside those of its micro-batches.
+        step: Collectives of an optimizer step besides those of its micro-batches.
 
     The last four are `None` for a model with experts.
     """
@@ -94,13 +94,13 @@ def plan(
     """Count what one rank of `tp * dp` holds and sends.
 
     Args:
-        config: Of the model, at its real size: nothing is allocated.
+        config: Configuration of the model, at its real size: nothing is allocated.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
         tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: As the run will have them.
+        sequence_parallel, activation_checkpointing: Options of the run.
         micro_batch_size: Rows of one forward pass on one rank.
         seq_length: Tokens of a row.
-        dtype: Of the base.
+        dtype: Type of the base.
 
     Raises:
         MeshPEFTError: Sizes that do not divide; the process has a process group already.
@@ -170,14 +170,14 @@ def _forward_and_backward(model: Decoder, batch: MicroBatch) -> tuple[int, _Call
 
 
 def _with_input_gradient(model: Decoder, batch: MicroBatch) -> _Calls:
-    """The collectives where the gradient reaches the embedding's output, so that all layers have a backward pass."""
+    """Count collectives where the gradient reaches the embedding's output, so that all layers have a backward pass."""
     model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return _forward_and_backward(model, batch)[1]
 
 
 @contextlib.contextmanager
 def _storages() -> Iterator[Callable[[], int]]:
-    """How many bytes of what operations inside made are still in use."""
+    """Measure how many bytes that operations inside allocate are still in use."""
     made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     class Recorder(TorchDispatchMode):

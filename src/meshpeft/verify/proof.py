@@ -1,6 +1,6 @@
-"""What a layout is held against one rank in, one check after the other, each with what it did.
+"""The checks of a layout against one rank, and the checkpoints of simulated ranks that one of them needs.
 
-| check | compared with one rank |
+| check | what is compared with one rank |
 |---|---|
 | loss, grad norm, gradient, weight | every step of `training`'s own, clipped |
 | held-out | the loss without training, over rows that do not divide |
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 DROPOUT = 0.4
-"""Of the step that masks are checked in; not 0.5, where keeping and dropping are alike."""
+"""Dropout in the step whose masks are checked; not 0.5, where keeping and dropping are alike."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Proof:
     unchecked: list[str] = field(default_factory=list)
 
     def add(self, name: str, error: float, did: str) -> None:
-        """Enter a check."""
+        """Add a check."""
         self.checks.append(Check(name, error, did))
 
     @contextmanager
     def check(self, name: str, did: str) -> Iterator[list[float]]:
-        """Enter a check whose errors the body appends; one that the body refuses to make has an infinite error."""
+        """Add a check whose errors the body appends; one that the body refuses to make has an infinite error."""
         errors: list[float] = []
         try:
             yield errors
@@ -135,13 +135,14 @@ class _Trained:
     """A layout's run.
 
     Attributes:
-        trace: Of its steps.
-        held_out: The loss without training, after them.
+        trace: Trace of its steps.
+        held_out: Loss without training, after them.
         packed: Codes and scales of the base's packed layers, gathered.
-        checkpoint: Of the state before the last step; or why there is none.
-        entropy: The cross entropy of the last step.
+        checkpoint: Checkpoint of the state before the last step; or why there is none.
+        entropy: Cross entropy of the last step.
         resumed: The last step, taken from the other layout's checkpoint; or why it was not.
-        masks: Of one more step, with dropout, and what it computed.
+        masks: Masks of one more step, with dropout, or what is wrong with them.
+        dropped, dropped_batches: What that step computed, and on which micro-batches.
     """
 
     trace: Trace
@@ -245,7 +246,7 @@ def _compare_numbers(proof: Proof, expected: _Trained, found: _Trained, recipe: 
 
 
 def _error_of_clipping(trace: Trace, clip: float) -> float:
-    """How far the norm of all gradients, gathered, is from what clipping is to leave of the norm that was reported."""
+    """Compare the norm of all gathered gradients with what clipping leaves of the reported norm."""
     norm = trace.grad_norms[0]
     left = math.sqrt(sum(float(gradient.square().sum()) for gradient in trace.gradients.values()))
     return _difference(norm * min(1.0, clip / (norm + 1e-6)), left)
@@ -271,13 +272,13 @@ def _compare_files(
 
 def _read(model: Any, directory: Path) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said already, where the run's own adapter was made
+        warnings.simplefilter("ignore", UserWarning)  # given already, where the run's own adapter was made
         read: nn.Module = load_peft_adapter(model, directory, trainable=True)
     return read
 
 
 def _compare_merged(proof: Proof, expected: _Trained, recipe: Recipe, steps: int) -> None:
-    """The adapter before the last step, merged: the loss that this step was taken on, without the adapter's code."""
+    """Merge the adapter before the last step: without the adapter's code it gives the loss of that step."""
     if not isinstance(expected.checkpoint, Path):
         return
     with simulate() as mesh:
@@ -300,7 +301,7 @@ def _compare_merged(proof: Proof, expected: _Trained, recipe: Recipe, steps: int
 
 
 def _compare_resumed(proof: Proof, expected: _Trained, found: _Trained, recipe: Recipe, steps: int) -> None:
-    """The layout's checkpoint at one rank, and one rank's at the layout; and a step with dropout after the first."""
+    """Resume the layout's checkpoint at one rank, one rank's at the layout, and take a step with dropout."""
     after = f"saved after {steps - 1} steps: this layout's goes on at one rank, one rank's at this layout"
     with simulate() as mesh:
         run = Run(recipe, Layout(), mesh)
@@ -325,7 +326,7 @@ def _errors_of_last_step(expected: Trace, found: Trace) -> list[float]:
 
 
 def _compare_dropped(proof: Proof, found: _Trained, run: Run) -> None:
-    """The step that the layout took with dropout, on one rank, with the layout's masks."""
+    """Take the layout's step with dropout on one rank, with the layout's masks."""
     adapters = set_dropout(run.model, DROPOUT)
     masks, trace = found.masks, Trace()
     if adapters[0].dropout_position != "pre":
@@ -351,7 +352,10 @@ def _compare_dropped(proof: Proof, found: _Trained, run: Run) -> None:
 
 
 def store(model: LanguageModel, optimizer: torch.optim.Optimizer, directory: Path, step: int) -> Path:
-    """Write a checkpoint of all ranks of this layout; where there is one, as every run does.
+    """Write a checkpoint of all simulated ranks of this layout; of one rank, as every run does.
+
+    `save_checkpoint` and `load_checkpoint` let the ranks meet in a group of processes, which simulated ranks are not.
+    What they write and read is used here unchanged, once for each rank.
 
     Raises:
         CheckpointError: The slices of the ranks do not make up the tensors, each part once; ranks that hold the same
@@ -388,7 +392,7 @@ def store(model: LanguageModel, optimizer: torch.optim.Optimizer, directory: Pat
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load a checkpoint into all ranks of this layout; where there is one, as every run does.
+    """Load a checkpoint into all simulated ranks of this layout; of one rank, as every run does.
 
     Raises:
         CheckpointError: It is of another model, or its tensors do not fit.
@@ -445,7 +449,7 @@ def _offset(offset: Iterable[int], rank: int) -> tuple[int, ...]:
 
 
 def _of_all_ranks(parts: Iterable[Slice]) -> Mapping[Place, Slice]:
-    """Every rank's slices, each once."""
+    """Collect every rank's slices, each once."""
     found: dict[Place, Slice] = {}
     for part in parts:
         values = part.local()
@@ -463,7 +467,7 @@ def _itself(values: Tensor) -> Tensor:
 
 
 def _check_one_writer(entries: Iterable[ShardedTensor]) -> None:
-    """Whether of the ranks that hold the same slice one is to write it."""
+    """Check that exactly one of the ranks that hold the same slice writes it."""
     for entry in entries:
         writers: dict[tuple[int, ...], int] = {}
         for rank in ranks():

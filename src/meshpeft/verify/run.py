@@ -41,13 +41,13 @@ class NotExact(MeshPEFTError):
 
 
 def verify_run(config: FinetuneConfig) -> str:
-    """Whether the run with these options would train the adapter that one process trains.
+    """Prove that the run with these options trains the adapter that one process trains.
 
     Its model's structure, method, targets and layout are taken, its quantisation and the start of its adapters; not its
     weights and data. Dropout is part of one step only, since its masks belong to a layout.
 
     Args:
-        config: Of the run; one that could not be started is refused as `finetune` refuses it.
+        config: Options of the run; those that could not be started are refused as by `finetune`.
 
     Returns:
         What was checked and found, in lines.
@@ -70,10 +70,10 @@ def verify_run(config: FinetuneConfig) -> str:
 
 
 def plan_run(config: FinetuneConfig) -> str:
-    """What one rank of the run with these options would hold and send.
+    """Count what one rank of the run with these options holds and sends.
 
     Args:
-        config: Of the run; one that could not be started is refused as `finetune` refuses it.
+        config: Options of the run; those that could not be started are refused as by `finetune`.
 
     Returns:
         Tables, in lines.
@@ -100,11 +100,11 @@ def plan_run(config: FinetuneConfig) -> str:
 
 
 def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, BaseModel, int]:
-    """The options as `finetune` would take them, the model's structure, and the number of processes.
+    """Resolve the options as `finetune` does, and find the model's structure and the number of processes.
 
     Args:
-        config: Of the run.
-        weights: The directory has them; without, a configuration is enough, of a model that the native engine has.
+        config: Options of the run.
+        weights: Check the files of the weights, too; otherwise a configuration is enough, of a native model.
     """
     config = config.resolved()
     config.check()
@@ -113,7 +113,7 @@ def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, 
     if not weights and not isinstance(base.config, DecoderConfig):
         raise ConfigError(
             f"a {base.config.model_type} model runs on the transformers engine, whose memory and traffic are not "
-            "counted; plan knows the native one"
+            "counted; plan counts the native one only"
         )
     base.check(config, weights=weights)
     check_adapter(base, config)
@@ -147,7 +147,7 @@ def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
 
 
 def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
-    """The layout of the run, as `verify_layout` and `plan` take it."""
+    """Return the layout of the run as arguments of `verify_layout` and `plan`."""
     return {
         "tp": config.tp,
         "dp": world // config.tp,
@@ -198,7 +198,7 @@ def _size(count: int) -> str:
 
 
 def _quietly(config: FinetuneConfig) -> Callable[[LanguageModel], nn.Module]:
-    """What puts the run's adapter on a model; the warnings about it have been given."""
+    """Return a function that adds the run's adapter to a model, without the warnings that were given already."""
 
     def adapt(model: LanguageModel) -> nn.Module:
         with warnings.catch_warnings():
@@ -210,14 +210,14 @@ def _quietly(config: FinetuneConfig) -> Callable[[LanguageModel], nn.Module]:
 
 
 def _at_random(config: FinetuneConfig) -> FinetuneConfig:
-    """The run's adapter in float64, with a B that does not hide A, and without dropout."""
+    """Return options of the run's adapter in float64, with a B that does not hide A, and without dropout."""
     return replace(
         config, dtype="float64", lora_dtype=None, dropout=0.0, lora_b_init_method="normal", lora_init_method=None
     )
 
 
 def _left_out(config: FinetuneConfig) -> list[str]:
-    """Options that change numbers and that the proof in float64 does not have."""
+    """List options that change numbers and that the proof in float64 does not cover."""
     found = []
     if config.lora_dtype == "bf16":
         found.append("rounding of bf16 adapters: they are float64 here")

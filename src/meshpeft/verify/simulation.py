@@ -1,4 +1,4 @@
-"""All ranks of a small mesh in one process, through PyTorch's `LocalTensorMode`."""
+"""All ranks of a small mesh in one process (PyTorch's `LocalTensorMode`), and the collectives that code makes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 @contextmanager
 def fake_world(world_size: int) -> Iterator[None]:
-    """A process group of `world_size` ranks whose collectives do nothing; this process is rank 0.
+    """Start a process group of `world_size` ranks whose collectives do nothing; this process is rank 0.
 
     Raises:
         ParallelError: This process already has a process group.
@@ -64,28 +64,30 @@ def simulate(tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: 
 
 
 def on_rank(tensor: Tensor, rank: int) -> Tensor:
-    """One simulated rank's value."""
+    """Return one simulated rank's value."""
     return tensor._local_tensors[rank] if isinstance(tensor, LocalTensor) else tensor
 
 
 def index_on_rank(index: int, rank: int) -> int:
-    """One simulated rank's value of a number that may differ between them, such as its place on an axis."""
+    """Return one simulated rank's value of a number that may differ between them, such as its place on an axis."""
     return int(_map_to_rank_local_val(index, rank))
 
 
 def of_ranks(values: Mapping[int, Tensor]) -> Tensor:
-    """What [`on_rank`][meshpeft.verify.simulation.on_rank] takes apart: every simulated rank's value, as one tensor."""
+    """Join every simulated rank's value into one tensor; the inverse of
+    [`on_rank`][meshpeft.verify.simulation.on_rank].
+    """
     return LocalTensor(dict(values)) if enabled_local_tensor_mode() is not None else values[0]
 
 
 def ranks() -> list[int]:
-    """The simulated ranks; outside a simulation there is one."""
+    """List the simulated ranks; outside a simulation there is one."""
     mode = enabled_local_tensor_mode()
     return [0] if mode is None else sorted(mode.ranks)
 
 
 def the_same(tensor: Tensor) -> Tensor:
-    """The value that all ranks hold, detached.
+    """Return the value that all ranks hold, detached.
 
     Raises:
         AssertionError: They differ.
@@ -150,7 +152,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _group_name(args: Any) -> str:
-    """Name of the group that an operator of c10d was given as an object, or a functional one by its name."""
+    """Find the name of the group that an operator was given, as an object (c10d) or by its name (functional)."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().qualified_name():
             return dist.ProcessGroup.unbox(arg).group_name
@@ -159,7 +161,7 @@ def _group_name(args: Any) -> str:
 
 @contextmanager
 def count_collectives() -> Iterator[list[Collective]]:
-    """The collectives made inside, backward passes included, in order."""
+    """Record the collectives made inside, backward passes included, in order."""
     calls: list[Collective] = []
     with _Recorder(calls):
         yield calls

@@ -4,6 +4,9 @@ The numbers are those of [`verify_layout`][meshpeft.verify.layout.verify_layout]
 float64, on simulated ranks, against one rank. What a configuration means is transformers' alone, so it is scaled down
 by the names that most of them share, and tried. The states of its tensors are not followed: its code is not written in
 terms of them.
+
+Their code casts to float32 in places, whatever the type of the model: norms, rotary tables and the softmax of routers.
+So a float64 model of theirs is exact to 1e-7 only, which is more than the errors to be found; `lift_float32` mends it.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def verify_transformers_layout(
     """Check a model, an adapter and a layout together.
 
     Args:
-        config: Of the model, at its real size.
+        config: Configuration of the model, at its real size.
         adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
             [`verify_layout`][meshpeft.verify.layout.verify_layout].
 
@@ -115,7 +118,7 @@ def verify_transformers_layout(
 
 
 def _small_model(config: PretrainedConfig, tp: int, all_layers: bool, *, blocks: bool) -> Any:
-    """A random model of the same structure that takes seconds, of two layers or one of each kind."""
+    """Make a random model of the same structure that takes seconds, of two layers or one of each kind."""
     reasons = []
     for narrow in (True, False):
         try:
@@ -132,7 +135,7 @@ def _small_model(config: PretrainedConfig, tp: int, all_layers: bool, *, blocks:
 
 
 def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bool, blocks: bool) -> PretrainedConfig:
-    """The configuration with fewer layers and a small vocabulary, and narrow if asked for; it may not fit together.
+    """Reduce layers and vocabulary of a configuration, and its widths if asked for; the result may not fit together.
 
     Raises:
         ModelError: A model of it would be too large.
@@ -186,7 +189,7 @@ def _narrow(text: Any, tp: int, blocks: bool) -> None:
 
 
 def _random_model(config: PretrainedConfig) -> Any:
-    """In float64, with values far enough from their initial ones that nothing is linear and no bias is zero."""
+    """Make a float64 model, with values far enough from the initial ones that nothing is linear and no bias is zero."""
     # No other implementation of experts takes float64.
     options = {"dtype": torch.float64, "experts_implementation": "eager"}
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options).eval()

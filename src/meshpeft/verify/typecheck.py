@@ -1,7 +1,7 @@
 """The type check: the model's forward, once, at the full world size, on a fake process group without memory.
 
 Every tensor gets its state on every mesh axis from its layout, and `spmd_types` follows the states through the
-forward: a missing reduction, a summand that meets a whole value or a nonlinearity, a factor that is added up twice
+forward: a missing reduction, a partial value that meets a full one or a nonlinearity, a factor that is summed twice
 is an error before a GPU hour is spent. Backward code is not checked; that is what the oracle's numbers are for.
 """
 
@@ -42,11 +42,11 @@ def typecheck_layout(
     """Check the states of a decoder and its adapters at `tp * dp` ranks, in this process.
 
     Args:
-        config: Of the model, at its real size: nothing is allocated.
+        config: Configuration of the model, at its real size: nothing is allocated.
         adapt: Adds the adapters, for instance a `LoRA`.
         tp, dp: Sizes of the axes.
         sequence_parallel: Token shards between layers.
-        seq_length: Of the row that is sent through.
+        seq_length: Tokens of the row that is run.
 
     Returns:
         The loss's state on each axis of more than one rank: `I` on tp, `P` on dp, where its sum is still pending.
