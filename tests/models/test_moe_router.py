@@ -16,11 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from meshpeft.models import Decoder, DecoderConfig, ModelError, MoEConfig, TopKRouter, check_divisible, load_pretrained
+from meshpeft.models import (
+    Decoder,
+    DecoderConfig,
+    ModelError,
+    ModelSharding,
+    MoEConfig,
+    TopKRouter,
+    check_divisible,
+    load_pretrained,
+)
 from meshpeft.models.moe import load_balancing_loss
 from meshpeft.parallel import (
     ModelParallelConfig,
-    ParallelAxis,
     TensorLayout,
     finalize_gradients,
     layer_type_of,
@@ -33,7 +41,7 @@ CONFIG = DecoderConfig(96, 32, 48, 3, 8, 4, 4, model_type="mixtral", moe=MOE)
 
 
 def router(**changes: Any) -> TopKRouter:
-    made = TopKRouter(6, replace(MOE, **changes), ParallelAxis("tp"), dtype=torch.float64)
+    made = TopKRouter(6, replace(MOE, **changes), ModelSharding(dtype=torch.float64))
     with torch.no_grad():
         made.weight.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     return made
@@ -137,7 +145,7 @@ def dense_loss(logits: Tensor, top_k: int = 2) -> Tensor:
 def test_the_balancing_loss_is_transformers() -> None:
     logits = torch.randn(11, 8, generator=torch.Generator().manual_seed(2))
     rows = torch.ones(11, 1)
-    found = load_balancing_loss(router(moe_router_topk=3).routing(logits), rows, ParallelAxis("tp"))
+    found = load_balancing_loss(router(moe_router_topk=3).routing(logits), rows, ModelSharding())
     # Means of 11 numbers in float32.
     torch.testing.assert_close(found[0], load_balancing_loss_func((logits,), 8, 3), rtol=1e-6, atol=0)
     torch.testing.assert_close(found[0], dense_loss(logits, 3), rtol=1e-6, atol=0)
@@ -244,7 +252,7 @@ def test_expert_parallel_needs_experts_and_the_same_mesh() -> None:
     with simulate(dp=2, ep=2, etp=1), pytest.raises(ModelError, match=r"expert_model_parallel_size=1, .* ep=2"):
         Decoder(CONFIG, ModelParallelConfig(), device="meta")
     with simulate(dp=2, ep=2, etp=1):
-        assert Decoder(CONFIG, device="meta").parallel.expert_model_parallel_size == 2
+        assert Decoder(CONFIG, device="meta").sharding.ep.world_size == 2
 
 
 def test_new_weights_are_the_same_at_every_layout() -> None:

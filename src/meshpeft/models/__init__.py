@@ -7,12 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from meshpeft.models.attention import KVCache
-from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig, check_divisible
+from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.moe import MoELayer, Routing, TopKRouter
+from meshpeft.models.sharding import ModelSharding, check_divisible
 
 if TYPE_CHECKING:
     from meshpeft.hub.load import load_pretrained, stored_dtype
@@ -29,6 +30,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "ModelError",
+    "ModelSharding",
     "RopeConfig",
     "Routing",
     "TopKRouter",

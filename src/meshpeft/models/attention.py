@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.mlp import RMSNorm
-from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel.tensor_layout import FusedParts
 from meshpeft.parallel.typing import dims_follow, typed_as
 
@@ -201,59 +200,32 @@ class AttentionContext:
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values from one packed projection, attention per head, an output projection.
+    """Queries, keys and values from one fused projection, attention per head, an output projection.
 
-    `linear_qkv` is packed per query group, `[q .. q k v]`, and divided over tensor parallel by whole groups; the
-    heads never communicate.
+    `linear_qkv` is fused per query group, `[q .. q k v]`, and sharded by whole groups: the heads never communicate.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.sliding_window(layer)
-        self.shards = tp.world_size
+        self.shards = sharding.tp.world_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_query_groups * config.head_dim
         self.fused_parts = FusedParts(("q", "k", "v"), (queries, keys, keys), blocks=config.num_query_groups)
-        self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size,
-            queries + 2 * keys,
-            bias=config.qkv_bias,
-            gather_output=False,
-            sequence_parallel=sequence_parallel,
-            fused_parts=self.fused_parts,
-            axis=tp,
-            device=device,
-            dtype=dtype,
+        self.linear_qkv = sharding.linear_qkv(
+            config.hidden_size, queries + 2 * keys, bias=config.qkv_bias, parts=self.fused_parts
         )
-        self.linear_proj = RowParallelLinear(
-            queries,
-            config.hidden_size,
-            bias=config.projection_bias,
-            input_is_parallel=True,
-            sequence_parallel=sequence_parallel,
-            axis=tp,
-            device=device,
-            dtype=dtype,
-        )
+        self.linear_proj = sharding.linear_proj(queries, config.hidden_size, bias=config.projection_bias)
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
         if config.qk_norm:
-            # The ranks normalise different heads.
-            self.q_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, (tp,), device, dtype)
-            self.k_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, (tp,), device, dtype)
+            self.q_layernorm = RMSNorm(sharding.head_norm(config.head_dim), config.rms_norm_eps)
+            self.k_layernorm = RMSNorm(sharding.head_norm(config.head_dim), config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x [seq, batch, hidden] -> [seq, batch, hidden]; [seq / tp, ..] of both under sequence parallel."""
+        """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""
         queries, keys, values = split_heads(self.linear_qkv(x), self.fused_parts, self.shards, self.head_dim)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)

@@ -8,7 +8,6 @@ under a name that says what it does, so that the modules never ask which family 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,10 +16,9 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.models.errors import ModelError
-from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import shown
 
-__all__ = ["DecoderConfig", "MoEConfig", "RopeConfig", "check_divisible"]
+__all__ = ["DecoderConfig", "MoEConfig", "RopeConfig"]
 
 _LARGEST_FLOAT = float(torch.finfo(torch.float32).max)
 
@@ -214,48 +212,3 @@ class DecoderConfig:
         if DecoderConfig.from_hf(hf) != self:
             raise ModelError(f"a {self.model_type} configuration cannot express {self}")
         return hf
-
-
-def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> None:
-    """Whether the decoder can be divided as asked; needs no process group, and gives every rank one answer.
-
-    Raises:
-        ModelError: a size does not divide, or the layout is not available; the message names the sizes that
-            would work for the whole model.
-    """
-    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
-    if parallel.pipeline_model_parallel_size != 1:
-        raise ModelError(
-            f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder is not divided into stages; use 1"
-        )
-    for name, size in (("tensor_parallel", tp), ("expert_parallel", ep), ("expert_tensor_parallel", etp)):
-        if size < 1:
-            raise ModelError(f"{name}={size}: expected at least 1")
-    sizes = {"linear_qkv": (config.num_query_groups, "query groups")}
-    if len(config.expert_layers) < config.num_layers:
-        sizes["linear_fc1"] = (config.intermediate_size, "channels (intermediate_size)")
-    moe = config.moe
-    if moe is not None and moe.shared_intermediate_size is not None:
-        sizes["shared_experts"] = (moe.shared_intermediate_size, "channels")
-    _check_split(sizes, "tensor_parallel", tp)
-    if moe is None:
-        if ep != 1:
-            raise ModelError(f"expert_parallel={ep}: a {config.model_type} model has no experts; use 1")
-        return
-    _check_split({"experts": (moe.num_experts, "experts of a layer")}, "expert_parallel", ep)
-    _check_split({"experts": (moe.intermediate_size, "channels of an expert")}, "expert_tensor_parallel", etp)
-
-
-def _check_split(sizes: Mapping[str, tuple[int, str]], axis: str, count: int) -> None:
-    common = math.gcd(*(size for size, _ in sizes.values()))
-    for name, (size, what) in sizes.items():
-        if size % count:
-            raise ModelError(f"{name}: {size} {what} cannot be split over {axis}={count}; use {_divisors(common)}")
-
-
-def _divisors(number: int) -> str:
-    """`1, 2 or 4`: the divisors of a number, as a choice."""
-    # Nobody has more processes; a number may be of any size.
-    found = [str(value) for value in range(1, min(number, 4096) + 1) if number % value == 0]
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

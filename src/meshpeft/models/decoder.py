@@ -1,7 +1,6 @@
-"""The decoder: embedding, layers, final norm and output layer, divided over tensor parallel.
+"""The decoder: embedding, layers, final norm and output layer.
 
-Hidden states are [seq, batch, hidden] (Megatron's order, so that sequence parallel divides dim 0); between layers
-they are replicated over tensor parallel, or token shards [seq / tp, batch, hidden] under sequence parallel.
+Hidden states are [seq, batch, hidden], Megatron's order; which part of them a rank holds stands in `sharding.py`.
 Module names are Megatron's.
 """
 
@@ -23,17 +22,14 @@ from meshpeft.models.attention import (
     positions_in_documents,
     rotary_tables,
 )
-from meshpeft.models.config import DecoderConfig, check_divisible
+from meshpeft.models.config import DecoderConfig
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
-from meshpeft.parallel.collectives import mp_gather, mp_scatter
+from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.init import named_init_
-from meshpeft.parallel.linear import ColumnParallelLinear
-from meshpeft.parallel.mesh import ParallelAxis, ParallelGroupInfo, parallel_group_info
 
 __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
 
@@ -41,28 +37,21 @@ __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
 class DecoderLayer(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)); the MLP, or experts in its place."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
         super().__init__()
-        varies_over = (tp,) if sequence_parallel else ()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
-        self.self_attention = SelfAttention(config, layer, tp, sequence_parallel, device, dtype)
-        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
+        self.sharding = sharding
+        self.input_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
+        self.self_attention = SelfAttention(config, layer, sharding)
+        self.pre_mlp_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
         self.mlp: MLP | MoELayer
         if config.moe is not None and config.has_experts(layer):
-            self.mlp = MoELayer(config, config.moe, tp, sequence_parallel, device, dtype)
+            self.mlp = MoELayer(config, config.moe, sharding)
         else:
-            self.mlp = MLP(config, tp, sequence_parallel, device, dtype)
+            self.mlp = MLP(config, sharding)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
-        """hidden [seq, batch, hidden] -> the same ([seq / tp, ..] under sequence parallel), load-balancing loss."""
+        """hidden [seq, batch, hidden] -> the same, and the load-balancing loss of experts, [batch]."""
+        self.sharding.check_hidden(hidden)
         hidden = hidden + self.self_attention(self.input_layernorm(hidden), context)
         normed = self.pre_mlp_layernorm(hidden)
         if isinstance(self.mlp, MoELayer):
@@ -74,27 +63,17 @@ class DecoderLayer(nn.Module):
 class DecoderBlock(nn.Module):
     """The layers and the norm behind them."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, sharding: ModelSharding) -> None:
         super().__init__()
         self.activation_checkpointing = False
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp, sequence_parallel, device, dtype) for layer in range(config.num_layers)
-        )
-        varies_over = (tp,) if sequence_parallel else ()
-        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, varies_over, device, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, sharding) for layer in range(config.num_layers))
+        self.final_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """All layers, and the norm.
 
         Args:
-            hidden: [seq, batch, hidden]; [seq / tp, ..] under sequence parallel.
+            hidden: [seq, batch, hidden], in the state of the hidden stream.
             context: with `rows`, where the load of experts is asked for.
 
         Returns:
@@ -113,20 +92,23 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(LanguageModel):
-    """A decoder-only language model, divided over the tensor-parallel axis of the mesh; experts over their own.
+    """A decoder-only language model over the mesh.
 
     Its weights are a function of a seed and the layout-free shapes, see
     [`reset_parameters`][meshpeft.models.Decoder.reset_parameters]; on the meta device they are left empty.
 
     Args:
-        config: sizes and variations.
-        parallel: its sizes must be the mesh's; `sequence_parallel`, `dtype` and `perform_initialization` are read.
+        config: Sizes and variations.
+        parallel: Its sizes must be the mesh's; `sequence_parallel`, `dtype` and `perform_initialization` are read.
             By default the mesh as it is, without sequence parallel.
-        device: of the parameters; torch's default device by default.
-        dtype: of the parameters and activations; `parallel.dtype` by default.
+        device: Device of the parameters; torch's default device by default.
+        dtype: Type of the parameters and activations; `parallel.dtype` by default.
+
+    Attributes:
+        sharding: The layout.
 
     Raises:
-        ModelError: the sizes do not divide over the mesh. Raised on every rank, before any communication.
+        ModelError: The sizes do not divide over the mesh. Raised on every rank, before any communication.
     """
 
     def __init__(
@@ -137,55 +119,18 @@ class Decoder(LanguageModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        info = parallel_group_info()
-        tp = info.tp
-        if parallel is None:
-            parallel = ModelParallelConfig(
-                tensor_model_parallel_size=tp.world_size,
-                expert_model_parallel_size=1 if config.moe is None else info.ep.world_size,
-                expert_tensor_parallel_size=info.etp.world_size,
-            )
-        check_divisible(config, parallel)
-        _check_mesh(config, parallel, info)
         self.config = config
-        self.parallel = parallel
-        self.tp = tp
-        # Where tp does not divide the vocabulary (a token was added to it), table and head are replicated.
-        self.vocab_axis = tp if config.vocab_size % tp.world_size == 0 else ParallelAxis("none")
-        self.sequence_parallel = parallel.sequence_parallel and tp.world_size > 1
-        device = torch.get_default_device() if device is None else torch.device(device)
-        dtype = parallel.dtype if dtype is None else dtype
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            sequence_parallel=self.sequence_parallel and self.vocab_axis is tp,
-            axis=self.vocab_axis,
-            device="meta",
-            dtype=dtype,
-        )
-        self.decoder = DecoderBlock(config, tp, self.sequence_parallel, "meta", dtype)
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            config.vocab_size,
-            bias=False,
-            gather_output=False,
-            sequence_parallel=self.sequence_parallel and self.vocab_axis is tp,
-            axis=self.vocab_axis,
-            device="meta",
-            dtype=dtype,
-        )
-        self.tie_weights()
-        if device.type != "meta":
-            for name, parameter in list(self.named_parameters()):
-                self.assign_parameter(name, torch.empty(parameter.shape, dtype=dtype, device=device))
-            self.tie_weights()
-            if parallel.perform_initialization:
-                self.reset_parameters()
-
-    def tie_weights(self) -> None:
-        """Let the output layer share the embedding's parameter, if the configuration says so."""
-        if self.config.tie_word_embeddings:
+        self.sharding = sharding = ModelSharding.of(config, parallel, device, dtype)
+        self.vocab_axis = sharding.vocab
+        self.embedding = sharding.embedding(config.vocab_size, config.hidden_size)
+        self.decoder = DecoderBlock(config, sharding)
+        # A tied head needs no memory of its own.
+        head = replace(sharding, device="meta") if config.tie_word_embeddings else sharding
+        self.output_layer = head.output_layer(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
             self.output_layer.weight = self.embedding.weight
+        if sharding.perform_initialization:
+            self.reset_parameters()
 
     @property
     def vocab_size(self) -> int:
@@ -277,40 +222,23 @@ class Decoder(LanguageModel):
         self._check_inputs(input_ids, position_ids, document_ids, cache)
         if return_router_loss and not self.config.expert_layers:
             raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
-        length = input_ids.shape[1]
-        padding = -length % self.tp.world_size if self.sequence_parallel else 0
-        hidden = self._embed(_pad(input_ids, padding, 0).t())
+        length, sharding = input_ids.shape[1], self.sharding
+        padding = sharding.padding(length)
+        hidden = sharding.enter_blocks(self.embedding(_pad(input_ids, padding, 0).t()))
         context = self._context(length + padding, padding, position_ids, document_ids, cache, input_ids.device)
         if return_router_loss:
             real = torch.ones_like(input_ids, dtype=torch.bool) if document_ids is None else document_ids != -1
             wide = torch.promote_types(hidden.dtype, torch.float32)
-            context = replace(context, rows=rows_of_tokens(_pad(real, padding, False).t(), self.tp, wide))
+            context = replace(context, rows=rows_of_tokens(_pad(real, padding, False).t(), sharding, wide))
         hidden, router_loss = self.decoder(hidden, context)
         if cache is not None:
             cache.advance(length, _join(cache.document_ids, document_ids))
         if last_token_only:
-            hidden, length = self._keep_last(hidden, length), 1
-        logits = self._logits(hidden)[:length].transpose(0, 1)
+            hidden, length = sharding.last_token(hidden, length), 1
+        logits = self.output_layer(sharding.leave_blocks(hidden))[:length].transpose(0, 1)
         if gather_logits:
-            logits = mp_gather(logits, -1, self.vocab_axis)
+            logits = sharding.gather_logits(logits)
         return logits if router_loss is None else (logits, router_loss)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """tokens [seq, batch] -> [seq, batch, hidden], I; or S(0) under sequence parallel."""
-        hidden: Tensor = self.embedding(tokens)
-        return mp_scatter(hidden, 0, self.tp) if self._sharded_tokens_meet_a_replicated_vocabulary else hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """hidden [seq, batch, hidden] as the blocks leave it -> logits [seq, batch, vocab_size / vocab_axis], S(-1)."""
-        logits: Tensor = self.output_layer(
-            mp_gather(hidden, 0, self.tp) if self._sharded_tokens_meet_a_replicated_vocabulary else hidden
-        )
-        return logits
-
-    @property
-    def _sharded_tokens_meet_a_replicated_vocabulary(self) -> bool:
-        """Whether tokens are sharded and the vocabulary is not: table and head do not communicate themselves then."""
-        return self.sequence_parallel and self.vocab_axis is not self.tp
 
     def _check_inputs(
         self,
@@ -356,28 +284,6 @@ class Decoder(LanguageModel):
         key_documents = _join(None if cache is None else cache.document_ids, document_ids)
         masks = attention_masks(windows, length, past, device, document_ids, key_documents)
         return AttentionContext(cosines, sines, masks, cache)
-
-    def _keep_last(self, hidden: Tensor, length: int) -> Tensor:
-        """The last real token's hidden state [1, batch, hidden], in the state that the output layer takes."""
-        if not self.sequence_parallel:
-            return hidden[length - 1 : length]
-        # One copy for each rank's token shard.
-        last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
-        return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
-
-
-def _check_mesh(config: DecoderConfig, parallel: ModelParallelConfig, info: ParallelGroupInfo) -> None:
-    sizes = {"tensor_model_parallel_size": (parallel.tensor_model_parallel_size, info.tp)}
-    if config.moe is not None:
-        etp = parallel.expert_tensor_parallel_size
-        sizes["expert_model_parallel_size"] = (parallel.expert_model_parallel_size, info.ep)
-        sizes["expert_tensor_parallel_size"] = (info.tp.world_size if etp is None else etp, info.etp)
-    for name, (size, axis) in sizes.items():
-        if size != axis.world_size:
-            raise ModelError(
-                f"{name}={size}, but the mesh has {axis.name}={axis.world_size}; call init_parallelism with the same "
-                "size first"
-            )
 
 
 def _pad(ids: Tensor, padding: int, value: int) -> Tensor:

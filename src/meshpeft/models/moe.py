@@ -1,14 +1,7 @@
 """A layer of experts in the place of an MLP: router, experts, shared experts.
 
-Each token passes the router and its experts once, on one rank. Where all ranks of tensor parallel hold the same
-tokens they are divided before and gathered after; token shards of sequence parallel go in as they are. The shared
-experts are an ordinary MLP over tensor parallel.
-
-| | without sequence parallel | with it |
-|---|---|---|
-| x | I | S(0) |
-| router, dispatch, experts | V: `mp_scatter` before, `mp_gather` after | V |
-| shared experts and their gate | I | S(0) |
+Each token passes the router and its experts once, on one rank; the shared experts are an ordinary MLP. What that means
+for the tokens at each layout is in `sharding.py`.
 """
 
 from __future__ import annotations
@@ -21,15 +14,12 @@ from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.mlp import MLP, gated_silu
-from meshpeft.parallel.collectives import mp_gather, mp_reduce, mp_scatter
-from meshpeft.parallel.communication import take_slice
+from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel.dispatch import combine_tokens, dispatch_tokens
-from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import LayerType, register_layer_type
-from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import FusedParts, set_layout
+from meshpeft.parallel.tensor_layout import FusedParts
 
 __all__ = [
     "Experts",
@@ -44,32 +34,18 @@ __all__ = [
 
 
 class ReplicatedLinear(ShardedTensors, nn.Module):
-    """y = x W^T with a small weight that every rank holds whole.
+    """y = x Wᵀ with a small weight that every rank holds in full.
 
     Args:
-        in_features, out_features: of W [out_features, in_features].
-        axis: tensor parallel.
-        tokens_are_divided: the ranks of the axis see different tokens (S(0)), and W's gradient is a summand;
-            otherwise all see the same (I).
-        device, dtype: of the weight, which is left empty.
+        layout: Sizes of W [out_features, in_features], and the state of x.
+        sharding: Where W is made, empty.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        axis: ParallelAxis,
-        tokens_are_divided: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, layout: LinearLayout, sharding: ModelSharding) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.layout = LinearLayout(
-            in_features, out_features, shard=None, axis=axis, sequence_parallel=tokens_are_divided
-        )
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        set_layout(self.weight, self.layout.weight())
+        self.layout = layout
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        self.weight = sharding.parameter(layout.weight())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*, in_features] -> [*, out_features], in the state of x."""
@@ -112,15 +88,8 @@ class TopKRouter(ReplicatedLinear):
     A function of its input alone: what is computed again in a backward pass is routed as it was.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        moe: MoEConfig,
-        tp: ParallelAxis,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(hidden_size, moe.num_experts, tp, tokens_are_divided=True, device=device, dtype=dtype)
+    def __init__(self, hidden_size: int, moe: MoEConfig, sharding: ModelSharding) -> None:
+        super().__init__(sharding.router(hidden_size, moe.num_experts), sharding)
         self.config = moe
 
     def gating(self, x: Tensor) -> Tensor:
@@ -141,22 +110,22 @@ class TopKRouter(ReplicatedLinear):
         return Routing(experts, weights, logits)
 
     def forward(self, x: Tensor) -> Routing:  # type: ignore[override]  # a router returns its choice
-        """x [tokens, hidden], V over tensor parallel -> the choice for each token, V."""
+        """x [tokens, hidden], this rank's own -> the choice for each."""
         return self.routing(self.gating(x))
 
 
-def load_balancing_loss(routing: Routing, rows: Tensor, tp: ParallelAxis) -> Tensor:
-    """For each row of the batch E sum_e f_e p_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
+def load_balancing_loss(routing: Routing, rows: Tensor, sharding: ModelSharding) -> Tensor:
+    """For each row of the batch E Σₑ fₑ pₑ (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
 
-    f_e is the row's number of choices of expert e per token, p_e the mean of its probability; E is the number of
-    experts. The loss of a perfectly balanced row is top_k, as transformers scales it. A row is whole here, whatever
-    ranks its tokens are on: counts and probabilities are summed over tensor parallel before the product.
+    fₑ is the row's number of choices of expert e per token, pₑ the mean of its probability; E is the number of
+    experts. The loss of a perfectly balanced row is top_k, as transformers scales it. Counts and probabilities are
+    summed over the ranks that have a row's tokens before they are multiplied.
 
     Args:
-        routing: of this rank's tokens.
+        routing: Choices for this rank's tokens.
         rows: [tokens, batch], 1 where a token belongs to a row, 0 elsewhere and for padding; in the type of the
             result, float32 or wider.
-        tp: the axis over which the tokens are divided.
+        sharding: Layout of the tokens.
 
     Returns:
         [batch], I over tensor parallel; 0 for a row without tokens.
@@ -166,134 +135,82 @@ def load_balancing_loss(routing: Routing, rows: Tensor, tp: ParallelAxis) -> Ten
     choices = torch.zeros_like(probabilities).scatter(-1, routing.experts, 1.0)
     # One collective for the three sums: [batch, 2 E + 1].
     ones = rows.new_ones(rows.shape[0], 1)
-    summed = mp_reduce(rows.t() @ torch.cat((choices, probabilities, ones), -1), axis=tp)
+    summed = sharding.sum_over_tokens(rows.t() @ torch.cat((choices, probabilities, ones), -1))
     counts, probability, tokens = summed.split([num_experts, num_experts, 1], -1)
     return num_experts * (counts * probability).sum(-1) / tokens.squeeze(-1).clamp(min=1).square()
 
 
 class Experts(nn.Module):
-    """linear_fc2(silu(gate) * up) for each expert on its own tokens; divided over expert and expert-tensor parallel."""
+    """linear_fc2(silu(gate) * up) for each expert on its own tokens."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        moe: MoEConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, sharding: ModelSharding) -> None:
         super().__init__()
-        info = parallel_group_info()
-        self.ep, self.etp = info.ep, info.etp
-        width = moe.intermediate_size
-        self.fused_parts = FusedParts(("gate", "up"), (width, width))
-        self.linear_fc1 = GroupedColumnParallelLinear(
-            moe.num_experts,
-            hidden_size,
-            2 * width,
-            fused_parts=self.fused_parts,
-            device=device,
-            dtype=dtype,
-            config=moe,
-        )
-        self.linear_fc2 = GroupedRowParallelLinear(
-            moe.num_experts, width, hidden_size, device=device, dtype=dtype, config=moe
-        )
+        self.shards = sharding.etp.world_size
+        self.fused_parts = FusedParts(("gate", "up"), (moe.intermediate_size, moe.intermediate_size))
+        self.linear_fc1 = sharding.expert_fc1(moe, hidden_size, parts=self.fused_parts)
+        self.linear_fc2 = sharding.expert_fc2(moe, hidden_size)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """x [tokens, hidden], R over etp, sorted by local expert -> [tokens, hidden], a summand over etp."""
-        packed = self.linear_fc1(x, tokens_per_expert)
-        return self.linear_fc2(gated_silu(packed, self.fused_parts, self.etp.world_size), tokens_per_expert)
+        """x [tokens, hidden], R over etp, sorted by local expert -> [tokens, hidden], P over etp."""
+        fused = self.linear_fc1(x, tokens_per_expert)
+        return self.linear_fc2(gated_silu(fused, self.fused_parts, self.shards), tokens_per_expert)
 
 
 class SharedExperts(MLP):
-    """The experts that every token passes through: an MLP times the sigmoid of a gate."""
+    """The experts that every token passes through: an MLP of `width` channels, times the sigmoid of a gate."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config, tp, sequence_parallel, device, dtype, width=width)
-        self.gate = ReplicatedLinear(config.hidden_size, 1, tp, sequence_parallel, device, dtype)
+    def __init__(self, config: DecoderConfig, sharding: ModelSharding, *, width: int) -> None:
+        super().__init__(config, sharding, width=width)
+        self.gate = ReplicatedLinear(sharding.gate(config.hidden_size, 1), sharding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [seq, batch, hidden] -> [seq, batch, hidden]; [seq / tp, ..] of both under sequence parallel."""
+        """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""
         return torch.sigmoid(self.gate(x)) * super().forward(x)
 
 
 class MoELayer(nn.Module):
-    """Each token to its experts, and the weighted sum of what they return; plus the shared experts, if any.
+    """Each token to its experts, and the weighted sum of what they return; plus the shared experts, if any."""
 
-    Raises:
-        ParallelError: the experts do not divide over the mesh.
-    """
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        moe: MoEConfig,
-        tp: ParallelAxis,
-        sequence_parallel: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, moe: MoEConfig, sharding: ModelSharding) -> None:
         super().__init__()
-        self.tp = tp
+        self.sharding = sharding
         self.num_experts = moe.num_experts
-        self.tokens_are_divided = sequence_parallel
-        self.router = TopKRouter(config.hidden_size, moe, tp, device, dtype)
-        self.experts = Experts(config.hidden_size, moe, device, dtype)
+        self.router = TopKRouter(config.hidden_size, moe, sharding)
+        self.experts = Experts(config.hidden_size, moe, sharding)
         self.shared_experts: SharedExperts | None = None
         if moe.shared_intermediate_size is not None:
-            width = moe.shared_intermediate_size
-            self.shared_experts = SharedExperts(config, width, tp, sequence_parallel, device, dtype)
+            self.shared_experts = SharedExperts(config, sharding, width=moe.shared_intermediate_size)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Send the tokens through their experts.
 
         Args:
-            x: [seq, batch, hidden], I over tensor parallel; [seq / tp, batch, hidden], S(0), under sequence parallel.
+            x: [seq, batch, hidden], in the state of the hidden stream.
             rows: [own tokens, batch], see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
 
         Returns:
             [seq, batch, hidden] in the state of x; and, given `rows`, the load-balancing loss of each row, [batch].
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        own = tokens if self.tokens_are_divided else mp_scatter(pad_tokens(tokens, self.tp), 0, self.tp)
+        own = self.sharding.to_experts(x)
         routing = self.router(own)
         arrived, plan = dispatch_tokens(
-            own, routing.experts, routing.weights, self.num_experts, self.experts.ep, self.experts.etp
+            own, routing.experts, routing.weights, self.num_experts, self.sharding.ep, self.sharding.etp
         )
-        out = combine_tokens(self.experts(arrived, plan.tokens_per_expert), plan)
-        if not self.tokens_are_divided:
-            out = mp_gather(out, 0, self.tp)[: tokens.shape[0]]
-        out = out.view(x.shape)
+        out = self.sharding.from_experts(combine_tokens(self.experts(arrived, plan.tokens_per_expert), plan), x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return out, None if rows is None else load_balancing_loss(routing, rows, self.tp)
+        return out, None if rows is None else load_balancing_loss(routing, rows, self.sharding)
 
 
-def pad_tokens(tokens: Tensor, tp: ParallelAxis) -> Tensor:
-    """[tokens, *] with rows of zeros behind, up to a multiple of the axis's size."""
-    missing = -tokens.shape[0] % tp.world_size
-    return functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
-
-
-def rows_of_tokens(real: Tensor, tp: ParallelAxis, dtype: torch.dtype) -> Tensor:
-    """Which row of the batch each token that this rank routes belongs to.
+def rows_of_tokens(real: Tensor, sharding: ModelSharding, dtype: torch.dtype) -> Tensor:
+    """Return which row of the batch each token that this rank routes belongs to.
 
     Args:
         real: [seq, batch], false for padding; the same on every rank of tensor parallel.
-        tp: over which the tokens are divided, in the order of `real`.
+        sharding: Layout of the tokens.
         dtype: float32 or wider.
 
     Returns:
         [own tokens, batch], 1 for the row of a real token and 0 elsewhere.
     """
-    batch = real.shape[1]
-    rows = torch.eye(batch, dtype=dtype, device=real.device) * real.unsqueeze(-1)
-    return take_slice(pad_tokens(rows.flatten(0, 1), tp), tp, 0)
+    return sharding.own_tokens(torch.eye(real.shape[1], dtype=dtype, device=real.device) * real.unsqueeze(-1))

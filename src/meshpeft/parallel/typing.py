@@ -20,7 +20,7 @@ from torch import Tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.tensor_layout import TensorLayout
 
-__all__ = ["SpmdTypeOf", "dims_follow", "parameter_type", "typed_as"]
+__all__ = ["SpmdTypeOf", "assert_state", "dims_follow", "parameter_type", "typed_as"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,6 +76,12 @@ def dims_follow(source: Tensor, dims: Sequence[int | None] | None = None, **chan
     if axis is not None and axis.world_size > 1:
         local[spmd.normalize_axis(axis.process_group)] = changes["state"]
     return SpmdTypeOf(local, PartitionSpec(*taken))
+
+
+def assert_state(x: Tensor, state: Any, axis: ParallelAxis) -> None:
+    """Check the state of x on an axis, where the checker runs; `S(dim)` is checked with its dim."""
+    if axis.world_size > 1 and spmd.is_type_checking():
+        spmd.assert_type(x, {axis.process_group: state})
 
 
 def typed_as(rule: Callable[..., SpmdTypeOf]) -> Callable[[Callable[P, T]], Callable[P, T]]:

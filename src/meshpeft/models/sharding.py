@@ -1,0 +1,373 @@
+"""What a layout does to the decoder: the state of every tensor, and the parallel layer in every place.
+
+The other files of models/ say what is computed; which part of it a rank holds stands here alone.
+
+| tensor | over tensor parallel | with sequence parallel |
+|---|---|---|
+| token ids, positions, masks | R | R |
+| hidden stream, into and out of every block and norm | I | S(0): shards of the sequence |
+| heads; channels of an MLP | S(-1) | S(-1) |
+| tokens at the router and the experts | S(0), scattered before and gathered after | S(0), as they come |
+| logits | S(-1) | S(-1) |
+
+| parameter | sharded | its gradient |
+|---|---|---|
+| `embedding`, `output_layer` | by vocabulary, where tensor parallel divides it; else replicated | complete |
+| `linear_qkv`, `linear_fc1` | column, by query groups and by channels | complete |
+| `linear_proj`, `linear_fc2` | row | complete |
+| experts' `linear_fc1`, `linear_fc2` | over expert parallel; column and row over expert-tensor parallel | complete |
+| norms, gates | replicated | partial where the hidden stream is sharded |
+| norms of heads, routers | replicated | partial |
+
+The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
+meets is not I. The collectives are those of the layers, in `parallel/linear.py` and `parallel/embedding.py`, and of the
+three passages at the end of [`ModelSharding`][meshpeft.models.sharding.ModelSharding].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from spmd_types.types import I, R, S
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meshpeft.models.config import DecoderConfig, MoEConfig
+from meshpeft.models.errors import ModelError
+from meshpeft.parallel.collectives import mp_gather, mp_reduce, mp_scatter
+from meshpeft.parallel.communication import take_slice
+from meshpeft.parallel.config import ModelParallelConfig
+from meshpeft.parallel.embedding import VocabParallelEmbedding
+from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, set_layout
+from meshpeft.parallel.typing import assert_state
+
+__all__ = ["ModelSharding", "check_divisible"]
+
+
+@dataclass(frozen=True)
+class ModelSharding:
+    """The layout of a decoder: handed to every constructor, which takes its layers and parameters from it.
+
+    Without arguments, a model on one rank.
+
+    Attributes:
+        tp, ep, etp: Axes that shard dense layers, the experts of a layer, and each expert.
+        sequence_parallel: Whether the hidden stream is sharded along the sequence.
+        shards_vocabulary: Whether `tp` divides the vocabulary; otherwise table and head are replicated.
+        device: Device of the parameters.
+        dtype: Type of the parameters and activations.
+        perform_initialization: Whether a new model draws its weights; otherwise they are left empty.
+    """
+
+    tp: ParallelAxis = field(default_factory=lambda: ParallelAxis("tp"))
+    ep: ParallelAxis = field(default_factory=lambda: ParallelAxis("ep"))
+    etp: ParallelAxis = field(default_factory=lambda: ParallelAxis("etp"))
+    sequence_parallel: bool = False
+    shards_vocabulary: bool = True
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    perform_initialization: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        config: DecoderConfig,
+        parallel: ModelParallelConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModelSharding:
+        """Lay a decoder over the mesh as it is; arguments as in [`Decoder`][meshpeft.models.Decoder].
+
+        Raises:
+            ModelError: The sizes do not divide over the mesh, or are not the mesh's.
+        """
+        info = parallel_group_info()
+        tp = info.tp
+        if parallel is None:
+            parallel = ModelParallelConfig(
+                tensor_model_parallel_size=tp.world_size,
+                expert_model_parallel_size=1 if config.moe is None else info.ep.world_size,
+                expert_tensor_parallel_size=info.etp.world_size,
+            )
+        check_divisible(config, parallel)
+        etp = parallel.expert_tensor_parallel_size
+        sizes = {"tensor_model_parallel_size": (parallel.tensor_model_parallel_size, tp)}
+        if config.moe is not None:
+            sizes["expert_model_parallel_size"] = (parallel.expert_model_parallel_size, info.ep)
+            sizes["expert_tensor_parallel_size"] = (tp.world_size if etp is None else etp, info.etp)
+        for name, (size, axis) in sizes.items():
+            if size != axis.world_size:
+                raise ModelError(
+                    f"{name}={size}, but the mesh has {axis.name}={axis.world_size}; call init_parallelism with the "
+                    "same size first"
+                )
+        return cls(
+            tp,
+            info.ep,
+            info.etp,
+            sequence_parallel=parallel.sequence_parallel and tp.world_size > 1,
+            shards_vocabulary=config.vocab_size % tp.world_size == 0,
+            device=torch.get_default_device() if device is None else torch.device(device),
+            dtype=parallel.dtype if dtype is None else dtype,
+            perform_initialization=parallel.perform_initialization,
+        )
+
+    @property
+    def vocab(self) -> ParallelAxis:
+        """The axis that shards the vocabulary."""
+        return self.tp if self.shards_vocabulary else ParallelAxis("none")
+
+    # The states over tensor parallel.
+
+    @property
+    def tokens(self) -> Any:
+        """Token ids, positions, documents [batch, seq]: the same on every rank."""
+        return R
+
+    @property
+    def hidden(self) -> Any:
+        """The hidden stream [seq, batch, hidden]."""
+        return S(0) if self.sequence_parallel else I
+
+    @property
+    def heads(self) -> Any:
+        """Queries, keys and values [seq, batch, heads, head_dim]: each rank has its own query groups."""
+        return S(2)
+
+    @property
+    def routed(self) -> Any:
+        """Tokens at the router [tokens, hidden]: each is routed by one rank."""
+        return S(0)
+
+    # The layers and parameters, in the order in which a token meets them: state of x -> state of y.
+
+    def embedding(self, vocab_size: int, hidden_size: int) -> VocabParallelEmbedding:
+        """`tokens` -> `hidden`; I where the vocabulary is replicated, see `enter_blocks`."""
+        return VocabParallelEmbedding(
+            vocab_size,
+            hidden_size,
+            sequence_parallel=self.sequence_parallel and self.shards_vocabulary,
+            axis=self.vocab,
+            **self._empty,
+        )
+
+    def norm(self, size: int) -> nn.Parameter:
+        """Return the weight of a norm over `hidden`."""
+        return self._replicated(size, self.hidden)
+
+    def head_norm(self, size: int) -> nn.Parameter:
+        """Return the weight of a norm over the channels of each of the `heads`."""
+        return self._replicated(size, self.heads)
+
+    def linear_qkv(self, in_features: int, out_features: int, *, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
+        """`hidden` -> `heads`."""
+        return self._column(in_features, out_features, bias, parts)
+
+    def linear_proj(self, in_features: int, out_features: int, *, bias: bool) -> RowParallelLinear:
+        """`heads` -> `hidden`."""
+        return self._row(in_features, out_features, bias)
+
+    def linear_fc1(self, in_features: int, out_features: int, *, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
+        """`hidden` -> S(-1), channels."""
+        return self._column(in_features, out_features, bias, parts)
+
+    def linear_fc2(self, in_features: int, out_features: int, *, bias: bool) -> RowParallelLinear:
+        """S(-1), channels -> `hidden`."""
+        return self._row(in_features, out_features, bias)
+
+    def router(self, in_features: int, out_features: int) -> LinearLayout:
+        """`routed` -> `routed`: a replicated weight."""
+        return self._plain(in_features, out_features, self.routed)
+
+    def expert_fc1(self, moe: MoEConfig, in_features: int, *, parts: FusedParts) -> GroupedColumnParallelLinear:
+        """Tokens of the local experts, R over `etp` -> S(-1), channels."""
+        return GroupedColumnParallelLinear(
+            moe.num_experts,
+            in_features,
+            sum(parts.sizes),
+            fused_parts=parts,
+            expert_axis=self.ep,
+            axis=self.etp,
+            config=moe,
+            **self._empty,
+        )
+
+    def expert_fc2(self, moe: MoEConfig, out_features: int) -> GroupedRowParallelLinear:
+        """S(-1), channels -> P over `etp`, summed where the tokens are combined."""
+        return GroupedRowParallelLinear(
+            moe.num_experts,
+            moe.intermediate_size,
+            out_features,
+            expert_axis=self.ep,
+            axis=self.etp,
+            config=moe,
+            **self._empty,
+        )
+
+    def gate(self, in_features: int, out_features: int) -> LinearLayout:
+        """`hidden` -> `hidden`: a replicated weight."""
+        return self._plain(in_features, out_features, self.hidden)
+
+    def output_layer(self, hidden_size: int, vocab_size: int) -> ColumnParallelLinear:
+        """`hidden` -> S(-1) over `vocab`; from I where the vocabulary is replicated, see `leave_blocks`."""
+        return ColumnParallelLinear(
+            hidden_size,
+            vocab_size,
+            bias=False,
+            gather_output=False,
+            sequence_parallel=self.sequence_parallel and self.shards_vocabulary,
+            axis=self.vocab,
+            **self._empty,
+        )
+
+    def parameter(self, layout: TensorLayout) -> nn.Parameter:
+        """Make an empty parameter."""
+        made = nn.Parameter(torch.empty(layout.local_shape, device=self.device, dtype=self.dtype))
+        set_layout(made, layout)
+        return made
+
+    # The passages of the hidden stream between layers of different states.
+
+    def padding(self, length: int) -> int:
+        """Return how many tokens are added to a row of `length`, so that `hidden` divides over tensor parallel."""
+        return -length % self.tp.world_size if self.sequence_parallel else 0
+
+    def enter_blocks(self, embedded: Tensor) -> Tensor:
+        """Convert the embedding's output [seq, batch, hidden] to `hidden`."""
+        if self.sequence_parallel and not self.shards_vocabulary:
+            embedded = mp_scatter(embedded, 0, self.tp)
+        return embedded
+
+    def check_hidden(self, hidden: Tensor) -> None:
+        """Check the state of the hidden stream, where the type checker runs."""
+        assert_state(hidden, self.hidden, self.tp)
+
+    def to_experts(self, hidden: Tensor) -> Tensor:
+        """`hidden` [seq, batch, hidden] -> `routed` [own tokens, hidden]; zeros fill up what does not divide."""
+        tokens = hidden.flatten(0, 1)
+        return tokens if self.sequence_parallel else mp_scatter(self._padded(tokens), 0, self.tp)
+
+    def from_experts(self, own: Tensor, hidden: Tensor) -> Tensor:
+        """Convert the experts' results, `routed`, to the state and shape of `hidden`, from which the tokens came."""
+        if not self.sequence_parallel:
+            own = mp_gather(own, 0, self.tp)[: hidden.shape[0] * hidden.shape[1]]
+        return own.view(hidden.shape)
+
+    def own_tokens(self, values: Tensor) -> Tensor:
+        """Take the values of this rank's `routed` tokens: [seq, batch, *], R -> [own tokens, *]. No gradient."""
+        return take_slice(self._padded(values.flatten(0, 1)), self.tp, 0)
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """Add up what the ranks have of their own tokens: P -> I."""
+        return mp_reduce(values, axis=self.tp)
+
+    def last_token(self, hidden: Tensor, length: int) -> Tensor:
+        """Keep token number `length - 1`: [1, batch, hidden], `hidden` (under sequence parallel a copy per rank)."""
+        if not self.sequence_parallel:
+            return hidden[length - 1 : length]
+        last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
+        return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
+
+    def leave_blocks(self, hidden: Tensor) -> Tensor:
+        """Convert `hidden` to the state that the output layer takes."""
+        if self.sequence_parallel and not self.shards_vocabulary:
+            hidden = mp_gather(hidden, 0, self.tp)
+        return hidden
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Gather the whole vocabulary: S(-1) -> I over `vocab`."""
+        return mp_gather(logits, -1, self.vocab)
+
+    @property
+    def _empty(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype, "perform_initialization": False}
+
+    def _column(self, in_features: int, out_features: int, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
+        """`hidden` -> S(-1)."""
+        return ColumnParallelLinear(
+            in_features,
+            out_features,
+            bias=bias,
+            gather_output=False,
+            sequence_parallel=self.sequence_parallel,
+            fused_parts=parts,
+            axis=self.tp,
+            **self._empty,
+        )
+
+    def _row(self, in_features: int, out_features: int, bias: bool) -> RowParallelLinear:
+        """S(-1) -> `hidden`."""
+        return RowParallelLinear(
+            in_features,
+            out_features,
+            bias=bias,
+            input_is_parallel=True,
+            sequence_parallel=self.sequence_parallel,
+            axis=self.tp,
+            **self._empty,
+        )
+
+    def _plain(self, in_features: int, out_features: int, x: Any) -> LinearLayout:
+        return LinearLayout(in_features, out_features, shard=None, axis=self.tp, sequence_parallel=x is not I)
+
+    def _replicated(self, size: int, x: Any) -> nn.Parameter:
+        partial = x is not I and self.tp.world_size > 1
+        return self.parameter(TensorLayout((size,), grad_partial=(self.tp,) if partial else ()))
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """[tokens, *] with rows of zeros behind, up to a multiple of the axis's size."""
+        missing = -tokens.shape[0] % self.tp.world_size
+        return functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+
+
+def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> None:
+    """Whether the decoder can be divided as asked; needs no process group, and gives every rank one answer.
+
+    Raises:
+        ModelError: a size does not divide, or the layout is not available; the message names the sizes that
+            would work for the whole model.
+    """
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
+    if parallel.pipeline_model_parallel_size != 1:
+        raise ModelError(
+            f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder is not divided into stages; use 1"
+        )
+    for name, size in (("tensor_parallel", tp), ("expert_parallel", ep), ("expert_tensor_parallel", etp)):
+        if size < 1:
+            raise ModelError(f"{name}={size}: expected at least 1")
+    sizes = {"linear_qkv": (config.num_query_groups, "query groups")}
+    if len(config.expert_layers) < config.num_layers:
+        sizes["linear_fc1"] = (config.intermediate_size, "channels (intermediate_size)")
+    moe = config.moe
+    if moe is not None and moe.shared_intermediate_size is not None:
+        sizes["shared_experts"] = (moe.shared_intermediate_size, "channels")
+    _check_split(sizes, "tensor_parallel", tp)
+    if moe is None:
+        if ep != 1:
+            raise ModelError(f"expert_parallel={ep}: a {config.model_type} model has no experts; use 1")
+        return
+    _check_split({"experts": (moe.num_experts, "experts of a layer")}, "expert_parallel", ep)
+    _check_split({"experts": (moe.intermediate_size, "channels of an expert")}, "expert_tensor_parallel", etp)
+
+
+def _check_split(sizes: Mapping[str, tuple[int, str]], axis: str, count: int) -> None:
+    common = math.gcd(*(size for size, _ in sizes.values()))
+    for name, (size, what) in sizes.items():
+        if size % count:
+            raise ModelError(f"{name}: {size} {what} cannot be split over {axis}={count}; use {_divisors(common)}")
+
+
+def _divisors(number: int) -> str:
+    """`1, 2 or 4`: the divisors of a number, as a choice."""
+    # Nobody has more processes; a number may be of any size.
+    found = [str(value) for value in range(1, min(number, 4096) + 1) if number % value == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
