@@ -11,7 +11,7 @@ from helpers.fuzz import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpeft.hub.adapter_patterns import Clock, EndsOfNames, Expression, KeyedValues
+from meshpeft.hub.adapter_config import Clock, EndsOfNames, Expression, KeyedValues
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.peft import wildcard_match
 

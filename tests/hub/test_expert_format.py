@@ -34,7 +34,7 @@ from meshpeft.checkpoint import (
 )
 from meshpeft.hub import tensor_file
 from meshpeft.hub.adapter_config import PeftConfig
-from meshpeft.hub.adapter_plan import AdapterPlan
+from meshpeft.hub.adapter_import import AdapterPlan
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
 from meshpeft.peft import LoRA, LoRATopKRouter, LowRankAdapter

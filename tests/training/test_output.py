@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from meshpeft.hub import directory_lock
+from meshpeft.hub import staging
 from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from meshpeft.hub.directory_lock import LOCK_NAME, DirectoryInUse, DirectoryLock
-from meshpeft.hub.staging import StagedFiles
+from meshpeft.hub.staging import LOCK_NAME, DirectoryInUse, DirectoryLock, StagedFiles
 from meshpeft.training.output import OutputDirectory, OutputError, RunState, run_state
 
 
@@ -322,7 +321,7 @@ def test_a_process_that_is_forked_meanwhile_owns_nothing(tmp_path: Path) -> None
     try:
         assert runs.wait(60)
         # As when the parent is killed: its lock file stays, and its descriptor is closed.
-        file, _ = directory_lock._held.pop(lock.directory)
+        file, _ = staging._held.pop(lock.directory)
         os.close(file)
         with DirectoryLock(tmp_path):
             pass

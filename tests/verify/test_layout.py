@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshpeft.checkpoint.incoming import Incoming
+from meshpeft.checkpoint.load import Incoming
 from meshpeft.models import DecoderConfig, ModelError
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft import DoRA, LoRA, LowRankAdapter

@@ -5,12 +5,11 @@ Adapters in Hugging Face PEFT's format are [`meshpeft.hub`][meshpeft.hub]'s; the
 
 from meshpeft.checkpoint.load import LoadedCheckpoint, find_checkpoint, latest_checkpoint, load_checkpoint
 from meshpeft.checkpoint.save import Save, save_checkpoint
-from meshpeft.hub.adapter_export import check_exportable, export_peft_adapter
+from meshpeft.hub.adapter_export import check_exportable, export_peft_adapter, serving_note
 from meshpeft.hub.adapter_import import load_peft_adapter
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.merge import merge_adapter
 from meshpeft.hub.places import AdapterFormat
-from meshpeft.hub.serving import serving_note
 
 __all__ = [
     "AdapterFormat",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meshpeft.checkpoint.slices import Slice
+from meshpeft.checkpoint.storage import Slice
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.fsdp import refuse_sharded
 from meshpeft.parallel.errors import blamed_on

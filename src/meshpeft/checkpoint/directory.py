@@ -2,7 +2,7 @@
 
 A name that shows belongs to a checkpoint that was whole when it got it: a save is written under a hidden name, flushed
 to the disk and renamed. Removing renames first, too. While it saves, the process owns the directory
-(`meshpeft.hub.directory_lock`): what is hidden there otherwise was left by one that was killed.
+(`meshpeft.hub.staging`): what is hidden there otherwise was left by one that was killed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshpeft.checkpoint.manifest import MANIFEST
-from meshpeft.hub.directory_lock import DirectoryLock
 from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.staging import flush
+from meshpeft.hub.staging import DirectoryLock, flush
 
 __all__ = ["CheckpointDirectory"]
 

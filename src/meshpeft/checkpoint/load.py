@@ -1,33 +1,47 @@
-"""Loading a checkpoint at any layout: all of it, or nothing."""
+"""Load a checkpoint at any layout: all of it, or nothing.
+
+How optimizer state is resharded: a parameter's `exp_avg` is stored like the parameter, as slices of one global tensor
+under a key that no layout changes (`meshpeft.checkpoint.content` writes these). `Incoming` expects, for every slice
+that this rank holds of a parameter, the same slice of each of its states; torch.distributed.checkpoint reads the boxes
+of the stored slices that overlap it, and `_joined` puts the parts of a fused parameter together in this layout's order.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from meshpeft.checkpoint.content import ModelContent, OptimizerContent
+from meshpeft.checkpoint.content import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    ModelContent,
+    OptimizerContent,
+    check_random_state,
+    restore_random_state,
+    state_key,
+)
 from meshpeft.checkpoint.coordination import agreed, checkpoint_group, explained, rank_and_world_size
 from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
-from meshpeft.checkpoint.incoming import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.save import finish_saves
-from meshpeft.checkpoint.slices import SliceLoadPlanner, labelled
-from meshpeft.checkpoint.storage import Reader
+from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, dtype_name, labelled
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.errors import blamed_on
+from meshpeft.parallel.sharded_tensor import ShardedTensor, expert_key, sharded_tensors
 
-__all__ = ["LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
+__all__ = ["Incoming", "LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -158,3 +172,213 @@ def _choose(
 def _consistent(path: Path) -> AbstractContextManager[None]:
     """Around what reads a manifest's free sections, whose form was not checked when it was parsed."""
     return blamed_on(f"{path / MANIFEST} is inconsistent", CheckpointError)
+
+
+@dataclass
+class Incoming:
+    """Room for every slice that this rank takes from a checkpoint, after all of them were compared.
+
+    Attributes:
+        path, manifest: of the checkpoint.
+        content, state: what it is loaded into.
+        room: the values of this rank's slices.
+        reads: which boxes of what is stored go there.
+        known: the checkpoint keys that have a place here, on this rank or another.
+        states: names of the optimizer's states of each parameter.
+    """
+
+    path: Path
+    manifest: Manifest
+    content: ModelContent
+    state: OptimizerContent | None
+    room: dict[Place, Tensor] = field(default_factory=dict)
+    reads: list[Slice] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
+    states: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for entry in self.content.stored:
+            self._expect(MODEL + entry.key, entry, entry.dtype)
+        self._nothing_else(MODEL)
+        if self.state is not None:
+            self._compare_groups(self.state)
+            for name, entries in self.state.entries.items():
+                self._expect_states(name, entries)
+            for group in self.state.groups():
+                self._compare_states(group["parameters"])
+            self._nothing_else(OPTIMIZER)
+            [generator] = sharded_tensors(RANDOM, torch.get_rng_state(), None)
+            self._expect(RANDOM, generator, generator.dtype)
+
+    def _expect(self, key: str, entry: ShardedTensor, dtype: torch.dtype | None) -> None:
+        """Room for a slice, which is stored under its key, or, of stacked experts, under one key for each expert."""
+        names = self._stored_names(key, entry)
+        shape = entry.global_shape if names == [key] else entry.global_shape[1:]
+        for name in names:
+            stored = self.manifest.tensors.get(name)
+            if stored is None:
+                raise CheckpointError(f"{self.path} lacks {name}, which the model has")
+            if stored.shape != shape:
+                raise CheckpointError(f"{name} has shape {stored.shape} in {self.path}, {shape} in the model")
+            wanted = self.manifest.tensors[names[0]].dtype if dtype is None else dtype_name(dtype)
+            if stored.dtype != wanted:
+                raise CheckpointError(f"{name} has type {stored.dtype} in {self.path}, {wanted} in the model")
+        values = torch.empty(entry.local_shape, dtype=_dtype(self.manifest.tensors[names[0]].dtype))
+        self.room[key, entry.global_offset] = values
+        if names == [key]:
+            self._read(key, values, shape, entry.global_offset)
+        else:
+            first = entry.global_offset[0]
+            for expert, name in zip(values, names[first : first + len(values)], strict=True):
+                self._read(name, expert, shape, entry.global_offset[1:])
+        self.known.update(names)
+
+    def _stored_names(self, key: str, entry: ShardedTensor) -> list[str]:
+        """One name, or one of each expert."""
+        if entry.layout is None or not entry.layout.expert or not self._holds_experts(key):
+            return [key]
+        return [expert_key(key, expert) for expert in range(entry.global_shape[0])]
+
+    def _holds_experts(self, key: str) -> bool:
+        return key not in self.manifest.tensors and expert_key(key, 0) in self.manifest.tensors
+
+    def _holds(self, key: str) -> bool:
+        return key in self.manifest.tensors or self._holds_experts(key)
+
+    def _read(self, key: str, values: Tensor, global_shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
+        self.known.add(key)
+        self.reads.append(Slice(key, values.dtype, global_shape, offset, tuple(values.shape), lambda: values))
+
+    def _nothing_else(self, prefix: str) -> None:
+        for key in self.manifest.tensors:
+            if key.startswith(prefix) and key not in self.known:
+                raise CheckpointError(f"{self.path} holds {key}, for which there is no place here")
+
+    def _compare_groups(self, state: OptimizerContent) -> None:
+        stored, own = self.manifest.optimizer, state.groups()
+        if stored is None:
+            raise CheckpointError(f"{self.path} holds no optimizer state; it was saved without its optimizer")
+        if len(stored) != len(own):
+            raise CheckpointError(f"the optimizer has {len(own)} groups, in {self.path} it had {len(stored)}")
+        for number, (theirs, ours) in enumerate(zip(stored, own, strict=True)):
+            if theirs["parameters"] != ours["parameters"]:
+                differing = sorted(set(theirs["parameters"]) ^ set(ours["parameters"]))
+                what = differing[0] if differing else "the order of its parameters"
+                raise CheckpointError(f"group {number} of the optimizer differs from that in {self.path}: {what}")
+            for name in sorted({*theirs["options"], *ours["options"]}):
+                value, own_value = theirs["options"].get(name), ours["options"].get(name)
+                if _kind(value) != _kind(own_value):
+                    raise CheckpointError(f"the optimizer's {name} is {value!r} in {self.path}, {own_value!r} here")
+
+    def _expect_states(self, name: str, entries: list[ShardedTensor]) -> None:
+        """Each state is either one number for the parameter, or divided like it."""
+        for state in self._state_names():
+            number = self.manifest.tensors.get(state_key(state, name))
+            if number is not None and number.shape == ():
+                values = self.room[state_key(state, name), ()] = torch.empty((), dtype=_dtype(number.dtype))
+                self._read(state_key(state, name), values, (), ())
+            elif any(self._holds(state_key(state, entry.key)) for entry in entries):
+                for entry in entries:
+                    self._expect(state_key(state, entry.key), entry, None)
+            else:
+                continue
+            self.states.setdefault(name, []).append(state)
+
+    def _compare_states(self, group: Sequence[str]) -> None:
+        """An optimizer has the same states of all parameters of a group that it has made a step with."""
+        wanted = max((self.states.get(name, []) for name in group), key=len, default=[])
+        for name in group:
+            for state in sorted(set(wanted) - set(self.states.get(name, wanted))):
+                raise CheckpointError(
+                    f"{self.path} lacks {state_key(state, name)}, a state that it has of other parameters"
+                )
+
+    def _state_names(self) -> list[str]:
+        keys = (key.removeprefix(OPTIMIZER) for key in self.manifest.tensors if key.startswith(OPTIMIZER))
+        return sorted({key.partition(".")[0] for key in keys})
+
+    def prepared(self) -> Callable[[], None]:
+        """Put the parts together; what remains to be done cannot fail."""
+        values = _joined(self.content.stored, lambda entry: self.room[MODEL + entry.key, entry.global_offset])
+
+        def take_over() -> None:
+            with torch.no_grad():
+                for source, value in values:
+                    source.copy_(value)
+
+        if self.state is None:
+            return take_over
+        optimizer, state, torch_state = self.state.optimizer, self._optimizer_state(self.state), self.room[RANDOM, (0,)]
+        check_random_state(self.manifest.random, torch_state)
+        _rehearse(optimizer, state)
+
+        def take_over_all() -> None:
+            take_over()
+            optimizer.load_state_dict(state)
+            restore_random_state(self.manifest.random, torch_state)
+
+        return take_over_all
+
+    def _optimizer_state(self, state: OptimizerContent) -> dict[str, Any]:
+        """In the form of torch's `Optimizer.state_dict`, in which parameters are numbered."""
+        assert self.manifest.optimizer is not None
+        numbers = {name: number for number, name in enumerate(state.entries)}
+        groups = [
+            {
+                **{name: tuple(v) if isinstance(v, list) else v for name, v in group["options"].items()},
+                "params": [numbers[name] for name in group["parameters"]],
+            }
+            for group in self.manifest.optimizer
+        ]
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, states in self.states.items():
+            entries = state.entries[name]
+            found[numbers[name]] = {}
+            for what in states:
+                number = self.room.get((state_key(what, name), ()))
+                found[numbers[name]][what] = self._state(what, entries) if number is None else number
+        return {"state": found, "param_groups": groups}
+
+    def _state(self, what: str, entries: list[ShardedTensor]) -> Tensor:
+        [(_, value)] = _joined(entries, lambda entry: self.room[state_key(what, entry.key), entry.global_offset])
+        return value
+
+
+def _rehearse(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state and take it back: an optimizer may refuse one, and has then changed itself already.
+
+    It replaces its containers when it loads, and does not write into them.
+    """
+    before = dict(vars(optimizer))
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(before)
+
+
+def _joined(entries: Iterable[ShardedTensor], values: Callable[[ShardedTensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter or buffer with its new local value, from those of its parts."""
+    by_source: dict[int, list[ShardedTensor]] = {}
+    for entry in entries:
+        by_source.setdefault(id(entry.source), []).append(entry)
+    found = []
+    for parts in by_source.values():
+        source, layout = parts[0].source, parts[0].layout
+        new = [values(part).view(part.local_shape[part.prepended_axes :]) for part in parts]
+        found.append((source, new[0] if layout is None else layout.join_parts(new)))
+    return found
+
+
+def _kind(option: Any) -> Any:
+    """What an optimizer's option must be like; a number may be another one."""
+    if isinstance(option, list | tuple):
+        return [_kind(item) for item in option]
+    return float if isinstance(option, float | int) and not isinstance(option, bool) else option
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{name!r} is not a type of tensors")
+    return found

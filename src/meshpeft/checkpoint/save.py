@@ -18,8 +18,7 @@ from meshpeft.checkpoint.coordination import checkpoint_group, explained, rank_a
 from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
-from meshpeft.checkpoint.slices import Slice, SliceSavePlanner, labelled
-from meshpeft.checkpoint.storage import Writer
+from meshpeft.checkpoint.storage import Slice, SliceSavePlanner, Writer, labelled
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.staging import write_flushed
 from meshpeft.parallel.agreement import all_or_none

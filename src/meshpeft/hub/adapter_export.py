@@ -33,10 +33,10 @@ from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_types import layer_type_of
-from meshpeft.peft import AdapterWrapper
-from meshpeft.peft.matching import walk
+from meshpeft.peft import AdapterWrapper, adapter_wrappers
+from meshpeft.peft.matching import decides, walk
 
-__all__ = ["check_exportable", "export_peft_adapter"]
+__all__ = ["check_exportable", "export_peft_adapter", "serving_note"]
 
 
 def export_peft_adapter(
@@ -297,3 +297,35 @@ def _task_of(model: nn.Module) -> dict[str, object]:
 
 def _plain(full: Tensor) -> Tensor:
     return full.reconcile() if isinstance(full, LocalTensor) else full
+
+
+_DEFAULT_RANK = 16
+"""The largest rank that vLLM has room for, unless `--max-lora-rank` says another."""
+
+
+def serving_note(model: nn.Module, format: AdapterFormat, adapter_name: str | None = None) -> str | None:
+    """Say what vLLM and SGLang do not serve of an adapter as it is written, and what to do; `None` for nothing.
+
+    Args:
+        model: with the adapter.
+        format, adapter_name: see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+    """
+    model = held_module(model)
+    adapted = adapted_linears(model, adapter_name)
+    refused = []
+    if any(linear.magnitude is not None for linear in adapted):
+        refused.append("DoRA")
+    if any(decides(wrapper.to_wrap) for _, wrapper in adapter_wrappers(model)):
+        refused.append("adapters on routers and gates (vLLM does in some families)")
+    notes = []
+    if refused:
+        notes.append(f"vLLM and SGLang do not serve {', '.join(refused)}; meshpeft merge writes a model that they do")
+    elif format == "peft" and any(linear.experts is not None for linear in adapted):
+        notes.append(
+            "vLLM and SGLang serve adapters of experts in the form peft-per-expert, which meshpeft export --format "
+            "peft-per-expert writes of a checkpoint"
+        )
+    rank = max(linear.shape.rank for linear in adapted)
+    if not refused and rank > _DEFAULT_RANK:
+        notes.append(f"vLLM needs --max-lora-rank {rank} or more for this adapter, whose rank is above {_DEFAULT_RANK}")
+    return "; ".join(notes) or None

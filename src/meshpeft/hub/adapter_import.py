@@ -1,22 +1,55 @@
-"""Reading adapters that Hugging Face PEFT, or `export_peft_adapter`, wrote."""
+"""Read adapters that Hugging Face PEFT, or `export_peft_adapter`, wrote.
+
+`FoundNames` finds out which layers the tensors of a file are for, `AdapterPlan` what goes where and whether it fits;
+then each rank reads its slices.
+
+A layer that is fused here is several modules in the file. Where these are all there and share A, the adapter is LoRA
+(or DoRA) on the fused layer; otherwise it is Canonical LoRA, which has an adapter for each. Experts share one adapter
+where all of theirs in the file are equal; otherwise each has its own. Their gate and up projection have one A here: two
+different ones become one of the sum of their ranks.
+
+`peft` writes weights of the base next to the adapters on them: of `lm_head` and embeddings, which may have been trained
+or resized along with the adapter. They must be equal to the model's own.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
-from meshpeft.hub.adapter_plan import AdapterPlan
+from meshpeft.hub.adapter_config import (
+    CONFIG_NAME,
+    FACTOR_A,
+    FACTOR_B,
+    MAGNITUDE,
+    PREFIX,
+    WEIGHTS_NAME,
+    AdapterShape,
+    PeftConfig,
+)
+from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
 from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.fsdp import reshard
-from meshpeft.hub.linears import adapted_linears, is_adapted
+from meshpeft.hub.linears import AdaptedLinear, HubLinear, adapted_linears, has_our_names, hub_linears, is_adapted
+from meshpeft.hub.names import hf_module_name, our_module_name
+from meshpeft.hub.places import Place, parts_of, stored_factors, wrapper_of
+from meshpeft.hub.stored_factors import SeparateA, SeparateB, StoredFactor
 from meshpeft.hub.tensor_file import TensorFileReader
+from meshpeft.models import ModelError
 from meshpeft.parallel.agreement import all_or_none
+from meshpeft.parallel.held_modules import held_module
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import layout_of
+from meshpeft.peft import AdapterWrapper, CanonicalLoRA, DoRA, LoRA, LowRankPEFT
+from meshpeft.peft.canonical import component_name, part_layout
 
-__all__ = ["load_peft_adapter"]
+__all__ = ["BASE_COPY", "AdapterPlan", "FoundNames", "compare_base_copies", "load_peft_adapter"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,3 +110,446 @@ def _weights(directory: Path) -> Path:
             f"{directory} holds adapter_model.bin, a pickle, which could run any program; save it as safetensors"
         )
     return path
+
+
+class AdapterPlan:
+    """What of a file goes where: every module, shape and type compared, before any value is read.
+
+    Raises:
+        CheckpointError: the first difference.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: PeftConfig, file: TensorFileReader, adapter_name: str | None = None
+    ) -> None:
+        self.config, self.file, model = config, file, held_module(model)
+        self.linears = {linear.name: linear for linear in hub_linears(model)}
+        self.scale = FileScale.read(file.metadata, config, file.path)
+        self.use_rslora = config.use_rslora if self.scale is None else self.scale.use_rslora
+        self.names = FoundNames(model, config, file, self.linears)
+        self._compare_targets()
+        self.separate = self._separate_parts()
+        self.canonical = False
+        self.places = self._there(adapted_linears(model, adapter_name)) if is_adapted(model) else self._new()
+        self._compare_places()
+        for place in self.places:
+            self._compare_tensors(place)
+        compare_base_copies(model, self.linears, self.names.base_copies, file)
+
+    def _compare_targets(self) -> None:
+        held, expected = self.names.held, self.names.targets()
+        # Which layers are meant by number, only the file itself says.
+        for name in sorted(set() if self.config.some_layers_only else expected - held):
+            stacked = self.linears[name].experts is not None
+            path = self.names.of_stack(name) if stacked else self.names.of_module(name)
+            raise CheckpointError(f"{self.file.path} lacks {PREFIX}{path}.{FACTOR_A}, though its config targets {name}")
+        for name in sorted(held - expected):
+            raise CheckpointError(f"{self.file.path} holds an adapter for {name}, which its config does not target")
+
+    def _separate_parts(self) -> dict[str, list[AdapterShape]]:
+        """The shapes of gate and up of those stacked experts that have two A, or two shapes, in the file."""
+        found = {}
+        for name in sorted(self.names.held):
+            linear = self.linears[name]
+            parts = parts_of(linear.layout)
+            if linear.experts is None or not self.names.per_expert or len(parts) == 1:
+                continue
+            shapes = [self._own(self.names.of_expert(name, part, 0)).shape for part in parts]
+            if len(set(shapes)) > 1 or not self._share_a(name, linear):
+                if self.config.use_dora:
+                    raise CheckpointError(
+                        f"{self.file.path}: the A factors of the parts of {name} differ; they are one layer here, on "
+                        "which DoRA has one A"
+                    )
+                found[name] = shapes
+        return found
+
+    def _share_a(self, name: str, linear: HubLinear) -> bool:
+        def read(part: str | None, expert: int) -> Tensor:
+            return self.file.read(f"{PREFIX}{self.names.of_expert(name, part, expert)}.{FACTOR_A}")
+
+        first, *others = parts_of(linear.layout)
+        return all(
+            torch.equal(read(first, expert), read(other, expert))
+            for expert in range(linear.experts or 0)
+            for other in others
+        )
+
+    def _shape_of(self, name: str) -> AdapterShape:
+        """Rank and alpha of our adapter on what has this name in transformers."""
+        shapes = self.separate.get(name)
+        if shapes is None:
+            return self._own(self.names.in_config(name)).shape
+        rank, use_rslora = sum(shape.rank for shape in shapes), self.use_rslora
+        return AdapterShape.of_scale(rank, shapes[0].scale(use_rslora), use_rslora)
+
+    def _own(self, name: str) -> OwnAdapter:
+        """The adapter that the file knows by this name, as it was where it was written."""
+        own = None if self.scale is None else self.scale.own.get(name)
+        return OwnAdapter(self.config.shape_of(name)) if own is None else own
+
+    def _written(self, shape: AdapterShape) -> Written:
+        return AS_THEY_ARE if self.scale is None else self.scale.written(shape)
+
+    def _there(self, linears: list[AdaptedLinear]) -> list[Place]:
+        """The places of the model's adapters."""
+        return [Place.of(linear, self._written(linear.shape)) for linear in linears]
+
+    def _new(self) -> list[Place]:
+        """The places of adapters that are yet to be made, of the method that the file allows."""
+        modules: dict[str, list[HubLinear]] = {}
+        for linear in self.linears.values():
+            modules.setdefault(linear.module, []).append(linear)
+        held = self.names.held
+        modules = {module: parts for module, parts in modules.items() if any(part.name in held for part in parts)}
+        reasons = [reason for parts in modules.values() if (reason := self._why_separate(parts))]
+        if reasons and self.config.use_dora:
+            raise CheckpointError(
+                f"{self.file.path}: {reasons[0]}; they are one layer here, where DoRA has one A and needs all parts; "
+                "on transformers' own layers (--engine transformers) they have one each"
+            )
+        self.canonical = bool(reasons)
+        shared = self._experts_share()
+        found = []
+        for module, parts in modules.items():
+            groups = [[part] for part in parts if part.name in held] if self.canonical else [parts]
+            found += [self._place(module, group, shared=shared) for group in groups]
+        return found
+
+    def _why_separate(self, parts: list[HubLinear]) -> str | None:
+        """Why the file's modules cannot share one adapter on the fused layer."""
+        held = [part.name for part in parts if part.name in self.names.held]
+        for part in parts:
+            if part.name not in held:
+                return f"there is an adapter for {held[0]}, but none for {part.name}"
+        for name in held[1:]:
+            if self._shape_of(name) != self._shape_of(held[0]):
+                return f"{held[0]} and {name} have different ranks or alphas"
+            if not torch.equal(self._a_of(held[0]), self._a_of(name)):
+                return f"the A factors of {held[0]} and {name} differ"
+        return None
+
+    def _a_of(self, name: str) -> Tensor:
+        return self.file.read(f"{PREFIX}{self.names.of_module(name)}.{FACTOR_A}")
+
+    def _experts_share(self) -> bool:
+        """Whether all adapters on stacked experts are the same for every expert."""
+        if self.separate:
+            return False
+        try:
+            for name in self.names.held:
+                if self.linears[name].experts is not None:
+                    place = self._place(self.linears[name].module, [self.linears[name]], shared=True)
+                    for stored in self._stored(place):
+                        self._compare_shapes(stored)
+                        stored.check_copies(self.file)
+        except CheckpointError:
+            return False
+        return True
+
+    def _place(self, module: str, parts: list[HubLinear], *, shared: bool) -> Place:
+        layout: LinearLayout = parts[0].layout
+        if self.canonical and parts[0].part is not None:
+            layout = part_layout(layout, parts[0].part)
+        factors = layout.for_all_experts() if layout.experts is not None and shared else layout
+        shape = self._shape_of(parts[0].name)
+        return Place(
+            module,
+            tuple(part.name for part in parts),
+            factors.factor_a(shape.rank),
+            factors.factor_b(shape.rank),
+            layout.magnitude() if self.config.use_dora else None,
+            shape,
+            self.use_rslora,
+            parts[0].experts,
+            self._written(shape),
+        )
+
+    def _compare_places(self) -> None:
+        """Whether the adapters of the model are the file's, but for their values."""
+        placed = {name: place for place in self.places for name in place.names}
+        for name in sorted({*placed, *self.names.held}):
+            if name not in self.names.held:
+                raise CheckpointError(f"the model has an adapter on {name}, {self.file.path} has none")
+            if name not in placed:
+                raise CheckpointError(f"{self.file.path} has an adapter on {name}, the model has none")
+            place, wanted = placed[name], self._shape_of(name)
+            if place.shape != wanted:
+                raise CheckpointError(
+                    f"{name}: the file's adapter has rank {wanted.rank} and alpha {wanted.alpha:g}, "
+                    f"the model's rank {place.shape.rank} and alpha {place.shape.alpha:g}"
+                )
+            for option, theirs, ours in (
+                ("use_rslora", self.use_rslora, place.use_rslora),
+                ("use_dora", self.config.use_dora, place.magnitude is not None),
+            ):
+                if theirs != ours:
+                    raise CheckpointError(f"{name}: {option} is {theirs} in the file, {ours} in the model")
+
+    def _compare_tensors(self, place: Place) -> None:
+        for stored in self._stored(place):
+            self._compare_shapes(stored)
+            try:
+                stored.check_copies(self.file)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{self.file.path}: {error}: the model's adapter on {place.module} has one; load it into a model "
+                    "without adapters"
+                ) from error
+
+    def _compare_shapes(self, stored: StoredFactor) -> None:
+        for key, shape in stored.declared():
+            found = self.file.tensors.get(key)
+            if found is None:
+                raise CheckpointError(f"{self.file.path} lacks {key}")
+            if found.shape != shape:
+                raise CheckpointError(
+                    f"{self.file.path}: {key} has shape {found.shape}; the model and the config's rank say {shape}"
+                )
+            if not found.dtype.is_floating_point:
+                raise CheckpointError(f"{self.file.path}: {key} is stored as {found.dtype}; expected floating point")
+
+    def _stored(self, place: Place) -> list[StoredFactor]:
+        shapes = self.separate.get(place.names[0])
+        if shapes is None:
+            return stored_factors(place, self.names)
+        if not place.stacked:
+            raise CheckpointError(f"the parts of {place.names[0]} have different A factors")
+        ranks = [shape.rank for shape in shapes]
+        scales = [shape.scale(self.use_rslora) for shape in shapes]
+        a, b = (self.names.keys_by_part(place.names[0], suffix) for suffix in (FACTOR_A, FACTOR_B))
+        return [SeparateA(place.a, a, ranks), SeparateB(place.b, b, ranks, [scale / scales[0] for scale in scales])]
+
+    def read(self, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's slices of A, B and the magnitude, in packed order, each of its own type.
+
+        That of the file, but for a B that was widened when it was written, and a magnitude narrower than float32.
+        """
+        a, b, *magnitudes = [stored.read(self.file) for stored in self._stored(place)]
+        b = place.written.b_from_file(b, self._own(self.names.in_config(place.names[0])).b_dtype)
+        return a, b, _at_least_float32(magnitudes[0]) if magnitudes else None
+
+    def adapted(self, model: Model, dtype: torch.dtype | None, trainable: bool) -> Model:
+        """Put adapters of the file's method, ranks and targets on the model."""
+        targets = [self._target(place.module, name) for place in self.places for name in place.names]
+        # Experts are one target as a whole, whatever parts of them were named.
+        shapes = {
+            place.module if place.experts is not None else self._target(place.module, name): place.shape
+            for place in self.places
+            for name in place.names
+        }
+        usual = Counter(shapes.values()).most_common(1)[0][0]
+        method = self._method()(
+            target_modules=list(dict.fromkeys(targets)),
+            dim=usual.rank,
+            alpha=usual.alpha,
+            rank_pattern={name: shape.rank for name, shape in shapes.items() if shape.rank != usual.rank},
+            alpha_pattern={name: shape.alpha for name, shape in shapes.items() if shape.alpha != usual.alpha},
+            dropout=self.config.dropout,
+            use_rslora=self.use_rslora,
+            share_expert_adapters=not any(place.stacked for place in self.places),
+            lora_dtype=dtype,
+        )
+        return method(model, training=trainable)
+
+    def _method(self) -> type[LowRankPEFT]:
+        return DoRA if self.config.use_dora else CanonicalLoRA if self.canonical else LoRA
+
+    def _target(self, module: str, name: str) -> str:
+        linear = self.linears[name]
+        part = parts_of(linear.layout)[0] if linear.experts is not None else linear.part
+        return component_name(module, part) if self.canonical and part is not None else module
+
+
+def _at_least_float32(magnitude: Tensor) -> Tensor:
+    return magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
+
+
+_WRAPPER = re.compile(r"(.*\.experts)(\.base_layer)?")
+
+
+class FoundNames:
+    """The names in a file; see [`Names`][meshpeft.hub.places.Names]. Every module of the file is complete.
+
+    Attributes:
+        held: the layers, and parameters of stacked experts, that the file has adapters for, by their names in
+            transformers.
+        per_expert: whether experts have tensors of their own.
+        base_copies: layers whose own weight is in the file, with its key.
+
+    Raises:
+        CheckpointError: a tensor is of no layer of the model, or is missing.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: PeftConfig, file: TensorFileReader, linears: Mapping[str, HubLinear]
+    ) -> None:
+        self._linears, self._config, self._file = linears, config, file
+        self._has_our_names = has_our_names(model)
+        self._modules: dict[str, str] = {}
+        self.base_copies: dict[str, str] = {}
+        self._experts: dict[tuple[str, str | None, int], str] = {}
+        stacks = [name for name, linear in linears.items() if linear.experts is not None]
+        self._stacks = config.parameters(stacks)
+        suffixes = [FACTOR_A, FACTOR_B, *([MAGNITUDE] if config.use_dora else [])]
+        found = self._modules_with_tensors(suffixes)
+        self.held = {self._recognise(path) for path in found}
+        self.per_expert = bool(self._experts)
+        if self.per_expert and any(_WRAPPER.fullmatch(path) for path in found):
+            raise CheckpointError(f"{file.path} holds experts both stacked and one by one")
+        for path, held in found.items():
+            for suffix in suffixes:
+                if suffix not in held:
+                    raise CheckpointError(f"{file.path} lacks {PREFIX}{path}.{suffix}")
+        for name in sorted(self.held):
+            self._check_every_expert(name)
+
+    def _modules_with_tensors(self, suffixes: list[str]) -> dict[str, set[str]]:
+        """Every module that has tensors in the file, with how they are called."""
+        found: dict[str, set[str]] = {}
+        for key in sorted(self._file.tensors):
+            module = key.removeprefix(PREFIX).removesuffix(f".{BASE_COPY}")
+            if module in self._linears and key == f"{PREFIX}{module}.{BASE_COPY}":
+                self.base_copies[module] = key
+                continue
+            suffix = next((suffix for suffix in suffixes if key.endswith(f".{suffix}")), None)
+            if suffix is None or not key.startswith(PREFIX):
+                method = "DoRA" if self._config.use_dora else "LoRA"
+                raise CheckpointError(f"{self._file.path} holds {key!r}, which is not a tensor of a {method} adapter")
+            found.setdefault(key.removeprefix(PREFIX).removesuffix(f".{suffix}"), set()).add(suffix)
+        if not found:
+            raise CheckpointError(f"{self._file.path} holds no tensors")
+        return found
+
+    def _recognise(self, path: str) -> str:
+        """The name in transformers of what a file has an adapter for."""
+        linear = self._linears.get(path)
+        if linear is not None and linear.experts is None:
+            self._modules[path] = path
+            return path
+        for stack in self._stacks:
+            if wrapper_of(stack, self._stacks) == path:
+                return stack
+        if self._has_our_names:
+            try:
+                ours = our_module_name(path)
+                if ours.expert is None:
+                    name = hf_module_name(ours.module, ours.part)
+                    if name in self._linears and self._linears[name].experts is None:
+                        self._modules[name] = path
+                        return name
+                else:
+                    name = hf_module_name(ours.module)
+                    if name in self._linears:
+                        self._experts[name, ours.part, ours.expert] = path
+                        return name
+            except ModelError:
+                pass
+        if _WRAPPER.fullmatch(path):
+            raise CheckpointError(
+                f"{self._file.path} has an adapter for {path}, but its config's target_parameters do not say for which "
+                "of its parameters"
+            )
+        raise CheckpointError(
+            f"{self._file.path} holds {PREFIX}{path}.{FACTOR_A!r}, but the model has no linear layer {path}"
+        )
+
+    def _check_every_expert(self, name: str) -> None:
+        linear = self._linears[name]
+        if linear.experts is None or not self.per_expert:
+            return
+        for expert in range(linear.experts):
+            for part in parts_of(linear.layout):
+                if (name, part, expert) not in self._experts:
+                    missing = hf_module_name(linear.module, part, expert=expert)
+                    raise CheckpointError(f"{self._file.path} lacks {PREFIX}{missing}.{FACTOR_A}")
+        for other, part, expert in self._experts:
+            if other == name and expert >= linear.experts:
+                raise CheckpointError(
+                    f"{self._file.path} holds an adapter for {self._experts[other, part, expert]}; the model has "
+                    f"{linear.experts} experts"
+                )
+
+    def of_module(self, name: str) -> str:
+        """A layer's name in the file, by its name in transformers."""
+        return self._modules.get(name, name)
+
+    def of_stack(self, name: str) -> str:
+        """Likewise for a parameter of stacked experts: what stands before `lora_A`."""
+        return wrapper_of(name, self._stacks)
+
+    def of_expert(self, name: str, part: str | None, expert: int) -> str:
+        """Likewise for one expert's part of it."""
+        return self._experts[name, part, expert]
+
+    def keys_by_part(self, name: str, suffix: str) -> list[list[str]]:
+        """For each part of stacked experts, every expert's key."""
+        linear = self._linears[name]
+        return [
+            [f"{PREFIX}{self.of_expert(name, part, expert)}.{suffix}" for expert in range(linear.experts or 0)]
+            for part in parts_of(linear.layout)
+        ]
+
+    def in_config(self, name: str) -> str:
+        """The name by which the config's patterns know it."""
+        linear = self._linears[name]
+        if linear.experts is None:
+            weight = f"{name}.weight"
+            return weight if self._config.parameters([weight]) else self.of_module(name)
+        return self.of_expert(name, parts_of(linear.layout)[0], 0) if self.per_expert else name
+
+    def targets(self) -> set[str]:
+        """The layers and parameters that the config says the adapter is on."""
+        found = set()
+        for name, linear in self._linears.items():
+            if linear.experts is None:
+                names = [self.of_module(name)]
+                targeted = self._config.targets(names) or self._config.parameters([f"{name}.weight"])
+            elif self.per_expert:
+                paths = [self._experts.get((name, part, 0)) for part in parts_of(linear.layout)]
+                targeted = self._config.targets([path for path in paths if path is not None])
+            else:
+                targeted = self._config.parameters([name])
+            found |= {name} if targeted else set()
+        return found
+
+
+BASE_COPY = "base_layer.weight"
+"""What follows a module's name in the key of a copy of its weight."""
+
+
+@torch.no_grad()
+def compare_base_copies(
+    model: nn.Module, linears: Mapping[str, HubLinear], copies: Mapping[str, str], file: TensorFileReader
+) -> None:
+    """Compare them with this rank's slices of the model's own. A weight that is packed, or has no values, is not.
+
+    Args:
+        model: with or without adapters.
+        linears: its layers by their names in transformers.
+        copies: name of a layer -> key of the copy in the file.
+        file: of the adapter.
+
+    Raises:
+        CheckpointError: the adapter was made on another base.
+    """
+    for name, key in copies.items():
+        layer = model.get_submodule(linears[name].module)
+        base = layer.to_wrap if isinstance(layer, AdapterWrapper) else layer
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            continue
+        layout = layout_of(base).weight()
+        own = dict(zip((piece.part for piece in layout.pieces()), layout.split_parts(weight), strict=True))
+        [piece] = [piece for piece in layout.pieces() if piece.part == linears[name].part]
+        stored = file.tensors[key].shape
+        if stored != piece.global_shape:
+            raise CheckpointError(
+                f"{file.path}: {key} has shape {stored}, the model's {name}.weight {piece.global_shape}; "
+                "the adapter is of another base"
+            )
+        if bool((file.read_box(key, piece.offset, piece.shape).to(weight) != own[piece.part]).any()):
+            raise CheckpointError(
+                f"{file.path}: {key} has other values than the model's {name}.weight; the adapter is of another base, "
+                "or was trained together with this weight"
+            )

@@ -1,25 +1,41 @@
-"""Reading and writing the `config.json` of Hugging Face model families.
+"""`config.json` of the Hugging Face model families, and the `DecoderConfig` that it describes.
 
-Defaults, old spellings (`rope_theta`, `rope_scaling`) and types are left to transformers' own configuration
-classes. What they do not do is object: they accept any field and ignore what the model does not use. Here every
-field of the file is implemented, known to change no number, at a neutral value, or an error.
+Defaults, old spellings (`rope_theta`, `rope_scaling`) and types are left to transformers' own configuration classes.
+These accept any field and ignore what the model does not use. Here every field of the file is implemented, known to
+change no number, at a neutral value, or an error. What the families differ in is one entry each in `FAMILIES`.
+
+Sizes that no model has are refused before a number from a fetched file decides over memory and time: transformers'
+configuration classes make a list of their layers, and models make modules and tables, before any weight is looked at.
+What the files hold is compared with the configuration as soon as they are open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from meshpeft.hub.families import FAMILIES, Family
-from meshpeft.hub.limits import check_fields
-from meshpeft.models.config import DecoderConfig, RopeConfig
+from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig
 from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.parallel.errors import blamed_on, shown
 
-__all__ = ["hf_config_of", "options_of"]
+__all__ = [
+    "FAMILIES",
+    "MOST_EXPERTS",
+    "MOST_LAYERS",
+    "Family",
+    "check_fields",
+    "few_modules",
+    "hf_config_of",
+    "options_of",
+]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -183,3 +199,260 @@ def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ModelError(f"rope field {name}={shown(value)} of rope type {kind!r}: expected a number")
     return RopeConfig(theta=values.pop("rope_theta"), kind=cast(Any, kind), **values)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's configuration class says what the families differ in.
+
+    Attributes:
+        architecture: the class name that checkpoints of a language model carry.
+        fields: implemented beyond `_COMMON`.
+        read: the family's own arguments of `DecoderConfig`, from a transformers configuration.
+        write: the inverse: its own fields.
+        states_head_dim: the class always gives `head_dim`; elsewhere only one that does not follow from other sizes is
+            written.
+    """
+
+    architecture: str
+    fields: frozenset[str]
+    read: Callable[[Any], dict[str, Any]]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    states_head_dim: bool = True
+
+
+def _read_llama(hf: Any) -> dict[str, Any]:
+    biased = bool(hf.attention_bias)
+    return {"qkv_bias": biased, "projection_bias": biased, "mlp_bias": bool(hf.mlp_bias)}
+
+
+def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+def _read_mistral(hf: Any) -> dict[str, Any]:
+    return {"sliding_windows": _windows([hf.sliding_window] * hf.num_hidden_layers)}
+
+
+def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window(0)}
+
+
+def _read_qwen2(hf: Any) -> dict[str, Any]:
+    kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
+    for kind in hf.layer_types:
+        if kind not in kinds:
+            raise UnsupportedModelError(f"layer_types: {kind!r} is not implemented; implemented: {', '.join(kinds)}")
+    if hf.sliding_window is None and "sliding_attention" in hf.layer_types:
+        raise ModelError("layer_types names sliding_attention, but sliding_window or use_sliding_window is not set")
+    return {"qkv_bias": True, "sliding_windows": _windows([kinds[kind] for kind in hf.layer_types])}
+
+
+def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    windows = config.sliding_windows or (None,) * config.num_layers
+    window = next((window for window in windows if window is not None), None)
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def _read_qwen3(hf: Any) -> dict[str, Any]:
+    biased = bool(hf.attention_bias)
+    return {**_read_qwen2(hf), "qkv_bias": biased, "projection_bias": biased, "qk_norm": True}
+
+
+def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return {**_write_qwen2(config), "attention_bias": config.qkv_bias}
+
+
+def _windows(windows: list[int | None]) -> tuple[int | None, ...] | None:
+    return tuple(windows) if any(window is not None for window in windows) else None
+
+
+def _read_mixtral(hf: Any) -> dict[str, Any]:
+    moe = MoEConfig(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size)
+    return {**_read_mistral(hf), "moe": moe}
+
+
+def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
+    moe = _experts_of(config)
+    return {
+        **_write_mistral(config),
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+    }
+
+
+def _read_qwen_moe(hf: Any, shared_intermediate_size: int | None = None) -> MoEConfig:
+    return MoEConfig(
+        hf.num_experts,
+        hf.num_experts_per_tok,
+        hf.moe_intermediate_size,
+        normalize_weights=bool(hf.norm_topk_prob),
+        shared_intermediate_size=shared_intermediate_size,
+        sparse_step=hf.decoder_sparse_step,
+        dense_layers=tuple(hf.mlp_only_layers),
+    )
+
+
+def _write_qwen_moe(config: DecoderConfig) -> dict[str, Any]:
+    moe = _experts_of(config)
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.normalize_weights,
+        "decoder_sparse_step": moe.sparse_step,
+        "mlp_only_layers": list(moe.dense_layers),
+    }
+
+
+def _read_qwen2_moe(hf: Any) -> dict[str, Any]:
+    moe = _read_qwen_moe(hf, hf.shared_expert_intermediate_size)
+    return {**_read_qwen2(hf), "qkv_bias": bool(hf.qkv_bias), "moe": moe}
+
+
+def _write_qwen2_moe(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        **_write_qwen2(config),
+        **_write_qwen_moe(config),
+        "qkv_bias": config.qkv_bias,
+        "shared_expert_intermediate_size": _experts_of(config).shared_intermediate_size,
+    }
+
+
+def _read_qwen3_moe(hf: Any) -> dict[str, Any]:
+    biased = bool(hf.attention_bias)
+    return {
+        **_read_mistral(hf),
+        "qkv_bias": biased,
+        "projection_bias": biased,
+        "qk_norm": True,
+        "moe": _read_qwen_moe(hf),
+    }
+
+
+def _write_qwen3_moe(config: DecoderConfig) -> dict[str, Any]:
+    window = config.sliding_window(0)
+    return {
+        **_write_qwen_moe(config),
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+    }
+
+
+def _experts_of(config: DecoderConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ModelError(f"a {config.model_type} model has experts, and this configuration has none")
+    return config.moe
+
+
+_SLIDING = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+_EXPERTS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok"})
+_QWEN_EXPERTS = _EXPERTS | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", frozenset({"attention_bias", "mlp_bias"}), _read_llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", frozenset({"sliding_window"}), _read_mistral, _write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", _SLIDING, _read_qwen2, _write_qwen2, states_head_dim=False),
+    "qwen3": Family("Qwen3ForCausalLM", _SLIDING | {"attention_bias"}, _read_qwen3, _write_qwen3),
+    "mixtral": Family(
+        "MixtralForCausalLM", _EXPERTS | {"sliding_window"}, _read_mixtral, _write_mixtral, states_head_dim=False
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        _QWEN_EXPERTS | _SLIDING | {"qkv_bias", "shared_expert_intermediate_size"},
+        _read_qwen2_moe,
+        _write_qwen2_moe,
+        states_head_dim=False,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _QWEN_EXPERTS | {"sliding_window", "use_sliding_window", "attention_bias"},
+        _read_qwen3_moe,
+        _write_qwen3_moe,
+        states_head_dim=False,
+    ),
+}
+
+
+MOST_LAYERS = 1_024
+"""The deepest models that were published have 1,000 layers, the deepest in use 126."""
+MOST_EXPERTS = 8_192
+"""Of a layer; the most in use are 2,048."""
+_LARGEST = 2**31 - 1
+_DEEPEST = 16
+_MODULES_OF_A_TENSOR = 16
+
+
+def check_fields(fields: Mapping[str, Any], source: object = "the configuration") -> None:
+    """Check that no number of a parsed `config.json` is beyond what any model has.
+
+    Args:
+        fields: the content, with nested configurations.
+        source: the file, for messages.
+
+    Raises:
+        ModelError: a number of layers or experts, or another size, is too large or negative; a number is NaN;
+            configurations are nested deep.
+    """
+    for name, value in fields.items():
+        _check_value(name, value, source, 1)
+
+
+def _check_value(name: str, value: Any, source: object, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise ModelError(f"{source}: {shown(name)} is nested more than {_DEEPEST} deep; no configuration is")
+    if isinstance(value, Mapping):
+        for inner, part in value.items():
+            _check_value(str(inner), part, source, depth + 1)
+    elif isinstance(value, list):
+        for part in value:
+            _check_value(name, part, source, depth + 1)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ModelError(f"{source}: {shown(name)} is NaN; expected a number")
+    elif isinstance(value, int) and abs(value) > _most(name):
+        raise ModelError(f"{source}: {name}={shown(value)}: no model has more than {_most(name):,}")
+
+
+def _most(name: str) -> float:
+    """The largest integer in a field of this name; without a bound where it is no size."""
+    if "theta" in name or name in ("max_length", "model_max_length"):
+        return math.inf
+    # Sizes per layer are sizes.
+    if "layer" in name and "size" not in name:
+        return MOST_LAYERS
+    return MOST_EXPERTS if "experts" in name else _LARGEST
+
+
+@contextmanager
+def few_modules(tensors: int, source: object) -> Iterator[None]:
+    """Stop a model that is being made from a configuration when it has far more modules than its files have tensors.
+
+    Which of a configuration's fields are numbers of layers, heads or experts, only the model's own code says.
+
+    Args:
+        tensors: how many the files hold.
+        source: the directory, for the message.
+
+    Raises:
+        ModelError: there are too many.
+    """
+    most, made = 2_000 + _MODULES_OF_A_TENSOR * tensors, 0
+
+    def count(*_: nn.Module | str | None) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ModelError(
+                f"{source}: its config.json describes a model of more than {most:,} modules, and its weights are "
+                f"{tensors:,} tensors; one of them is of another model"
+            )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

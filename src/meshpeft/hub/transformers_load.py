@@ -14,8 +14,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from meshpeft.hub.config import check_fields, few_modules
 from meshpeft.hub.files import MODEL_DIRECTORY, read_json
-from meshpeft.hub.limits import check_fields, few_modules
 from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import stored_forms
 from meshpeft.hub.weights import WeightFiles

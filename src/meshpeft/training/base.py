@@ -11,8 +11,8 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.hub.config import few_modules
 from meshpeft.hub.files import MODEL_DIRECTORY, read_json
-from meshpeft.hub.limits import few_modules
 from meshpeft.hub.load import check_layers
 from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import (

@@ -9,7 +9,7 @@
 
 An older run that is to be replaced stays as it is until the new adapter is on the disk. So a process that is killed
 leaves the old run, or one that is marked as unfinished; while a process lives it owns the directory
-(`meshpeft.hub.directory_lock`).
+(`meshpeft.hub.staging`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import Any
 
 from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from meshpeft.hub.directory_lock import DirectoryInUse, DirectoryLock
-from meshpeft.hub.staging import StagedFiles, flush, remove_leftovers, write_flushed
+from meshpeft.hub.staging import DirectoryInUse, DirectoryLock, StagedFiles, flush, remove_leftovers, write_flushed
 from meshpeft.parallel.errors import MeshPEFTError
 
 __all__ = ["CHECKPOINTS", "CURVE", "METRICS", "RECORD", "OutputDirectory", "OutputError", "RunState", "run_state"]

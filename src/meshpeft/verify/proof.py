@@ -33,10 +33,9 @@ from meshpeft.checkpoint import CheckpointError, load_checkpoint, load_peft_adap
 from meshpeft.checkpoint.content import ModelContent, OptimizerContent, random_state
 from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
-from meshpeft.checkpoint.incoming import Incoming
+from meshpeft.checkpoint.load import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
-from meshpeft.checkpoint.slices import Place, Slice, SliceLoadPlanner, SliceSavePlanner, labelled
-from meshpeft.checkpoint.storage import Reader, Writer
+from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, SliceSavePlanner, Writer, labelled
 from meshpeft.data.batches import MicroBatch, PackedRows, eval_batches
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel import is_simulated, layout_of_tensor
