@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._local_tensor import enabled_local_tensor_mode, rank_map
+from torch.distributed._local_tensor import enabled_local_tensor_mode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshpeft.parallel import destroy_parallelism, parallel_group_info
@@ -18,9 +18,9 @@ __all__ = ["fake_world", "on_rank", "per_rank", "rank_values", "simulate", "stan
 
 def per_rank(make: Callable[[int], Tensor]) -> Tensor:
     """`make(rank)` on every rank of the world, simulated or real; `make(0)` without a world."""
-    if enabled_local_tensor_mode() is None and not dist.is_initialized():
-        return make(0)
-    return rank_map(make)
+    if (mode := enabled_local_tensor_mode()) is not None:
+        return mode.rank_map(make)
+    return make(dist.get_rank() if dist.is_initialized() else 0)
 
 
 def rank_values(tensor: Tensor) -> list[Tensor]:
