@@ -18,7 +18,7 @@ from meshpeft.hub.weights import WeightFiles
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import LanguageModel, layout_or_whole
+from meshpeft.models.language_model import LanguageModel, layout_or_replicated
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import first_few
 from meshpeft.parallel.mesh import on_each_rank
@@ -116,7 +116,7 @@ def fill(
         tied.setdefault(id(parameter), []).append(name)
     for name, empty in model.stored_tensors().items():
         kind = dtype if empty.is_floating_point() else empty.dtype
-        new = model.assign_parameter(name, _read(files, stored[name], layout_or_whole(empty), kind, target))
+        new = model.assign_parameter(name, _read(files, stored[name], layout_or_replicated(empty), kind, target))
         for other in tied.get(id(empty), [name])[1:]:
             module, _, attribute = other.rpartition(".")
             setattr(model.get_submodule(module), attribute, new)
@@ -183,7 +183,7 @@ def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[Stored
     tied = decoder.output_layer.weight is decoder.embedding.weight
 
     def form(name: str, tensor: Tensor) -> list[StoredPart]:
-        layout = layout_or_whole(tensor)
+        layout = layout_or_replicated(tensor)
         forms = stored_forms(decoder, name, layout)
         if tied and tensor is decoder.embedding.weight:
             forms += stored_forms(decoder, "output_layer.weight", layout)

@@ -17,7 +17,7 @@ from meshpeft.hub.names import StoredPart, stored_forms
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.hub.weights import INDEX_NAME, WEIGHTS_NAME
 from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import LanguageModel, layout_or_whole
+from meshpeft.models.language_model import LanguageModel, layout_or_replicated
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
@@ -109,7 +109,7 @@ def save_pretrained(
 
 
 def _storage(model: LanguageModel, name: str, tensor: Tensor) -> tuple[TensorLayout, list[StoredPart]]:
-    layout = layout_or_whole(tensor)
+    layout = layout_or_replicated(tensor)
     try:
         return layout, stored_forms(model, name, layout)[0]
     except ModelError as error:

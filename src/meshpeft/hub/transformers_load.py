@@ -20,7 +20,7 @@ from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import stored_forms
 from meshpeft.hub.weights import WeightFiles
 from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import layout_or_whole
+from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.parallel.errors import blamed_on, first_few
 from meshpeft.quantization import BaseQuantizer
@@ -90,7 +90,7 @@ def load_transformers(
         tied = {name: names for names in groups for name in names}
         model.stored_names = _stored_names(model, files, found, tied)
         stored = {
-            name: stored_forms(model, name, layout_or_whole(tensor))[0]
+            name: stored_forms(model, name, layout_or_replicated(tensor))[0]
             for name, tensor in model.stored_tensors().items()
         }
         check_shapes(files, stored)

@@ -31,12 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """What `scaled_dot_product_attention` is told.
+    """The mask arguments of `scaled_dot_product_attention`.
 
     Attributes:
         allowed: bool [1 or batch, 1, queries, keys], `True` where a query sees a key; `None` where `is_causal`
-            says it all, or every key is seen.
-        is_causal: plain causal attention of equally many queries and keys, the kernels' fast path.
+            is enough, or every key is seen.
+        is_causal: Plain causal attention of equally many queries and keys, the kernels' fast path.
     """
 
     allowed: Tensor | None
@@ -51,14 +51,14 @@ def attention_masks(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
 ) -> dict[int | None, AttentionMask]:
-    """The masks of a forward pass, one for each different sliding window among the layers.
+    """Make the masks of a forward pass, one for each different sliding window among the layers.
 
     Args:
-        windows: tokens a layer looks back, itself included; `None` for all.
-        queries: number of query tokens; the keys are `past` tokens and these.
-        past: tokens in the cache.
-        device: of the masks.
-        query_documents: [batch, queries]: attention is confined to tokens of the same id. Padding (id -1) sees
+        windows: Tokens that a layer looks back, itself included; `None` for all.
+        queries: Number of query tokens; the keys are `past` tokens and these.
+        past: Tokens in the cache.
+        device: Device of the masks.
+        query_documents: [batch, queries]; attention is confined to tokens of the same id. Padding (id -1) sees
             padding only, so that no row of the softmax is empty.
         key_documents: [batch, past + queries].
     """
@@ -82,7 +82,7 @@ def attention_masks(
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Position of each token in its own run of equal ids: [batch, seq] -> [batch, seq], from 0."""
+    """Count the position of each token in its own run of equal ids: [batch, seq] -> [batch, seq], from 0."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -91,7 +91,7 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Angle per position of each channel pair, in radians: [head_dim / 2]."""
+    """Return the angle per position of each channel pair, in radians: [head_dim / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -102,7 +102,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype, dev
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those in between blended."""
+    """Stretch long wavelengths by `factor`, keep short ones, blend those in between (Llama 3.1)."""
     wavelengths = 2 * math.pi / frequencies
     turns = rope.original_max_position_embeddings / wavelengths
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -111,11 +111,13 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def rotary_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position.
+    """Compute the cosines and sines of every position (RoFormer, arXiv 2104.09864), with Llama-family scalings.
+
+    They follow from the configuration alone: there is no buffer that a checkpoint, a meta device or a cast could lose.
 
     Args:
         position_ids: [batch, seq], replicated.
-        dtype: of the activations, and of the result; computed in float32 at least.
+        dtype: Type of the activations, and of the result; computed in float32 at least.
 
     Returns:
         Two tensors [seq, batch, 1, head_dim], replicated; the halves of the last dim are equal.
@@ -137,8 +139,8 @@ class KVCache:
     """Keys and values of each layer, [seq, batch, heads / tp, head_dim], growing as tokens come.
 
     Attributes:
-        length: tokens held.
-        document_ids: [batch, length] of those tokens, or `None` if none were given.
+        length: Tokens held.
+        document_ids: Their documents [batch, length], or `None` if none were given.
     """
 
     def __init__(self) -> None:
@@ -154,7 +156,7 @@ class KVCache:
         last real token is overwritten by the next call.
 
         Args:
-            layer: the layer's global number.
+            layer: The layer's global number.
             keys, values: [seq, batch, heads / tp, head_dim].
 
         Returns:
@@ -185,11 +187,11 @@ class AttentionContext:
     """What all layers of one forward pass share; replicated over tensor parallel.
 
     Attributes:
-        cosines, sines: rotary tables [seq, batch, 1, head_dim].
-        masks: by sliding window.
-        cache: keys and values of earlier tokens, which this pass extends.
-        rows: [own tokens, batch], the row that each token a rank routes belongs to, where the load of experts is
-            asked for; see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
+        cosines, sines: Rotary tables [seq, batch, 1, head_dim].
+        masks: Mask for each sliding window.
+        cache: Keys and values of earlier tokens, which this pass extends.
+        rows: [own tokens, batch], the row of each token that this rank routes, where the router loss is computed;
+            see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
     """
 
     cosines: Tensor
@@ -202,7 +204,7 @@ class AttentionContext:
 class SelfAttention(nn.Module):
     """Queries, keys and values from one fused projection, attention per head, an output projection.
 
-    `linear_qkv` is fused per query group, `[q .. q k v]`, and sharded by whole groups: the heads never communicate.
+    `linear_qkv` is fused per query group, `[q .. q k v]`, and sharded by groups: the heads never communicate.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
@@ -238,10 +240,10 @@ class SelfAttention(nn.Module):
 
 @typed_as(lambda qkv, fused_parts, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))
 def split_heads(qkv: Tensor, fused_parts: FusedParts, shards: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The heads of a packed projection.
+    """Split the fused projection into heads.
 
     Args:
-        qkv: [seq, batch, packed / tp], `S(-1)` over tensor parallel.
+        qkv: [seq, batch, (q + k + v) / tp], `S(-1)` over tensor parallel.
 
     Returns:
         Queries [seq, batch, heads / tp, head_dim], keys and values [seq, batch, groups / tp, head_dim], `S(2)`.
@@ -252,7 +254,7 @@ def split_heads(qkv: Tensor, fused_parts: FusedParts, shards: int, head_dim: int
 
 @typed_as(lambda queries, keys, values, mask: dims_follow(queries, (0, 1, 2)))
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
-    """Scaled dot product attention, head by head.
+    """Apply scaled dot product attention, head by head.
 
     Args:
         queries: [seq, batch, heads / tp, head_dim], `S(2)` over tensor parallel.

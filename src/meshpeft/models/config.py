@@ -1,7 +1,7 @@
-"""What a decoder is: its sizes, and which of the variations between families it has.
+"""The configuration of a decoder: its sizes, and which of the variations between families it has.
 
 A [`DecoderConfig`][meshpeft.models.DecoderConfig] holds everything that changes a number in the forward pass
-under a name that says what it does, so that the modules never ask which family they belong to. How the families'
+under a name that says what it does, so that no module depends on its family. How the families'
 `config.json` files are read and written is in `meshpeft.hub.config`.
 """
 
@@ -28,13 +28,13 @@ class RopeConfig:
     """The frequencies of the rotary position embedding.
 
     Attributes:
-        theta: base of the geometric series of frequencies.
+        theta: Base of the geometric series of frequencies.
         kind: `default`; `linear` divides every frequency by `factor`; `llama3` divides the low ones only, and
             interpolates in between (Llama 3.1).
-        factor: of `linear` and `llama3`.
-        low_freq_factor, high_freq_factor: of `llama3`: wavelengths above `original_max_position_embeddings /
+        factor: Stretch of the wavelengths, for `linear` and `llama3`.
+        low_freq_factor, high_freq_factor: For `llama3`; wavelengths above `original_max_position_embeddings /
             low_freq_factor` are stretched, those below `original_max_position_embeddings / high_freq_factor` kept.
-        original_max_position_embeddings: of `llama3`, in tokens: the context of the first training.
+        original_max_position_embeddings: For `llama3`; the context of the first training, in tokens.
     """
 
     theta: float = 10000.0
@@ -62,16 +62,16 @@ class MoEConfig:
     """The experts of the layers that have them, and how tokens choose.
 
     Attributes:
-        num_experts: of one layer, over all ranks.
-        moe_router_topk: experts that each token is sent to.
-        intermediate_size: channels of one expert.
-        normalize_weights: the weights of a token's experts are divided by their sum.
-        softmax_first: the weights are a softmax over all experts, of which the largest are taken; otherwise a softmax
-            over the largest logits (which is the same once the weights are normalised).
-        shared_intermediate_size: channels of the shared experts, through which every token passes, behind a sigmoid
+        num_experts: Experts of one layer, over all ranks.
+        moe_router_topk: Experts that each token is sent to.
+        intermediate_size: Channels of one expert.
+        normalize_weights: Whether the weights of a token's experts are divided by their sum.
+        softmax_first: Whether the weights are a softmax over all experts, of which the largest are taken; else a
+            softmax over the largest logits (which is the same once the weights are normalised).
+        shared_intermediate_size: Channels of the shared experts, through which every token passes, behind a sigmoid
             gate; `None` for a layer without.
-        sparse_step: every so many layers have experts: layer n if n + 1 is a multiple.
-        dense_layers: layers that have an ordinary MLP nevertheless.
+        sparse_step: Layer n has experts if n + 1 is a multiple.
+        dense_layers: Layers that have an ordinary MLP nevertheless.
     """
 
     num_experts: int
@@ -106,23 +106,23 @@ class DecoderConfig:
     """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and gated MLPs or experts.
 
     Attributes:
-        model_type: the Hugging Face family it is written back as: `llama mistral qwen2 qwen3 mixtral qwen2_moe
+        model_type: Hugging Face family it is written back as: `llama mistral qwen2 qwen3 mixtral qwen2_moe
             qwen3_moe`.
-        vocab_size, hidden_size, intermediate_size, num_layers: sizes, global.
-        num_attention_heads: query heads.
-        num_query_groups: key and value heads; each serves `num_attention_heads / num_query_groups` query heads.
-        head_dim: channels of one head.
-        rope: rotary frequencies.
-        rms_norm_eps: added to the mean square.
-        tie_word_embeddings: the output layer multiplies by the embedding's own weight.
-        qkv_bias, projection_bias: biases of `linear_qkv` and of `linear_proj`.
-        mlp_bias: biases of `linear_fc1` and `linear_fc2`.
+        vocab_size, hidden_size, intermediate_size, num_layers: Global sizes.
+        num_attention_heads: Query heads.
+        num_query_groups: Key and value heads; each serves `num_attention_heads / num_query_groups` query heads.
+        head_dim: Channels of one head.
+        rope: Rotary frequencies.
+        rms_norm_eps: Added to the mean square.
+        tie_word_embeddings: Whether the output layer multiplies by the embedding's own weight.
+        qkv_bias, projection_bias: Biases of `linear_qkv` and of `linear_proj`.
+        mlp_bias: Biases of `linear_fc1` and `linear_fc2`.
         qk_norm: RMSNorm over the channels of each query and key head, before the rotation (Qwen3).
-        sliding_windows: for each layer how many tokens back it attends, itself included, or `None` for all;
+        sliding_windows: For each layer how many tokens back it attends, itself included, or `None` for all;
             `None` instead of the tuple means all, everywhere.
-        initializer_range: standard deviation of the weights of a decoder that is not loaded.
-        moe: the experts; `None` for a dense model.
-        other: fields of `config.json` that change no number here (token ids, position limits), written back as
+        initializer_range: Standard deviation of the weights of a decoder that is not loaded.
+        moe: Experts; `None` for a dense model.
+        other: Fields of `config.json` that change no number here (token ids, position limits), written back as
             they were read.
     """
 
@@ -193,20 +193,20 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | PretrainedConfig) -> DecoderConfig:
-        """The decoder of a parsed `config.json`, or of a transformers configuration.
+        """Read the decoder of a parsed `config.json`, or of a transformers configuration.
 
         Raises:
-            UnsupportedModelError: the family is unknown, or a field would change numbers in a way that is not
+            UnsupportedModelError: The family is unknown, or a field would change numbers in a way that is not
                 implemented.
-            ModelError: a value is invalid.
+            ModelError: A value is invalid.
         """
         return cls(**importlib.import_module(_FORMAT).options_of(source))
 
     def to_hf(self) -> PretrainedConfig:
-        """The transformers configuration of `model_type` that describes this decoder.
+        """Write the transformers configuration of `model_type` that describes this decoder.
 
         Raises:
-            ModelError: the family cannot express it.
+            ModelError: The family cannot express it.
         """
         hf: PretrainedConfig = importlib.import_module(_FORMAT).hf_config_of(self)
         if DecoderConfig.from_hf(hf) != self:

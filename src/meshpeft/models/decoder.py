@@ -70,11 +70,11 @@ class DecoderBlock(nn.Module):
         self.final_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
-        """All layers, and the norm.
+        """Run all layers, and the norm.
 
         Args:
             hidden: [seq, batch, hidden], in the state of the hidden stream.
-            context: with `rows`, where the load of experts is asked for.
+            context: Has `rows` where the router loss is computed.
 
         Returns:
             The hidden states; and the mean over the layers with experts of their load-balancing losses, [batch].
@@ -134,12 +134,12 @@ class Decoder(LanguageModel):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows, over all ranks."""
+        """Size of the vocabulary, over all ranks."""
         return self.config.vocab_size
 
     @property
     def usual_positions(self) -> int | None:
-        """How many tokens the model was made for; its rotary positions have no end."""
+        """Number of tokens the model was made for; its rotary positions have no end."""
         found = self.config.other.get("max_position_embeddings")
         return found if isinstance(found, int) else None
 
@@ -150,7 +150,7 @@ class Decoder(LanguageModel):
         return found
 
     def new_cache(self) -> KVCache:
-        """An empty cache of keys and values."""
+        """Make an empty cache of keys and values."""
         return KVCache()
 
     def is_causal(self) -> bool:
@@ -162,7 +162,7 @@ class Decoder(LanguageModel):
         return True
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
+        """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
         self.decoder.activation_checkpointing = enabled
 
     def hub_config(self) -> PretrainedConfig:
@@ -196,27 +196,27 @@ class Decoder(LanguageModel):
         last_token_only: bool = False,
         return_router_loss: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
             input_ids: [batch, seq], the same on every rank of the tensor-parallel axis, like all arguments.
-            position_ids: [batch, seq]; by default the index in the row, or in the document where there are any.
+            position_ids: [batch, seq]; by default the index in the row, or in its document.
             document_ids: [batch, seq] of integers that differ between the documents of a row; attention stays
                 inside a document. -1 is padding.
-            cache: holds the tokens before these; they are added to it.
-            gather_logits: return the whole vocabulary on every rank.
-            last_token_only: return the logits of the last position only: [batch, 1, ..].
-            return_router_loss: return the load-balancing loss of each row too.
+            cache: Holds the tokens before these; they are added to it.
+            gather_logits: Return the full vocabulary on every rank.
+            last_token_only: Return the logits of the last position only: [batch, 1, ..].
+            return_router_loss: Return the load-balancing loss of each row too.
 
         Returns:
             [batch, seq, vocab_size / tp], `S(-1)` over tensor parallel, in the type of the parameters; or
-            [batch, seq, vocab_size], also where the vocabulary does not divide. With `return_router_loss`, a pair of
+            [batch, seq, vocab_size], also where the vocabulary is replicated. With `return_router_loss`, a pair of
             that and of [batch] in float32 or wider, `I` over tensor parallel: for each row, the mean over the layers
             with experts of their [`load_balancing_loss`][meshpeft.models.moe.load_balancing_loss]; padding does
             not count.
 
         Raises:
-            ModelError: arguments of different shapes, documents with a cache but without positions, or the router
+            ModelError: Arguments of different shapes, documents with a cache but without positions, or the router
                 loss of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
@@ -268,7 +268,7 @@ class Decoder(LanguageModel):
         cache: KVCache | None,
         device: torch.device,
     ) -> AttentionContext:
-        """Positions and masks for `length` tokens, the last `padding` of which no other token sees."""
+        """Make positions and masks for `length` tokens, the last `padding` of which no other token sees."""
         past = 0 if cache is None else cache.length
         if document_ids is not None:
             document_ids = _pad(document_ids, padding, -1)
@@ -292,5 +292,5 @@ def _pad(ids: Tensor, padding: int, value: int) -> Tensor:
 
 
 def _join(past: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Document ids of the tokens held and of those that come: [batch, past + new]."""
+    """Join the document ids of the tokens held and of those that come: [batch, past + new]."""
     return new if past is None or new is None else torch.cat((past, new), dim=1)

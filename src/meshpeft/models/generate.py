@@ -41,22 +41,22 @@ def generate(
     """Continue each row of `input_ids`. A collective: every rank of the world calls it.
 
     Args:
-        model: with or without adapters; put in evaluation mode meanwhile.
+        model: With or without adapters; in evaluation mode meanwhile.
         input_ids: [batch, seq], the same on every rank of the tensor-parallel axis.
-        max_new_tokens: at most so many are added; fewer when every row, on every rank, has ended.
+        max_new_tokens: Largest number of tokens to add; fewer are when every row, on every rank, has ended.
         temperature: 0 takes the likeliest token; above it, tokens are drawn from softmax(logits / temperature).
-        top_k: draw from the `top_k` likeliest tokens only.
-        top_p: of those, draw from the smallest set of likeliest tokens with at least this probability.
-        eos_token_id: a token, or several, that end a row. What follows in it is `pad_token_id` of the
+        top_k: Draw from the `top_k` likeliest tokens only.
+        top_p: Of those, draw from the smallest set of likeliest tokens with at least this probability.
+        eos_token_id: Token, or several, that end a row. What follows in it is `pad_token_id` of the
             configuration, or the first of these if there is none.
-        seed: of the draws.
+        seed: Seed of the draws.
         attention_mask: [batch, seq], 0 where a row is padded on its left.
 
     Returns:
         [batch, seq + new tokens], of input_ids' integer type.
 
     Raises:
-        ModelError: an option out of range; a prompt that is padded on its right, has ids outside of the vocabulary, or
+        ModelError: An option out of range; a prompt that is padded on its right, has ids outside of the vocabulary, or
             is longer than a table of positions, at whose end generation stops; logits that are not finite.
     """
     prompt, most = input_ids.shape[1], model.most_positions
@@ -115,7 +115,7 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, t
 
 
 def _padded_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Document ids (-1 on padding) and positions that count from the first real token; `None` without padding."""
+    """Return document ids (-1 on padding) and positions from the first real token; `None` without padding."""
     if attention_mask is None:
         return None, None
     if attention_mask.shape != input_ids.shape:
@@ -130,7 +130,7 @@ def _padded_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Te
 def _choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, numbers: random.Random
 ) -> Tensor:
-    """The next token of each row: logits [batch, vocab], the same on every rank -> [batch]."""
+    """Choose the next token of each row: logits [batch, vocab], the same on every rank -> [batch]."""
     if temperature == 0:
         return logits.argmax(-1)
     # float64: the cumulative sums below run over a whole vocabulary.

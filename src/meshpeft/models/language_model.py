@@ -16,20 +16,20 @@ from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
 from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
-__all__ = ["LanguageModel", "check_tokens", "layout_or_whole"]
+__all__ = ["LanguageModel", "check_tokens", "layout_or_replicated"]
 
 
 class LanguageModel(nn.Module, ABC):
-    """A causal language model, divided over the mesh.
+    """A causal language model over the mesh.
 
     A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, gather_logits=False,
     last_token_only=False)`, as [`Decoder`][meshpeft.models.Decoder] has it, and gives logits
     [batch, seq, vocab_size / vocab_axis.world_size].
 
     Attributes:
-        vocab_axis: divides the vocabulary of the logits; of one rank where they are whole.
-        name_or_path: the directory that it was loaded from; empty for none.
-        stored_names: name of a parameter -> its name in the files, where that is another.
+        vocab_axis: Axis that shards the vocabulary of the logits; of one rank where they are replicated.
+        name_or_path: Directory that it was loaded from; empty for none.
+        stored_names: Name of a parameter -> its name in the files, where they differ.
     """
 
     vocab_axis: ParallelAxis
@@ -39,17 +39,17 @@ class LanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """How many tokens the model knows, over all ranks."""
+        """Size of the vocabulary, over all ranks."""
 
     @property
     def most_positions(self) -> int | None:
-        """How many tokens a document, or a row where documents are not told apart, may have; `None` for any number."""
+        """Largest number of tokens in a document, or in a row where positions run through it; `None` for any."""
         return None
 
     @property
     @abstractmethod
     def usual_positions(self) -> int | None:
-        """How many tokens the model was made for (`max_position_embeddings`), if its configuration says so."""
+        """Number of tokens the model was made for (`max_position_embeddings`), if its configuration has it."""
 
     @property
     def restarts_positions(self) -> bool:
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty cache, for calls that continue a sequence. A collective: every rank calls it."""
+        """Make an empty cache, for calls that continue a sequence. A collective: every rank calls it."""
 
     @abstractmethod
     def is_causal(self) -> bool:
@@ -75,14 +75,14 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether training keeps only each layer's input and computes the layer again in the backward pass."""
+        """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
 
     @abstractmethod
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`; the caller's own."""
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, tied ones once: what files hold."""
+        """Return parameters and persistent buffers by name, tied ones once: what files hold."""
         buffers = {
             f"{prefix}{'.' if prefix else ''}{name}": buffer
             for prefix, module in self.named_modules()
@@ -117,22 +117,24 @@ class LanguageModel(nn.Module, ABC):
         return new
 
 
-def layout_or_whole(tensor: Tensor) -> TensorLayout:
-    """The layout that a tensor states; one without is the same on every rank."""
+def layout_or_replicated(tensor: Tensor) -> TensorLayout:
+    """Return the layout that a tensor states; one without is replicated."""
     return layout_of_tensor(tensor) or TensorLayout(tuple(tensor.shape))
 
 
 def check_tokens(model: LanguageModel, smallest: int, largest: int, longest: int, what: str) -> None:
-    """Check that tokens fit a model; the same answer on every rank. Warns of rows that its positions were not made for.
+    """Check that tokens fit a model; warn of rows longer than it was made for. Every rank gets the same answer.
+
+    Outside of either limit, an embedding raises an IndexError on a CPU, and ends a GPU's process by an assertion.
 
     Args:
-        model: of either engine.
-        smallest, largest: token ids.
-        longest: tokens of the longest document, or row.
-        what: the tokens are of, for messages.
+        model: Of either engine.
+        smallest, largest: Token ids.
+        longest: Tokens of the longest document, or row.
+        what: Source of the tokens, for messages.
 
     Raises:
-        ModelError: an id is outside of the vocabulary, or a row is longer than the table of positions.
+        ModelError: An id is outside of the vocabulary, or a row is longer than the table of positions.
     """
     if smallest < 0 or largest >= model.vocab_size:
         token = smallest if smallest < 0 else largest

@@ -66,8 +66,8 @@ class MLP(nn.Module):
         return self.linear_fc2(gated_silu(self.linear_fc1(x), self.fused_parts, self.shards))
 
 
-@typed_as(lambda packed, fused_parts, shards: dims_follow(packed))
-def gated_silu(packed: Tensor, fused_parts: FusedParts, shards: int) -> Tensor:
+@typed_as(lambda fused, fused_parts, shards: dims_follow(fused))
+def gated_silu(fused: Tensor, fused_parts: FusedParts, shards: int) -> Tensor:
     """[.., 2 * width / shards] -> silu(gate) * up [.., width / shards]."""
-    gate, up = fused_parts.split(packed, -1, shards)
+    gate, up = fused_parts.split(fused, -1, shards)
     return functional.silu(gate) * up

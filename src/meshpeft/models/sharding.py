@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from spmd_types.types import I, R, S
+from spmd_types.types import I, R, Shard
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,7 +60,7 @@ class ModelSharding:
 
     Attributes:
         tp, ep, etp: Axes that shard dense layers, the experts of a layer, and each expert.
-        sequence_parallel: Whether the hidden stream is sharded along the sequence.
+        hidden: State of the hidden stream [seq, batch, hidden] over `tp`: I, or Shard(0) under sequence parallel.
         shards_vocabulary: Whether `tp` divides the vocabulary; otherwise table and head are replicated.
         device: Device of the parameters.
         dtype: Type of the parameters and activations.
@@ -70,7 +70,7 @@ class ModelSharding:
     tp: ParallelAxis = field(default_factory=lambda: ParallelAxis("tp"))
     ep: ParallelAxis = field(default_factory=lambda: ParallelAxis("ep"))
     etp: ParallelAxis = field(default_factory=lambda: ParallelAxis("etp"))
-    sequence_parallel: bool = False
+    hidden: Any = I
     shards_vocabulary: bool = True
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -113,7 +113,7 @@ class ModelSharding:
             tp,
             info.ep,
             info.etp,
-            sequence_parallel=parallel.sequence_parallel and tp.world_size > 1,
+            hidden=Shard(0) if parallel.sequence_parallel and tp.world_size > 1 else I,
             shards_vocabulary=config.vocab_size % tp.world_size == 0,
             device=torch.get_default_device() if device is None else torch.device(device),
             dtype=parallel.dtype if dtype is None else dtype,
@@ -125,7 +125,7 @@ class ModelSharding:
         """The axis that shards the vocabulary."""
         return self.tp if self.shards_vocabulary else ParallelAxis("none")
 
-    # The states over tensor parallel.
+    # The other states over tensor parallel.
 
     @property
     def tokens(self) -> Any:
@@ -133,28 +133,28 @@ class ModelSharding:
         return R
 
     @property
-    def hidden(self) -> Any:
-        """The hidden stream [seq, batch, hidden]."""
-        return S(0) if self.sequence_parallel else I
+    def at_vocabulary(self) -> Any:
+        """The hidden stream as table and head have it: full where the vocabulary is replicated."""
+        return self.hidden if self.shards_vocabulary else I
 
     @property
     def heads(self) -> Any:
         """Queries, keys and values [seq, batch, heads, head_dim]: each rank has its own query groups."""
-        return S(2)
+        return Shard(2)
 
     @property
     def routed(self) -> Any:
         """Tokens at the router [tokens, hidden]: each is routed by one rank."""
-        return S(0)
+        return Shard(0)
 
     # The layers and parameters, in the order in which a token meets them: state of x -> state of y.
 
     def embedding(self, vocab_size: int, hidden_size: int) -> VocabParallelEmbedding:
-        """`tokens` -> `hidden`; I where the vocabulary is replicated, see `enter_blocks`."""
+        """`tokens` -> `at_vocabulary`."""
         return VocabParallelEmbedding(
             vocab_size,
             hidden_size,
-            sequence_parallel=self.sequence_parallel and self.shards_vocabulary,
+            sequence_parallel=self.at_vocabulary is not I,
             axis=self.vocab,
             **self._empty,
         )
@@ -217,13 +217,13 @@ class ModelSharding:
         return self._plain(in_features, out_features, self.hidden)
 
     def output_layer(self, hidden_size: int, vocab_size: int) -> ColumnParallelLinear:
-        """`hidden` -> S(-1) over `vocab`; from I where the vocabulary is replicated, see `leave_blocks`."""
+        """`at_vocabulary` -> S(-1) over `vocab`."""
         return ColumnParallelLinear(
             hidden_size,
             vocab_size,
             bias=False,
             gather_output=False,
-            sequence_parallel=self.sequence_parallel and self.shards_vocabulary,
+            sequence_parallel=self.at_vocabulary is not I,
             axis=self.vocab,
             **self._empty,
         )
@@ -238,13 +238,11 @@ class ModelSharding:
 
     def padding(self, length: int) -> int:
         """Return how many tokens are added to a row of `length`, so that `hidden` divides over tensor parallel."""
-        return -length % self.tp.world_size if self.sequence_parallel else 0
+        return 0 if self.hidden is I else -length % self.tp.world_size
 
     def enter_blocks(self, embedded: Tensor) -> Tensor:
-        """Convert the embedding's output [seq, batch, hidden] to `hidden`."""
-        if self.sequence_parallel and not self.shards_vocabulary:
-            embedded = mp_scatter(embedded, 0, self.tp)
-        return embedded
+        """`at_vocabulary` -> `hidden`."""
+        return embedded if self.at_vocabulary == self.hidden else mp_scatter(embedded, 0, self.tp)
 
     def check_hidden(self, hidden: Tensor) -> None:
         """Check the state of the hidden stream, where the type checker runs."""
@@ -253,11 +251,11 @@ class ModelSharding:
     def to_experts(self, hidden: Tensor) -> Tensor:
         """`hidden` [seq, batch, hidden] -> `routed` [own tokens, hidden]; zeros fill up what does not divide."""
         tokens = hidden.flatten(0, 1)
-        return tokens if self.sequence_parallel else mp_scatter(self._padded(tokens), 0, self.tp)
+        return mp_scatter(self._padded(tokens), 0, self.tp) if self.hidden is I else tokens
 
     def from_experts(self, own: Tensor, hidden: Tensor) -> Tensor:
         """Convert the experts' results, `routed`, to the state and shape of `hidden`, from which the tokens came."""
-        if not self.sequence_parallel:
+        if self.hidden is I:
             own = mp_gather(own, 0, self.tp)[: hidden.shape[0] * hidden.shape[1]]
         return own.view(hidden.shape)
 
@@ -270,20 +268,18 @@ class ModelSharding:
         return mp_reduce(values, axis=self.tp)
 
     def last_token(self, hidden: Tensor, length: int) -> Tensor:
-        """Keep token number `length - 1`: [1, batch, hidden], `hidden` (under sequence parallel a copy per rank)."""
-        if not self.sequence_parallel:
+        """Keep token number `length - 1` of `hidden`, on each rank: [1, batch, hidden]."""
+        if self.hidden is I:
             return hidden[length - 1 : length]
         last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
         return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
 
     def leave_blocks(self, hidden: Tensor) -> Tensor:
-        """Convert `hidden` to the state that the output layer takes."""
-        if self.sequence_parallel and not self.shards_vocabulary:
-            hidden = mp_gather(hidden, 0, self.tp)
-        return hidden
+        """`hidden` -> `at_vocabulary`."""
+        return hidden if self.at_vocabulary == self.hidden else mp_gather(hidden, 0, self.tp)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """Gather the whole vocabulary: S(-1) -> I over `vocab`."""
+        """Gather the full vocabulary: S(-1) -> I over `vocab`."""
         return mp_gather(logits, -1, self.vocab)
 
     @property
@@ -297,7 +293,7 @@ class ModelSharding:
             out_features,
             bias=bias,
             gather_output=False,
-            sequence_parallel=self.sequence_parallel,
+            sequence_parallel=self.hidden is not I,
             fused_parts=parts,
             axis=self.tp,
             **self._empty,
@@ -310,7 +306,7 @@ class ModelSharding:
             out_features,
             bias=bias,
             input_is_parallel=True,
-            sequence_parallel=self.sequence_parallel,
+            sequence_parallel=self.hidden is not I,
             axis=self.tp,
             **self._empty,
         )
@@ -329,11 +325,11 @@ class ModelSharding:
 
 
 def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> None:
-    """Whether the decoder can be divided as asked; needs no process group, and gives every rank one answer.
+    """Check that a decoder divides over the mesh. Needs no process group, and gives every rank the same answer.
 
     Raises:
-        ModelError: a size does not divide, or the layout is not available; the message names the sizes that
-            would work for the whole model.
+        ModelError: A size does not divide, or there is no such layout; the message names the sizes that would work for
+            the full model.
     """
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
@@ -367,7 +363,7 @@ def _check_split(sizes: Mapping[str, tuple[int, str]], axis: str, count: int) ->
 
 
 def _divisors(number: int) -> str:
-    """`1, 2 or 4`: the divisors of a number, as a choice."""
+    """Return the divisors of a number as a choice: `1, 2 or 4`."""
     # Nobody has more processes; a number may be of any size.
     found = [str(value) for value in range(1, min(number, 4096) + 1) if number % value == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

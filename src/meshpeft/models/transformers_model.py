@@ -1,6 +1,6 @@
 """Models of transformers, of any architecture, in the place of the decoder.
 
-The layers are divided by the plan of their architecture, see [`parallelize`][meshpeft.engines.parallelize.parallelize];
+The layers are sharded by the plan of their architecture, see [`parallelize`][meshpeft.engines.parallelize.parallelize];
 the call is the decoder's; everything else, names too, stays as transformers has it. At one rank an architecture whose
 plan cannot be followed here, or that has none, keeps its own layers.
 """
@@ -33,10 +33,10 @@ _MORE_POSITIONS = 8
 
 
 class TransformersCache:
-    """What is kept of the tokens seen so far.
+    """Cache of the tokens seen so far.
 
     Attributes:
-        past: their keys and values, or states; `None` where the architecture cannot continue from these, and a call
+        past: Their keys and values, or states; `None` where the architecture cannot continue from these, and a call
             computes all tokens again.
     """
 
@@ -45,7 +45,7 @@ class TransformersCache:
         self._seen: dict[str, Tensor] = {}
 
     def extended(self, what: str, new: Tensor) -> Tensor:
-        """[batch, all] of what is known of each token, with those that come: [batch, new]."""
+        """Append the values of new tokens, [batch, new], to those of earlier ones: [batch, all]."""
         if what in self._seen:
             new = torch.cat((self._seen[what], new), dim=1)
         self._seen[what] = new
@@ -53,10 +53,7 @@ class TransformersCache:
 
 
 class TransformersModel(LanguageModel):
-    """What is added to the class of a transformers model; made by `make_transformers_model`.
-
-    Attributes:
-    """
+    """Base class that is added to the class of a transformers model; made by `make_transformers_model`."""
 
     def forward(
         self,
@@ -68,11 +65,11 @@ class TransformersModel(LanguageModel):
         gather_logits: bool = False,
         last_token_only: bool = False,
     ) -> Tensor:
-        """Logits of the next token at every position; see [`Decoder.forward`][meshpeft.models.Decoder.forward].
+        """Compute the logits of the next token at every position, as [`Decoder`][meshpeft.models.Decoder] does.
 
-        Documents in a row are told apart by positions that begin anew, as transformers does; whether the architecture
-        sees to it, [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart] says. With a
-        cache, documents only say which tokens are padding.
+        Positions that restart separate the documents of a row, as in transformers; whether an architecture keeps to
+        them is found by [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart]. With a
+        cache, documents only mark padding.
         """
         options: dict[str, Any] = {}
         new = input_ids.shape[1]
@@ -102,21 +99,21 @@ class TransformersModel(LanguageModel):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows, over all ranks."""
+        """Size of the vocabulary, over all ranks."""
         found: int = self._text_config().vocab_size
         return found
 
     @property
     def usual_positions(self) -> int | None:
-        """How many tokens the model was made for, if its configuration says so."""
+        """Number of tokens the model was made for, if its configuration has it."""
         found = getattr(self._text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
 
     @property
     def most_positions(self) -> int | None:
-        """How many positions it has a vector for, learned or computed once; `None` where they are computed in a call.
+        """Number of positions with a vector, learned or computed once; `None` where they are computed in a call.
 
-        Tables of positions have as many rows as `max_position_embeddings` says, or a few more (OPT's begin at 2).
+        Tables of positions have as many rows as `max_position_embeddings`, or a few more (OPT's begin at 2).
         """
         usual = self.usual_positions
         if usual is None:
@@ -130,7 +127,7 @@ class TransformersModel(LanguageModel):
 
     @property
     def restarts_positions(self) -> bool:
-        """Whether the architecture can be told positions."""
+        """Whether the architecture takes positions."""
         return "position_ids" in _parameters_of(type(self))
 
     @property
@@ -140,14 +137,14 @@ class TransformersModel(LanguageModel):
         return found
 
     def new_cache(self) -> TransformersCache:
-        """An empty cache of keys and values, if the model continues from one. A collective: every rank calls it."""
+        """Make an empty cache; whether it holds keys and values is tried. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether training keeps only each layer's input and computes the layer again in the backward pass.
+        """Set whether training keeps only each layer's input and computes the layer again in the backward pass.
 
         Raises:
-            ModelError: the architecture cannot.
+            ModelError: The architecture cannot.
         """
         model: Any = self
         if not enabled:
@@ -181,7 +178,7 @@ class TransformersModel(LanguageModel):
         return self._unchanged(tokens, other, slice(4, 8), torch.tensor([0] * 4 + [1] * 4))
 
     def _probe(self) -> Tensor:
-        """Eight tokens, neither half of which is the same from its end."""
+        """Return eight tokens, neither half of which is the same from its end."""
         return torch.arange(1, 9).remainder(min(64, self._text_config().vocab_size))
 
     @torch.no_grad()
@@ -194,13 +191,13 @@ class TransformersModel(LanguageModel):
         self.eval()
         cache = TransformersCache(DynamicCache(config=self.hub_config()))
         self(tokens[:, :4], cache=cache)
-        continued, whole, alone = (
+        continued, at_once, alone = (
             self(row, cache=held, gather_logits=True, last_token_only=True).float()
             for row, held in ((tokens[:, 4:], cache), (tokens, None), (tokens[:, 4:], None))
         )
         self.train(was_training)
         # Sums may be rounded in other places; what a cache without use leaves out is of the order of all of the rest.
-        return on_every_rank(bool((continued - whole).abs().max() <= 0.1 * (alone - whole).abs().max()))
+        return on_every_rank(bool((continued - at_once).abs().max() <= 0.1 * (alone - at_once).abs().max()))
 
     @torch.no_grad()
     def _unchanged(self, tokens: Tensor, others: Tensor, where: slice, documents: Tensor | None) -> bool:
@@ -220,7 +217,7 @@ class TransformersModel(LanguageModel):
 
 @cache
 def _parameters_of(cls: type[nn.Module]) -> frozenset[str]:
-    """The names that the forward of transformers' own class takes."""
+    """Return the names that the forward of transformers' own class takes."""
     own = next(
         base for base in cls.__mro__ if not issubclass(base, LanguageModel) and issubclass(base, PreTrainedModel)
     )
@@ -228,7 +225,7 @@ def _parameters_of(cls: type[nn.Module]) -> frozenset[str]:
 
 
 def _with_our_call(cls: type[Any]) -> type[Any]:
-    """The same class, under the same name, by which transformers looks things up."""
+    """Derive a class with our call, under the same name, by which transformers looks things up."""
     made = types.new_class(cls.__name__, (TransformersModel, cls))
     made.__module__ = cls.__module__
     return made
@@ -241,17 +238,17 @@ def make_transformers_model(
     device: torch.device | str = "cpu",
     axis: ParallelAxis | None = None,
 ) -> TransformersModel:
-    """A model without values in its parameters, divided over tensor parallel; its other buffers have theirs.
+    """Make a model without values in its parameters, sharded over tensor parallel; its other buffers have theirs.
 
     Args:
-        config: of any architecture of transformers that has a causal language model.
-        dtype: of the parameters and activations.
-        device: of those buffers.
-        axis: that divides it; tensor parallel by default. Nothing is communicated.
+        config: Configuration of any architecture of transformers that has a causal language model.
+        dtype: Type of the parameters and activations.
+        device: Device of those buffers.
+        axis: Axis that shards it; tensor parallel by default. Nothing is communicated.
 
     Raises:
-        ModelError: transformers has no such model; it has dropout of its own.
-        ParallelError: it cannot be divided over so many ranks.
+        ModelError: transformers has no such model; the model has dropout of its own.
+        ParallelError: It cannot be sharded over so many ranks.
     """
     axis = parallel_group_info().tp if axis is None else axis
     subject = f"transformers makes no model of this {config.model_type} configuration"
@@ -270,10 +267,10 @@ def make_transformers_model(
         if axis.world_size > 1:
             raise
     head = model.get_output_embeddings()
-    divided = isinstance(head, ColumnParallelLinear) and not layout_of(head).gather_output
+    sharded = isinstance(head, ColumnParallelLinear) and not layout_of(head).gather_output
     model.__class__ = _with_our_call(type(model))
     made: TransformersModel = model
-    made.vocab_axis = axis if divided else ParallelAxis("none")
+    made.vocab_axis = axis if sharded else ParallelAxis("none")
     made.stored_names = {}
     return made
 
