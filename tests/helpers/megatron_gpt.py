@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.models.attention import inverse_frequencies
 from meshpeft.models.config import MoEConfig

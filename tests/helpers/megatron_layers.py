@@ -11,7 +11,7 @@ from helpers.megatron_runs import whole
 from megatron.core import ModelParallelConfig, parallel_state
 from torch import Tensor, nn
 
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.parallel import FusedParts, ParallelAxis, TensorLayout, finalize_gradients, layout_of
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.peft import PEFT

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.parallel import ParallelError, TensorLayout, describe_layers, layer_type_of, layout_of, named_init_
 from meshpeft.parallel.init import draw_full
 

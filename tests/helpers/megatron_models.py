@@ -23,7 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import ParallelAxis, layer_type_of, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.communication import all_gather

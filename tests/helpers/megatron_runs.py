@@ -17,7 +17,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.parallel import (
     TensorLayout,

@@ -1,7 +1,7 @@
 """Stand-ins for Transformer Engine's layers as Megatron-Core wraps them, which can't be installed here.
 
-They have the attributes that `meshpeft.engines.te_layers` reads, make the same collectives in the same places, and
-return the same tuples. Sizes are this rank's, as theirs are.
+They have the attributes that `meshpeft.engines.transformer_engine` reads, make the same collectives in the same places,
+and return the same tuples. Sizes are this rank's, as theirs are.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from meshpeft.engines.process_groups import axis_of_group
-from meshpeft.engines.te_layers import register_te_layers
+from meshpeft.engines import axis_of_group
+from meshpeft.engines.transformer_engine import register_te_layers
 from meshpeft.parallel import mp_copy, mp_reduce, sp_gather, sp_reduce_scatter
 
 

@@ -13,7 +13,7 @@ from helpers.simulate import per_rank, simulate, the_same
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
 
-from meshpeft.engines.after_import import import_after
+from meshpeft.engines import import_after
 from meshpeft.parallel import init_parallelism, layer_type_of, sharded_state_dict
 from meshpeft.peft import AdapterError, DoRA, LoRA, NamedLoRALinear, disable_adapters, enable_adapters, update_model
 from meshpeft.quantization import QuantizationError, pissa_init, svdquant_init

@@ -2,30 +2,86 @@
 
 | classes of | described by |
 |---|---|
-| `megatron.core` | `meshpeft.engines.megatron_core` |
-| `transformer_engine` | `meshpeft.engines.transformer_engine`, `meshpeft.engines.te_layers` |
+| `megatron.core` | `meshpeft.engines.megatron` |
+| `transformer_engine` | `meshpeft.engines.transformer_engine` |
 | `modelopt.torch.quantization` | `meshpeft.engines.modelopt`, imported right after it |
-| `transformers.pytorch_utils` | `meshpeft.engines.transformers_conv1d` |
-| `torch.nn`, divided by `transformers` | `meshpeft.engines.transformers_tp`, imported right after what divides |
+| `transformers.pytorch_utils` | `meshpeft.engines.transformers` |
+| `torch.nn`, sharded by `transformers` | `meshpeft.engines.transformers`, imported right after what shards |
 
 Importing this package imports none of them.
 """
 
 from __future__ import annotations
 
-from meshpeft.engines.after_import import import_after
-from meshpeft.parallel import register_engine
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from weakref import WeakValueDictionary
 
-__all__ = ["register_engines"]
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from meshpeft.parallel import ParallelAxis, register_engine
+
+__all__ = ["axis_of_group", "import_after", "register_engines"]
 
 
 def register_engines() -> None:
     """Let the classes of every engine's package be described by the engine, once they are met."""
-    register_engine("megatron.core", "meshpeft.engines.megatron_core")
+    register_engine("megatron.core", "meshpeft.engines.megatron")
     register_engine("transformer_engine", "meshpeft.engines.transformer_engine")
     register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
     # It quantises layers only if it knew their classes before.
     import_after("modelopt.torch.quantization", "meshpeft.engines.modelopt")
-    register_engine("transformers.pytorch_utils", "meshpeft.engines.transformers_conv1d")
+    register_engine("transformers.pytorch_utils", "meshpeft.engines.transformers")
     # The layers keep the class that PyTorch gave them.
-    import_after("transformers.distributed.tensor_parallel", "meshpeft.engines.transformers_tp")
+    import_after("transformers.distributed.tensor_parallel", "meshpeft.engines.transformers")
+
+
+def import_after(package: str, engine: str) -> None:
+    """Import `engine` as soon as `package` is imported; at once, if it is already. It need not be installed."""
+    if package in sys.modules:
+        importlib.import_module(engine)
+    elif not any(isinstance(finder, _Watch) and finder.engine == engine for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch(package, engine))
+
+
+class _Watch(MetaPathFinder):
+    def __init__(self, package: str, engine: str) -> None:
+        self.package, self.engine = package, engine
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """What the other finders find; it imports the engine when it is done."""
+        if fullname != self.package:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(self.engine)
+
+            vars(spec.loader)["exec_module"] = execute_both
+        return spec
+
+
+# One axis for each group, so that gradients of one group are summed together. An axis holds its group: while there is
+# an entry, no other group can have the same identity.
+_axes: WeakValueDictionary[tuple[str, int], ParallelAxis] = WeakValueDictionary()
+
+
+def axis_of_group(name: str, group: ProcessGroup) -> ParallelAxis:
+    """The axis called `name` over the ranks of a group."""
+    axis = _axes.get((name, id(group)))
+    if axis is None:
+        axis = ParallelAxis(name, group, dist.get_rank(group), dist.get_world_size(group))
+        _axes[name, id(group)] = axis
+    return axis

@@ -1,16 +1,17 @@
 """transformers models with our parallel layers in the place of their linear ones.
 
-Their own tensor-parallel plan says which linear layer is divided how. Unlike layers that transformers divides itself
-(`tp_plan="auto"`, see `transformers_tp`) these let adapters join between their collectives, and add none; and layers
-that pack q, k, v or gate and up are divided part by part, where the plan gathers their whole output. So architectures
-that `meshpeft.models` does not know are fine-tuned like those that it knows: gradients are summands until
-`finalize_gradients`.
+Their own tensor-parallel plan states which linear layer is sharded how. Unlike layers that transformers shards itself
+(`tp_plan="auto"`, see `engines.transformers`) these let adapters join between their collectives, and add none; and
+layers that fuse q, k, v or gate and up are sharded part by part, where the plan gathers their full output: each rank's
+output holds its slice of every part, and the code after it finds them there. So architectures that `meshpeft.models`
+does not have are fine-tuned like those that it has: gradients are partial until `finalize_gradients`.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meshpeft.engines.transformers_fused import FusedLayer, fused_layers
 from meshpeft.parallel import (
     ColumnParallelLinear,
     FusedParts,
@@ -32,7 +32,66 @@ from meshpeft.parallel import (
     set_layout,
 )
 
-__all__ = ["parallelize"]
+__all__ = ["FusedLayer", "fused_layers", "parallelize"]
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A layer whose output packs several parts, in a module whose code takes them apart.
+
+    Attributes:
+        fused_parts: made from the module that holds the layer.
+        partner: the layer after it, which then takes its input divided.
+        localise: lets the holder's code count the heads of one rank.
+    """
+
+    fused_parts: Callable[[Any], FusedParts]
+    partner: str
+    localise: Callable[[Any, int], None] = lambda holder, shards: None
+
+
+def _qkv_of_phi3(attention: Any) -> FusedParts:
+    q, kv = (
+        heads * attention.head_dim for heads in (attention.config.num_attention_heads, attention.num_key_value_heads)
+    )
+    return FusedParts(("q", "k", "v"), (q, kv, kv))
+
+
+def _local_heads_of_phi3(attention: Any, shards: int) -> None:
+    # It finds the end of the queries by its config, which it shares with the whole model.
+    attention.config = copy.copy(attention.config)
+    attention.config.num_attention_heads //= shards
+    attention.num_key_value_heads //= shards
+
+
+def _qkv_of_neox(attention: Any) -> FusedParts:
+    # Head after head: its query, its key, its value.
+    size = attention.query_key_value.out_features // 3
+    return FusedParts(("q", "k", "v"), (size,) * 3, blocks=size // attention.head_size)
+
+
+def _gate_up(mlp: Any) -> FusedParts:
+    size = mlp.gate_up_proj.out_features // 2
+    return FusedParts(("gate", "up"), (size, size))
+
+
+# (Class of the module that holds the layer, the layer) -> how it is packed.
+_FUSED: dict[tuple[str, str], FusedLayer] = {
+    ("Phi3Attention", "qkv_proj"): FusedLayer(_qkv_of_phi3, "o_proj", _local_heads_of_phi3),
+    ("GPTNeoXAttention", "query_key_value"): FusedLayer(_qkv_of_neox, "dense"),
+} | {(f"{family}MLP", "gate_up_proj"): FusedLayer(_gate_up, "down_proj") for family in ("Phi3", "Glm", "Glm4")}
+
+
+def fused_layers(model: nn.Module, styles: Mapping[str, str]) -> dict[str, FusedLayer]:
+    """Those of the layers named in `styles` whose parts are known, by full name."""
+    found = {}
+    for name in styles:
+        parent, _, own = name.rpartition(".")
+        for cls in type(model.get_submodule(parent)).__mro__:
+            if (cls.__name__, own) in _FUSED:
+                found[name] = _FUSED[cls.__name__, own]
+    return found
+
 
 Model = TypeVar("Model", bound=nn.Module)
 _Linear = TypeVar("_Linear", ColumnParallelLinear, RowParallelLinear)

@@ -2,16 +2,17 @@
 
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName
-from meshpeft.quantization.initialization import keep_starts, pissa_init, svdquant_init
 from meshpeft.quantization.layers import KeptFactors, PackedLayer, packed_form
 from meshpeft.quantization.quantize import (
     DEFAULT_EXCLUDED,
     BaseQuantizer,
+    PackedSize,
     dequantize_base,
     forget_residuals,
+    packed_size,
     quantize_base,
 )
-from meshpeft.quantization.size import PackedSize, packed_size
+from meshpeft.quantization.starts import keep_starts, pissa_init, svdquant_init
 from meshpeft.quantization.svd import LowRank, low_rank_part
 
 __all__ = [

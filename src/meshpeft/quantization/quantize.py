@@ -1,11 +1,12 @@
-"""`quantize_base`: pack the frozen weights of a model; and the way back."""
+"""`quantize_base`: pack the frozen weights of a model; the way back, and what is stored."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,18 +16,27 @@ from meshpeft.peft import ModuleMatcher, adapter_wrappers, base_of
 from meshpeft.peft.matching import is_target, nearest_names, walk
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
-from meshpeft.quantization.full_matrices import full_matrices, local_factors
-from meshpeft.quantization.layers import KeptFactors, packed_form
-from meshpeft.quantization.packing import can_be_packed, check_has_values, check_packable, pack_, unpack_
-from meshpeft.quantization.svd import LowRank, low_rank_part
+from meshpeft.quantization.layers import (
+    KeptFactors,
+    can_be_packed,
+    check_has_values,
+    check_packable,
+    pack_,
+    packed_form,
+    unpack_,
+)
+from meshpeft.quantization.svd import LowRank, full_matrices, local_factors, low_rank_part
 
 __all__ = [
-    "DEFAULT_EXCLUDED",
     "BaseQuantizer",
+    "DEFAULT_EXCLUDED",
+    "PackedSize",
     "dequantize_base",
     "forget_residuals",
+    "packed_size",
     "quantize_base",
 ]
+
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -259,3 +269,37 @@ def _unmet(patterns: Sequence[str] | None, names: list[str], kind: str) -> Itera
 
 def _matches_any(patterns: Sequence[str], name: str) -> bool:
     return any(is_target(pattern, name) for pattern in patterns)
+
+
+class PackedSize(NamedTuple):
+    """What the packed layers of a model store, over all ranks that share it.
+
+    Attributes:
+        layers: packed layers.
+        parameters: of their weights.
+        bytes: of the codes and scales, and of principal parts that are still beside them, as the ranks hold them.
+        formats: their names.
+    """
+
+    layers: int
+    parameters: int
+    bytes: int
+    formats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters of {self.layers} layers as {' and '.join(self.formats)} in {self.bytes:,} "
+            f"bytes, {self.bytes / max(1, self.parameters):.4f} a parameter"
+        )
+
+
+def packed_size(model: nn.Module) -> PackedSize:
+    """Count the packed weights of a model; not a collective."""
+    parameters = stored = 0
+    layers = [form for form in map(packed_form, model.modules()) if form is not None]
+    for layer in layers:
+        weight = layer.blocks.weight
+        ranks = math.prod(axis.world_size for axis in weight.shard_axes)
+        parameters += weight.size
+        stored += ranks * sum(tensor.nbytes for tensor in layer.stored_tensors())
+    return PackedSize(len(layers), parameters, stored, tuple(sorted({layer.storage.name for layer in layers})))

@@ -1,24 +1,29 @@
-"""The best rank-r part of many matrices at once.
+"""The best rank-r part of many matrices at once, and of weights whose slices are spread over the mesh.
 
 The exact part comes from full decompositions in float64. The usual one is randomised (Halko, Martinsson, Tropp 2011):
-a random block of vectors is multiplied by M M^T until it spans the top singular directions. What is left of a weight
+a random block of vectors is multiplied by M Mᵀ until it spans the top singular directions. What is left of a weight
 by quantising it is close to noise, whose singular values fall off so slowly that plain powers converge badly; the
 products are therefore combined as Chebyshev polynomials that stay small on the unwanted part of the spectrum (Zhou
 and Saad 2007), which takes a third of the products for the same captured energy.
+
+Singular vectors of a slice are not slices of singular vectors: the decomposition is of the full matrix, gathered over
+the axis that shards it. Experts stay where they are; every rank decomposes its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from meshpeft.parallel import on_each_rank
+from meshpeft.parallel import LinearLayout, TensorLayout, on_each_rank
 
-__all__ = ["LowRank", "low_rank_part"]
+__all__ = ["LowRank", "full_matrices", "gathered_factors", "local_factors", "low_rank_part", "of_local_experts"]
+
 
 # Most products with M M^T between two orthonormalisations.
 _DEGREE = 4
@@ -216,3 +221,43 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
     shape = list(factor.shape)
     shape[dim] = missing
     return torch.cat([factor, factor.new_zeros(shape)], dim)
+
+
+def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
+    """This rank's slice of a weight, or of what is laid out like it -> [out, in], or [local experts, out, in].
+
+    Canonical rows, the same on every rank of the axis that divides the weight. A collective over that axis.
+    """
+    return of_local_experts(layout.weight(), layout).gather(local)
+
+
+def local_factors(
+    part: LowRank, layout_a: TensorLayout, layout_b: TensorLayout, layout: LinearLayout
+) -> tuple[Tensor, Tensor]:
+    """This rank's slices of A = V^T [.., r, in] and B = U S [.., out, r].
+
+    Args:
+        part: of the matrices that `full_matrices` gave.
+        layout_a, layout_b: of the adapter's factors.
+        layout: of the layer.
+    """
+    a = of_local_experts(layout_a, layout).slice(part.right)
+    b = of_local_experts(layout_b, layout).slice(part.left)
+    return a.contiguous(), b.contiguous()
+
+
+def gathered_factors(a: Tensor, b: Tensor, layout: LinearLayout) -> LowRank:
+    """The inverse of `local_factors`, for factors that are laid out like those of a fused adapter."""
+    rank = a.shape[-2]
+    layout_a, layout_b = (of_local_experts(each(rank), layout) for each in (layout.factor_a, layout.factor_b))
+    return LowRank(layout_b.gather(b), layout_a.gather(a))
+
+
+def of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
+    """The layout within one rank's experts: dim 0 counts these, and is not divided."""
+    expert_axis = layout.expert_axis
+    if expert_axis is None or not tensor.is_stacked:
+        return tensor
+    experts, *matrix = tensor.global_shape
+    shards = tuple((dim, axis) for dim, axis in tensor.shards if dim != 0)
+    return replace(tensor, global_shape=(experts // expert_axis.world_size, *matrix), shards=shards)

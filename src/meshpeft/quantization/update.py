@@ -26,8 +26,7 @@ from meshpeft.peft.config import LayerPattern, LoRAInitMethod, matches
 from meshpeft.peft.matching import Place, is_router, nearest_names
 from meshpeft.peft.method import Model
 from meshpeft.peft.wrapper import wrapper_of
-from meshpeft.quantization.initialization import pissa_init, svdquant_init
-from meshpeft.quantization.sites import check_start, check_unshared
+from meshpeft.quantization.starts import check_start, check_unshared, pissa_init, svdquant_init
 
 __all__ = ["update_model"]
 

@@ -1,16 +1,16 @@
-"""Linear layers of models that transformers itself sharded, by their tensor-parallel plan.
+"""Layers of transformers: those that it sharded itself, by its tensor-parallel plan, and `Conv1D` (GPT-2).
 
-Such layers stay `nn.Linear`: their parameters become DTensors, and their `forward` is replaced by one that makes the
-collectives of a *style* from the plan. Adapters run beside that forward. Activations are plain tensors between layers.
+Sharded layers stay `nn.Linear`: their parameters become DTensors, and their `forward` is replaced by one that makes the
+collectives of a *style* from the plan. Adapters run standalone. Activations are plain tensors between layers.
 
 | style | layout |
 |---|---|
-| `colwise` | divided along out, the output stays divided |
+| `colwise` | sharded along out, the output stays sharded |
 | `colwise_gather_output`, `colwise_rep` | the same, the output is gathered |
-| `packed_colwise` | divided along out part by part (gate, up) |
-| `rowwise` | divided along in, the input comes divided |
-| `rowwise_split_input`, `rowwise_rep` | the same, the input comes whole |
-| any on an undivided weight (`mla_kv_a_proj`, `replicate`, ..) | a plain linear whose adapter joins inside the style |
+| `packed_colwise` | sharded along out part by part (gate, up) |
+| `rowwise` | sharded along in, the input comes sharded |
+| `rowwise_split_input`, `rowwise_rep` | the same, the input comes full |
+| any on a replicated weight (`mla_kv_a_proj`, `replicate`, ..) | a plain linear whose adapter joins inside the style |
 
 The layout is read from what is installed (placements, mesh and style of each layer), not from the plan's patterns: a
 plan can be overridden when the model is loaded. Gradients are complete after the backward pass, as the optimizer loop
@@ -33,8 +33,9 @@ from transformers.distributed.tensor_parallel import (
     RowwiseParallel,
     TensorParallelLayer,
 )
+from transformers.pytorch_utils import Conv1D
 
-from meshpeft.engines.process_groups import axis_of_group
+from meshpeft.engines import axis_of_group
 from meshpeft.parallel import (
     FusedParts,
     LayerType,
@@ -46,7 +47,7 @@ from meshpeft.parallel import (
 )
 from meshpeft.parallel.init import stride_parts
 
-__all__: list[str] = []
+__all__ = []
 
 
 class _Installed(NamedTuple):
@@ -186,4 +187,21 @@ register_layer_type(
         exit=_exit,
     ),
     when=_is_whole,
+)
+
+
+def _transposed(module: Conv1D) -> Tensor:
+    weight: Tensor = module.weight
+    return weight.T
+
+
+register_layer_type(
+    Conv1D,
+    LayerType(
+        layout=lambda module: LinearLayout(module.nx, module.nf),
+        weight=_transposed,
+        enter=lambda module, x: x,
+        exit=lambda module, y: y + module.bias.to(y.dtype),
+        store=lambda module, local: {"weight": local.T.contiguous()},
+    ),
 )
