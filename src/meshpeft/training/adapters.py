@@ -15,13 +15,11 @@ from torch import nn
 
 from meshpeft.checkpoint import CheckpointError, check_exportable, load_peft_adapter
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.parallel import layer_type_of, layout_of
+from meshpeft.parallel import layer_type_of
 from meshpeft.peft import (
     CanonicalLoRA,
     DoRA,
-    GroupedExpertLinearAdapter,
     LoRA,
-    LoRATopKRouter,
     LowRankPEFT,
     adapter_wrappers,
 )
@@ -121,7 +119,8 @@ def describe_targets(config: FinetuneConfig, targets: Sequence[str] | None = Non
 def describe_experts(model: LanguageModel) -> str | None:
     """Describe the adapters of a model's experts, for the report of a run; `None` where they have none."""
     moe = model.config.moe if isinstance(model, Decoder) else None
-    found = next((module for module in model.modules() if isinstance(module, GroupedExpertLinearAdapter)), None)
+    terms = (term for _, wrapper in adapter_wrappers(model) if wrapper.is_stacked for term in wrapper.terms())
+    found = next((term.adapter for term in terms), None)
     if moe is None or found is None:
         return None
     adapters = "one adapter for all" if found.share_expert_adapters else "an adapter each"
@@ -306,14 +305,14 @@ def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) 
     if run.lora_init_method not in ("svdquant", "pissa"):
         return
     for name, wrapper in adapter_wrappers(model):
-        if isinstance(wrapper, LoRATopKRouter):
+        if not wrapper.starts_from_weight:
             continue
         if run.lora_init_method == "svdquant" and id(wrapper.to_wrap) not in packed:
             raise ConfigError(
                 f"lora_init_method=svdquant: {name} is not quantised, and its adapter could not train; leave it out "
                 "of the adapted layers"
             )
-        if run.share_expert_adapters and layout_of(wrapper.to_wrap).experts is not None:
+        if run.share_expert_adapters and wrapper.is_stacked:
             raise ConfigError(
                 f"lora_init_method={run.lora_init_method}: {name} has one adapter for all experts, whose weights "
                 "differ; give each its own with --no-share-expert-adapters"

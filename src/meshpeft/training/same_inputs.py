@@ -144,9 +144,9 @@ def check_same_base(model: nn.Module) -> None:
 def _compare(found: _Description) -> None:
     """Raise on every rank if the ranks describe a subject differently. A collective."""
     short = {subject: _sha256(json.dumps(sorted(parts.items())).encode()) for subject, parts in found.items()}
-    told = gathered((socket.gethostname(), short))
-    subjects = list(dict.fromkeys(subject for _, own in told for subject in own))
-    differing = [subject for subject in subjects if len({own[subject] for _, own in told if subject in own}) > 1]
+    held = gathered((socket.gethostname(), short))
+    subjects = list(dict.fromkeys(subject for _, own in held for subject in own))
+    differing = [subject for subject in subjects if len({own[subject] for _, own in held if subject in own}) > 1]
     if not differing:
         return
     parts = gathered({subject: found[subject] for subject in differing if subject in found})
@@ -160,11 +160,11 @@ def _compare(found: _Description) -> None:
                 every = {**parts[first][subject], **own[subject]}
                 names |= {name: None for name in every if parts[first][subject].get(name) != own[subject].get(name)}
         words.append(f"{_title(subject)} ({first_few(list(names))})")
-    where = ", ".join(f"rank {rank} ({told[rank][0]})" for rank in sorted(others)[:4])
+    where = ", ".join(f"rank {rank} ({held[rank][0]})" for rank in sorted(others)[:4])
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
     advice = "; ".join(dict.fromkeys(_ADVICE[_title(subject)] for subject in differing))
     raise InputsDiffer(
-        f"{where}{more} read other inputs than rank {first} ({told[first][0]}): {', '.join(dict.fromkeys(words))}. "
+        f"{where}{more} read other inputs than rank {first} ({held[first][0]}): {', '.join(dict.fromkeys(words))}. "
         f"The ranks would train a mixture: {advice}"
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import ParallelGroupInfo
-from meshpeft.peft import LowRankAdapter
+from meshpeft.peft import LowRankAdapter, adapter_wrappers
 from meshpeft.verify.simulation import index_on_rank, on_rank, ranks
 
 __all__ = ["MaskFault", "MasksOfALayout", "set_dropout"]
@@ -35,7 +35,7 @@ class MaskFault(Exception):
 
 def set_dropout(model: nn.Module, p: float) -> list[LowRankAdapter]:
     """Give every adapter of a model this dropout; return the adapters."""
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
+    adapters = [term.adapter for _, wrapper in adapter_wrappers(model) for term in wrapper.terms()]
     for adapter in adapters:
         adapter.dropout = p
     return adapters

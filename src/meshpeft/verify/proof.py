@@ -41,8 +41,8 @@ from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel import is_simulated, layout_of_tensor
 from meshpeft.parallel.random import masks_seen_by
 from meshpeft.parallel.sharded_tensor import ShardedTensor
-from meshpeft.peft import AdapterError, AdapterWrapper, DoRALinear
-from meshpeft.quantization import PackedLayer, dequantize_base
+from meshpeft.peft import AdapterError, adapter_wrappers
+from meshpeft.quantization import dequantize_base, packed_form
 from meshpeft.training.step import mean_loss
 from meshpeft.verify.masks import MaskFault, MasksOfALayout, set_dropout
 from meshpeft.verify.oracle import Layout, Recipe, Run, Trace, agreed, compare, full_tensors, largest_error
@@ -220,9 +220,10 @@ def _drop(done: _Trained, run: Run, number: int) -> None:
 def _packed(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLayer):
+        form = packed_form(module)
+        if form is not None:
             for key in ("weight_packed", "weight_scale"):
-                tensor: Tensor = getattr(module, key)
+                tensor: Tensor = getattr(form, key)
                 layout = layout_of_tensor(tensor)
                 found[f"{name}.{key}"] = agreed(tensor if layout is None else layout.gather(tensor)).double()
     return found
@@ -284,11 +285,9 @@ def _compare_merged(proof: Proof, expected: _Trained, recipe: Recipe, steps: int
         run = Run(recipe, Layout(), mesh)
         restore(run.model, run.optimizer, expected.checkpoint)
         dequantize_base(run.model)
-        wrappers = [module for module in run.model.modules() if isinstance(module, AdapterWrapper)]
+        wrappers = [wrapper for _, wrapper in adapter_wrappers(run.model)]
         try:
             for wrapper in wrappers:
-                if isinstance(wrapper, DoRALinear):
-                    wrapper.forget_norms()  # those that training used may be old
                 wrapper.check_mergeable()
         except AdapterError as error:
             proof.unchecked.append(f"merging: {error}")
