@@ -1,4 +1,4 @@
-"""The factors of a low-rank adapter: their options, initialisation and layout, and what is applied with them."""
+"""Low-rank adapters: the factors A and B with their layout, initialisation, dropout and options."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ DropoutPosition = Literal["pre", "post"]
 
 
 def check_options(dim: int, alpha: float, dropout: float, dropout_position: str) -> None:
-    """Refuse what no low-rank adapter can be made with.
+    """Check the options of a low-rank adapter.
 
     Raises:
-        AdapterError: a rank that is no integer or below 1, a non-finite alpha, a dropout outside [0, 1), an unknown
+        AdapterError: A rank that is no integer or below 1, a non-finite alpha, a dropout outside [0, 1), an unknown
             position.
     """
     given: tuple[tuple[str, Any, type, str], ...] = (
@@ -80,12 +80,12 @@ class LowRankFactor(ShardedTensors, nn.Module):
     """One factor: a weight [out, in] and nothing else.
 
     Args:
-        layout: of the weight; its local slice is made here.
+        layout: Layout of the weight, of which this rank's slice is made.
         init_method: `xavier normal kaiming zero`.
-        name: the weight's full name; with `seed` and the global shape it decides the values.
-        seed: of the run.
-        dtype, device: of the weight.
-        initialize: leave the weight empty if false.
+        name: Full name of the weight; with `seed` and the global shape it decides the values.
+        seed: Seed of the run.
+        dtype, device: Parameter dtype and device.
+        initialize: Whether to initialise the weight; otherwise it is left empty.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class LowRankFactor(ShardedTensors, nn.Module):
     ) -> None:
         super().__init__()
         init_fn = init_method_of(init_method)
-        self.layout = layout  # also here: sharded data parallel puts parameters without one in the place of ours
+        self.layout = layout  # also here: sharded data parallel replaces our parameters by some without a layout
         self.weight = nn.Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
         set_layout(self.weight, layout)
         self.start: Tensor | None
@@ -109,7 +109,7 @@ class LowRankFactor(ShardedTensors, nn.Module):
             named_init_(self.weight, init_fn, seed, name)
 
     def keep_start(self, values: Tensor | None = None) -> None:
-        """Keep a copy of the factor as `start`, also in checkpoints: the base's weight gave up what it makes.
+        """Keep a copy of the factor as `start`, also in checkpoints: its product was moved from the base's weight.
 
         Args:
             values: Factor in more digits than a narrow weight has; by default the weight as it is now. Kept in float32
@@ -123,11 +123,11 @@ class LowRankFactor(ShardedTensors, nn.Module):
         self.start = start
 
     def forward(self, x: Tensor) -> Tensor:
-        """X W^T, in x's type."""
+        """x [*, in] -> x Wᵀ [*, out] in x's type."""
         return product(x, self.weight)
 
     def extra_repr(self) -> str:
-        """The local shape."""
+        """Return the local shape."""
         return "x".join(str(size) for size in self.weight.shape)
 
 
@@ -135,26 +135,27 @@ class LowRankAdapter(ShardedTensors, nn.Module):
     """A [r, in] as `linear_in.weight` and B [out, r] as `linear_out.weight`, with what is needed to apply them.
 
     Args:
-        layout: of the base layer.
-        dim: r, the rank.
-        alpha: the output is scaled by alpha / dim; `None` means dim.
-        dropout: probability; on the input (`pre`) or the output (`post`) of the adapter.
-        dropout_recompute: make the mask again in the backward pass instead of keeping it.
+        layout: Layout of the base layer.
+        dim: Rank r.
+        alpha: The output is scaled by alpha / dim; `None` means dim.
+        dropout: Probability; on the input (`pre`) or the output (`post`) of the adapter.
+        dropout_position: `pre` or `post`.
+        dropout_recompute: Make the mask again in the backward pass instead of keeping it.
         lora_A_init_method, lora_B_init_method: `xavier normal kaiming zero`.
-        name: full name of the base layer.
-        path: of this adapter below the base's place; parameters are initialised as
+        name: Full name of the base layer.
+        path: Path of this adapter below the base's name; parameters are initialised as
             `{name}.{path}.linear_in.weight`, ..
-        fused: the adapter joins its base between `enter` and `exit`; otherwise it runs beside it.
-        use_rslora: scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
-        keep_token_shards: where the base gathers its input from the ranks of a sequence-parallel axis, keep only this
+        fused: Run inside the base's GEMM, between `enter` and `exit`; otherwise standalone.
+        use_rslora: Scale by alpha / sqrt(dim) instead (rank-stabilised LoRA, Kalajdzievski 2023).
+        keep_token_shards: Where the base gathers its input from the ranks of a sequence-parallel axis, keep only this
             rank's tokens for the gradient of A.
-        seed, dtype, device: of the parameters.
-        initialize: leave the parameters empty if false.
-        factor_layouts: of A and B, where they are not those that `layout` gives.
+        seed, dtype, device: Seed, dtype and device of the parameters.
+        initialize: Whether to initialise the parameters; otherwise they are left empty.
+        factor_layouts: Layouts of A and B, where they differ from those that `layout` gives.
 
     Raises:
-        AdapterError: see `check_options`.
-        NotImplementedError: an unknown init method.
+        AdapterError: See `check_options`.
+        NotImplementedError: Unknown init method.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
 
     @property
     def scale(self) -> float:
-        """s in y += s (x A^T) B^T."""
+        """s in y += s (x Aᵀ) Bᵀ."""
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
 
     share_expert_adapters: bool | None = None
@@ -219,19 +220,19 @@ class LowRankAdapter(ShardedTensors, nn.Module):
 
     @property
     def start(self) -> tuple[Tensor, Tensor] | None:
-        """A and B of the part that the base's weight gave up to the adapter (PiSSA); `None` if it gave up none."""
+        """A and B of the part that PiSSA moved from the base's weight to the adapter; `None` without PiSSA."""
         a, b = self.linear_in.start, self.linear_out.start
         return None if a is None or b is None else (a, b)
 
     @property
     def token_axis(self) -> ParallelAxis | None:
-        """The axis over which each rank keeps its own tokens of the adapter's input; `None` where it keeps all."""
+        """Axis over which each rank keeps its own tokens of the adapter's input; `None` where it keeps all."""
         layout = self.layout
         gathered = self.fused and layout.shard == "out" and layout.sequence_parallel and layout.axis.world_size > 1
         return layout.axis if self.keep_token_shards and gathered else None
 
     def keep_start(self) -> None:
-        """Keep the factors as they are now as the part s B A that the base's weight gave up to the adapter.
+        """Keep a copy of the factors as they are now: s B A is what PiSSA moved from the base's weight to the adapter.
 
         What the adapter changes is then s (B A - B_start A_start), which is what is exported.
         """
@@ -239,15 +240,16 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         self.linear_out.keep_start()
 
     def delta(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """s (x' A^T) B^T in plain operations, for factors that may be those of several adapters together.
+        """Return s (x' Aᵀ) Bᵀ in plain operations, for factors that may be those of several adapters together.
 
         Args:
-            x: [*, in]: the base's input, after its `enter` for an adapter that joins it.
-            a: [r, in]; b: [out, r]; or, of grouped experts, stacks of them.
-            offsets: [experts] int32, of grouped experts: the end of each one's rows in x [tokens, in].
+            x: [*, in], the base's input; for a fused adapter after its `enter`.
+            a: A [r, in]; on grouped experts also a stack of them.
+            b: B [out, r]; likewise.
+            offsets: As in `Term`.
 
         Returns:
-            [*, out], in the state of the base's output; before its `exit` for an adapter that joins it.
+            [*, out], in the state of the base's output; for a fused adapter before its `exit`.
         """
         dropped = self.drop_input(x)
         return self.drop_output(self.delta_of_dropped(x if dropped is None else dropped, a, b, offsets))
@@ -269,17 +271,17 @@ class LowRankAdapter(ShardedTensors, nn.Module):
 
     @property
     def drops_output(self) -> bool:
-        """Whether dropout comes after the adapter, now."""
+        """Whether dropout applies to the adapter's output in the current mode."""
         return self.dropout_position == "post" and self._drops()
 
     def drop_input(self, x: Tensor) -> Tensor | None:
-        """X after dropout, or `None` where the adapter sees x itself."""
+        """Return x after dropout; `None` where the adapter takes x itself."""
         if self.dropout_position != "pre" or not self._drops():
             return None
         return self._drop(x, self._input_is_divided())
 
     def drop_output(self, delta: Tensor) -> Tensor:
-        """The adapter's output after dropout, if it comes there."""
+        """Return the adapter's output, after dropout where that applies to the output."""
         return self._drop(delta, self._output_is_divided()) if self.drops_output else delta
 
     def _drops(self) -> bool:
@@ -307,20 +309,20 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         return self.layout.sequence_parallel and not (self.fused and self.layout.shard == "in")
 
     def extra_repr(self) -> str:
-        """Rank, scale and dropout."""
+        """Return rank, scale and dropout."""
         return f"dim={self.dim}, scale={self.scale:g}, dropout={self.dropout}, fused={self.fused}"
 
 
 class LinearAdapter(LowRankAdapter):
-    """The adapter of a layer that it joins between `enter` and `exit`: `nn.Linear` and this package's layers.
+    """Adapter that runs inside the GEMM of its layer: `nn.Linear` and this package's layers.
 
     Args:
-        base: the layer; its registered layout gives the shapes.
-        dim, alpha, options: as in `LowRankAdapter`.
-        layout: of the part of the layer that is adapted, if it is not all of it.
+        base: Layer; its registered layout gives the shapes.
+        dim, alpha, options: As in `LowRankAdapter`.
+        layout: Layout of the adapted part of the layer, if that is not all of it.
 
     Raises:
-        NotImplementedError: no layout is registered for the type of `base`.
+        NotImplementedError: No layout is registered for the type of `base`.
     """
 
     def __init__(
@@ -339,7 +341,7 @@ class LinearAdapter(LowRankAdapter):
         return product(product(x, a, offsets) * self.scale, b, offsets)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [*, in] -> the adapter's output [*, out]; see `delta`."""
+        """x [*, in] -> output of the adapter [*, out]; see `delta`."""
         return self.delta(x, self.linear_in.weight, self.linear_out.weight)
 
 
@@ -350,7 +352,7 @@ def init_method_normal(sigma: float) -> InitMethod:
     """Create an initialization method based on normal distribution N(0, sigma).
 
     Args:
-        sigma: standard deviation.
+        sigma: Standard deviation.
 
     Returns:
         A function that fills a tensor in place, and returns it.
@@ -366,7 +368,7 @@ def init_method_kaiming_uniform(val: float) -> InitMethod:
     """Create an initialization method based on Kaiming uniform distribution.
 
     Args:
-        val: the `a` parameter (negative slope).
+        val: Parameter `a` (negative slope).
 
     Returns:
         A function that fills a tensor in place, and returns it.
@@ -382,7 +384,7 @@ def init_method_const(val: float) -> InitMethod:
     """Create an initialization method that sets all values to a constant.
 
     Args:
-        val: the constant.
+        val: The constant.
 
     Returns:
         A function that fills a tensor in place, and returns it.
@@ -403,12 +405,12 @@ _METHODS: dict[str, InitMethod] = {
 
 
 def init_method_of(name: str) -> InitMethod:
-    """The initialization called `name`: `xavier` (normal), `normal` N(0, 0.2), `kaiming` (uniform, a=√5), `zero`.
+    """Return an initialiser by name: `xavier` (normal), `normal` N(0, 0.2), `kaiming` (uniform, a=√5) or `zero`.
 
-    Fans are those of the full matrix, because the full matrix is what is drawn.
+    Fans are those of the full matrix, because the full matrix is drawn.
 
     Raises:
-        NotImplementedError: another name.
+        NotImplementedError: Another name.
     """
     if name not in _METHODS:
         raise NotImplementedError(f"init method {name!r} is not one of {', '.join(_METHODS)}")
@@ -420,10 +422,10 @@ def pad_seq_to_mult(x: Tensor, mult: int) -> tuple[Tensor, int]:
 
     Args:
         x: [tokens, *].
-        mult: the number that the padded length is a multiple of; at least 1.
+        mult: The padded length is a multiple of this; at least 1.
 
     Returns:
-        x with zeros behind it, [tokens + padding, *] (x itself if there is nothing to pad), and the padding.
+        x with zeros appended, [tokens + padding, *] (x itself if there is nothing to pad), and the padding.
     """
     if mult < 1:
         raise AdapterError(f"mult={mult}: expected at least 1")
@@ -438,7 +440,7 @@ def unpad_seq_to_mult(x: Tensor, pad_len: int) -> Tensor:
 
     Args:
         x: [tokens + pad_len, *].
-        pad_len: number of padding elements.
+        pad_len: Number of padding elements.
 
     Returns:
         [tokens, *]; x itself if there is no padding.
@@ -461,14 +463,14 @@ _LONG_FORMS: dict[str, DtypeName] = {
 
 
 def normalize_dtype(value: str | torch.dtype | None) -> DtypeName | None:
-    """The short name of a type: `bf16`, `fp16` or `fp32`; `None` stays `None`.
+    """Return the short name of a dtype: `bf16`, `fp16` or `fp32`; `None` stays `None`.
 
     Args:
-        value: a short name; a long form (`bfloat16 float16 half float32 float`), also with `torch.` in front; or the
-            torch type itself.
+        value: Short name; long form (`bfloat16 float16 half float32 float`), also with `torch.` in front; or the torch
+            dtype itself.
 
     Raises:
-        AdapterError: anything else; adapters are never stored in a type made for quantised weights.
+        AdapterError: Anything else; adapters are never stored in a type made for quantised weights.
 
     Example:
         >>> normalize_dtype("torch.bfloat16")
@@ -488,12 +490,12 @@ def normalize_dtype(value: str | torch.dtype | None) -> DtypeName | None:
 
 
 def adapter_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch type that a `lora_dtype` names; `None` stays `None`.
+    """Return the torch dtype that a `lora_dtype` names; `None` stays `None`.
 
-    `torch.float64` is taken too, as the type itself: exactness is tested in it.
+    `torch.float64` is accepted too, as the dtype itself: exactness is tested in it.
 
     Raises:
-        AdapterError: see `normalize_dtype`.
+        AdapterError: See `normalize_dtype`.
     """
     if value is torch.float64:
         return torch.float64
@@ -502,14 +504,14 @@ def adapter_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
 
 
 class AdapterAttributes(NamedTuple):
-    """Attributes of a base linear layer. What they cannot say (groups, partial outputs) is in its layout.
+    """Attributes of a base linear layer. What they cannot express (groups, partial outputs) is in its layout.
 
     Attributes:
-        input_is_parallel: the layer is row parallel: its weight is divided along the input features.
-        in_features, out_features: of the unsharded layer.
-        disable_sequence_parallel_comm: the adapter makes no sequence-parallel collective: there is no sequence
+        input_is_parallel: Whether the layer is row parallel: its weight is sharded along the input features.
+        in_features, out_features: Sizes of the unsharded layer.
+        disable_sequence_parallel_comm: Whether the adapter makes no sequence-parallel collective: there is no sequence
             parallel, or the input comes gathered already.
-        base_linear_is_parallel: the layer's weight is divided at all.
+        base_linear_is_parallel: Whether the layer's weight is sharded at all.
     """
 
     input_is_parallel: bool
@@ -520,13 +522,13 @@ class AdapterAttributes(NamedTuple):
 
 
 def get_adapter_attributes_from_linear(m: nn.Module) -> AdapterAttributes:
-    """Returns attributes from the base layer, read from its registered layout.
+    """Return attributes of the base layer, read from its registered layout.
 
     Args:
-        m: the linear module.
+        m: Linear module.
 
     Raises:
-        NotImplementedError: no layout is registered for the layer's type; the message names it.
+        NotImplementedError: No layout is registered for the layer's type; the message names it.
     """
     layout = layout_of(m)
     parallel = layout.shard is not None

@@ -63,7 +63,7 @@ class _PackDiagonal(Function):
 
     @staticmethod
     def spmd_typecheck(*, factors: tuple[Tensor, ...]) -> Any:
-        # Rows of every part are divided alike, and so are those of the packed whole. The columns are local.
+        # Rows of every part are sharded alike, and so are those of the fused result. The columns are local.
         result = rules.einsum("or->or", factors[0])
         for factor in factors[1:]:
             rules.einsum("or,or->or", result, factor)
@@ -73,12 +73,12 @@ class _PackDiagonal(Function):
 def pack_factors(
     fused_parts: FusedParts, shards: int, parts: Sequence[int], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The factors of the one adapter that equals separate adapters on some parts of a fused layer.
+    """Make the factors of the one adapter that equals separate adapters on some parts of a fused layer.
 
     Args:
-        fused_parts: of the layer's output.
-        shards: number of shards of the output.
-        parts: index in `fused_parts` of each adapter's part; parts without an adapter get zero rows.
+        fused_parts: Parts of the layer's output.
+        shards: Number of shards of the output.
+        parts: Index in `fused_parts` of each adapter's part; parts without an adapter get zero rows.
         a: A_i [r_i, in] per adapter, all in the same state.
         b: B_i [out_i / shards, r_i] per adapter, this rank's rows in canonical order.
 
@@ -138,11 +138,11 @@ class _SplitLoRALinear(LowRankWrapper):
 
     @property
     def one_adapter(self) -> LowRankAdapter:
-        """The adapter whose scale and dropout count; dropout on the input draws one mask for all parts."""
+        """Adapter whose scale and dropout apply to all parts; dropout on the input draws one mask for them."""
         return next(iter(self.adapters().values()))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [sum r, in] and B [out, sum r] of the one adapter that equals the separate ones."""
+        """Return A [sum r, in] and B [out, sum r] of the one adapter that equals the separate ones."""
         adapters = self.adapters()
         scale = self.one_adapter.scale
         b = [
@@ -252,7 +252,7 @@ class CanonicalLoRA(LowRankPEFT):
         return super()._reason(pattern, names)
 
     def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
-        """One adapter per requested part of a fused layer, or one `LoRALinear` adapter on another."""
+        """Return a wrapper with one adapter per requested part of a fused layer; on other layers a `LoRALinear`."""
         layout = layout_of(base)
         wanted = self._wanted_parts(full_name)
         wrapper = _WRAPPERS.get(frozenset(layout.fused_parts.names)) if layout.fused_parts is not None else None
@@ -276,7 +276,7 @@ class CanonicalLoRA(LowRankPEFT):
         return wrapper(base, ModuleDict(adapters))
 
     def adapt_router(self, router: nn.Module, full_name: str) -> AdapterWrapper:
-        """A `LoRATopKRouter`, as LoRA puts on it: its logits have no parts."""
+        """Return a `LoRATopKRouter`, as LoRA does: logits have no parts."""
         return LoRATopKRouter(router, self.make_adapter(router, full_name))
 
     def _targets_of(self, full_name: str) -> list[str]:
@@ -284,7 +284,7 @@ class CanonicalLoRA(LowRankPEFT):
         return [full_name, *(full_name.rpartition(".")[0] + f".{part}" for part in parts)]
 
     def _wanted_parts(self, full_name: str) -> set[str]:
-        """The parts that the patterns together ask for, of a fused layer; all, if one names the layer itself."""
+        """Return the parts of a fused layer that the patterns name; all, if one names the layer itself."""
         every = {part for _, part in _COMPONENTS.values()}
         if self.exclude_modules:
             return every
@@ -297,17 +297,17 @@ class CanonicalLoRA(LowRankPEFT):
 
 
 def part_layout(layout: LinearLayout, part: str) -> LinearLayout:
-    """The layout that a part of a fused layer would have on its own."""
+    """Return the layout that a part of a fused layer would have on its own."""
     assert layout.fused_parts is not None
     size = layout.fused_parts.sizes[layout.fused_parts.names.index(part)]
     return replace(layout, out_features=size, fused_parts=None)
 
 
 def component_name(module: str, part: str) -> str:
-    """The target that means one part of a fused layer: `..linear_qkv`, `q` -> `..linear_q`.
+    """Return the target that means one part of a fused layer: `..linear_qkv`, `q` -> `..linear_q`.
 
     Raises:
-        AdapterError: the layer has no such part.
+        AdapterError: The layer has no such part.
     """
     for name, (fused, its_part) in _COMPONENTS.items():
         if part == its_part and module.rpartition(".")[2] == fused:

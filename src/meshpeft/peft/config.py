@@ -24,21 +24,21 @@ LoRAInitMethod = Literal["kaiming_zeros", "svdquant", "pissa"]
 
 @dataclass(frozen=True)
 class PEFTAttributeConfig:
-    """What the adapter on a layer is like.
+    """Attributes of the adapter on a layer.
 
     Attributes:
-        enable: whether there is one.
-        rank: at least 1.
-        scale: its output is multiplied by this; above 0.
-        lora_a_init: in-place initialiser of A, one of `torch.nn.init` or its dotted name.
-        lora_b_init: of B.
-        lora_dtype: type of its parameters: `bf16 fp16 fp32`, or a long form, which is shortened; `None` means the
-            type that the base computes in, never one that it is stored in.
+        enable: Whether there is one.
+        rank: Rank, at least 1.
+        scale: Factor of its output, above 0.
+        lora_a_init: In-place initialiser of A, one of `torch.nn.init` or its dotted name.
+        lora_b_init: In-place initialiser of B.
+        lora_dtype: Parameter dtype: `bf16 fp16 fp32`, or a long form, which is shortened; `None` means the dtype that
+            the base computes in, never one that it is stored in.
         lora_init_method: `kaiming_zeros`: A and B by their initialisers. `svdquant`: the best approximation of what
-            quantising the layer's weight lost. `pissa`: the principal part of the weight, which the base gives up.
+            quantising the layer's weight lost. `pissa`: the principal part of the weight, subtracted from the base.
 
     Raises:
-        AdapterError: a value that is not allowed; the message names the field.
+        AdapterError: A value that is not allowed; the message names the field.
     """
 
     enable: bool = True
@@ -85,20 +85,20 @@ def _default_cfg() -> dict[LayerPattern, PEFTAttributeConfig | dict[str, Any]]:
 
 @dataclass
 class PEFTConfig:
-    """Which layers get an adapter, and what it is like.
+    """Layers that get an adapter, and its attributes.
 
     Attributes:
-        adapter_name: of the adapter; several of different names on one model are summed.
+        adapter_name: Name of the adapter; several of different names on one model are summed.
         adapter_type: `lora`.
-        adapter_cfg: pattern of full layer names (`*` for any substring), or a predicate of them -> the attributes,
-            or a dict of them. A later pattern that matches replaces an earlier one as a whole: after
+        adapter_cfg: Pattern of full layer names (`*` for any substring), or a predicate of them -> the attributes, or
+            a dict of them. A later pattern that matches replaces all that an earlier one gave: after
             `{"*": {"rank": 32}, "*output_layer*": {"enable": False}}` the output layer has no adapter.
-        freeze_base_model: freeze all that is not an adapter; otherwise it is left as it is.
-        freeze_lora_weights: freeze this adapter.
-        seed: with a parameter's name and global shape it decides its initial values.
+        freeze_base_model: Freeze all that is not an adapter; otherwise it is left as it is.
+        freeze_lora_weights: Freeze this adapter.
+        seed: With a parameter's name and global shape it decides its initial values.
 
     Raises:
-        AdapterError: a value that is not allowed; the message names the field (and the pattern).
+        AdapterError: A value that is not allowed; the message names the field (and the pattern).
 
     Example:
         >>> update_model(model, PEFTConfig(adapter_cfg={"*linear_fc*": {"rank": 16, "scale": 2.0}}))
@@ -135,10 +135,10 @@ class PEFTConfig:
 
     @classmethod
     def of(cls, config: PEFTConfig | Mapping[str, Any]) -> PEFTConfig:
-        """A configuration, or one made from a dict of its fields.
+        """Return a configuration, or make one from a dict of its fields.
 
         Raises:
-            AdapterError: an unknown field; a value that is not allowed.
+            AdapterError: Unknown field; a value that is not allowed.
         """
         if isinstance(config, PEFTConfig):
             return replace(config)  # checked again: its fields and patterns may have been changed since
@@ -148,7 +148,7 @@ class PEFTConfig:
         return made
 
     def attributes_of(self, name: str) -> PEFTAttributeConfig | None:
-        """Those of the last pattern that matches a layer's full name; `None` if none does or it says `enable=False`."""
+        """Return the attributes of the last pattern that matches a full name; `None` without one, or if disabled."""
         found = None
         for pattern, attributes in self.adapter_cfg.items():
             if matches(pattern, name):
@@ -184,7 +184,7 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any], label: str) -> Any:
 
 
 def _initializer(option: str, value: object) -> Callable[[Tensor], object]:
-    """An in-place initialiser of `torch.nn.init` that needs nothing but the tensor."""
+    """Return an in-place initialiser of `torch.nn.init` that needs nothing but the tensor."""
     name = value.removeprefix("torch.nn.init.") if isinstance(value, str) else getattr(value, "__name__", "")
     found: Callable[[Tensor], object] | None = getattr(nn.init, name, None)
     named = isinstance(value, str) and value.startswith("torch.nn.init.")

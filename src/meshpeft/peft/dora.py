@@ -2,7 +2,7 @@
 
 The row norms of W + s B A are computed without W + s B A:
 
-    |w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i^T
+    |w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A Aᵀ) b_iᵀ
 
 Every term is a sum over the input features: where these are sharded, the three local terms are added up first and one
 all-reduce of [out] completes them. They are computed in float32 or the widest type of the operands, clamped at zero
@@ -56,7 +56,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 
 
 def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of a matrix, or some experts of a stack, at a time: nothing is made of the size of all of them."""
+    """Split a matrix into some rows, or a stack into some experts, to make nothing of the size of all of them."""
     return weight.split(_ROWS if weight.dim() == 2 else max(1, _ROWS // weight.shape[1]))
 
 
@@ -66,7 +66,7 @@ def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _products(weight: Tensor, a: Tensor) -> Tensor:
-    """A w_i for every row, [.., out, r], of the local columns; `a` has the wide type."""
+    """Return A w_i for every row, [.., out, r], of the local columns; `a` has the wide type."""
     if weight.dtype == a.dtype:
         return weight @ a.mT
     pieces = _pieces(weight)
@@ -78,14 +78,14 @@ def _products(weight: Tensor, a: Tensor) -> Tensor:
 def adapted_row_norms(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, axis: ParallelAxis | None, squared: Tensor | None = None
 ) -> Tensor:
-    """|w_i + s b_i A| for every local row.
+    """Return |w_i + s b_i A| for every local row.
 
     Args:
         weight: W [out, in], local; S(-1) on `axis`, if one is given; or a stack [experts, out, in].
-        a: A [r, in], S(-1) likewise; of a stack, one or [experts, r, in].
+        a: A [r, in], S(-1) likewise; for a stack, one or [experts, r, in].
         b: B [out, r], R on `axis`; likewise.
         scale: s.
-        axis: the axis that divides the input features, or `None`.
+        axis: Axis that shards the input features, or `None`.
         squared: |w_i|^2 [out] of the local columns, if they are known.
 
     Returns:
@@ -95,7 +95,7 @@ def adapted_row_norms(
     a, b = a.to(dtype), b.to(dtype)
     if squared is None:
         squared = _squared_norms(weight, dtype)
-    # s b_i . (2 A w_i + s (A A^T) b_i)
+    # s b_i . (2 A w_i + s (A Aᵀ) b_i)
     change = _products(weight, a).mul_(2).add_(b @ (a @ a.mT), alpha=scale).mul_(b).sum(-1)
     total = torch.add(squared.to(dtype), change, alpha=scale)
     if axis is not None:
@@ -104,10 +104,10 @@ def adapted_row_norms(
 
 
 class RowNorms:
-    """Row norms of one adapted layer, computed anew only when something they depend on may have changed.
+    """Row norms of one adapted layer, recomputed only when something that they depend on may have changed.
 
-    That is: another tensor, storage, type or version (the counter of in-place changes) of W, A or B, or another
-    scale. Some optimizers and engines write parameters behind that counter's back, so a backward pass through the
+    That is another tensor, storage, type or version (the counter of in-place changes) of W, A or B, or another
+    scale. Some optimizers and engines write parameters without counting, so a backward pass through the
     layer (`after_backward`) counts as a change too once the gradients it left have been taken away, as an optimizer
     step does; and parameters that are views of a larger buffer, into which others may write, are never trusted.
     """
@@ -127,11 +127,11 @@ class RowNorms:
         return RowNorms, ()
 
     def clear(self) -> None:
-        """Forget everything: a parameter was written in a way that leaves no trace."""
+        """Recompute the norms when they are needed next: a parameter was written in a way that leaves no trace."""
         self.__init__()  # type: ignore[misc]  # back to the start, whatever the fields are
 
     def after_backward(self) -> None:
-        """A backward pass went through the layer: an optimizer step may follow."""
+        """Record a backward pass through the layer: an optimizer step may follow."""
         self._trained = True
 
     def get(
@@ -159,13 +159,13 @@ class RowNorms:
             if self._squared is None or weight_key is None or self._weight_key != (weight_key, dtype):
                 self._squared, self._weight_key = _squared_norms(local.detach(), dtype), (weight_key, dtype)
             self._norms = adapted_row_norms(local.detach(), a, b, scale, axis, self._squared)
-            # The factors are held so that no other tensor can come to lie at their address.
+            # The factors are held so that no other tensor can get their address.
             self._key, self._held, self._trained = key, (a.detach(), b.detach()), False
         return self._norms
 
 
 def _fingerprint(tensor: Tensor) -> tuple[object, ...] | None:
-    """What changes when a tensor's values do; `None` if that cannot be told."""
+    """Return what changes when a tensor's values do; `None` if nothing is certain to."""
     try:
         address = tensor.data_ptr()
         if tensor.untyped_storage().nbytes() > tensor.nbytes:
@@ -176,9 +176,9 @@ def _fingerprint(tensor: Tensor) -> tuple[object, ...] | None:
 
 
 class AdapterWithMagnitude(LowRankAdapter):
-    """A low-rank adapter with `weight_magnitude` m [out], or [experts, out] of grouped experts.
+    """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
-    m is divided like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
+    m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
     entries follow from that.
     """
 
@@ -193,7 +193,7 @@ class AdapterWithMagnitude(LowRankAdapter):
         model before its first step, and most optimizer steps would be lost in them.
 
         Args:
-            value: this rank's slice of the initial values, [out] or [experts, out]; row norms are float32 or wider.
+            value: This rank's slice of the initial values, [out] or [experts, out]; row norms are float32 or wider.
         """
         layout, self._copy_m = self._place_magnitude()
         if tuple(value.shape) != layout.local_shape:
@@ -203,7 +203,7 @@ class AdapterWithMagnitude(LowRankAdapter):
         set_layout(self.weight_magnitude, layout)
 
     def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
-        """Where m lies, and the axes over which its gradient is summed inside the backward pass."""
+        """Return the layout of m, and the axes over which its gradient is summed inside the backward pass."""
         return self.layout.magnitude(), ()
 
     @property
@@ -267,12 +267,12 @@ def _scale_of(magnitude: Tensor, norm: Tensor, norms: RowNorms) -> Tensor:
 class DoRALinear(AdapterWrapper):
     """An adapter wrapper that is designed to be used with DoRA.
 
-    Works on every layer type: inside the base's GEMM where the adapter is a fused one, else beside the base. A bias is
-    never scaled. Dropout follows the documented formula; beside a base it calls the base a second time.
+    Works on every layer type: inside the base's GEMM where the adapter is fused, else standalone. A bias is never
+    scaled. Dropout follows the documented formula; standalone it calls the base a second time.
 
     Args:
-        to_wrap: the base linear module.
-        adapter: its adapter; the magnitude is set to the row norms of the weight (and the adapter's product).
+        to_wrap: Base linear module.
+        adapter: Adapter on it; the magnitude is set to the row norms of the weight (and the adapter's product).
     """
 
     adapter: AdapterWithMagnitude
@@ -293,7 +293,7 @@ class DoRALinear(AdapterWrapper):
         adapter.init_weight_magnitude(self._get_weight_norm())
 
     def train(self, mode: bool = True) -> DoRALinear:
-        """Switch between training and evaluation; weights may be swapped on that occasion, so norms are forgotten."""
+        """Switch between training and evaluation; norms are recomputed then, for weights may be swapped."""
         if mode != self.training:
             self._norms.clear()
         super().train(mode)
@@ -302,7 +302,7 @@ class DoRALinear(AdapterWrapper):
     def _get_weight_norm(self) -> Tensor:
         """Calculate the norm of the combined weight matrix (W_0 + B A): its full rows, [out] or [experts, out] local.
 
-        Cached (see `RowNorms`); a collective of [out] where the input features are divided, and it is computed anew.
+        Cached (see `RowNorms`); recomputing them is a collective of [out] where the input features are sharded.
         """
         adapter, source = self.adapter, self.weight_source()
         identity = source if isinstance(source, Tensor) else next(self.to_wrap.parameters(), adapter.linear_in.weight)
@@ -323,18 +323,18 @@ class DoRALinear(AdapterWrapper):
         """Recompute the norms when they are needed next: a parameter was written without a trace (see `RowNorms`)."""
         self._norms.clear()
 
-    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
+    def run_fused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [*, in] after the base's `enter` -> [*, out] before its `exit`, in one autograd function."""
         adapter, norm = self.adapter, self._get_weight_norm()
         term = adapter.term(x, self.offsets(args, kwargs))
         magnitude = adapter.get_weight_magnitude()
         return fused_dora(x, self.weight_source(), term, magnitude, norm, self._norms.after_backward)
 
-    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """W x + (g - 1) W x' + g s B A x', from the outputs of base and adapter."""
         adapter = self.adapter
         if self.gathers_now(kwargs):
-            raise AdapterError("DoRA beside a layer that gathers its output is not possible; gather it afterwards")
+            raise AdapterError("DoRA on a foreign layer that gathers its output is not possible; gather it afterwards")
         base = self.base_linear_forward(x, *args, **kwargs)
         adapter_input = x if base.layernorm is None else base.layernorm
         dropped = adapter.drop_input(adapter_input)
@@ -357,12 +357,12 @@ class DoRALinear(AdapterWrapper):
         return base.rebuild((base.linear + (g - 1) * again + g * delta).to(base.linear.dtype))
 
     def _as_output(self, local: Tensor) -> Tensor:
-        """What multiplies the output features beside the base, or is added to them: whole where the base gathers."""
+        """Return values [out] of the local rows for the base's output features: gathered where the base gathers."""
         layout = self.adapter.layout
         return gather_features(local, layout) if layout.gather_output else local
 
     def merged_weights(self) -> Iterator[Tensor]:
-        """Yield m / |W + s B A| * (W + s B A), local, in float32 or wider; the norms are made anew."""
+        """Yield m / |W + s B A| * (W + s B A), local, in float32 or wider; the norms are recomputed."""
         self.forget_norms()
         adapter, norm = self.adapter, self._get_weight_norm()
         g = magnitude_scale(adapter.weight_magnitude.detach(), norm).unsqueeze(-1)
@@ -386,7 +386,7 @@ class DoRA(LowRankPEFT):
         if self.dropout_position != "pre":
             raise AdapterError(f"dropout_position={self.dropout_position!r}: DoRA drops its input; use 'pre'")
         if self.a2a_experimental:
-            raise AdapterError("a2a_experimental divides the rows of B, of which DoRA's norm needs all; leave it off")
+            raise AdapterError("a2a_experimental shards the rows of B, of which DoRA's norm needs all; leave it off")
 
     def make_adapter(
         self,
@@ -396,7 +396,7 @@ class DoRA(LowRankPEFT):
         path: str = "adapter",
         target: str | None = None,
     ) -> AdapterWithMagnitude:
-        """The adapter module for one layer; see `LowRankPEFT`."""
+        """Make the adapter module for one layer; see `LowRankPEFT`."""
         options = self.adapter_options(base, full_name, target)
         if layout_of(base).is_stacked:
             shared, fused = self.share_expert_adapters, self.joins(base)
@@ -406,5 +406,5 @@ class DoRA(LowRankPEFT):
         )
 
     def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
-        """A `DoRALinear`."""
+        """Return a `DoRALinear`."""
         return DoRALinear(base, self.make_adapter(base, full_name))

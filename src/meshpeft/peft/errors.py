@@ -1,4 +1,4 @@
-"""The error about adapters that a user can mend."""
+"""Errors about adapters that a user can mend."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ __all__ = ["GroupedExpertLinearAdapter"]
 
 
 class GroupedExpertLinearAdapter(LinearAdapter):
-    """The adapter of `GroupedColumnParallelLinear` or `GroupedRowParallelLinear`: y_t += s (x_t A_e^T) B_e^T.
+    """Adapter of `GroupedColumnParallelLinear` or `GroupedRowParallelLinear`: y_t += s (x_t A_eᵀ) B_eᵀ.
 
     e is the expert that row t was sent to. Called as `adapter(x, tokens_per_expert)`.
 
@@ -24,19 +24,19 @@ class GroupedExpertLinearAdapter(LinearAdapter):
     | one per expert | [experts, r, in] | [experts, out, r] | S(0) | over etp: dA in a column, dB in a row |
     | one for all experts | [r, in] | [out, r] | R | over etp likewise, and over ep: dA and dB |
 
-    B's rows in a column, and A's columns in a row, are divided over etp like the experts'; data parallel is `edp`.
-    Beside a layer of another package, what its finalisation of gradients would not sum is summed in the backward pass.
+    B's rows in a column, and A's columns in a row, are sharded over etp like the experts'; data parallel is `edp`.
+    On a layer of another package, gradients that its finalisation would not sum are summed in the backward pass.
 
     Args:
-        base: the layer; its registered layout gives the shapes.
-        dim: r, the rank.
-        alpha: the output is scaled by alpha / dim; `None` means dim.
-        share_expert_adapters: one adapter for **all** experts, on whatever ranks they are; otherwise one for each.
-        layout: of the base, if it is not the registered one.
-        options: as in `LowRankAdapter`. Fans are those of one expert.
+        base: Layer; its registered layout gives the shapes.
+        dim: Rank r.
+        alpha: The output is scaled by alpha / dim; `None` means dim.
+        share_expert_adapters: One adapter for **all** experts, on whatever ranks they are; otherwise one for each.
+        layout: Layout of the base, if it is not the registered one.
+        fused, options: As in `LowRankAdapter`. Fans are those of one expert.
 
     Raises:
-        AdapterError: the base is no layer of grouped experts; see `check_options`.
+        AdapterError: The base is no layer of grouped experts; see `check_options`.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class GroupedExpertLinearAdapter(LinearAdapter):
         return super().delta_of_dropped(x, copied(a, self._copy_a), copied(b, self._copy_b), offsets)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # as its base
-        """X [tokens, in], tokens_per_expert [local experts] -> the adapter's output [tokens, out]; see `delta`."""
+        """x [tokens, in], tokens_per_expert [local experts] -> output of the adapter [tokens, out]; see `delta`."""
         return self.delta(x, self.linear_in.weight, self.linear_out.weight, group_offsets(tokens_per_expert))
 
     def extra_repr(self) -> str:
-        """Rank, scale, dropout, and whom it serves."""
+        """Return rank, scale, dropout and sharing."""
         return f"{super().extra_repr()}, share_expert_adapters={self.share_expert_adapters}"

@@ -345,7 +345,7 @@ class _FusedDoRA(Function):
             per_row = _sum_of_rows(dz, g, offsets)
             divisor = norm if ctx.has_dropout else _invertible(g, dy.dtype) * norm
             dm = (per_row / torch.where(divisor != 0, divisor, torch.ones_like(divisor))).to(magnitude.dtype)
-        # The same memory again: fresh pages would cost more than the product.
+        # Reuse dz's memory: fresh pages would cost more than the product.
         torch.mul(dy, rows_for(g, dy, offsets), out=dz)
         if need_w:
             dw = _factor_gradient(dz, _flat(dropped if ctx.has_dropout else x), weight, offsets)

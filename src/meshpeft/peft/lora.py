@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): y = x W^T + s (x A^T) B^T on linear layers, fused ones included, and on routers."""
+"""LoRA (Hu et al. 2021): y = x Wᵀ + s (x Aᵀ) Bᵀ on linear layers, fused ones included, and on routers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["LoRA", "LoRALinear", "LoRATopKRouter", "LowRankWrapper"]
 
 
 class LowRankWrapper(AdapterWrapper):
-    """A linear layer to whose output s (x A^T) B^T is added; a subclass says where A and B come from."""
+    """A linear layer with s (x Aᵀ) Bᵀ added to its output; a subclass provides A and B."""
 
     @property
     def one_adapter(self) -> LowRankAdapter:
-        """The adapter whose scale, dropout and place count."""
+        """Adapter whose scale, dropout and layout apply to all factors."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r], local."""
+        """Return A [r, in] and B [out, r], local."""
         raise NotImplementedError
 
     @property
@@ -37,7 +37,7 @@ class LowRankWrapper(AdapterWrapper):
         """Whether the adapter runs between the base's `enter` and `exit`."""
         return self.one_adapter.fused
 
-    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run_fused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         adapter, source, offsets = self.one_adapter, self.weight_source(), self.offsets(args, kwargs)
         if adapter.drops_output:
@@ -45,8 +45,8 @@ class LowRankWrapper(AdapterWrapper):
             return product(x, weight, offsets) + adapter.delta(x, *self.factors(), offsets)
         return fused_lora(x, source, adapter.term(x, offsets, self.factors()))
 
-    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base's output plus the adapter's."""
+    def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the base and the standalone adapter, and add their outputs."""
         base = self.base_linear_forward(x, *args, **kwargs)
         adapter_input = x if base.layernorm is None else base.layernorm
         delta = self.one_adapter.delta(adapter_input, *self.factors(), self.offsets(args, kwargs))
@@ -65,15 +65,15 @@ class LowRankWrapper(AdapterWrapper):
 class LoRALinear(LowRankWrapper):
     """A linear layer and its LoRA adapter.
 
-    A `LinearAdapter` joins the layer between `enter` and `exit`; a `ParallelLinearAdapter` runs beside it and its
-    output, in the state of the layer's own, is added.
+    A `LinearAdapter` runs inside the layer's GEMM; a `ParallelLinearAdapter` runs standalone, and its output, in the
+    state of the layer's own, is added.
 
     Args:
-        to_wrap: the base layer.
-        adapter: its adapter.
+        to_wrap: Base layer.
+        adapter: Adapter on it.
 
     Raises:
-        AdapterError: the adapter is not one of this package.
+        AdapterError: The adapter is not one of this package.
     """
 
     adapter: LowRankAdapter
@@ -88,11 +88,11 @@ class LoRALinear(LowRankWrapper):
 
     @property
     def one_adapter(self) -> LowRankAdapter:
-        """The adapter itself."""
+        """The adapter."""
         return self.adapter
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r], local."""
+        """Return A [r, in] and B [out, r], local."""
         return self.adapter.linear_in.weight, self.adapter.linear_out.weight
 
 
@@ -100,12 +100,12 @@ class LoRATopKRouter(LoRALinear):
     """Adapter wrapper that applies LoRA to router gating logits.
 
     The router is a module whose `forward` calls its `gating(x)` -> logits [*, experts], as Megatron's `TopKRouter`.
-    Only `gating` is replaced, for the length of a call: whatever else the router does before and after (jitter,
-    random logits for benchmarks, losses, biases, masks), it does. One without a `forward` has `routing(logits)`.
+    Only `gating` is replaced, during the call: whatever else the router does before and after (jitter, random logits
+    for benchmarks, losses, biases, masks), it does. One without a `forward` has `routing(logits)`.
 
     Args:
-        to_wrap: the router.
-        adapter: its adapter; in the router's state, which is replicated or on token shards, nothing communicates.
+        to_wrap: Router.
+        adapter: Adapter on it; in the router's state, which is replicated or on token shards, nothing communicates.
     """
 
     @property
@@ -114,14 +114,14 @@ class LoRATopKRouter(LoRALinear):
         return False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the router returns for x, with adapted logits.
+        """Call the router on x with adapted logits.
 
         Args:
             x: [*, hidden].
-            args, kwargs: handed to the router.
+            args, kwargs: Further arguments of the router.
 
         Raises:
-            AdapterError: the router's `forward` does not call `gating`, so that its adapter would be left out.
+            AdapterError: The router's `forward` does not call `gating`, so that its adapter would be left out.
         """
         router: Any = self.to_wrap
         own, adapted = router.gating, self._adapter_enabled and not self._is_merged
@@ -146,7 +146,7 @@ class LoRATopKRouter(LoRALinear):
         return routed
 
     def _adapted_logits(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Logits [*, experts] of x [*, hidden] -> those with the adapter's change.
+        """Add the adapter's change to the logits [*, experts] of x [*, hidden].
 
         The adapter computes in the type of the logits where that is wider: routers of narrow models use float32.
         """
@@ -156,7 +156,7 @@ class LoRATopKRouter(LoRALinear):
 
 @contextmanager
 def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Let an instance have an attribute of its own, in the place of its class's."""
+    """Set an attribute on an instance inside the context; it shadows that of the class."""
     own = vars(module)
     before = {name: own[name]} if name in own else {}
     own[name] = value
@@ -179,9 +179,9 @@ class LoRA(LowRankPEFT):
     """
 
     def adapt(self, base: nn.Module, full_name: str) -> AdapterWrapper:
-        """A `LoRALinear`."""
+        """Return a `LoRALinear`."""
         return LoRALinear(base, self.make_adapter(base, full_name))
 
     def adapt_router(self, router: nn.Module, full_name: str) -> AdapterWrapper:
-        """A `LoRATopKRouter`."""
+        """Return a `LoRATopKRouter`."""
         return LoRATopKRouter(router, self.make_adapter(router, full_name))

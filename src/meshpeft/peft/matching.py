@@ -46,7 +46,7 @@ def wildcard_match(pattern: str, key: str | None) -> bool | None:
 
     `*` stands for any substring, also an empty one; every other character is literal, and the whole key must
     match. A pattern with an empty component, such as `.layers.0..linear_qkv`, has lost its `*`: it matches
-    nothing, and a warning says so.
+    nothing, with a warning.
 
     Returns:
         `None` if key is `None`.
@@ -125,7 +125,7 @@ def decides(module: nn.Module) -> bool:
 
 
 def nearest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
-    """Up to `count` of the names that look most like the pattern; the first ones if none does."""
+    """Return up to `count` of the names that look most like the pattern; the first ones if none does."""
     wanted = pattern[:_COMPARED_CHARACTERS].replace("*", "").strip(".")
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     candidates = (list(names) if "." in wanted else leaves)[:_COMPARED_NAMES]
@@ -133,11 +133,11 @@ def nearest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[st
 
 
 class _DefaultTargets(list[str]):
-    """The targets of a caller who named none: some of them may be absent from a model."""
+    """Default targets, some of which may be absent from a model."""
 
 
 def default_targets(*names: str) -> Callable[[], list[str]]:
-    """A default factory of targets that may match only partly, because no caller named them."""
+    """Make a default factory of targets that may match only partly, because no caller named them."""
     return partial(_DefaultTargets, names)
 
 
@@ -149,11 +149,11 @@ class ModuleMatcher:
     (`router`, `*.layers.0.mlp.router`, `*.shared_experts.gate`): not by `*.mlp.*`, and not by exclusions.
 
     Attributes:
-        target_modules: patterns of the layers to adapt.
-        exclude_modules: patterns of the layers to leave alone; every other linear layer that can carry an adapter
+        target_modules: Patterns of the layers to adapt.
+        exclude_modules: Patterns of the layers to leave alone; every other linear layer that can carry an adapter
             gets one. Not together with `target_modules`.
-        canonical_mapping: for methods that adapt the parts of fused layers: pattern of the fused layer -> names
-            of the parts. Made from `target_modules`.
+        canonical_mapping: In methods that adapt the parts of fused layers, pattern of the fused layer -> names of the
+            parts. Made from `target_modules`.
     """
 
     target_modules: list[str] = field(
@@ -193,11 +193,11 @@ class ModuleMatcher:
         return isinstance(self.target_modules, _DefaultTargets)
 
     def _patterns(self) -> dict[str, list[str]]:
-        """Pattern that is compared with module names -> the requests it stands for."""
+        """Return the patterns that are compared with module names, each with the requests that it stands for."""
         return {pattern: [pattern] for pattern in self.target_modules}
 
     def _init_target_match_state(self) -> None:
-        """Forget what was matched, and read the options anew: they may have changed since construction."""
+        """Reset the record of matches, and read the options again: they may have changed since construction."""
         self._check_targets()
         self._adaptable, self._chosen, self._met, self._refused = {}, {}, set(), {}
 
@@ -205,12 +205,12 @@ class ModuleMatcher:
         """Whether a module is to be adapted.
 
         Args:
-            m: the module.
-            name: its own name.
-            prefix: the full name of its parent.
+            m: Module.
+            name: Its own name.
+            prefix: Full name of its parent.
 
         Returns:
-            The first pattern that it met (its own name, where only exclusions are given) and its full name; or
+            The first pattern that it matches (its own name, where only exclusions are given) and its full name; or
             `None`.
         """
         name = name or ""
@@ -242,10 +242,10 @@ class ModuleMatcher:
         return None
 
     def _check_matches(self) -> None:
-        """Every request was met, after the whole model was seen.
+        """Check that every request was met, after a pass over the full model.
 
         Raises:
-            AdapterError: a requested target matched no layer that can carry an adapter.
+            AdapterError: A requested target matched no layer that can carry an adapter.
         """
         if self.exclude_modules:
             unmet = [pattern for pattern in self.exclude_modules if pattern not in self._met]
@@ -272,7 +272,7 @@ class ModuleMatcher:
         return "; ".join(self._reason(pattern, names) for pattern in unmet)
 
     def _reason(self, pattern: str, names: Sequence[str]) -> str:
-        """Why a pattern matches none of these layers, and what would."""
+        """Explain why a pattern matches none of these layers, and which names are nearest."""
         if _lost_its_star(pattern):
             return _advice_on_lost_star(pattern)
         nearest = ", ".join(nearest_names(pattern, names))
@@ -283,28 +283,29 @@ class ModuleMatcher:
 
 
 def named_value(patterns: Mapping[str, Value], full_name: str) -> Value | None:
-    """The value of the first pattern that a full name matches, or `None`."""
+    """Return the value of the first pattern that a full name matches, or `None`."""
     return next((value for pattern, value in patterns.items() if is_target(pattern, full_name)), None)
 
 
 class Place(NamedTuple):
-    """Where a module is: its parent's full name, and its own. Both are empty for the model."""
+    """Full name of a module's parent, and its own name. Both are empty for the model."""
 
     prefix: str = ""
     name: str = ""
 
     @property
     def full_name(self) -> str:
-        """Of the module there."""
+        """Full name of the module."""
         return f"{self.prefix}.{self.name}" if self.prefix else self.name
 
     def children(self, m: nn.Module, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Place, nn.Module]]:
-        """(Attribute, place, module) of every child of `m`, which is here.
+        """Yield (attribute, place, module) of every child of `m`, the module at this place.
 
-        A module that a wrapper holds is in the wrapper's place.
+        A module that a wrapper around a model holds has the wrapper's place.
 
         Args:
-            names: own names that are not those of attributes, see `global_names`.
+            m: Module at this place.
+            names: Own names that differ from those of attributes, see `global_names`.
         """
         for attribute, child in m._modules.items():
             if child is None:
@@ -347,10 +348,10 @@ def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, 
 
 
 def chunks_of(model: Any) -> list[nn.Module]:
-    """A model, or its chunks, as a list.
+    """Return a model, or its chunks, as a list.
 
     Raises:
-        AdapterError: it is neither a module, nor modules.
+        AdapterError: It is neither a module nor a list of modules.
     """
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
     for chunk in chunks:

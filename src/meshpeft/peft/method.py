@@ -56,7 +56,7 @@ Model = TypeVar("Model", bound="nn.Module | list[nn.Module] | tuple[nn.Module, .
 
 @dataclass
 class _Found:
-    """What a pass over a model found: modules with what takes their place, and the places to change."""
+    """Result of a pass over a model: modules with their replacements, and the attributes to set."""
 
     adapted: dict[nn.Module, nn.Module] = field(default_factory=dict)
     replacements: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
@@ -64,41 +64,41 @@ class _Found:
 
 @dataclass
 class PEFT(ABC):
-    """Base of the adapter methods. A subclass says in `transform` what becomes of one module.
+    """Base of the adapter methods. A subclass implements `transform`, which replaces one module.
 
     Called on a model, it freezes every parameter, replaces the modules that `transform` changes, and leaves only the
     adapters' parameters trainable. Calling it again changes nothing.
 
     Attributes:
-        params_to_save: names (state-dict keys) of the trainable parameters, and of running statistics, of the
-            model it was last applied to.
+        params_to_save: Names (state-dict keys) of the trainable parameters, and of running statistics, of the model
+            that it was last applied to.
     """
 
     params_to_save: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @abstractmethod
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
-        """The module that takes the place of `m`; `m` itself where nothing is to be done.
+        """Return the module that replaces `m`; `m` itself where the method does not adapt it.
 
         Args:
-            m: a module of the model.
-            name: its own name.
-            prefix: the full name of its parent.
+            m: Module of the model.
+            name: Its own name.
+            prefix: Full name of its parent.
         """
 
     def __call__(self, model: Model, training: bool = True) -> Model:
         """Apply the method.
 
         Args:
-            model: a module, or a list (or tuple) of model chunks; changed in place.
-            training: leave the adapters trainable and put the model in training mode. Otherwise everything is
+            model: Module, or list (or tuple) of model chunks; changed in place.
+            training: Leave the adapters trainable and put the model in training mode. Otherwise everything is
                 frozen and the model is in evaluation mode.
 
         Returns:
             The model (the chunks), with adapters.
 
         Raises:
-            AdapterError: a target matched nothing; a layer carries an adapter made with other options, or is compiled
+            AdapterError: A target matched nothing; a layer carries an adapter made with other options, or is compiled
                 by itself. The model is as it was then.
         """
         chunks = chunks_of(model)
@@ -114,7 +114,7 @@ class PEFT(ABC):
             self.freeze_model(chunk, training=training)
             chunk.train(training)
             watch_tokens(chunk, [wrapper.adapter for _, wrapper in adapter_wrappers(chunk)])
-        _tell_containers(chunks)
+        _call_adapted(chunks)
         self.set_params_to_save(chunks)
         if isinstance(model, list):
             model[:] = chunks
@@ -140,7 +140,7 @@ class PEFT(ABC):
         self._check_matches()
 
     def _visit(self, m: nn.Module, place: Place, names: Mapping[nn.Module, str], found: _Found) -> nn.Module:
-        """What takes the place of `m`; if `m` stays, its children are visited and their replacements noted."""
+        """Return what replaces `m`; if `m` stays, visit its children and note their replacements."""
         if wrapper_of(m) is not None:
             return m
         if m in found.adapted:  # it is in several places: it has one adapter, in those that are targets
@@ -173,7 +173,7 @@ class PEFT(ABC):
                 wrapper.adapter.requires_grad_(True)
 
     def set_params_to_save(self, model: nn.Module | list[nn.Module]) -> None:
-        """Note what belongs into an adapter checkpoint: trainable parameters, and running statistics."""
+        """Set `params_to_save`: trainable parameters, and running statistics."""
         self.params_to_save = set()
         for chunk in chunks_of(model):
             adapters = {f"{name}.".lstrip(".") + "adapter." for name, _ in adapter_wrappers(chunk)}
@@ -185,32 +185,32 @@ class PEFT(ABC):
                     self.params_to_save.update(f"{name}.{buffer}".lstrip(".") for buffer, _ in module.named_buffers())
 
     def adapter_key_filter(self, key: str | tuple[str, Tensor]) -> bool:
-        """Whether a state-dict key belongs into an adapter checkpoint.
+        """Whether a state-dict key belongs to an adapter checkpoint.
 
         Args:
-            key: the key; or the key with its tensor, which then belongs if it requires a gradient.
+            key: Key; or key with its tensor, which then belongs to it if it requires a gradient.
         """
         if isinstance(key, tuple):
             return key[1].requires_grad
         return key in self.params_to_save or ".adapter." in key or key.endswith(".adapters")
 
     def enable_adapter_layers(self, model: nn.Module | list[nn.Module]) -> None:
-        """Let every adapter of the model take part."""
+        """Switch every adapter of the model on."""
         for _, wrapper in adapter_wrappers(model):
             wrapper.enable_adapter_layers()
 
     def disable_adapter_layers(self, model: nn.Module | list[nn.Module]) -> None:
-        """Make the model the base model, until the adapters are enabled again.
+        """Switch every adapter off: the model is the base model until they are enabled again.
 
         Raises:
-            AdapterError: an adapter is merged into its layer's weight; nothing is changed.
+            AdapterError: An adapter is merged into its layer's weight; nothing is changed.
         """
         _for_every(model, AdapterWrapper.check_switchable)
         _for_every(model, AdapterWrapper.disable_adapter_layers)
 
     @contextmanager
     def disable_adapter(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
-        """Inside the context the model is the base model; after it each adapter is as it was."""
+        """Switch every adapter off inside the context; after it each one is as it was."""
         states = [(wrapper, wrapper.adapter_enabled) for _, wrapper in adapter_wrappers(model)]
         self.disable_adapter_layers(model)
         try:
@@ -224,7 +224,7 @@ class PEFT(ABC):
         """Give every adapted layer its merged weight; see `AdapterWrapper.merge`.
 
         Raises:
-            AdapterError: an adapter is switched off, or cannot be merged; nothing is changed.
+            AdapterError: An adapter is switched off, or cannot be merged; nothing is changed.
         """
         _for_every(model, AdapterWrapper.check_mergeable)
         for _, wrapper in adapter_wrappers(model):
@@ -234,18 +234,18 @@ class PEFT(ABC):
         """Undo `merge`, bit for bit.
 
         Raises:
-            AdapterError: the base's weight was not kept; nothing is changed.
+            AdapterError: The base's weight was not kept; nothing is changed.
         """
         _for_every(model, lambda wrapper: wrapper.is_merged and wrapper.check_unmergeable())
         _for_every(model, AdapterWrapper.unmerge)
 
     def print_trainable_parameters(self, model: nn.Module | list[nn.Module]) -> None:
-        """Print how many parameters train, in all ranks together (on rank 0; chunks of other stages not counted)."""
+        """Print the number of trainable parameters over all ranks (on rank 0; without chunks of other stages)."""
         trainable_parameters(model).print()
 
 
 def _for_every(model: nn.Module | list[nn.Module], action: Callable[[AdapterWrapper], object]) -> None:
-    """Do something with every adapted layer; an error names the layer."""
+    """Call `action` on every adapted layer; an error names the layer."""
     for name, wrapper in adapter_wrappers(model):
         try:
             action(wrapper)
@@ -253,8 +253,8 @@ def _for_every(model: nn.Module | list[nn.Module], action: Callable[[AdapterWrap
             raise AdapterError(f"{name}: {error}") from error
 
 
-def _tell_containers(chunks: list[nn.Module]) -> None:
-    """Let modules that were made before the adapters adjust to them."""
+def _call_adapted(chunks: list[nn.Module]) -> None:
+    """Call `ContainerType.adapted` on modules that were made before the adapters and depend on them."""
     for module in [module for chunk in chunks for module in chunk.modules()]:
         container = container_type_of(module)
         if container is not None and container.adapted is not None:
@@ -266,27 +266,26 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     """Options of LoRA, Canonical LoRA and DoRA.
 
     Attributes:
-        dim: rank of the adapters.
-        alpha: the adapters are scaled by alpha / dim.
-        dropout: probability.
+        dim: Rank of the adapters.
+        alpha: The adapters are scaled by alpha / dim.
+        dropout: Probability.
         dropout_position: `pre`, on the adapter's input, or `post`, on its output.
         lora_A_init_method, lora_B_init_method: `xavier normal kaiming zero`.
-        normalize_moe_lora: expert layers get the rank `dim // moe_router_topk`, which their config names.
-        share_expert_adapters: grouped experts share one adapter, over all ranks; otherwise one per expert.
-        a2a_experimental: standalone adapters on row-parallel layers under sequence parallel exchange their output
+        normalize_moe_lora: Expert layers get the rank `dim // moe_router_topk`, which their config names.
+        share_expert_adapters: Grouped experts share one adapter, over all ranks; otherwise one per expert.
+        a2a_experimental: Standalone adapters on row-parallel layers under sequence parallel exchange their output
             by an all-to-all instead of reducing h.
-        lora_dtype: type of the adapters' parameters: `bf16 fp16 fp32`, a long form, or the torch type; `None` means
-            that of the base's computation, never one that quantised weights are stored in. DoRA's magnitudes are
-            float32 or wider.
-        use_rslora: scale by alpha / sqrt(rank) instead.
-        dropout_recompute: make dropout masks again in the backward pass instead of keeping them.
-        keep_token_shards: under sequence parallel, adapters joined to column-parallel layers keep this rank's tokens
+        lora_dtype: Parameter dtype: `bf16 fp16 fp32`, a long form, or the torch dtype; `None` means the dtype that the
+            base computes in, never one that quantised weights are stored in. DoRA's magnitudes are float32 or wider.
+        use_rslora: Scale by alpha / sqrt(rank) instead.
+        dropout_recompute: Make dropout masks again in the backward pass instead of keeping them.
+        keep_token_shards: Under sequence parallel, fused adapters of column-parallel layers keep this rank's tokens
             for the gradient of A instead of the gathered sequence, 1/tp of the memory, and reduce-scatter
             [tokens, rank] in the backward pass.
-        fused: join the adapters to their layers' GEMMs where these allow it; otherwise run all of them beside.
-        seed: with a parameter's name and global shape it decides the initial values.
-        rank_pattern, alpha_pattern: other ranks and alphas for some targets, by name or pattern as in
-            `target_modules`; the first that matches counts, and `normalize_moe_lora` leaves it alone.
+        fused: Run the adapters inside their layers' GEMMs where these allow it; otherwise all of them standalone.
+        seed: With a parameter's name and global shape it decides the initial values.
+        rank_pattern, alpha_pattern: Other ranks and alphas for some targets, by name or pattern as in
+            `target_modules`; the first that matches counts, and `normalize_moe_lora` does not change it.
     """
 
     dim: int = 32
@@ -323,7 +322,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             )
 
     def _targets_of(self, full_name: str) -> list[str]:
-        """The names by which patterns know what is adapted of one layer."""
+        """Return the names that patterns are matched with for one layer: its own, or those of its adapted parts."""
         return [full_name]
 
     def _check_matches(self) -> None:
@@ -337,13 +336,13 @@ class LowRankPEFT(PEFT, ModuleMatcher):
 
     @abstractmethod
     def adapt(self, base: nn.Module, full_name: str) -> nn.Module:
-        """The wrapper with this method's adapter on one layer."""
+        """Return the wrapper with this method's adapter on one layer."""
 
     def adapt_router(self, router: nn.Module, full_name: str) -> nn.Module:
-        """The wrapper on a router.
+        """Return the wrapper on a router.
 
         Raises:
-            AdapterError: the method has none.
+            AdapterError: The method has none.
         """
         raise AdapterError(f"{full_name}: {type(self).__name__} cannot adapt a router; exclude it, or use LoRA")
 
@@ -355,12 +354,12 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         return self.adapt_router(m, found[1]) if is_router(m) else self.adapt(m, found[1])
 
     def rank_of(self, base: nn.Module, full_name: str, target: str | None = None) -> int:
-        """Rank of the adapter on one layer: `dim`, or its share for experts, or what `rank_pattern` says.
+        """Return the rank of the adapter on one layer: `dim`, or its share for experts, or that of `rank_pattern`.
 
         Args:
-            base: the layer.
-            full_name: its full name.
-            target: full name of what is adapted, if it is a part of the layer.
+            base: Layer.
+            full_name: Its full name.
+            target: Full name of the adapted part, if it is a part of the layer.
 
         Raises:
             AdapterError: `normalize_moe_lora` where the layer's config names no `moe_router_topk`, or one that
@@ -381,7 +380,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         return self.dim // int(topk)
 
     def joins(self, base: nn.Module) -> bool:
-        """Whether the adapter on this layer runs between its `enter` and `exit`."""
+        """Whether the adapter on this layer runs inside its GEMM, between `enter` and `exit`."""
         layer_type = layer_type_of(base)
         return self.fused and layer_type is not None and layer_type.fused and not does_more_than_its_type(base)
 
@@ -393,14 +392,14 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         path: str = "adapter",
         target: str | None = None,
     ) -> LowRankAdapter:
-        """The adapter module for one layer.
+        """Make the adapter module for one layer.
 
         Args:
-            base: the layer.
-            full_name: its full name.
-            layout: of the part of the layer that is adapted, if it is not all of it.
-            path: of the adapter below the layer's place.
-            target: full name of that part, by which patterns know it.
+            base: Layer.
+            full_name: Its full name.
+            layout: Layout of the adapted part of the layer, if that is not all of it.
+            path: Path of the adapter below the layer's name.
+            target: Full name of that part, which patterns are matched with.
         """
         options = self.adapter_options(base, full_name, target)
         if layout_of(base).is_stacked:
@@ -411,7 +410,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
         return ParallelLinearAdapter(**self.parallel_options(base, options, layout), path=path)
 
     def parallel_options(self, base: nn.Module, options: dict[str, Any], layout: LinearLayout | None) -> dict[str, Any]:
-        """The options of an adapter module in the words of `ParallelLinearAdapter`."""
+        """Translate the options of an adapter module into the arguments of `ParallelLinearAdapter`."""
         layout = layout_of(base) if layout is None else layout
         config = getattr(base, "config", None)
         renamed = {
@@ -425,13 +424,13 @@ class LowRankPEFT(PEFT, ModuleMatcher):
             "out_features": layout.out_features,
             "activation": "identity",
             "layout": layout,
-            # The config of a router of ours is of the experts alone, and says nothing of the mesh.
+            # Our routers have the config of the experts alone, which does not describe the mesh.
             "model_parallel_config": config if hasattr(config, "sequence_parallel") else None,
             "a2a_experimental": self.a2a_experimental,
         }
 
     def adapter_options(self, base: nn.Module, full_name: str, target: str | None = None) -> dict[str, Any]:
-        """Keyword arguments of an adapter module on one layer, or (`target`) on a part of it."""
+        """Return the keyword arguments of an adapter module on one layer, or (`target`) on a part of it."""
         dtype, device = _compute_type(base)
         alpha = named_value(self.alpha_pattern, target or full_name)
         return {
@@ -452,7 +451,7 @@ class LowRankPEFT(PEFT, ModuleMatcher):
 
 
 def _compute_type(base: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Type and device that a layer computes in, whatever its weight is stored as."""
+    """Return dtype and device that a layer computes in, whatever its weight is stored as."""
     layer_type = layer_type_of(base)
     if layer_type is None:
         layout_of(base)  # raises, naming the type

@@ -27,7 +27,7 @@ class NamedLoRALinear(LowRankWrapper):
     """A layer with LoRA adapters that have names; without an enabled one it is the base layer.
 
     Args:
-        to_wrap: the base layer.
+        to_wrap: Base layer.
     """
 
     adapter: ModuleDict
@@ -38,11 +38,11 @@ class NamedLoRALinear(LowRankWrapper):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names, in the order in which they were added."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self.adapter)
 
     def named_adapters(self) -> Iterator[tuple[str, LowRankAdapter]]:
-        """Every adapter with its name."""
+        """Yield every adapter with its name."""
         for name in self.adapter:
             yield name, cast(LowRankAdapter, self.adapter[name])
 
@@ -70,13 +70,13 @@ class NamedLoRALinear(LowRankWrapper):
             raise AdapterError(f"has adapters that run {where[fused]}, and {name!r} would run {where[not fused]}")
 
     def set_enabled(self, name: str, enabled: bool) -> None:
-        """Let the adapter of this name take part in `forward`, or not.
+        """Switch the adapter of this name on or off.
 
         Raises:
-            AdapterError: adapters are merged into the base's weight.
+            AdapterError: Adapters are merged into the base's weight.
         """
         self.check_switchable()
-        if enabled and not self._adapter_enabled:  # the layer was switched off as a whole: the others stay off
+        if enabled and not self._adapter_enabled:  # the layer was switched off: the others stay off
             self._disabled.update(self.adapter)
             self.enable_adapter_layers()
         (self._disabled.discard if enabled else self._disabled.add)(name)
@@ -90,11 +90,11 @@ class NamedLoRALinear(LowRankWrapper):
 
     @property
     def one_adapter(self) -> LowRankAdapter:
-        """The first enabled adapter, whose scale the joint factors have."""
+        """First enabled adapter, whose scale the joint factors have."""
         return self._enabled()[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [sum r, in] and B [out, sum r] of the one adapter that equals the enabled ones together."""
+        """Return A [sum r, in] and B [out, sum r] of the one adapter that equals the enabled ones together."""
         adapters = self._enabled()
         a: list[Tensor] = [adapter.linear_in.weight for adapter in adapters]
         b: list[Tensor] = [adapter.linear_out.weight for adapter in adapters]
@@ -108,13 +108,13 @@ class NamedLoRALinear(LowRankWrapper):
         return torch.cat(a, -2), torch.cat(scaled, -1)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output for x, plus that of every enabled adapter."""
+        """Return the base layer's output for x, plus that of every enabled adapter."""
         if not self._enabled():
             return self.to_wrap(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
     def merged_weights(self) -> Iterator[Tensor]:
-        """W + sum of s B A over the enabled adapters, local, in float32 or wider; of grouped experts each."""
+        """Yield W + sum of s B A over the enabled adapters, local, in float32 or wider; one by one for experts."""
         if self._enabled():
             yield from super().merged_weights()
             return

@@ -32,7 +32,7 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_parameters(model: nn.Module | list[nn.Module]) -> ParameterCount:
-    """Count the parameters of a model or of its chunks: a divided one with its full size, a shared one once.
+    """Count the parameters of a model or its chunks: a sharded one with its full size, a shared one once.
 
     A packed weight counts as the parameters that it stores, not as its bytes.
     """
@@ -55,16 +55,16 @@ def lora_plus_parameter_groups(
     """Parameter groups for an optimizer: B at `lr * lr_ratio`, every other trainable parameter at `lr`.
 
     Args:
-        model: a module with adapters, or its chunks.
-        lr: learning rate of A, magnitudes, and whatever else trains.
-        lr_ratio: of B's learning rate to it; 16 is the paper's choice, 1 is ordinary LoRA.
-        weight_decay: of all groups.
+        model: Module with adapters, or its chunks.
+        lr: Learning rate of A, magnitudes, and whatever else trains.
+        lr_ratio: Ratio of B's learning rate to it; 16 is the paper's choice, 1 is ordinary LoRA.
+        weight_decay: Weight decay of all groups.
 
     Returns:
         One or two groups, with a `name` each; no empty one.
 
     Raises:
-        AdapterError: a ratio that is not a positive number; a model in which nothing trains.
+        AdapterError: A ratio that is not a positive number; a model in which nothing trains.
     """
     if not math.isfinite(lr_ratio) or lr_ratio <= 0:
         raise AdapterError(f"lr_ratio={lr_ratio}: expected a positive number, for instance 16")

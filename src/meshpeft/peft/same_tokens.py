@@ -1,4 +1,4 @@
-"""Ranks that share layers are given the same tokens: compared once, in the first training call.
+"""Check that ranks that share layers get the same tokens: compared once, in the first training call.
 
 Under tensor parallel every rank computes its part of every layer for the same tokens. A trainer that deals the rows of
 a batch out over all processes gives each rank others; the parts of different rows are then added up, and the run trains
@@ -30,11 +30,11 @@ __all__ = ["watch_tokens"]
 
 
 def watch_tokens(model: nn.Module, adapters: list[nn.Module]) -> None:
-    """Let the model's input embedding compare its tokens once, if its adapters share layers over several ranks.
+    """Make the model's input embedding compare its tokens once, if adapted layers are sharded over several ranks.
 
     Args:
-        model: with adapters.
-        adapters: the modules that hold their parameters.
+        model: Model with adapters.
+        adapters: Modules that hold their parameters.
     """
     axis = _shared_axis(adapters)
     embedding = _input_embedding(model)
@@ -45,7 +45,7 @@ def watch_tokens(model: nn.Module, adapters: list[nn.Module]) -> None:
 
 
 class _TokenComparison:
-    """A hook that takes itself off once it has compared."""
+    """A hook that removes itself once it has compared."""
 
     def __init__(self, axis: ParallelAxis) -> None:
         self.axis = axis
@@ -73,7 +73,7 @@ class _TokenComparison:
 
 
 def _has_values(ids: Any, axis: ParallelAxis) -> bool:
-    """Whether there is something to compare, and somebody to compare it with."""
+    """Whether the ids have values, and other processes have them too."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_meta or isinstance(ids, (FakeTensor, DTensor)):
         return False
     if is_simulated() or dist.get_backend(axis.group) == "fake":
@@ -82,7 +82,7 @@ def _has_values(ids: Any, axis: ParallelAxis) -> bool:
 
 
 def _shared_axis(adapters: list[nn.Module]) -> ParallelAxis | None:
-    """The axis of tensor parallel that the adapted layers are on, if it is of several ranks; experts have their own."""
+    """Return the tensor-parallel axis of the adapted layers if it has several ranks; experts have their own."""
     for adapter in adapters:
         for parameter in adapter.parameters():
             layout = layout_of_tensor(parameter)
@@ -95,11 +95,11 @@ def _shared_axis(adapters: list[nn.Module]) -> ParallelAxis | None:
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
-    """That of a transformers model, wherever in the model it is, or of our decoder."""
+    """Return the input embedding of a transformers model, wherever it is in the model, or of our decoder."""
     for module in model.modules():
         get: Any = getattr(module, "get_input_embeddings", None)
         if callable(get):
-            with suppress(NotImplementedError, AttributeError):  # of a class that says nothing of it
+            with suppress(NotImplementedError, AttributeError):  # of a class that does not define it
                 found: nn.Module | None = get()
                 return found
         embedding = getattr(module, "embedding", None)

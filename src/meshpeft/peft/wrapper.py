@@ -245,21 +245,21 @@ class AdapterWrapper(nn.Module):
             return self.to_wrap(x, *args, **kwargs)
         layer_type = self.layer_type
         if self.joins and layer_type.enter is not None and layer_type.exit is not None:
-            return layer_type.exit(self.to_wrap, self.inside(layer_type.enter(self.to_wrap, x), *args, **kwargs))
-        return self.beside(x, *args, **kwargs)
+            return layer_type.exit(self.to_wrap, self.run_fused(layer_type.enter(self.to_wrap, x), *args, **kwargs))
+        return self.run_standalone(x, *args, **kwargs)
 
     @property
     def joins(self) -> bool:
         """Whether the adapter runs inside the base's GEMM, between its `enter` and `exit`."""
         return bool(getattr(self.adapter, "fused", False))
 
-    def inside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run_fused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the adapted GEMM: x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         raise NotImplementedError(f"{type(self).__name__} cannot join its adapter to the base's GEMM")
 
-    def beside(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base and the standalone adapter, where the base's forward hides its collectives."""
-        raise NotImplementedError(f"{type(self).__name__} cannot run its adapter beside the base")
+        raise NotImplementedError(f"{type(self).__name__} cannot run its adapter standalone")
 
     def offsets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return the end of each expert's rows in a call `layer(x, tokens_per_expert)`; `None` for other layers.

@@ -121,8 +121,8 @@ class PackedLayer(ShardedTensors):
         block_size: values of a row that share a scale.
         compute_dtype: type of the dequantised weight; follows `module.to(dtype)`, as the packed tensors do not.
         principal: the principal part of the weight, of which codes and scales hold the remainder: U sqrt(S) and
-            sqrt(S) V^T. `None` where they hold all of it, or adapters took it over (`pissa_init`).
-        residual: the best approximation of what packing lost, U S and V^T, if it was kept.
+            sqrt(S) Vᵀ. `None` where they hold all of it, or adapters took it over (`pissa_init`).
+        residual: the best approximation of what packing lost, U S and Vᵀ, if it was kept.
     """
 
     weight_packed: nn.Parameter
@@ -227,7 +227,7 @@ class PackedLinear(PackedLayer, nn.Linear):
     """`nn.Linear` with a packed weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [*, in] -> [*, out]."""
+        """input [*, in] -> [*, out]."""
         y = linear_from(input, self.dequantized_weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -260,7 +260,7 @@ def svdquant_init(
 ) -> None:
     """Start adapters from what quantising their layers' weights lost.
 
-    With the rank-r singular value decomposition U S V^T of W - quant(W): A = V^T, B = U S / s, so that the adapter's
+    With the rank-r singular value decomposition U S Vᵀ of W - quant(W): A = Vᵀ, B = U S / s, so that the adapter's
     s B A is the best rank-r approximation of the residual at any scale s. Of the full matrix where it is divided, per
     expert where they are stacked, so that it is the same at every layout. Layers packed by `quantize_base` no longer
     have W: their factors are those that `quantize_base(residual_rank=r)` kept.
@@ -314,7 +314,7 @@ def pissa_init(
 ) -> None:
     """Start adapters from the principal part of their layers' weights, which give it up (PiSSA, Meng et al. 2024).
 
-    With the rank-r decomposition U S V^T of W: A = sqrt(S) V^T, B = U sqrt(S) / s, and W becomes W - s B A, so that
+    With the rank-r decomposition U S Vᵀ of W: A = sqrt(S) Vᵀ, B = U sqrt(S) / s, and W becomes W - s B A, so that
     the model computes what it did. Its base is no longer the one that was loaded; the adapter keeps the factors of the
     part that was taken, so that it is exported (at twice its rank) as the change of the base as it was.
 

@@ -25,9 +25,9 @@ from meshpeft.parallel import LinearLayout, TensorLayout, on_each_rank
 __all__ = ["LowRank", "full_matrices", "gathered_factors", "local_factors", "low_rank_part", "of_local_experts"]
 
 
-# Most products with M M^T between two orthonormalisations.
+# Most products with M Mᵀ between two orthonormalisations.
 _DEGREE = 4
-# Products with M M^T for matrices whose smaller side is at most this: the largest singular values of noise crowd
+# Products with M Mᵀ for matrices whose smaller side is at most this: the largest singular values of noise crowd
 # together the more, the larger it is.
 _PRODUCTS = ((512, 6), (1024, 8), (math.inf, 12))
 # Bytes of the matrices that are decomposed at a time.
@@ -39,7 +39,7 @@ class LowRank(NamedTuple):
 
     Attributes:
         left: U S, [.., m, r].
-        right: V^T, [.., r, n], orthonormal rows.
+        right: Vᵀ, [.., r, n], orthonormal rows.
     """
 
     left: Tensor
@@ -71,7 +71,7 @@ def low_rank_part(
         matrices: [.., m, n], float32 or float64; narrower types are widened to float32.
         rank: r. Beyond min(m, n), both factors are padded with zeros.
         exact: decompose in full, in float64.
-        power_iterations: products with M M^T; `None`: 6, or 8 and 12 for matrices whose smaller side is above 512 and
+        power_iterations: products with M Mᵀ; `None`: 6, or 8 and 12 for matrices whose smaller side is above 512 and
             1,024. Then, with the default oversampling, the captured energy is within 1% of the optimum for every
             spectrum, noise included (99.6% of it for noise of 4,096 x 11,008).
         oversampling: columns of the random block beyond the rank.
@@ -133,10 +133,10 @@ def _exact(matrices: Tensor, rank: int) -> LowRank:
 
 
 def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: int) -> LowRank:
-    """For m <= n: subspace iteration with M M^T on a block [.., m, width], then its Rayleigh-Ritz vectors."""
+    """For m <= n: subspace iteration with M Mᵀ on a block [.., m, width], then its Rayleigh-Ritz vectors."""
     m = matrices.shape[-2]
     generator = torch.Generator().manual_seed(seed)
-    # M M^T is made once where that is cheaper than multiplying by M and M^T each time.
+    # M Mᵀ is made once where that is cheaper than multiplying by M and Mᵀ each time.
     gram = _gram(matrices) if m <= 2 * width * max(1, products) else None
     start = matrices if gram is None else gram
     block = start @ torch.randn(start.shape[-1], width, generator=generator, dtype=start.dtype).to(start.device)
@@ -168,7 +168,7 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
 
 
 def _gram(matrices: Tensor) -> Tensor:
-    """M M^T [.., m, m]; of the two quarters that mirror each other, one is computed."""
+    """M Mᵀ [.., m, m]; of the two quarters that mirror each other, one is computed."""
     half = matrices.shape[-2] // 2
     top, bottom = matrices[..., :half, :], matrices[..., half:, :]
     gram = matrices.new_empty(*matrices.shape[:-1], matrices.shape[-2])
@@ -179,7 +179,7 @@ def _gram(matrices: Tensor) -> Tensor:
 
 
 def _ritz_vectors(basis: Tensor, square: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values and vectors of M M^T in a subspace, largest first, and M M^T times the vectors."""
+    """Ritz values and vectors of M Mᵀ in a subspace, largest first, and M Mᵀ times the vectors."""
     squared = square(basis)
     values, vectors = torch.linalg.eigh(basis.mT @ squared)
     values, vectors = values.flip(-1), vectors.flip(-1)
@@ -187,7 +187,7 @@ def _ritz_vectors(basis: Tensor, square: Callable[[Tensor], Tensor]) -> tuple[Te
 
 
 def _filtered(values: Tensor, ritz: Tensor, squared: Tensor, square: Callable[[Tensor], Tensor], degree: int) -> Tensor:
-    """T_degree((M M^T - c) / c) on the Ritz vectors: at most 1 on [0, 2c], growing fast above.
+    """T_degree((M Mᵀ - c) / c) on the Ritz vectors: at most 1 on [0, 2c], growing fast above.
 
     2c is the smallest Ritz value, kept away from zero: a matrix of low rank has none to spare. The vectors' columns
     are rescaled, so that large ones do not drown small ones when they are orthonormalised.
@@ -201,7 +201,7 @@ def _filtered(values: Tensor, ritz: Tensor, squared: Tensor, square: Callable[[T
 
 
 def _swapped(part: LowRank) -> LowRank:
-    """The part of M^T -> that of M: the singular values move to the other factor."""
+    """The part of Mᵀ -> that of M: the singular values move to the other factor."""
     values = torch.linalg.vector_norm(part.left, dim=-2)
     safe = values.clamp_min(torch.finfo(values.dtype).tiny)
     return LowRank(part.right.mT * values.unsqueeze(-2), (part.left / safe.unsqueeze(-2)).mT)
@@ -234,7 +234,7 @@ def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
 def local_factors(
     part: LowRank, layout_a: TensorLayout, layout_b: TensorLayout, layout: LinearLayout
 ) -> tuple[Tensor, Tensor]:
-    """This rank's slices of A = V^T [.., r, in] and B = U S [.., out, r].
+    """This rank's slices of A = Vᵀ [.., r, in] and B = U S [.., out, r].
 
     Args:
         part: of the matrices that `full_matrices` gave.
