@@ -31,7 +31,7 @@ __all__ = ["axis_of_group", "import_after", "register_engines"]
 
 
 def register_engines() -> None:
-    """Let the classes of every engine's package be described by the engine, once they are met."""
+    """Register the engine of every package, which is imported when a class of the package is met."""
     register_engine("megatron.core", "meshpeft.engines.megatron")
     register_engine("transformer_engine", "meshpeft.engines.transformer_engine")
     register_engine("modelopt.torch.quantization", "meshpeft.engines.modelopt")
@@ -57,7 +57,7 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What the other finders find; it imports the engine when it is done."""
+        """Return the spec that the other finders find, whose loader also imports the engine."""
         if fullname != self.package:
             return None
         sys.meta_path.remove(self)
@@ -79,7 +79,7 @@ _axes: WeakValueDictionary[tuple[str, int], ParallelAxis] = WeakValueDictionary(
 
 
 def axis_of_group(name: str, group: ProcessGroup) -> ParallelAxis:
-    """The axis called `name` over the ranks of a group."""
+    """Return the axis called `name` over the ranks of a group."""
     axis = _axes.get((name, id(group)))
     if axis is None:
         axis = ParallelAxis(name, group, dist.get_rank(group), dist.get_world_size(group))

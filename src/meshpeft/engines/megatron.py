@@ -80,7 +80,7 @@ __all__ = [
 
 
 def megatron_mesh() -> ParallelGroupInfo | None:
-    """The mesh that `parallel_state` has made, if it has.
+    """Return the mesh of `parallel_state`, if that is initialised.
 
     Its axes are the same while anything holds them; nothing here does, so that Megatron's groups end when it and the
     models let go of them. Ranks of context parallel hold different tokens of the same sequences: they are part of data
@@ -110,8 +110,8 @@ def model_axis(group: ProcessGroup | None, expert: bool) -> ParallelAxis:
     """Return the model axis of a layer: expert-tensor parallel for experts, else tensor parallel.
 
     Args:
-        group: the layer's own group; `None` means that of `parallel_state`.
-        expert: whether the layer is an expert's.
+        group: Group of the layer; `None` means that of `parallel_state`.
+        expert: Whether the layer is an expert's.
     """
     if group is not None:
         return axis_of_group("etp" if expert else "tp", group)
@@ -126,23 +126,24 @@ def data_axis(expert: bool) -> ParallelAxis:
 def reduced_as_dense(expert_parallel: bool) -> bool:
     """Whether Megatron may sum the gradients of an expert's parameters over the data parallel of dense layers.
 
-    Its own mark says so for all experts without expert parallel. That leaves gradients unsummed where expert-tensor
+    Its own mark is set so for all experts without expert parallel. That leaves gradients unsummed where expert-tensor
     parallel differs from tensor parallel, whose ranks then hold different tokens of one expert.
     """
     return not expert_parallel and data_axis(True).world_size == data_axis(False).world_size
 
 
 def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: bool | None = None) -> dict[str, Any]:
-    """The attributes that Megatron's data parallel, finalisation, gradient norm and optimizer read on parameters.
+    """Return the attributes that Megatron's data parallel, finalisation, norm and optimizer read on parameters.
 
     Its norm takes a parameter that is not `tensor_model_parallel` from the first rank of dense tensor parallel only,
-    also of experts, whose ranks lie otherwise: theirs count everywhere, but for copies, which are `shared`.
+    also of experts, whose ranks are arranged otherwise: theirs count everywhere, except copies, which are `shared`.
 
     Args:
-        allreduce: summed over the data parallel of dense layers, not of experts.
-        sequence_parallel: summed over dense tensor parallel; `None` means where the gradient is partial.
+        layout: Layout of the parameter.
+        allreduce: Whether it is summed over the data parallel of dense layers, not of experts.
+        sequence_parallel: Whether it is summed over dense tensor parallel; `None`: where the gradient is partial.
     """
-    # Undivided experts may lie on several ranks of dense tensor parallel.
+    # Experts that are not sharded may be on several ranks of dense tensor parallel.
     dims = [dim for dim, axis in layout.shards if axis.name == "tp" or (axis.name == "etp" and axis.world_size > 1)]
     fused_parts = layout.fused_parts
     interleaved = fused_parts is not None and fused_parts.blocks is None and layout.fused_dim in dims
@@ -160,8 +161,8 @@ _MARK = "sequence_parallel"
 
 
 def _duplicated(layer: Any) -> LinearLayout:
-    """The layout of Megatron's own linear layer without tensor parallel."""
-    # It keeps no record of being an expert's but this: its other parameters have the mark, true or false.
+    """Return the layout of Megatron's own linear layer without tensor parallel."""
+    # The only record of being an expert's: parameters of other layers have the mark, true or false.
     expert = hasattr(layer.weight, "allreduce") and not hasattr(layer.weight, _MARK)
     return LinearLayout(
         layer.in_features,
@@ -174,7 +175,7 @@ def _duplicated(layer: Any) -> LinearLayout:
 
 
 def _describe(model: nn.Module) -> None:
-    """Let plain layers know the config of the nearest module of Megatron's around them."""
+    """Set the surroundings of plain layers: the config of the nearest module of Megatron's around them."""
     _describe_below(model, "", None)
 
 
@@ -189,7 +190,7 @@ def _describe_below(module: nn.Module, name: str, config: ModelParallelConfig | 
 
 
 def _in_megatron(layer: Any, layout: LinearLayout, *, config: ModelParallelConfig, name: str) -> LinearLayout:
-    """The layout of a layer without a config of Megatron's, in a model of Megatron's."""
+    """Return the layout of a layer without a config of Megatron's, in a model of Megatron's."""
     expert = not getattr(layer.weight, "allreduce", True)
     axis, marked = model_axis(None, expert), getattr(layer.weight, _MARK, None)
     marks = partial(megatron_marks, allreduce=not expert)
@@ -206,7 +207,7 @@ def _in_megatron(layer: Any, layout: LinearLayout, *, config: ModelParallelConfi
 
 def _refuse(layout: TensorLayout, *, name: str, kind: str) -> NoReturn:
     raise ParallelError(
-        f"{name} is a plain {kind} in a model of Megatron's with sequence parallel, and does not say whether it meets "
+        f"{name} is a plain {kind} in a model of Megatron's with sequence parallel, without a mark whether it meets "
         "this rank's tokens or all of them: the gradients of its adapter may be partial or complete. Set "
         "layer.weight.sequence_parallel = True where each rank has its own tokens, False where all have the same; or "
         "leave the layer out"
@@ -231,14 +232,14 @@ _SUMMED = "meshpeft_sums_rotary_gradients"
 
 
 def sum_rotary_gradients(attention: MLASelfAttention) -> None:
-    """Let the gradient of multi-latent attention's rotary key be that of all heads, not of this rank's.
+    """Sum the gradient of multi-latent attention's rotary key over the heads of all ranks.
 
     Every rank rotates the same key for its own heads, so its gradient is partial. Megatron (0.16) sums it in one
     of four cases, a replicated down-projection under sequence parallel. In the others all gradients below an
     attention layer, of its weights and of adapters, are wrong by what the other ranks' heads add. From now on the
     down-projection returns what Megatron takes from a replicated one, with a summed gradient.
 
-    It is called again after each adapter method: the layer that returns may be another one then.
+    It is called again after each adapter method, which may have replaced the layer that returns.
     """
     axis = model_axis(attention.pg_collection.tp, expert=False)
     if axis.world_size == 1:
@@ -265,7 +266,7 @@ _HOOKED = "meshpeft_lets_gradients_enter"
 
 
 def let_gradients_enter(block: TransformerBlock) -> None:
-    """Let recomputed layers train although the embedding before them is frozen.
+    """Make recomputed layers train although the embedding before them is frozen.
 
     Megatron recomputes inside an autograd function that returns a gradient only if one of its *inputs* requires one,
     so the adapters of the first layers would get none. From now on, where activations are recomputed, the block's
@@ -288,10 +289,10 @@ def _require_gradient(
 
 
 def remake_buffers(ddp: DistributedDataParallel) -> None:
-    """Make the gradient buffers of a wrapped model anew, for the parameters that train now.
+    """Make new gradient buffers of a wrapped model, for the parameters that train now.
 
     They were made for those that trained when the model was wrapped, and gradients of no others would be summed over
-    data parallel. An optimizer that was made before is to be made anew, too.
+    data parallel. An optimizer that was made before must be made again, too.
     """
     trainable = [parameter for parameter in ddp.module.parameters() if parameter.requires_grad]
     if {id(parameter) for parameter in trainable} == {id(parameter) for parameter in ddp.params_with_grad}:
@@ -309,7 +310,7 @@ def remake_buffers(ddp: DistributedDataParallel) -> None:
 
 
 def _groups(ddp: DistributedDataParallel) -> ProcessGroupCollection:
-    """The process groups that the wrapper was made with."""
+    """Return the process groups that the wrapper was made with."""
     groups = ProcessGroupCollection()
     for name in ("dp", "dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp", "tp", "pp", "ep"):
         setattr(groups, name, getattr(ddp, f"{name}_group"))
@@ -368,7 +369,7 @@ def _router(router: TopKRouter) -> LinearLayout:
 
 
 def _stride_parts(layer: Any, size: int, axis: ParallelAxis) -> FusedParts | None:
-    """The parts that the layer's `stride` stands for, which only its weight still knows."""
+    """Return the parts that the layer's `stride` stands for, of which only its weight keeps a record."""
     return stride_parts(size, getattr(layer.weight, "partition_stride", 1), axis)
 
 

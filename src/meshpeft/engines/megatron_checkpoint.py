@@ -19,13 +19,13 @@ ReplicaId = tuple[int, int, int]
 
 
 def megatron_entries(entries: Mapping[str, Entry]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Megatron's own entries for an adapter on one of its layers.
+    """Make Megatron's own entries for an adapter on one of its layers.
 
     A fused parameter becomes one factory, which saves its canonical parts under their names and packs them again when
     they are loaded; its optimizer state follows.
 
     Args:
-        entries: of parameters whose layouts know the axes of their mesh.
+        entries: Entries of parameters whose layouts have the axes of their mesh.
 
     Returns:
         Name of each parameter -> its entry. The data is the parameter itself, by which Megatron's optimizer finds it.
@@ -71,7 +71,7 @@ def _split(
     replica_id: ReplicaId,
     flattened_range: slice | None,
 ) -> list[ShardedTensor]:
-    """What a factory saves: the parts of `tensor`, the parameter or a state of it, under `key` with their names."""
+    """Return what a factory saves: the parts of a parameter or of a state of it, under `key` with their names."""
     assert layout.fused_parts is not None and flattened_range is None
     return [
         _sharded_tensor(entry, part_name(key, part), local, replica_id)
@@ -85,18 +85,18 @@ def _join(layout: TensorLayout, parts: list[Tensor]) -> Tensor:
 
 
 def _replica_id(layout: TensorLayout | None) -> ReplicaId:
-    """(0, place among the ranks of the layer's model axes, place among data parallel) of those with the same slice."""
+    """Return (0, index over the layer's model axes, index over data parallel) among ranks with the same slice."""
     axes = _mesh_axes(layout)
     return (0, _place(axes[1:], layout), axes[0].rank)
 
 
 def place_among_copies(layout: TensorLayout) -> int:
-    """This rank's place among those that hold the same slice of a parameter, data parallel ones aside."""
+    """Return this rank's index among those that hold the same slice of a parameter, data parallel ones aside."""
     return _place((layout.mesh_axes or ())[1:], layout)
 
 
 def _mesh_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
-    """The axes of the mesh that a tensor is on, data parallel first: those of its layer, or the mesh's own."""
+    """Return the axes of the mesh that a tensor is on, data parallel first: its layer's, or the mesh's own."""
     if layout is not None and layout.mesh_axes is not None:
         return layout.mesh_axes
     info = parallel_group_info()
@@ -104,10 +104,10 @@ def _mesh_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
 
 
 def _place(axes: tuple[ParallelAxis, ...], layout: TensorLayout | None) -> int:
-    divided = {axis.name for _, axis in layout.shards} if layout is not None else set()
+    sharded = {axis.name for _, axis in layout.shards} if layout is not None else set()
     place = 0
     for axis in axes:
-        if axis.name not in divided:
+        if axis.name not in sharded:
             place = place * axis.world_size + axis.rank
     return place
 

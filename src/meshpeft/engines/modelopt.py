@@ -2,15 +2,15 @@
 
 Importing this file
 
-* lets the layers that `mtq.quantize` makes of `nn.Linear`, of this package's layers and of Megatron's have the entries
-  of these. Their forward quantises activations before the base's collectives, so adapters run beside them, on the
-  unquantised input.
+* registers the layers that `mtq.quantize` makes of `nn.Linear`, of this package's layers and of Megatron's with the
+  entries of these. Their forward quantises activations before the base's collectives, so adapters run standalone, on
+  the unquantised input.
   Their weight is W as their enabled `weight_quantizer` rounds it, and W where it is disabled. Where ModelOpt moved a
-  factor of each input feature from W to the activations (SmoothQuant, AWQ), it is multiplied back: an adapter sees the
-  input as it comes;
-* makes column- and row-parallel layers and grouped experts known to `mtq.quantize`. Scales that would differ between
+  factor of each input feature from W to the activations (SmoothQuant, AWQ), it is multiplied back: an adapter takes
+  the input as it comes;
+* registers column- and row-parallel layers and grouped experts with `mtq.quantize`. Scales that would differ between
   the ranks that share a weight become the same: a weight is quantised alike at every layout, unless its blocks
-  straddle ranks. Experts are quantised row by row as if they were separate layers; a scale for the whole tensor is
+  straddle ranks. Experts are quantised row by row as if they were separate layers; a scale for the full tensor is
   one for all experts.
 
 It is imported by itself: as soon as `modelopt.torch.quantization` is.
@@ -48,12 +48,12 @@ __all__: list[str] = []
 
 
 def _group(axis: ParallelAxis | None) -> Any:
-    """ModelOpt's word for an axis without a process group is -1; `None` would be the whole world."""
+    """Return the group as ModelOpt takes it: -1 for an axis without one; `None` would be the full world."""
     return -1 if axis is None or axis.group is None else axis.group
 
 
 class _QuantParallelLinear(QuantLinearConvBase):
-    """What ModelOpt puts in front of a column- or row-parallel layer's class."""
+    """Mixin that ModelOpt puts before the class of a column- or row-parallel layer."""
 
     default_quant_desc_weight = _QuantLinear.default_quant_desc_weight
     layout: LinearLayout
@@ -66,7 +66,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
             _group(data_axis), _group(self.layout.axis), _group(self.layout.expert_axis)
         )
 
-    # What ModelOpt's calibration asks, to make scales the same over the tensor-parallel group.
+    # ModelOpt's calibration reads these, to make scales the same over the tensor-parallel group.
     @property
     def _is_column_parallel(self) -> bool:
         return self.layout.shard == "out"
@@ -81,7 +81,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The layer's, with the weight's scales divided like the weight: [.., out, scales of a row]."""
+        """Return the layer's entries, with the weight's scales sharded like the weight: [.., out, scales of a row]."""
         described = sharded_state_dict(self, prefix, sharded_offsets, metadata)
         for name, quantizer in self.weight_quantizer.named_modules(prefix=f"{prefix}weight_quantizer"):
             amax: Tensor | None = getattr(quantizer, "_amax", None)
@@ -94,7 +94,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
         return in_format_of_caller(described, metadata)
 
     def _layout_of_scales(self, amax: Tensor, in_blocks: bool) -> TensorLayout | None:
-        """Of [.., out, n], n to a row; `None` where they are one scale, or cannot be told apart by rows."""
+        """Return the layout of scales [.., out, n]; `None` where they are one scale, or not a number of each row."""
         weight = self.layout.weight()
         *rows, _ = weight.local_shape
         to_a_row, left = divmod(amax.numel(), math.prod(rows))
@@ -108,7 +108,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
 
 
 class _QuantGroupedLinear(_QuantParallelLinear):
-    """What ModelOpt puts in front of a grouped layer's class. Its quantisers see [experts * out, in]."""
+    """Mixin that ModelOpt puts before the class of a grouped layer. Its quantisers take [experts * out, in]."""
 
     @staticmethod
     def _get_quantized_weight(module: Any, weight: Tensor) -> Tensor:
@@ -116,18 +116,18 @@ class _QuantGroupedLinear(_QuantParallelLinear):
         return rows.view_as(weight)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, nn.Module]]:
-        """The weight's rows, with their quantiser."""
+        """Yield the weight's rows, with their quantiser."""
         yield self.weight.flatten(0, 1), self.weight_quantizer
 
     def fold_weight(self, keep_attrs: bool = False) -> None:
-        """Round the weight itself, and disable the quantiser."""
+        """Round the stored weight, and disable the quantiser."""
         if isinstance(self.weight_quantizer, TensorQuantizer):
             self._fold_weight_quantizer(self.weight_quantizer, (self.weight.data.flatten(0, 1),), keep_attrs)
 
     def layer_sync_moe_local_experts_amax(self, sync_weight_amax: bool = False) -> None:
-        """Called by ModelOpt after it has collected statistics. A collective.
+        """Make scales the same on every rank that shares what they scale. A collective.
 
-        It skips weights that are not matrices: here scales become the same on every rank that shares what they scale.
+        ModelOpt calls it after it has collected statistics; its own method skips weights that are not matrices.
         """
         for quantizer in _leaves(self.weight_quantizer):
             if quantizer.block_sizes is not None:
@@ -153,7 +153,7 @@ def _same_over(quantizer: Any, axes: Sequence[ParallelAxis]) -> None:
 
 @cache
 def _quantized(original: LayerType) -> LayerType:
-    """The entry of the layers that ModelOpt made of those with this one."""
+    """Return the entry of layers that ModelOpt made of layers with the entry `original`."""
 
     def weight(module: Any) -> Tensor:
         stored = original.weight(module)
@@ -166,7 +166,7 @@ def _quantized(original: LayerType) -> LayerType:
 
 
 def _rounded(module: Any, weight: Tensor) -> Tensor:
-    """As the layer's own forward rounds it."""
+    """Round a weight as the layer's own forward does."""
     quantizer = module.weight_quantizer
     if isinstance(quantizer, nn.ModuleList):  # one for each expert
         return torch.stack([each(matrix) for each, matrix in zip(quantizer, weight, strict=True)])
@@ -175,7 +175,7 @@ def _rounded(module: Any, weight: Tensor) -> Tensor:
 
 
 def _of_input(module: Any, weight: Tensor) -> Tensor:
-    """A weight of the scaled input -> that of the input as it comes."""
+    """Turn the weight of a scaled input into that of the input as it comes."""
     scale: Tensor | None = getattr(module.input_quantizer, "pre_quant_scale", None)
     return weight if scale is None else weight * scale.to(weight.dtype)
 

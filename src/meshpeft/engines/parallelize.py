@@ -37,11 +37,11 @@ __all__ = ["FusedLayer", "fused_layers", "parallelize"]
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """A layer whose output packs several parts, in a module whose code takes them apart.
+    """A layer whose output fuses several parts, in a module whose code takes them apart.
 
     Attributes:
         fused_parts: made from the module that holds the layer.
-        partner: the layer after it, which then takes its input divided.
+        partner: Layer after it, which then takes its input sharded.
         localise: lets the holder's code count the heads of one rank.
     """
 
@@ -58,7 +58,7 @@ def _qkv_of_phi3(attention: Any) -> FusedParts:
 
 
 def _local_heads_of_phi3(attention: Any, shards: int) -> None:
-    # It finds the end of the queries by its config, which it shares with the whole model.
+    # It finds the end of the queries by its config, which it shares with the full model.
     attention.config = copy.copy(attention.config)
     attention.config.num_attention_heads //= shards
     attention.num_key_value_heads //= shards
@@ -102,7 +102,7 @@ _ROW = {"rowwise": True, "rowwise_split_input": False, "rowwise_rep": False}
 
 @dataclass
 class _Changes:
-    """What is to be done to the model, all of it known to be possible before the first change."""
+    """Changes to the model, checked to be possible before the first of them."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     layouts: list[tuple[nn.Parameter, TensorLayout]] = field(default_factory=list)
@@ -111,31 +111,31 @@ class _Changes:
 
 
 def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits: bool = True) -> Model:
-    """Divide a transformers model over tensor parallel, in place. No collective.
+    """Shard a transformers model over tensor parallel, in place. No collective.
 
     Linear layers and the embedding that the model's `tp_plan` names become `ColumnParallelLinear`,
     `RowParallelLinear` and `VocabParallelEmbedding`; each rank keeps its slices, and the rest is freed. Tied weights
-    stay tied. An embedding and head whose vocabulary does not divide stay whole. The model then takes the same inputs
+    stay tied. An embedding and head whose vocabulary does not divide stay replicated. The model takes the same inputs
     on every rank and gives the same outputs. Apply adapters afterwards.
 
     Args:
-        model: as `from_pretrained` gives it, or on the meta device, the same on every rank.
-        axis: that divides it; tensor parallel by default.
-        gather_logits: otherwise the model returns its rank's slice of the vocabulary [*, vocab / world_size], for
-            `vocab_parallel_cross_entropy`, where the vocabulary divides.
+        model: Model as `from_pretrained` returns it, or on the meta device, the same on every rank.
+        axis: Axis to shard it over; tensor parallel by default.
+        gather_logits: Return full logits; otherwise the model returns its rank's slice of the vocabulary
+            [*, vocab / world_size], for `vocab_parallel_cross_entropy`, where the vocabulary divides.
 
     Returns:
         The model itself.
 
     Raises:
-        ParallelError: the model has no plan, or one with a style that has no counterpart here (experts); a layer's
+        ParallelError: The model has no plan, or one with a style that has no counterpart here (experts); a layer's
             size or its attention heads do not divide. The model is unchanged then.
     """
     axis = parallel_group_info().tp if axis is None else axis
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     if not plan:
         raise ParallelError(
-            f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be divided is not known"
+            f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be sharded is not known"
         )
     changes = _planned(model, plan, axis, gather_logits)
     for fused, holder in changes.local:
@@ -143,9 +143,9 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
     for name, layer in changes.layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
-    for name, divided in changes.parameters.items():
+    for name, parameter in changes.parameters.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, divided)
+        setattr(model.get_submodule(parent), own, parameter)
     for parameter, layout in changes.layouts:
         set_layout(parameter, layout)
     return model
@@ -165,12 +165,12 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
     fused = fused_layers(model, styles)
     partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in fused.items()}
     changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in fused.items()]
-    whole = _embedding_stays_whole(model, axis)
+    replicated = _replicated_embedding(model, axis)
     for name, style in styles.items():
         module = model.get_submodule(name)
         if style in _COLUMN:
             linear = _linear(module, name, style)
-            if module is head and (linear.out_features % axis.world_size or linear.weight is whole):
+            if module is head and (linear.out_features % axis.world_size or linear.weight is replicated):
                 continue
             gather = _COLUMN[style] and name not in fused and (gather_logits or module is not head)
             fused_parts = None
@@ -184,7 +184,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             parallel = _ROW[style] or name in partners
             changes.layers[name] = _row(_linear(module, name, style), name, parallel, axis, made)
         elif style == "embedding_rowwise":
-            if module.weight is not whole:
+            if module.weight is not replicated:
                 changes.layers[name] = _embedding(module, axis, made)
         elif style == "replicated_with_grad_allreduce":
             # A norm of each head: its own rank's heads are all that it sees.
@@ -206,7 +206,7 @@ def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
 
 def _unsupported(name: str, style: str) -> ParallelError:
     return ParallelError(
-        f"{name}: the plan's style {style!r} has no counterpart among this package's layers; let transformers divide "
+        f"{name}: the plan's style {style!r} has no counterpart among this package's layers; let transformers shard "
         "the model (tp_plan='auto'), or use meshpeft.models for the architectures with experts that it reads"
     )
 
@@ -214,8 +214,8 @@ def _unsupported(name: str, style: str) -> ParallelError:
 def _linear(module: nn.Module, name: str, style: str) -> nn.Linear:
     if not isinstance(module, nn.Linear) or hasattr(module, "_is_hooked"):
         raise ParallelError(
-            f"{name}: the plan divides it {style}, which needs a plain nn.Linear; found a {type(module).__name__}. "
-            "Call parallelize before adapters are applied, on a model that transformers did not divide or quantise"
+            f"{name}: the plan shards it {style}, which needs a plain nn.Linear; found a {type(module).__name__}. "
+            "Call parallelize before adapters are applied, on a model that transformers did not shard or quantise"
         )
     return module
 
@@ -223,7 +223,7 @@ def _linear(module: nn.Module, name: str, style: str) -> nn.Linear:
 def _check_heads(
     model: nn.Module, name: str, linear: nn.Linear, fused_parts: FusedParts | None, axis: ParallelAxis
 ) -> None:
-    """Whether every rank gets whole heads: code between a column and a row counts them."""
+    """Check that every rank gets full heads: code between a column and a row counts them."""
     holder: Any = model.get_submodule(name.rpartition(".")[0])
     head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
     if not isinstance(head_dim, int):
@@ -242,7 +242,7 @@ def _check_heads(
 def _norms_of_heads(
     model: nn.Module, name: str, linear: nn.Linear, axis: ParallelAxis, made: dict[int, nn.Parameter]
 ) -> dict[str, nn.Parameter]:
-    """Weights [heads, head_dim] of norms beside a column (Cohere's), which no plan divides: of this rank's heads."""
+    """Shard weights [heads, head_dim] of norms after a column (Cohere's), which no plan shards, by heads."""
     prefix, found = name.rpartition(".")[0], {}
     for own, weight in model.get_submodule(prefix).named_parameters():
         if own.endswith("norm.weight") and weight.dim() == 2 and weight.numel() == linear.out_features:
@@ -258,7 +258,7 @@ def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
 
 
 def _filled(layer: _Linear, module: nn.Linear, made: dict[int, nn.Parameter]) -> _Linear:
-    """The layer with the weight and bias of the module in whose place it comes."""
+    """Return the layer with its slices of the weight and bias of the module that it replaces."""
     layer.weight = _kept(layer.weight, module.weight, made)
     if layer.bias is not None:
         layer.bias = _kept(layer.bias, module.bias, made)
@@ -315,8 +315,8 @@ def _is_scaled(module: nn.Module) -> bool:
     return type(module).__name__.endswith("TextScaledWordEmbedding") and hasattr(module, "embed_scale")
 
 
-def _embedding_stays_whole(model: nn.Module, axis: ParallelAxis) -> Tensor | None:
-    """The weight of the input embedding, if it is not one that can be divided."""
+def _replicated_embedding(model: nn.Module, axis: ParallelAxis) -> Tensor | None:
+    """Return the weight of the input embedding, if it cannot be sharded."""
     module: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if type(module) is nn.Embedding or _is_scaled(module):
         return module.weight if module.num_embeddings % axis.world_size else None
@@ -333,25 +333,25 @@ def _embedding(module: Any, axis: ParallelAxis, made: dict[int, nn.Parameter]) -
 
 
 @torch.no_grad()
-def _kept(new: nn.Parameter, whole: Tensor, made: dict[int, nn.Parameter]) -> nn.Parameter:
-    """`new` with this rank's slice of a whole parameter; where that is tied to one before it, the one made of it."""
-    if id(whole) in made:
-        return made[id(whole)]
+def _kept(new: nn.Parameter, full: Tensor, made: dict[int, nn.Parameter]) -> nn.Parameter:
+    """Fill `new` with this rank's slice of a full parameter; return the one that was made of a tied one before."""
+    if id(full) in made:
+        return made[id(full)]
     layout = layout_of_tensor(new)
     assert layout is not None
     if not new.is_meta:
-        canonical = whole
+        canonical = full
         if layout.fused_parts is not None and layout.fused_dim == 0:
-            canonical = torch.cat(layout.fused_parts.split(whole, 0, 1))
+            canonical = torch.cat(layout.fused_parts.split(full, 0, 1))
         new.copy_(layout.slice(canonical))
-    new.requires_grad_(whole.requires_grad)
-    made[id(whole)] = new
+    new.requires_grad_(full.requires_grad)
+    made[id(full)] = new
     return new
 
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say which layer an error is about."""
+    """Name the layer in an error."""
     try:
         yield
     except ParallelError as error:

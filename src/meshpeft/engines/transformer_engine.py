@@ -1,14 +1,14 @@
 """Transformer Engine's linear layers, plain and as Megatron-Core wraps them: the layouts that their attributes state.
 
-Their sizes are this rank's. Their forwards hide their collectives, so adapters run beside them.
+Their sizes are this rank's. Their forwards hide their collectives, so adapters run standalone.
 
 | `parallel_mode` | layout |
 |---|---|
-| `column` | divided along out |
-| `row` | divided along in, the input comes divided |
-| `None`, of a column class | divided along out without collectives: its dx is reduced outside |
-| `None`, of a row class | divided along in without collectives: its output is a summand |
-| `None`, of another class | undivided; tokens are divided under sequence parallel |
+| `column` | sharded along out |
+| `row` | sharded along in, the input comes sharded |
+| `None`, of a column class | sharded along out without collectives: its dx is reduced outside |
+| `None`, of a row class | sharded along in without collectives: its output is partial |
+| `None`, of another class | replicated; tokens are sharded under sequence parallel |
 
 The fused layer norm and column layer (with `return_layernorm_output`) returns the output of its norm too, which is
 what an adapter of its linear part takes. Under sequence parallel it returns it gathered where it can: it then reduces
@@ -81,8 +81,8 @@ def register_te_layers(
     """Enter Transformer Engine's classes into the registry.
 
     Args:
-        bases: its linear layers: plain, with a layer norm, grouped.
-        columns, rows: subclasses of these that are column or row parallel whatever their `parallel_mode` says.
+        bases: Its linear layers: plain, with a layer norm, grouped.
+        columns, rows: Subclasses of these that are column or row parallel whatever their `parallel_mode` is.
     """
     from meshpeft.engines.megatron_checkpoint import megatron_entries
 
@@ -138,7 +138,7 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
         marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
         sums=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
     )
-    # Outside Megatron-Core's wrapper an undivided layer does not know what tokens it meets.
+    # Outside Megatron-Core's wrapper a replicated layer has no record of which tokens it meets.
     return layout if shard is not None or grouped or hasattr(layer, "config") else in_surroundings(layer, layout)
 
 
@@ -147,13 +147,13 @@ def _axis(layer: Any, expert: bool) -> ParallelAxis:
     group = getattr(layer, "_tp_group", None) or getattr(layer, "tp_group", None)
     if group is None:
         return info.etp if expert else info.tp
-    # An expert that is not divided at all keeps its mode, and is known by its group alone.
+    # An expert that is not sharded at all keeps its mode; only its group identifies it.
     expert = expert or (group is info.etp.group and group is not info.tp.group)
     return axis_of_group("etp" if expert else "tp", group)
 
 
 def _expert_axes(layer: Any) -> tuple[ParallelAxis, ParallelAxis]:
-    """Expert parallel, and the data parallel of experts."""
+    """Return expert parallel, and the data parallel of experts."""
     info, groups = parallel_group_info(), getattr(layer, "_pg_collection", None)
     ep, edp = getattr(groups, "ep", None), getattr(groups, "expt_dp", None)
     return (
@@ -163,20 +163,20 @@ def _expert_axes(layer: Any) -> tuple[ParallelAxis, ParallelAxis]:
 
 
 def _sequence_parallel(layer: Any, shard: str | None) -> bool:
-    # Undivided layers have it off, and their tokens may be divided all the same.
+    # Replicated layers have it off, and their tokens may be sharded all the same.
     if shard is None:
         return bool(getattr(getattr(layer, "config", None), "sequence_parallel", False))
     return bool(layer.sequence_parallel)
 
 
 def _returns_gathered_norm(layer: Any) -> bool:
-    """Whether a fused layer norm's output is asked for with all tokens; overlapped communication never has them."""
+    """Whether a fused layer norm's output is returned with all tokens; overlapped communication never has them."""
     overlaps = getattr(getattr(layer, "config", None), "tp_comm_overlap", False)
     return hasattr(layer, "return_layernorm_output_gathered") and bool(layer.sequence_parallel) and not overlaps
 
 
 def _reduced_as_dense(layer: Any, expert: bool) -> bool:
-    """What Megatron's own mark says of the layer's weight, where that sums all; see `megatron_core`."""
+    """Return Megatron's own mark on the layer's weight, where that sums all; see `engines.megatron`."""
     marked = bool(getattr(next(layer.parameters()), "allreduce", True))
     info = parallel_group_info()
     return marked and (not expert or info.edp.world_size == info.dp.world_size)
@@ -188,16 +188,16 @@ def _is_summed(layout: TensorLayout, *, sequence_parallel: bool) -> bool:
 
 
 def _dense_sum(layout: TensorLayout, sequence_parallel: bool) -> Literal["dp", "dp and tp"] | None:
-    """The sums of Megatron's for dense parameters that together are that over all of `grad_partial` and `edp`.
+    """Return Megatron's sums for dense parameters that together sum over all of `grad_partial` and `edp`.
 
-    The ranks of tensor and data parallel are those of experts, expert-tensor and expert-data parallel, divided
+    The ranks of tensor and data parallel are those of experts, expert-tensor and expert-data parallel, arranged
     otherwise. The sum over tensor parallel is made with sequence parallel only.
     """
     info, axes = parallel_group_info(), layout.grad_partial
-    summands = info.edp.world_size * math.prod(axis.world_size for axis in axes)
-    if summands == info.dp.world_size * info.tp.world_size and info.tp.world_size == 1:
+    ranks = info.edp.world_size * math.prod(axis.world_size for axis in axes)
+    if ranks == info.dp.world_size * info.tp.world_size and info.tp.world_size == 1:
         return "dp"
-    if summands == info.dp.world_size * info.tp.world_size and sequence_parallel:
+    if ranks == info.dp.world_size * info.tp.world_size and sequence_parallel:
         return "dp and tp"
     if [axis.name for axis in axes] == ["ep"] and info.etp.world_size == info.tp.world_size:
         return "dp"
@@ -209,7 +209,7 @@ def _marks(layout: TensorLayout, *, grouped: bool, allreduce: bool) -> Mapping[s
 
     if not (grouped and layout.grad_partial):
         return megatron_marks(layout, allreduce=allreduce)
-    # A summand still: the adapter left it to sums of dense parameters.
+    # Still partial: the adapter left it to the sums of dense parameters.
     return megatron_marks(layout, allreduce=True, sequence_parallel=_dense_sum(layout, True) == "dp and tp")
 
 
@@ -227,7 +227,7 @@ def _store(layer: Any, local: Tensor) -> dict[str, Tensor]:
 
 
 def _bias(layer: Any) -> Tensor | None:
-    """Local, [out]; of grouped experts [experts, out]."""
+    """Return the local bias [out]; of grouped experts [experts, out]."""
     if not hasattr(layer, "num_gemms"):
         return getattr(layer, "bias", None)
     biases = [getattr(layer, f"bias{index}", None) for index in range(layer.num_gemms)]
@@ -236,7 +236,7 @@ def _bias(layer: Any) -> Tensor | None:
 
 
 def _with_layernorm_output(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the layer so that it also returns the output of a layer norm in it; other callers get what they expect."""
+    """Call the layer so that it also returns the output of its layer norm, which other callers do not expect."""
     if not hasattr(layer, "return_layernorm_output"):
         return layer(*args, **kwargs)
     with _set(layer, "return_layernorm_output", True):

@@ -51,14 +51,14 @@ __all__ = []
 
 
 class _Installed(NamedTuple):
-    """What transformers put on a layer."""
+    """Style and mesh that transformers put on a layer."""
 
     style: TensorParallelLayer
     mesh: DeviceMesh
 
 
 def _installed(module: nn.Module) -> _Installed | None:
-    """The style in the closure of the layer's own `forward`; there is no other record of it on the layer."""
+    """Read the style from the closure of the layer's own `forward`, the only record of it on the layer."""
     forward = vars(module).get("forward")
     if not inspect.isfunction(forward):
         return None
@@ -80,39 +80,39 @@ def _style_of(module: nn.Module) -> _Installed:
     return found
 
 
-def _is_divided(module: nn.Module) -> bool:
+def _is_sharded(module: nn.Module) -> bool:
     return isinstance(vars(module).get("_parameters", {}).get("weight"), DTensor)
 
 
-def _is_whole(module: nn.Module) -> bool:
-    return "_is_hooked" in vars(module) and not _is_divided(module)
+def _is_replicated(module: nn.Module) -> bool:
+    return "_is_hooked" in vars(module) and not _is_sharded(module)
 
 
 def _axis(group: ProcessGroup) -> ParallelAxis:
-    """The mesh's tensor parallel, if it is over the same ranks."""
+    """Return the mesh's tensor parallel, if it is over the same ranks; else an axis of the group."""
     info = parallel_group_info()
     ranks = dist.get_process_group_ranks(group)
     if info.tp.group is not None and dist.get_process_group_ranks(info.tp.group) == ranks:
         return info.tp
     if len(ranks) < dist.get_world_size() and info.world.world_size == 1:
         raise ParallelError(
-            f"the model is divided over {len(ranks)} of {dist.get_world_size()} processes, and the mesh does not say "
+            f"the model is sharded over {len(ranks)} of {dist.get_world_size()} processes, and the mesh does not state "
             f"what the others do; call meshpeft.parallel.init_parallelism(tensor_parallel={len(ranks)}) first"
         )
     return axis_of_group("tp", group)
 
 
-def _divided_layout(module: nn.Linear) -> LinearLayout:
+def _sharded_layout(module: nn.Linear) -> LinearLayout:
     weight, style = module.weight, _style_of(module).style
     assert isinstance(weight, DTensor)
-    divided = [(index, place) for index, place in enumerate(weight.placements) if not isinstance(place, Replicate)]
-    if not divided:
+    sharded = [(index, place) for index, place in enumerate(weight.placements) if not isinstance(place, Replicate)]
+    if not sharded:
         return LinearLayout(module.in_features, module.out_features)
-    if len(divided) > 1:
+    if len(sharded) > 1:
         raise ParallelError(
-            f"a weight with placements {weight.placements}: expected one that a single axis, tensor parallel, divides"
+            f"a weight with placements {weight.placements}: expected one that a single axis, tensor parallel, shards"
         )
-    [(index, place)] = divided
+    [(index, place)] = sharded
     axis = _axis(weight.device_mesh.get_group(index))
     rows = isinstance(place, Shard) and place.dim % weight.dim() == 0
     options: dict[str, Any]
@@ -154,10 +154,10 @@ def _local_weight(module: nn.Linear) -> Tensor:
 def _store(module: nn.Linear, local: Tensor) -> dict[str, Tensor]:
     weight = module.weight
     assert isinstance(weight, DTensor)
-    divided = DTensor.from_local(
+    sharded = DTensor.from_local(
         local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    return {"weight": divided}
+    return {"weight": sharded}
 
 
 def _enter(module: nn.Linear, x: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ def _exit(module: nn.Linear, y: Tensor) -> Tensor:
 
 register_layer_type(
     nn.Linear,
-    LayerType(layout=_divided_layout, weight=_local_weight, store=_store, bias=lambda module: _local(module.bias)),
-    when=_is_divided,
+    LayerType(layout=_sharded_layout, weight=_local_weight, store=_store, bias=lambda module: _local(module.bias)),
+    when=_is_sharded,
 )
 register_layer_type(
     nn.Linear,
@@ -186,7 +186,7 @@ register_layer_type(
         enter=_enter,
         exit=_exit,
     ),
-    when=_is_whole,
+    when=_is_replicated,
 )
 
 

@@ -1,9 +1,9 @@
-"""How the blocks of a packed weight lie on the mesh.
+"""The blocks of a packed weight, and their layout on the mesh.
 
-Blocks run along the rows of the *full* weight, whatever divides it, so the dequantised weight is the same at every
-layout. Where the ranks' columns end at ends of blocks, codes and scales are divided like the weight. Where a block
+Blocks run along the rows of the *full* weight, whatever shards it, so the dequantised weight is the same at every
+layout. Where the ranks' columns end at ends of blocks, codes and scales are sharded like the weight. Where a block
 reaches from one rank's columns into another's, both need its scale, which is that of all its values: such a layer is
-gathered while it is packed, and its scales are whole on every rank of the axis; its codes are divided all the same.
+gathered while it is packed, and its scales are replicated over the axis; its codes are sharded all the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _VALUES_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one layer's weight.
+    """Blocks of one layer's weight.
 
     Attributes:
-        storage: the format.
-        size: values of a row that share a scale.
-        layout: of the layer.
+        storage: Format.
+        size: Values of a row that share a scale.
+        layout: Layout of the layer.
     """
 
     storage: WeightFormat
@@ -42,7 +42,7 @@ class Blocks:
 
     @property
     def weight(self) -> TensorLayout:
-        """Of the weight, [.., out, in]."""
+        """Layout of the weight, [.., out, in]."""
         return self.layout.weight()
 
     @property
@@ -55,12 +55,12 @@ class Blocks:
         return any(length % self.size for length in fused_parts.chunks(shards))
 
     def codes(self) -> TensorLayout:
-        """Of the codes [.., out, in * bits / 8], bytes: divided like the weight."""
+        """Return the layout of the codes [.., out, in * bits / 8], bytes: sharded like the weight."""
         codes = _columns_of(self.weight, self.storage.bits, 8)
         return replace(codes, counts_as=math.prod(self.weight.global_shape))
 
     def scales(self) -> TensorLayout:
-        """Of the scales [.., out, in / size]: divided like the weight, or whole where blocks straddle ranks."""
+        """Return the layout of the scales [.., out, in / size]: replicated where blocks straddle ranks."""
         weight = self.weight
         if self.straddle_ranks:
             last = len(weight.global_shape) - 1
@@ -70,10 +70,10 @@ class Blocks:
         return replace(_columns_of(weight, 1, self.size), counts_as=0)
 
     def check(self, name: str) -> None:
-        """Whether a weight of these sizes can be packed.
+        """Check that a weight of these sizes can be packed.
 
         Raises:
-            QuantizationError: rows do not divide into blocks, or ranks' columns not into bytes.
+            QuantizationError: Rows do not divide into blocks, or ranks' columns not into bytes.
         """
         columns, local = self.weight.global_shape[-1], self.weight.local_shape[-1]
         if columns % self.size:
@@ -94,16 +94,16 @@ class Blocks:
 
     @torch.no_grad()
     def pack(self, weight: Tensor, principal: tuple[Tensor, Tensor] | None = None) -> Packed:
-        """This rank's codes and scales of its local weight, or of what a low-rank part leaves of it.
+        """Pack this rank's local weight, or the remainder of it less a low-rank part.
 
         A collective over the layer's axis where blocks straddle ranks.
 
         Values are quantised from float32, so that what is stored does not depend on a wider type. Some rows at a time,
-        also where they are gathered: beside weight and result there are only copies of these.
+        also where they are gathered: besides weight and result there are only copies of these.
 
         Args:
             weight: [.., out, in].
-            principal: factors `a` [.., r, in] and `b` [.., out, r], local; weight - b @ a is computed in float64 and
+            principal: Factors `a` [.., r, in] and `b` [.., out, r], local; weight - b @ a is computed in float64 and
                 rounded once, so that no layout's order of sums decides a code.
         """
         codes, scales = self.codes(), self.scales()
@@ -124,7 +124,7 @@ class Blocks:
 
     @torch.no_grad()
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """The local weight again; rounded once from float32."""
+        """Return the local weight, rounded once from float32."""
         if not self.straddle_ranks:
             return _unpack(self.storage, *packed, self.size, dtype)
         codes = self.codes()
@@ -138,7 +138,7 @@ class Blocks:
         return self.weight.join_parts(parts) if fused else parts[0]
 
     def _some_rows(self) -> Iterator[tuple[int | slice, ...]]:
-        """Indices of this rank's weight, one after the other: some rows of the matrix, or of one expert's."""
+        """Yield indices of this rank's weight: some rows of the matrix, or of one expert's, at a time."""
         *experts, rows, _ = self.weight.local_shape
         step = max(1, _VALUES_AT_ONCE // self.weight.global_shape[-1])
         for start in range(0, rows, step):
@@ -146,12 +146,12 @@ class Blocks:
             yield from ((expert, some) for expert in range(experts[0])) if experts else [(some,)]
 
     def _column_parts(self) -> FusedParts | None:
-        """Canonical parts of the columns (a row-parallel layer's `stride`)."""
+        """Return the canonical parts of the columns (a row-parallel layer's `stride`)."""
         weight = self.weight
         return weight.fused_parts if weight.fused_dim == len(weight.global_shape) - 1 else None
 
     def _starts(self) -> list[int]:
-        """The canonical column of the full weight at which each contiguous run of this rank's begins."""
+        """Return the canonical column of the full weight at which each contiguous run of this rank's begins."""
         fused_parts, pieces = self._column_parts(), self.weight.pieces()
         if fused_parts is None:
             return [pieces[0].offset[-1]]
@@ -175,29 +175,29 @@ def _pack(storage: WeightFormat, values: Tensor, size: int) -> tuple[Tensor, Ten
 
 @on_each_rank
 def _unpack(storage: WeightFormat, codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return storage.unpack(Packed(codes, scales), size, _known_to_libraries(dtype)).to(dtype)
+    return storage.unpack(Packed(codes, scales), size, _type_of_libraries(dtype)).to(dtype)
 
 
 @on_each_rank
 def _unpack_part(
     storage: WeightFormat, codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype, start: int
 ) -> Tensor:
-    """Columns that begin at `start` of the full rows, whose scales these are: filled up to whole blocks, and cut."""
+    """Unpack columns that begin at `start` of the full rows, whose scales these are: padded to blocks, then cut."""
     length = storage.columns(codes)
     before, after = start % size, -(start + length) % size
     filled = pad(codes, (before * storage.bits // 8, after * storage.bits // 8))
     theirs = scales[..., start // size : (start + length + after) // size].contiguous()
-    whole = storage.unpack(Packed(filled, theirs), size, _known_to_libraries(dtype))
-    return whole[..., before : before + length].to(dtype)
+    full = storage.unpack(Packed(filled, theirs), size, _type_of_libraries(dtype))
+    return full[..., before : before + length].to(dtype)
 
 
-def _known_to_libraries(dtype: torch.dtype) -> torch.dtype:
-    """The type to unpack in: they know no float64."""
+def _type_of_libraries(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to unpack in: the libraries have no float64."""
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
 def _of_rows(layout: TensorLayout, rows: int) -> TensorLayout:
-    """The layout of some rows of a matrix, or of a stack of them, whose columns alone are divided."""
+    """Return the layout of some rows of a matrix, or of a stack of them: only columns are sharded."""
     last = len(layout.global_shape) - 1
     packed = layout.fused_parts is not None and layout.fused_dim == last
     return replace(
@@ -210,7 +210,7 @@ def _of_rows(layout: TensorLayout, rows: int) -> TensorLayout:
 
 
 def _columns_of(layout: TensorLayout, numerator: int, denominator: int) -> TensorLayout:
-    """The layout of a tensor that has numerator / denominator as many columns."""
+    """Return the layout of a tensor that has numerator / denominator as many columns."""
 
     def scaled(size: int) -> int:
         return size * numerator // denominator

@@ -1,4 +1,4 @@
-"""The error about quantised bases that a user can mend."""
+"""Errors about quantised bases that a user can mend."""
 
 from __future__ import annotations
 

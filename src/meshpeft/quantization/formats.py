@@ -1,9 +1,9 @@
-"""How a weight is stored in few bits: the packed formats of bitsandbytes and torchao, in blocks along the input.
+"""Packed formats, which store a weight in few bits: those of bitsandbytes and torchao, in blocks along the input.
 
 Each block of `block_size` consecutive values of a row has a float32 scale of its own, and nothing is shared between
-blocks. A shard that cuts no block in two therefore holds exactly a slice of the whole packed weight; for others see
-[`blocks`][meshpeft.quantization.blocks]. (Formats with a scale, or a mean of scales, over the whole tensor do not have
-this property: a shard quantised alone differs from a slice of the whole.)
+blocks. A shard that cuts no block in two therefore holds exactly a slice of the full packed weight; for others see
+[`blocks`][meshpeft.quantization.blocks]. (Formats with a scale, or a mean of scales, over the full tensor do not have
+this property: a shard quantised alone differs from a slice of the full weight.)
 
 | format | bytes a value, blocks of 64 | from |
 |---|---|---|
@@ -12,7 +12,7 @@ this property: a shard quantised alone differs from a slice of the whole.)
 | `int8` | 1.0625: integers -127 to 127 | torchao |
 | `fp8` | 1.0625: float8 e4m3 | torchao |
 
-NF4 comes from bitsandbytes because torchao's has a mean over the whole tensor's scales; the others from torchao
+NF4 comes from bitsandbytes because torchao's has a mean over the full tensor's scales; the others from torchao
 because bitsandbytes has no integer of four bits.
 """
 
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
 
 
 class WeightFormat(ABC):
-    """One way to store a weight."""
+    """Format in which a weight is stored."""
 
     name: ClassVar[FormatName]
     bits: ClassVar[int]
@@ -56,15 +56,15 @@ class WeightFormat(ABC):
 
         Args:
             weight: [.., in], float32, contiguous.
-            block_size: values that share a scale; divides `in`.
+            block_size: Values that share a scale; divides `in`.
         """
 
     @abstractmethod
     def unpack(self, packed: Packed, block_size: int, dtype: torch.dtype) -> Tensor:
-        """The weight [.., in] again, in float32, float16 or bfloat16; rounded once from float32."""
+        """Return the weight [.., in] in float32, float16 or bfloat16, rounded once from float32."""
 
     def columns(self, codes: Tensor) -> int:
-        """Number of values in a row of codes."""
+        """Return the number of values in a row of codes."""
         return codes.shape[-1] * 8 // self.bits
 
 
@@ -72,7 +72,7 @@ class _NF4(WeightFormat):
     name, bits = "nf4", 4
 
     def pack(self, weight: Tensor, block_size: int) -> Packed:
-        # Nested (compressed) statistics would share an offset over the whole tensor.
+        # Nested (compressed) statistics would share an offset over the full tensor.
         codes, state = _bitsandbytes().quantize_4bit(
             weight, blocksize=block_size, quant_type="nf4", compress_statistics=False
         )
@@ -173,10 +173,10 @@ assert set(FORMATS) == set(get_args(FormatName))
 
 
 def weight_format(name: str, block_size: int) -> WeightFormat:
-    """The format of this name.
+    """Return the format of this name.
 
     Raises:
-        QuantizationError: there is none, or its blocks cannot have this size.
+        QuantizationError: There is none, or its blocks cannot have this size.
     """
     if not isinstance(name, str) or name not in FORMATS:
         raise QuantizationError(f"format={name!r}: expected one of {', '.join(FORMATS)}")
@@ -207,7 +207,7 @@ def _library(module: str, package: str) -> Any:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Both libraries log, when they are imported, which kernels of other machines they do without."""
+    """Silence what both libraries log on import about kernels of other machines."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -96,7 +96,7 @@ def grouped_linear_from(x: Tensor, source: Source, offsets: Tensor) -> Tensor:
 
 
 class KeptFactors(NamedTuple):
-    """A low-rank part that a packed layer keeps beside its codes, b @ a, local: `a` [.., r, in], `b` [.., out, r].
+    """Low-rank part b @ a that a packed layer keeps in addition to its codes, local: `a` [.., r, in], `b` [.., out, r].
 
     In float32, the part of the largest singular values first.
     """
@@ -106,23 +106,23 @@ class KeptFactors(NamedTuple):
 
 
 PRINCIPAL = ("weight_principal_a", "weight_principal_b")
-"""The parameters that hold the principal part of a packed weight."""
+"""Names of the parameters that hold the principal part of a packed weight."""
 
 _EXACT = ("weight_scale", *PRINCIPAL)
 
 
 class PackedLayer(ShardedTensors):
-    """What the packed layers share. Not constructed: see `pack_`.
+    """Base of the packed layers. Not constructed: see `pack_`.
 
     Attributes:
-        weight_packed: [.., out, in * bits / 8] uint8; divided like the weight.
-        weight_scale: [.., out, in / block_size] float32; divided like the weight, unless blocks straddle ranks.
-        storage: the format.
-        block_size: values of a row that share a scale.
-        compute_dtype: type of the dequantised weight; follows `module.to(dtype)`, as the packed tensors do not.
-        principal: the principal part of the weight, of which codes and scales hold the remainder: U sqrt(S) and
-            sqrt(S) Vᵀ. `None` where they hold all of it, or adapters took it over (`pissa_init`).
-        residual: the best approximation of what packing lost, U S and Vᵀ, if it was kept.
+        weight_packed: [.., out, in * bits / 8] uint8; sharded like the weight.
+        weight_scale: [.., out, in / block_size] float32; sharded like the weight, unless blocks straddle ranks.
+        storage: Format.
+        block_size: Values of a row that share a scale.
+        compute_dtype: Dtype of the dequantised weight; follows `module.to(dtype)`, as the packed tensors do not.
+        principal: Principal part of the weight, of which codes and scales hold the remainder: U sqrt(S) and
+            sqrt(S) Vᵀ. `None` where they hold all of it, or it was moved to adapters (`pissa_init`).
+        residual: Best approximation of what packing lost, U S and Vᵀ, if it was kept.
     """
 
     weight_packed: nn.Parameter
@@ -133,19 +133,19 @@ class PackedLayer(ShardedTensors):
 
     @property
     def principal(self) -> KeptFactors | None:
-        """The factors of the principal part; `None` if there is none."""
+        """Factors of the principal part; `None` if there is none."""
         a, b = (self.__dict__["_parameters"].get(name) for name in PRINCIPAL)
         return None if a is None or b is None else KeptFactors(a, b)
 
     def forget_principal(self) -> None:
-        """Give the principal part up: the weight is the remainder from now on."""
+        """Drop the principal part: the weight is the remainder from now on."""
         assert isinstance(self, nn.Module)
         for name in PRINCIPAL:
             self._parameters.pop(name, None)
 
     @property
     def residual(self) -> KeptFactors | None:
-        """The factors of what packing lost; `None` if they were not kept."""
+        """Factors of what packing lost; `None` if they were not kept."""
         a, b = (self.__dict__["_buffers"].get(f"residual_{name}") for name in "ab")
         return None if a is None or b is None else KeptFactors(a, b)
 
@@ -157,12 +157,12 @@ class PackedLayer(ShardedTensors):
             self._non_persistent_buffers_set.discard(name)
 
     def stored_tensors(self) -> list[Tensor]:
-        """What the local weight is stored in: codes, scales, and the factors of a principal part."""
+        """Return the tensors that store the local weight: codes, scales, and the factors of a principal part."""
         return [self.weight_packed, self.weight_scale, *(self.principal or ())]
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
-        """The local weight, made anew: [out, in], or [experts, out, in], in `compute_dtype`."""
+        """Dequantise the local weight: [out, in], or [experts, out, in], in `compute_dtype`."""
         packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
         if principal is None:
             return self.blocks.unpack(packed, self.compute_dtype)
@@ -173,19 +173,19 @@ class PackedLayer(ShardedTensors):
 
     @property
     def blocks(self) -> Blocks:
-        """How the weight is stored, and where this rank's share of it lies among the blocks."""
+        """Blocks of the weight, and this rank's share of them."""
         assert isinstance(self, nn.Module)
         return Blocks(self.storage, self.block_size, layout_of(self))
 
     @property
     def master_weight(self) -> Tensor:
-        """The full dequantised weight, on every rank. A collective; no gradient."""
+        """Full dequantised weight, on every rank. A collective; no gradient."""
         assert isinstance(self, nn.Module)
         return layout_of(self).weight().gather(self.dequantized_weight())
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            # Not a property: code that looks at a weight in passing would dequantise it unknowingly.
+            # Not a property: code that reads a weight in passing would dequantise it unintentionally.
             raise AttributeError(
                 f"the weight of this {type(self).__name__} is packed as {self.storage.name}; "
                 "dequantized_weight() makes a copy of it"
@@ -209,11 +209,11 @@ class PackedLayer(ShardedTensors):
         return applied
 
     def extra_repr(self) -> str:
-        """The layer's own, and how it is stored."""
+        """Return the layer's own, and the format."""
         own = super().extra_repr()  # type: ignore[misc]  # nn.Module's: the mixin stands before it
         principal = self.principal
-        beside = "" if principal is None else f" + rank {principal.a.shape[-2]}"
-        return f"{own}, weight={self.storage.name}/{self.block_size}{beside}"
+        part = "" if principal is None else f" + rank {principal.a.shape[-2]}"
+        return f"{own}, weight={self.storage.name}/{self.block_size}{part}"
 
 
 def packed_form(layer: nn.Module) -> PackedLayer | None:
@@ -236,7 +236,7 @@ class PackedColumnParallelLinear(PackedLayer, ColumnParallelLinear):
     """`ColumnParallelLinear` with a packed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer's own."""
+        """x -> y, in the states of the layer's own forward."""
         return self.exit(linear_from(self.enter(x), self.dequantized_weight))
 
 
@@ -244,7 +244,7 @@ class PackedRowParallelLinear(PackedLayer, RowParallelLinear):
     """`RowParallelLinear` with a packed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer's own."""
+        """x -> y, in the states of the layer's own forward."""
         return self.exit(linear_from(self.enter(x), self.dequantized_weight))
 
 
@@ -252,7 +252,7 @@ class PackedGroupedColumnParallelLinear(PackedLayer, GroupedColumnParallelLinear
     """`GroupedColumnParallelLinear` with a packed weight."""
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """As the layer's own."""
+        """x [tokens, in], tokens_per_expert [local experts] -> [tokens, out], in the layer's own states."""
         return grouped_linear_from(x, self.dequantized_weight, group_offsets(tokens_per_expert))
 
 
@@ -260,7 +260,7 @@ class PackedGroupedRowParallelLinear(PackedLayer, GroupedRowParallelLinear):
     """`GroupedRowParallelLinear` with a packed weight."""
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """As the layer's own."""
+        """x [tokens, in], tokens_per_expert [local experts] -> [tokens, out], in the layer's own states."""
         return grouped_linear_from(x, self.dequantized_weight, group_offsets(tokens_per_expert))
 
 
@@ -287,12 +287,12 @@ _register()
 
 
 def can_be_packed(module: nn.Module) -> bool:
-    """Whether `pack_` takes this module."""
+    """Whether `pack_` accepts this module."""
     return type(module) in PACKED_CLASSES
 
 
 def check_packable(layer: nn.Module, format_name: FormatName, block_size: int, name: str) -> nn.Parameter:
-    """The layer's weight, if `pack_` takes it once it holds values; raises what `pack_` raises otherwise."""
+    """Check that `pack_` accepts the layer once it holds values, and return its weight; errors as in `pack_`."""
     weight = layer.weight if can_be_packed(layer) else None
     if not isinstance(weight, nn.Parameter):
         raise QuantizationError(f"{name}: a {type(layer).__name__} cannot be packed")
@@ -301,7 +301,7 @@ def check_packable(layer: nn.Module, format_name: FormatName, block_size: int, n
 
 
 def check_has_values(layer: nn.Module, name: str) -> None:
-    """Raise what `pack_` raises where the layer's weight is on the meta device; its bias may be read later."""
+    """Check that the layer's weight is not on the meta device; its bias may be read later."""
     weight: Any = layer.weight
     if weight.is_meta:
         raise QuantizationError(f"{name} holds no values yet: load the model before packing it")
@@ -320,18 +320,18 @@ def pack_(
     """Pack a layer's weight, in place; it is frozen from then on. A collective where blocks straddle ranks.
 
     Args:
-        layer: of a class in `PACKED_CLASSES`.
+        layer: Layer of a class in `PACKED_CLASSES`.
         format_name: `nf4 int8 int4 fp8`.
-        block_size: consecutive values of a row that share a scale.
-        name: of the layer, for messages.
-        principal: a low-rank part of the weight, local, which the layer keeps as it is; the remainder is packed.
-        with_residual: return what packing lost.
+        block_size: Consecutive values of a row that share a scale.
+        name: Name of the layer, for messages.
+        principal: Low-rank part of the weight, local, which the layer keeps as it is; the remainder is packed.
+        with_residual: Return what packing lost.
 
     Returns:
         The local residual, W - dequantised W, [.., out, in] float32, if asked for.
 
     Raises:
-        QuantizationError: rows do not divide into blocks; the layer is of another class, or holds no values yet.
+        QuantizationError: Rows do not divide into blocks; the layer is of another class, or holds no values yet.
     """
     name = name or type(layer).__name__
     weight = check_packable(layer, format_name, block_size, name)
@@ -367,7 +367,7 @@ def pack_(
 
 @torch.no_grad()
 def unpack_(layer: nn.Module) -> None:
-    """The inverse of `pack_`, but for what packing lost: the layer's own class, with the dequantised weight, frozen."""
+    """Undo `pack_`, except for what packing lost: the layer's own class, with the dequantised weight, frozen."""
     form = packed_form(layer)
     assert form is not None
     weight = nn.Parameter(form.dequantized_weight(), requires_grad=False)

@@ -46,24 +46,24 @@ DEFAULT_EXCLUDED = ("output_layer", "lm_head", "embed_out", "router", "gate", "s
 
 @dataclass(frozen=True)
 class BaseQuantizer:
-    """Packs layers one at a time; a loader uses it on each layer as soon as its weight is there.
+    """Packs layers one at a time; a loader uses it on each layer as soon as its weight is read.
 
     Attributes:
         format: `nf4 int8 int4 fp8`, see [`formats`][meshpeft.quantization.formats].
-        block_size: consecutive values of a row that share a scale.
-        residual_rank: rank of the factors of W - dequantised W that each layer keeps for `svdquant_init`; `None`
+        block_size: Consecutive values of a row that share a scale.
+        residual_rank: Rank of the factors of W - dequantised W that each layer keeps for `svdquant_init`; `None`
             keeps none.
-        exact_svd: of the residuals and principal parts; randomised otherwise.
-        target_modules: names, or patterns with `*` of full names, of the layers to pack; `None`: every linear layer.
-        exclude_modules: of the layers to keep; one that matches nothing is warned of.
-        principal_rank: rank of the part of W, its largest singular values, that each layer keeps as it is in two
+        exact_svd: Decompose residuals and principal parts in full; randomised otherwise.
+        target_modules: Names, or patterns with `*` of full names, of the layers to pack; `None`: every linear layer.
+        exclude_modules: Names or patterns of the layers to keep; one that matches nothing is warned of.
+        principal_rank: Rank of the part of W, its largest singular values, that each layer keeps as it is in two
             factors; the remainder is packed, and the dequantised weight is the sum. `pissa_init` moves that part into
             the adapters (QPiSSA, Meng et al. 2024). `None` packs all of W.
-        principal_modules: which of the packed layers keep such a part: names or patterns; or a method (`LoRA(..)`),
+        principal_modules: Which of the packed layers keep such a part: names or patterns; or a method (`LoRA(..)`),
             for the layers that it would adapt; `None`: all.
 
     Raises:
-        QuantizationError: an unknown format, a block size or a rank that cannot be.
+        QuantizationError: Unknown format; a block size or a rank that is not possible.
     """
 
     format: FormatName = "nf4"
@@ -82,7 +82,9 @@ class BaseQuantizer:
             if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise QuantizationError(f"{option}={rank!r}: expected an integer of at least 1, or None to keep none")
         if self.principal_modules is not None and self.principal_rank is None:
-            raise QuantizationError("principal_modules says which layers keep a principal part: give principal_rank")
+            raise QuantizationError(
+                "principal_modules names the layers that keep a principal part: give principal_rank"
+            )
         for option in ("target_modules", "exclude_modules", "principal_modules"):
             patterns = getattr(self, option)
             if isinstance(patterns, str):
@@ -92,10 +94,10 @@ class BaseQuantizer:
                     raise QuantizationError(f"{option}: {pattern!r} is no pattern; expected names, or patterns with *")
 
     def layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The layers to pack, by full name; the model may be on the meta device.
+        """Return the layers to pack, by full name; the model may be on the meta device.
 
         Raises:
-            QuantizationError: there is none, or a pattern matches nothing; rows that do not divide into blocks; a
+            QuantizationError: There is none, or a pattern matches nothing; rows that do not divide into blocks; a
                 weight that two layers share.
         """
         layers = dict(_linear_layers(model))
@@ -133,7 +135,7 @@ class BaseQuantizer:
     def pack_(self, layer: nn.Module, name: str) -> None:
         """Pack one layer, in place.
 
-        A collective over the axis that divides it, where its blocks straddle ranks or a part of it is kept.
+        A collective over the axis that shards it, where its blocks straddle ranks or a part of it is kept.
         """
         rank = self.residual_rank
         principal = self._principal_part(layer, name)
@@ -186,7 +188,7 @@ def quantize_base(
     parts are kept.
 
     Args:
-        model: holds its values already. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
+        model: Model that holds its values. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
         format: `nf4` and `int4` take 0.5625 bytes a value, `int8` and `fp8` 1.0625.
         residual_rank, block_size, exact_svd, target_modules, exclude_modules, principal_rank, principal_modules: see
             [`BaseQuantizer`][meshpeft.quantization.BaseQuantizer]. By default the vocabulary head, routers and gates
@@ -196,7 +198,7 @@ def quantize_base(
         The model.
 
     Raises:
-        QuantizationError: nothing to pack, or a pattern that matches nothing; rows that do not divide into blocks; a
+        QuantizationError: Nothing to pack, or a pattern that matches nothing; rows that do not divide into blocks; a
             weight that two layers share, that holds no values yet, or that an adapter is merged into. Nothing is
             packed then.
 
@@ -229,7 +231,7 @@ def quantize_base(
 
 
 def dequantize_base(model: Model) -> Model:
-    """Turn packed layers back into ordinary ones with the dequantised weights, in place, one after the other.
+    """Turn packed layers into ordinary ones with the dequantised weights, in place, one after the other.
 
     The model computes what it did; an adapter that was trained on the packed base can then be merged into it.
 
@@ -251,7 +253,7 @@ def forget_residuals(model: nn.Module) -> None:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that can be packed and those that are, by their full names; each once."""
+    """Yield the layers that can be packed and those that are, with their full names; each once."""
     seen: set[int] = set()
     for place, module in walk(model):
         layer = base_of(module)
@@ -261,7 +263,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unmet(patterns: Sequence[str] | None, names: list[str], kind: str) -> Iterator[str]:
-    """What to say of each pattern that matches none of the names."""
+    """Yield a sentence on each pattern that matches none of the names."""
     for pattern in patterns or ():
         if not any(is_target(pattern, name) for name in names):
             yield f"{pattern!r} matches no {kind}; nearest: {', '.join(nearest_names(pattern, names)) or 'none'}"
@@ -272,13 +274,13 @@ def _matches_any(patterns: Sequence[str], name: str) -> bool:
 
 
 class PackedSize(NamedTuple):
-    """What the packed layers of a model store, over all ranks that share it.
+    """Size of a model's packed layers, over all ranks that share it.
 
     Attributes:
-        layers: packed layers.
-        parameters: of their weights.
-        bytes: of the codes and scales, and of principal parts that are still beside them, as the ranks hold them.
-        formats: their names.
+        layers: Number of packed layers.
+        parameters: Number of parameters of their weights.
+        bytes: Bytes of codes and scales, and of principal parts that are still kept, as the ranks hold them.
+        formats: Names of their formats.
     """
 
     layers: int

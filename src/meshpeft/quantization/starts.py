@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """One pair of factors on one layer, all of its rows or those of one part.
+    """One pair of factors on one layer: on all of its rows, or on those of one part.
 
     Attributes:
         name: Name of the layer.
@@ -73,14 +73,14 @@ class AdapterSite:
         return None if fused_parts is None or self.term.part is None else fused_parts.names.index(self.term.part)
 
     def rows_of(self, full: Tensor) -> Tensor:
-        """The adapter's rows of a full matrix [.., out, n] in canonical order."""
+        """Return the adapter's rows of a full matrix [.., out, n] in canonical order."""
         fused_parts = self.layout.fused_parts
         if self.part is None or fused_parts is None:
             return full
         return full.split(list(fused_parts.sizes), -2)[self.part]
 
     def leading(self, kept: KeptFactors) -> LowRank:
-        """The adapter's rows, and as many columns as its rank, of a part that the layer keeps; full matrices."""
+        """Return the adapter's rows, and as many columns as its rank, of a part that the layer keeps; full matrices."""
         full, rank = gathered_factors(kept.a, kept.b, self.layout), self.adapter.dim
         return LowRank(self.rows_of(full.left)[..., :rank], full.right[..., :rank, :])
 
@@ -89,8 +89,8 @@ class AdapterSite:
         """Make the adapter's product s B A equal `part.left @ part.right`, given as full matrices.
 
         Args:
-            part: of the adapter's rank.
-            keep_start: the base's weight gives this part up, unrounded.
+            part: Low-rank part, of the adapter's rank.
+            keep_start: Keep the part, unrounded, as what is moved from the base's weight.
         """
         factors = (self.adapter.linear_in, self.adapter.linear_out)
         layout_a, layout_b = (self._layout(factor.weight) for factor in factors)
@@ -102,30 +102,30 @@ class AdapterSite:
 
     @torch.no_grad()
     def clear(self, kept: KeptFactors) -> None:
-        """Make zero what `leading` gave, in the layer's own factors."""
+        """Set to zero what `leading` returned, in the layer's own factors."""
         layout = self.layout.factor_b(kept.b.shape[-1])
         rows = kept.b if self.part is None else layout.part_views(kept.b.detach())[self.part]
         rows.detach()[..., : self.adapter.dim].zero_()
 
     @torch.no_grad()
     def set_zero(self) -> None:
-        """Make both factors zero."""
+        """Set both factors to zero."""
         self.adapter.linear_in.weight.zero_()
         self.adapter.linear_out.weight.zero_()
 
     @torch.no_grad()
     def subtract_from(self, weight: Tensor) -> None:
-        """Weight - s B A in place, of the adapter's rows; computed in float64, rounded once."""
+        """Subtract s B A from the adapter's rows of the weight, in place; computed in float64, rounded once."""
         a, b = self.adapter.linear_in.weight, self.adapter.linear_out.weight
         product = (b.double() @ a.double()).mul_(self.adapter.scale)
         rows = weight.detach() if self.part is None else self.layout.weight().part_views(weight.detach())[self.part]
         rows.sub_(product.reshape(rows.shape))
 
     def check(self, method: Literal["svdquant", "pissa"]) -> None:
-        """Whether the adapter can start by this method.
+        """Check that the adapter can start by this method.
 
         Raises:
-            QuantizationError: the experts share one adapter; see `check_start`.
+            QuantizationError: The experts share one adapter; see `check_start`.
         """
         for factor in (self.adapter.linear_in, self.adapter.linear_out):
             self._layout(factor.weight)
@@ -148,15 +148,15 @@ def adapter_sites(
     adapter_name: str | None = None,
     layers: Sequence[tuple[str, AdapterWrapper]] | None = None,
 ) -> Iterator[AdapterSite]:
-    """Every adapter that can start from weights; routers are left alone.
+    """Yield every adapter that can start from weights; routers are left alone.
 
     Args:
-        model: with adapters; or a list of its chunks.
-        adapter_name: of the adapters, on layers where they have names; `None` where each layer has one only.
-        layers: some adapted layers with their names; `None` means all of the model's.
+        model: Model with adapters; or list of its chunks.
+        adapter_name: Name of the adapters, on layers where they have names; `None` where each layer has one only.
+        layers: Some adapted layers with their names; `None` means all of the model's.
 
     Raises:
-        QuantizationError: there is none; a layer has several adapters and `adapter_name` does not choose.
+        QuantizationError: There is none; a layer has several adapters and `adapter_name` does not choose.
     """
     found = False
     for name, wrapper in adapter_wrappers(model) if layers is None else layers:
@@ -180,10 +180,10 @@ def _terms_of(name: str, wrapper: AdapterWrapper, adapter_name: str | None) -> l
 
 
 def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: int, name: str) -> None:
-    """Whether an adapter of this rank on a layer can start by this method.
+    """Check that an adapter of this rank on a layer can start by this method.
 
     Raises:
-        QuantizationError: see `svdquant_init` and `pissa_init`.
+        QuantizationError: See `svdquant_init` and `pissa_init`.
     """
     if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
         raise QuantizationError(f"{name} holds no values yet: load the model before its adapters start from them")
@@ -211,14 +211,14 @@ def check_start(method: Literal["svdquant", "pissa"], layer: nn.Module, rank: in
 
 
 def check_unshared(model: list[nn.Module], layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Whether no other layer would change with the weights of these, which `pissa_init` changes.
+    """Check that no other layer shares the weights of these, which `pissa_init` changes.
 
     Args:
-        model: its chunks.
-        layers: with their names; packed ones have no weight to share.
+        model: Chunks of the model.
+        layers: Layers with their names; packed ones have no weight to share.
 
     Raises:
-        QuantizationError: a weight belongs to another layer too.
+        QuantizationError: A weight belongs to another layer too.
     """
     owners = Counter(id(own) for chunk in model for _, own in chunk.named_parameters(remove_duplicate=False))
     for name, layer in layers:
@@ -240,7 +240,7 @@ def _layer_type(layer: nn.Module) -> LayerType:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32, or its own wider type."""
+    """Return the tensor in float32, or in its own wider dtype."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -261,22 +261,23 @@ def svdquant_init(
     """Start adapters from what quantising their layers' weights lost.
 
     With the rank-r singular value decomposition U S Vᵀ of W - quant(W): A = Vᵀ, B = U S / s, so that the adapter's
-    s B A is the best rank-r approximation of the residual at any scale s. Of the full matrix where it is divided, per
-    expert where they are stacked, so that it is the same at every layout. Layers packed by `quantize_base` no longer
-    have W: their factors are those that `quantize_base(residual_rank=r)` kept.
+    s B A is the best rank-r approximation of the residual at any scale s. The full matrix is decomposed where it is
+    sharded, and each expert's where they are stacked, so that it is the same at every layout. Layers packed by
+    `quantize_base` no longer have W: their factors are those that `quantize_base(residual_rank=r)` kept.
 
     A layer that is not quantised gets zeros in both factors, and one warning names such layers.
 
     Args:
-        model: with adapters (LoRA, Canonical LoRA, DoRA, or named ones) on quantised layers; or a list of its chunks.
-        adapter_name: where layers have several adapters, the name of the one to start.
-        layers: adapted layers of the model, with their names; `None` means all.
-        exact: decompose in full, in float64. Layers packed with kept residuals: see `quantize_base(exact_svd=..)`.
-        power_iterations, oversampling: of the randomised decomposition, see `low_rank_part`.
+        model: Model with adapters (LoRA, Canonical LoRA, DoRA, or named ones) on quantised layers; or list of its
+            chunks.
+        adapter_name: Name of the adapter to start, where layers have several.
+        layers: Adapted layers of the model, with their names; `None` means all.
+        exact: Decompose in full, in float64. For layers packed with kept residuals see `quantize_base(exact_svd=..)`.
+        power_iterations, oversampling: Options of the randomised decomposition, see `low_rank_part`.
 
     Raises:
-        QuantizationError: a packed layer kept no residual, or one of a lower rank than the adapter's; experts that
-            share an adapter; no adapter. Collectives over the axes that divide the weights.
+        QuantizationError: A packed layer kept no residual, or one of a lower rank than the adapter's; experts that
+            share an adapter; no adapter. Collectives over the axes that shard the weights.
     """
     options = {"exact": exact, "power_iterations": power_iterations, "oversampling": oversampling}
     sites = list(adapter_sites(model, adapter_name, layers))
@@ -312,23 +313,23 @@ def pissa_init(
     power_iterations: int | None = None,
     oversampling: int = 16,
 ) -> None:
-    """Start adapters from the principal part of their layers' weights, which give it up (PiSSA, Meng et al. 2024).
+    """Move the principal part of the layers' weights to their adapters (PiSSA, Meng et al. 2024).
 
     With the rank-r decomposition U S Vᵀ of W: A = sqrt(S) Vᵀ, B = U sqrt(S) / s, and W becomes W - s B A, so that
     the model computes what it did. Its base is no longer the one that was loaded; the adapter keeps the factors of the
     part that was taken, so that it is exported (at twice its rank) as the change of the base as it was.
 
     A packed layer no longer has W: its adapter takes over the principal part that `quantize_base(principal_rank=r)`
-    kept beside the remainder's codes (QPiSSA). The adapter is then a change of the base that is packed so.
+    kept in addition to the remainder's codes (QPiSSA). The adapter is then a change of the base that is packed so.
 
     Args:
-        model: with adapters on layers whose weights are stored as they are used, or packed with a principal part; or a
-            list of its chunks.
-        adapter_name, layers, exact, power_iterations, oversampling: as in `svdquant_init`. Principal parts of packed
-            layers: see `quantize_base(exact_svd=..)`.
+        model: Model with adapters on layers whose weights are stored as they are used, or packed with a principal part;
+            or list of its chunks.
+        adapter_name, layers, exact, power_iterations, oversampling: As in `svdquant_init`; for the principal parts of
+            packed layers see `quantize_base(exact_svd=..)`.
 
     Raises:
-        QuantizationError: a quantised weight kept no principal part, or one of a lower rank than the adapter's; a
+        QuantizationError: A quantised weight kept no principal part, or one of a lower rank than the adapter's; a
             weight is shared with another layer; experts that share an adapter. Nothing is changed then.
     """
     # In float64, so that a run that goes on elsewhere takes the same part out of the weights.
@@ -355,7 +356,7 @@ def pissa_init(
 
 
 def _give_up(sites: list[AdapterSite]) -> None:
-    """Take from packed layers what their adapters took over; all of a principal part, if they took it all."""
+    """Remove from packed layers what was moved to their adapters; the principal part itself, if all of it was."""
     by_layer: dict[int, list[AdapterSite]] = {}
     for site in sites:
         by_layer.setdefault(id(site.base), []).append(site)
@@ -371,17 +372,17 @@ def _give_up(sites: list[AdapterSite]) -> None:
 
 
 def keep_starts(model: nn.Module) -> None:
-    """Make room for what `pissa_init` keeps, in a model whose adapters are about to be loaded.
+    """Prepare adapters for loading what `pissa_init` kept in a checkpoint.
 
     Raises:
-        QuantizationError: the model has no adapter.
+        QuantizationError: The model has no adapter.
     """
     for site in adapter_sites(model):
         site.adapter.keep_start()
 
 
 class _Waiting:
-    """Full matrices of adapters that start from them: those of one shape and rank are decomposed together."""
+    """Full matrices that wait to be decomposed: those of one shape and rank together."""
 
     def __init__(self, options: Mapping[str, Any], balanced: bool = False) -> None:
         self._options, self._balanced = options, balanced
@@ -389,7 +390,7 @@ class _Waiting:
         self._bytes = 0
 
     def add(self, site: AdapterSite, matrices: Tensor) -> None:
-        """`matrices`: [out, in], or [experts, out, in]."""
+        """Add the matrices of one adapter, [out, in] or [experts, out, in]."""
         key = (*matrices.shape[-2:], matrices.dtype, matrices.device, site.adapter.dim)
         self._groups.setdefault(key, []).append((site, matrices))
         self._bytes += matrices.nbytes

@@ -46,7 +46,7 @@ class LowRank(NamedTuple):
     right: Tensor
 
     def balanced(self) -> LowRank:
-        """The same product, its singular values divided evenly between the factors."""
+        """Return factors of the same product with the singular values split evenly between them."""
         roots = torch.linalg.vector_norm(self.left, dim=-2).sqrt()
         safe = roots.clamp_min(torch.finfo(roots.dtype).tiny)
         return LowRank(self.left / safe.unsqueeze(-2), self.right * roots.unsqueeze(-1))
@@ -62,20 +62,20 @@ def low_rank_part(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> LowRank:
-    """The rank-r truncated singular value decomposition of each matrix.
+    """Compute the rank-r truncated singular value decomposition of each matrix.
 
-    It depends on nothing but the matrix and the options: every matrix of one shape meets the same random block, drawn
-    on the CPU. Signs are fixed (the largest entry of each row of `right` is positive).
+    It depends on nothing but the matrix and the options: every matrix of one shape is multiplied by the same random
+    block, drawn on the CPU. Signs are fixed (the largest entry of each row of `right` is positive).
 
     Args:
         matrices: [.., m, n], float32 or float64; narrower types are widened to float32.
-        rank: r. Beyond min(m, n), both factors are padded with zeros.
-        exact: decompose in full, in float64.
-        power_iterations: products with M Mᵀ; `None`: 6, or 8 and 12 for matrices whose smaller side is above 512 and
+        rank: Rank r. Beyond min(m, n), both factors are padded with zeros.
+        exact: Decompose in full, in float64.
+        power_iterations: Products with M Mᵀ; `None`: 6, or 8 and 12 for matrices whose smaller side is above 512 and
             1,024. Then, with the default oversampling, the captured energy is within 1% of the optimum for every
             spectrum, noise included (99.6% of it for noise of 4,096 x 11,008).
         oversampling: columns of the random block beyond the rank.
-        seed: of the random block.
+        seed: Seed of the random block.
         dtype: to compute in, float32 or float64; `None`: that of the (widened) matrices. In float64 the part is the
             same to 12 digits and more on every machine, with any number of threads.
 
@@ -83,7 +83,7 @@ def low_rank_part(
         Factors in that type.
 
     Raises:
-        ValueError: a rank below 1, a negative number of iterations or columns.
+        ValueError: A rank below 1, a negative number of iterations or columns.
     """
     if power_iterations is None:
         power_iterations = next(products for side, products in _PRODUCTS if min(matrices.shape[-2:]) <= side)
@@ -111,11 +111,11 @@ def _decomposed(
     if dtype is None:
         dtype = torch.promote_types(matrices.dtype, torch.float32)
     width = rank + oversampling
-    whole = exact or width >= min(m, n)
-    step = max(1, _BATCH_BYTES // max(1, m * n * (8 if whole else dtype.itemsize)))
+    full = exact or width >= min(m, n)
+    step = max(1, _BATCH_BYTES // max(1, m * n * (8 if full else dtype.itemsize)))
     parts = []
     for batch in flat.split(step):
-        if whole:
+        if full:
             part = _exact(batch.double(), rank)
         elif m > n:
             part = _swapped(_randomised(batch.to(dtype).mT, rank, width, power_iterations, seed))
@@ -133,7 +133,7 @@ def _exact(matrices: Tensor, rank: int) -> LowRank:
 
 
 def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: int) -> LowRank:
-    """For m <= n: subspace iteration with M Mᵀ on a block [.., m, width], then its Rayleigh-Ritz vectors."""
+    """Decompose matrices with m <= n: subspace iteration with M Mᵀ on a block [.., m, width], then Rayleigh-Ritz."""
     m = matrices.shape[-2]
     generator = torch.Generator().manual_seed(seed)
     # M Mᵀ is made once where that is cheaper than multiplying by M and Mᵀ each time.
@@ -168,7 +168,7 @@ def _randomised(matrices: Tensor, rank: int, width: int, products: int, seed: in
 
 
 def _gram(matrices: Tensor) -> Tensor:
-    """M Mᵀ [.., m, m]; of the two quarters that mirror each other, one is computed."""
+    """Return M Mᵀ [.., m, m]; of the two quarters that mirror each other, one is computed."""
     half = matrices.shape[-2] // 2
     top, bottom = matrices[..., :half, :], matrices[..., half:, :]
     gram = matrices.new_empty(*matrices.shape[:-1], matrices.shape[-2])
@@ -179,7 +179,7 @@ def _gram(matrices: Tensor) -> Tensor:
 
 
 def _ritz_vectors(basis: Tensor, square: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values and vectors of M Mᵀ in a subspace, largest first, and M Mᵀ times the vectors."""
+    """Return Ritz values and vectors of M Mᵀ in a subspace, largest first, and M Mᵀ times the vectors."""
     squared = square(basis)
     values, vectors = torch.linalg.eigh(basis.mT @ squared)
     values, vectors = values.flip(-1), vectors.flip(-1)
@@ -187,7 +187,7 @@ def _ritz_vectors(basis: Tensor, square: Callable[[Tensor], Tensor]) -> tuple[Te
 
 
 def _filtered(values: Tensor, ritz: Tensor, squared: Tensor, square: Callable[[Tensor], Tensor], degree: int) -> Tensor:
-    """T_degree((M Mᵀ - c) / c) on the Ritz vectors: at most 1 on [0, 2c], growing fast above.
+    """Apply T_degree((M Mᵀ - c) / c) to the Ritz vectors: at most 1 on [0, 2c], growing fast above.
 
     2c is the smallest Ritz value, kept away from zero: a matrix of low rank has none to spare. The vectors' columns
     are rescaled, so that large ones do not drown small ones when they are orthonormalised.
@@ -201,14 +201,14 @@ def _filtered(values: Tensor, ritz: Tensor, squared: Tensor, square: Callable[[T
 
 
 def _swapped(part: LowRank) -> LowRank:
-    """The part of Mᵀ -> that of M: the singular values move to the other factor."""
+    """Turn the part of Mᵀ into that of M: the singular values move to the other factor."""
     values = torch.linalg.vector_norm(part.left, dim=-2)
     safe = values.clamp_min(torch.finfo(values.dtype).tiny)
     return LowRank(part.right.mT * values.unsqueeze(-2), (part.left / safe.unsqueeze(-2)).mT)
 
 
 def _with_fixed_signs(part: LowRank) -> LowRank:
-    """A decomposition is unique up to the signs of its pairs of vectors; roundings decide them otherwise."""
+    """Fix the signs of the pairs of vectors, which rounding would decide: a decomposition is unique up to them."""
     largest = part.right.gather(-1, part.right.abs().argmax(-1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(part.right.dtype)
     return LowRank(part.left * signs.mT, part.right * signs)
@@ -224,9 +224,9 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
-    """This rank's slice of a weight, or of what is laid out like it -> [out, in], or [local experts, out, in].
+    """Gather a weight, or what has its layout, from this rank's slice: [out, in], or [local experts, out, in].
 
-    Canonical rows, the same on every rank of the axis that divides the weight. A collective over that axis.
+    Canonical rows, the same on every rank of the axis that shards the weight. A collective over that axis.
     """
     return of_local_experts(layout.weight(), layout).gather(local)
 
@@ -234,12 +234,12 @@ def full_matrices(local: Tensor, layout: LinearLayout) -> Tensor:
 def local_factors(
     part: LowRank, layout_a: TensorLayout, layout_b: TensorLayout, layout: LinearLayout
 ) -> tuple[Tensor, Tensor]:
-    """This rank's slices of A = Vᵀ [.., r, in] and B = U S [.., out, r].
+    """Return this rank's slices of A = Vᵀ [.., r, in] and B = U S [.., out, r].
 
     Args:
-        part: of the matrices that `full_matrices` gave.
-        layout_a, layout_b: of the adapter's factors.
-        layout: of the layer.
+        part: Low-rank part of the matrices that `full_matrices` returned.
+        layout_a, layout_b: Layouts of the adapter's factors.
+        layout: Layout of the layer.
     """
     a = of_local_experts(layout_a, layout).slice(part.right)
     b = of_local_experts(layout_b, layout).slice(part.left)
@@ -247,14 +247,14 @@ def local_factors(
 
 
 def gathered_factors(a: Tensor, b: Tensor, layout: LinearLayout) -> LowRank:
-    """The inverse of `local_factors`, for factors that are laid out like those of a fused adapter."""
+    """Undo `local_factors`, for factors with the layout of a fused adapter's."""
     rank = a.shape[-2]
     layout_a, layout_b = (of_local_experts(each(rank), layout) for each in (layout.factor_a, layout.factor_b))
     return LowRank(layout_b.gather(b), layout_a.gather(a))
 
 
 def of_local_experts(tensor: TensorLayout, layout: LinearLayout) -> TensorLayout:
-    """The layout within one rank's experts: dim 0 counts these, and is not divided."""
+    """Return the layout within one rank's experts: dim 0 counts these, and is not sharded."""
     expert_axis = layout.expert_axis
     if expert_axis is None or not tensor.is_stacked:
         return tensor

@@ -39,15 +39,15 @@ def update_model(model: Model, config: PEFTConfig | Mapping[str, Any]) -> Model:
     any other. Routers are left alone.
 
     Args:
-        model: of any layers that have a registered layout, or a list (or tuple) of its chunks. Its mode (training or
+        model: Model with layers that have a registered layout, or list (or tuple) of its chunks. Its mode (training or
             evaluation) is kept.
-        config: a `PEFTConfig`, or a dict of its fields.
+        config: `PEFTConfig`, or dict of its fields.
 
     Returns:
         The model (the chunks); a new wrapper if the model itself is one linear layer.
 
     Raises:
-        AdapterError: a pattern matches no layer; a layer has an adapter of this name, or one that was not put there
+        AdapterError: A pattern matches no layer; a layer has an adapter of this name, or one that was not put there
             by this function. Nothing is changed then.
 
     Example:
@@ -147,7 +147,7 @@ class _PatternLoRA(PEFT):
         wrapper.add(self.config.adapter_name, adapter)
 
     def freeze_model(self, model: nn.Module, training: bool = True) -> None:
-        """What the configuration says about the base and about this adapter; other adapters are left as they are."""
+        """Freeze the base and this adapter as the configuration states; other adapters are left as they are."""
         wrappers = [wrapper for _, wrapper in adapter_wrappers(model)]
         if self.config.freeze_base_model:
             adapters = {id(parameter) for wrapper in wrappers for parameter in wrapper.adapter.parameters()}
@@ -160,7 +160,7 @@ class _PatternLoRA(PEFT):
                     term.adapter.requires_grad_(not self.config.freeze_lora_weights)
 
     def initialize(self, chunks: list[nn.Module]) -> None:
-        """Start the adapters that start from the weights. Collectives, where the weights are divided."""
+        """Start the adapters that start from the weights. Collectives, where the weights are sharded."""
         for method, layers in self._initialized_later.items():
             start = svdquant_init if method == "svdquant" else pissa_init
             start(chunks, adapter_name=self.config.adapter_name, layers=layers)
@@ -171,7 +171,7 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Full name and module of every layer that can carry an adapter, or does."""
+    """Yield full name and module of every layer that can carry an adapter, or does."""
     for place, module in walk(model):
         if _is_adaptable(base_of(module)):
             yield place.full_name, module
