@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
-
-from meshpeft.models import DecoderConfig, LanguageModel
+from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.training.adapters import (
     add_adapter,
@@ -86,7 +82,7 @@ def plan_run(config: FinetuneConfig) -> str:
     dtype = tensor_type(config.dtype)
     found = plan(
         base.config,
-        _quietly(config),
+        partial(add_adapter, config=config),
         **_layout(config, world),
         micro_batch_size=config.micro_batch_size,
         seq_length=config.seq_length,
@@ -121,7 +117,7 @@ def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, 
 
 
 def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
-    adapt, layout = _quietly(_at_random(config)), _layout(config, world)
+    adapt, layout = partial(add_adapter, config=_at_random(config)), _layout(config, world)
     options: dict[str, Any] = {
         "activation_checkpointing": config.activation_checkpointing,
         "quantizer": base_quantizer(config, default_layers_of(base), residuals=True),
@@ -195,18 +191,6 @@ def _size(count: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
-
-
-def _quietly(config: FinetuneConfig) -> Callable[[LanguageModel], nn.Module]:
-    """Return a function that adds the run's adapter to a model, without the warnings that were given already."""
-
-    def adapt(model: LanguageModel) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            add_adapter(model, config)
-        return model
-
-    return adapt
 
 
 def _at_random(config: FinetuneConfig) -> FinetuneConfig:
