@@ -17,7 +17,7 @@ from meshpeft.data.tokenizers import end_tokens
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.training.adapters import adapter_method, base_quantizer
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.report import MetricsLog, check_rows
+from meshpeft.training.report import MetricsLog, check_metrics
 
 RUN = FinetuneConfig(
     model=Path("base"), data=(Path("a.jsonl"),), steps=3, quantize="nf4", target_modules=("linear_qkv", "*.0.*.x")
@@ -138,7 +138,7 @@ def test_no_metrics_of_a_checkpoint_end_in_a_traceback(count: int, tmp_path: Pat
         except (ValueError, RecursionError):  # where a manifest is parsed, this is a sentence
             continue
         with guarded(tmp_path, rng):
-            check_rows(rows, "step-00000001")
+            check_metrics(rows, "step-00000001")
             log = MetricsLog()
             log.restore(rows)
             log.write_to(tmp_path / "metrics.jsonl")
@@ -163,4 +163,4 @@ def test_no_generation_config_ends_in_a_traceback(count: int, tmp_path: Path) ->
 
 def test_errors_of_metrics_name_their_checkpoint() -> None:
     with pytest.raises(MeshPEFTError, match="step-1: a row of its metrics is"):
-        check_rows([{"step": "1"}], "step-1")
+        check_metrics([{"step": "1"}], "step-1")

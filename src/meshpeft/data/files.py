@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 from meshpeft.parallel.errors import MeshPEFTError, first_line, shown
 
-__all__ = ["MOST_CHARACTERS", "DataError", "Row", "check_plain", "check_text", "identity", "read_rows"]
+__all__ = ["MOST_CHARACTERS", "DataError", "Row", "check_plain", "check_text", "resolved", "read_rows"]
 
 MOST_ROW_CHARACTERS = 16 * 2**20
 """Most characters in a line, or in an object of a list, with all its columns."""
@@ -89,7 +89,7 @@ def read_rows(path: Path, choose: Choice) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def identity(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """Return what two names of one file have in common."""
     try:
         return path.resolve()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from meshpeft.data.files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, identity, read_rows
+from meshpeft.data.files import MOST_CHARACTERS, DataError, Row, check_plain, check_text, read_rows, resolved
 from meshpeft.parallel.errors import shown
 
 __all__ = [
@@ -147,9 +147,9 @@ def load_records(*paths: str | Path, findings: Findings | None = None) -> list[F
     unread_at: dict[str, str] = {}
     seen: set[Path] = set()
     for path in map(Path, paths):
-        if identity(path) in seen:
+        if resolved(path) in seen:
             raise DataError(f"{path}: given twice; its records would be learned twice.")
-        seen.add(identity(path))
+        seen.add(resolved(path))
         before = len(records)
         for row in read_rows(path, _chosen):
             here = record_format(list(row.values)) if len(records) == before else found

@@ -36,7 +36,6 @@ __all__ = [
     "end_tokens",
     "load_tokenizer",
     "token_ids",
-    "with_leading",
 ]
 
 
@@ -144,21 +143,6 @@ def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return behind[len(before) :] if behind[: len(before)] == before else token_ids(tokenizer, [text])[0]
 
 
-def with_leading(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    """Put the tokenizer's leading tokens before the tokens of a text, unless they begin with them."""
-    leading = _leading_tokens(tokenizer)
-    return tokens if tokens[: len(leading)] == leading else leading + tokens
-
-
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed: list[int] = tokenizer("a")["input_ids"]
-    for at in range(len(dressed) - len(bare) + 1):
-        if bare and dressed[at : at + len(bare)] == bare:
-            return dressed[:at]
-    return []
-
-
 @dataclass(frozen=True)
 class SpecialTokens:
     """A tokenizer, and the tokens that begin and end its texts.
@@ -191,7 +175,12 @@ class SpecialTokens:
     @cached_property
     def leading(self) -> list[int]:
         """The tokens that the tokenizer puts before a text."""
-        return _leading_tokens(self.tokenizer)
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        dressed: list[int] = self.tokenizer("a")["input_ids"]
+        for at in range(len(dressed) - len(bare) + 1):
+            if bare and dressed[at : at + len(bare)] == bare:
+                return dressed[:at]
+        return []
 
     @cached_property
     def special_texts(self) -> dict[str, int]:

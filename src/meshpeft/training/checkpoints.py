@@ -27,7 +27,7 @@ from meshpeft.parallel.mesh import is_simulated, parallel_group_info
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.inputs import Inputs
 from meshpeft.training.output import CHECKPOINTS, RunState, run_state
-from meshpeft.training.report import MetricsLog, check_rows
+from meshpeft.training.report import MetricsLog, check_metrics
 from meshpeft.training.step import LossScale
 
 __all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_runs", "run_date"]
@@ -157,7 +157,7 @@ class RunCheckpoints:
         """Check that this run computes what the run of a checkpoint did."""
         if not {"run", "data", "metrics", "loss_scale"} <= extra.keys():
             raise CheckpointError(f"{path} was not written by meshpeft finetune; resume it with what wrote it")
-        check_rows(extra["metrics"], path)
+        check_metrics(extra["metrics"], path)
         if self.loss_scale is not None:
             scale, good = extra["loss_scale"]["value"], extra["loss_scale"]["good_steps"]
             if type(scale) is not float or not 0 < scale < 2**100 or type(good) is not int or not 0 <= good < 2**31:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from meshpeft.data.templates import TemplateError, chat_templates, render_chat
-from meshpeft.data.tokenizers import decoded, end_tokens, load_tokenizer, token_ids, with_leading
+from meshpeft.data.tokenizers import SpecialTokens, decoded, end_tokens, load_tokenizer, token_ids
 from meshpeft.models import LanguageModel
 from meshpeft.models import generate as generate_tokens
 from meshpeft.parallel.agreement import all_or_none
@@ -93,7 +93,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool =
             raise ConfigError(f"--chat: the chat template cannot be used: {error}") from error
     (tokens,) = token_ids(tokenizer, [text])
     if not chat:  # special tokens of a chat are the template's alone
-        tokens = with_leading(tokenizer, tokens)
+        tokens = SpecialTokens(tokenizer).begun(tokens)
     if not tokens:
         raise ConfigError("the prompt is empty, and the tokenizer puts nothing before a text; give at least a word")
     return tokens

@@ -42,7 +42,7 @@ __all__ = [
     "MetricsLog",
     "Report",
     "TrainingProgress",
-    "check_rows",
+    "check_metrics",
     "counted",
     "describe_layout",
     "describe_processes",
@@ -232,7 +232,7 @@ class MetricsLog:
             warnings.warn(f"{METRICS}: {error.strerror or error}; lines may be missing", stacklevel=2)
 
 
-def check_rows(rows: Any, source: object) -> None:
+def check_metrics(rows: Any, source: object) -> None:
     """Check rows that a file holds, before a log begins with them.
 
     Raises:
