@@ -25,7 +25,7 @@ from torch import Tensor
 
 from meshpeft.checkpoint.identity import describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
-from meshpeft.hub.tensor_file import TensorFileReader
+from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.parallel import RowParallelLinear, init_parallelism
 
 FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(dp=2, ep=2)]
@@ -48,11 +48,11 @@ def check_bytes(folder: Path, sizes: dict[str, int]) -> None:
     assert names == {MANIFEST, *manifest.files}
     stored = 0
     for name in manifest.files:
-        with TensorFileReader(folder / name) as file:
+        with TensorFiles([folder / name]) as file:
             stored += sum(
-                torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-                for tensor in file.tensors.values()
-                if not tensor.name.startswith(("optimizer.step.", "random."))
+                torch.Size(file.shape(tensor)).numel() * file.dtype(tensor).itemsize
+                for tensor in file.names()
+                if not tensor.startswith(("optimizer.step.", "random."))
             )
     assert stored == sum(sizes.values())
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from meshpeft.cli.main import main
-from meshpeft.hub.tensor_file import TensorFileWriter
+from meshpeft.hub.tensor_files import TensorFileWriter
 from meshpeft.training.output import OutputDirectory
 
 OPTIONS = ["--seq-length=48", "--batch-size=4", "--micro-batch-size=2", "--rank=4", "--lr=0.01", "--seed=3"]

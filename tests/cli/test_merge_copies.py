@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meshpeft.hub.files import files_to_copy
+from meshpeft.hub.tensor_files import files_to_copy
 from meshpeft.models import ModelError
 from meshpeft.training.config import ConfigError, MergeConfig
 from meshpeft.training.export import merge

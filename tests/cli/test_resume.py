@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meshpeft.checkpoint import latest_checkpoint
 from meshpeft.cli.main import main
-from meshpeft.hub.tensor_file import TensorFileWriter
+from meshpeft.hub.tensor_files import TensorFileWriter
 
 STEPS = 8
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_checkpoint, save_checkpoint
 from meshpeft.data.batches import RowSampler
-from meshpeft.hub.tensor_file import TensorFileWriter
+from meshpeft.hub.tensor_files import TensorFileWriter
 from meshpeft.models import Decoder
 from meshpeft.parallel import (
     ModelParallelConfig,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpeft.hub.adapter_config import Clock, EndsOfNames, Expression, KeyedValues
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.peft import wildcard_match
 
 NAMES = [f"model.layers.{n}.{part}" for n in range(12) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts")]

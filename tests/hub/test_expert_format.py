@@ -32,9 +32,9 @@ from meshpeft.checkpoint import (
     save_checkpoint,
     serving_note,
 )
-from meshpeft.hub import tensor_file
 from meshpeft.hub.adapter_config import PeftConfig
 from meshpeft.hub.adapter_import import AdapterPlan
+from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.parallel import ModelParallelConfig, init_parallelism
 from meshpeft.peft import LoRA, LoRATopKRouter, LowRankAdapter
@@ -360,15 +360,15 @@ def test_a_rank_reads_its_own_part_of_the_file(tiny: Tiny, tmp_path: Path, monke
     for format in FORMATS:
         export_peft_adapter(made, tmp_path / format, format=format)  # type: ignore[arg-type]  # one of the two
     read: list[Tensor] = []
-    copied = tensor_file._copied
-    monkeypatch.setattr(tensor_file, "_copied", lambda *args: read.append(copied(*args)) or read[-1])
+    original = TensorFiles.read_into
+    monkeypatch.setattr(TensorFiles, "read_into", lambda *args: read.append(original(*args)) or read[-1])
     with standing_at(rank=3, world_size=4):
         init_parallelism(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
         parallel = ModelParallelConfig(2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
         model = Decoder(made.config, parallel, device="meta")
         for format in FORMATS:
             config = PeftConfig.read(tmp_path / format / CONFIG)
-            with tensor_file.TensorFileReader(tmp_path / format / WEIGHTS) as file:
+            with TensorFiles([tmp_path / format / WEIGHTS]) as file:
                 plan = AdapterPlan(model, config, file)
                 for place in plan.places:
                     read.clear()

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from meshpeft.hub.tensor_files import TensorFiles, TensorFileWriter
 from meshpeft.hub.transformers_load import load_transformers
-from meshpeft.hub.weights import WeightFiles
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError, load_pretrained, save_pretrained
 from meshpeft.parallel import ModelParallelConfig, sharded_state_dict
 
@@ -59,14 +59,14 @@ def test_several_weight_files_load_as_one(tiny: Callable[[str], Path], tmp_path:
 
 def test_each_rank_reads_only_its_slices(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    original = WeightFiles.read
+    original = TensorFiles.read_into
 
-    def counted(self: WeightFiles, *args: Any) -> torch.Tensor:
+    def counted(self: TensorFiles, *args: Any) -> torch.Tensor:
         tensor = original(self, *args)
         read.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(WeightFiles, "read", counted)
+    monkeypatch.setattr(TensorFiles, "read_into", counted)
     with simulate(tp=4):
         decoder = load_pretrained(tiny("qwen3"), parallel=ModelParallelConfig(tensor_model_parallel_size=4))
         held = sum(parameter.numel() for parameter in decoder.parameters())
@@ -266,7 +266,7 @@ def test_a_failed_save_leaves_nothing(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("meshpeft.hub.save.save_file", full_disk)
+    monkeypatch.setattr(TensorFileWriter, "write", full_disk)
     with pytest.raises(ModelError, match=r"saving to .*saved: No space left"):
         save_pretrained(load_pretrained(tiny("mistral")), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.models import (
     ModelError,
     hf_module_name,
@@ -96,14 +96,14 @@ def test_each_rank_reads_only_its_experts(
     tiny: Callable[[str], Path], stacked: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     read: list[int] = []
-    original = WeightFiles.read
+    original = TensorFiles.read_into
 
-    def counted(self: WeightFiles, *args: Any) -> Tensor:
+    def counted(self: TensorFiles, *args: Any) -> Tensor:
         tensor = original(self, *args)
         read.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(WeightFiles, "read", counted)
+    monkeypatch.setattr(TensorFiles, "read_into", counted)
     source = tiny("mixtral") if form == "hub" else stacked("mixtral")
     with simulate(tp=2, dp=2, ep=2, etp=2):
         decoder = load_pretrained(source, parallel=parallel(2, 2, 2))

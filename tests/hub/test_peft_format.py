@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter
-from meshpeft.hub.tensor_file import TensorFileWriter
+from meshpeft.hub.tensor_files import TensorFileWriter
 from meshpeft.models import Decoder, load_pretrained
 from meshpeft.peft import (
     CanonicalLoRA,
@@ -455,7 +455,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut weights": (
         lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5]),
-        "is cut or not a safetensors file",
+        "is truncated or not a safetensors file",
     ),
     "a flipped byte": (
         lambda folder: (folder / WEIGHTS).write_bytes(
@@ -506,7 +506,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "integers": (
         lambda folder: edit_weights(folder, lambda tensors: tensors.update({O_B: tensors[O_B].to(torch.int64)})),
-        "stored as torch.int64",
+        "is stored as I64; expected one of F64",
     ),
 }
 

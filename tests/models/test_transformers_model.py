@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.models import (
     ModelError,
     generate,
@@ -57,14 +57,14 @@ def everything(directory: Path, tp: int, saved: Path) -> dict[str, Any]:
     """What a model at `tp` gives, how many values this rank read and holds, and the model written to `saved`."""
     init_parallelism(tensor_parallel=tp)
     numbers = [0]
-    read = WeightFiles.read
+    read = TensorFiles.read_into
 
-    def counted(self: WeightFiles, *arguments: Any) -> Tensor:
+    def counted(self: TensorFiles, *arguments: Any) -> Tensor:
         box = read(self, *arguments)
         numbers[0] += box.numel()
         return box
 
-    with mock.patch.object(WeightFiles, "read", counted):
+    with mock.patch.object(TensorFiles, "read_into", counted):
         model = exact(directory)
     ids = random_ids()
     padded, mask = ids.clone(), torch.ones_like(ids)

@@ -7,9 +7,9 @@ from meshpeft.checkpoint.load import LoadedCheckpoint, find_checkpoint, latest_c
 from meshpeft.checkpoint.save import Save, save_checkpoint
 from meshpeft.hub.adapter_export import check_exportable, export_peft_adapter, serving_note
 from meshpeft.hub.adapter_import import load_peft_adapter
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.adapter_tensors import AdapterFormat
 from meshpeft.hub.merge import merge_adapter
-from meshpeft.hub.places import AdapterFormat
+from meshpeft.hub.tensor_files import CheckpointError
 
 __all__ = [
     "AdapterFormat",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.storage import Slice
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.fsdp import refuse_sharded
+from meshpeft.hub.adapter_tensors import refuse_sharded
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import AdapterWrapper

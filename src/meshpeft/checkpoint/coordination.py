@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.mesh import is_simulated
 
 __all__ = ["agreed", "checkpoint_group", "cpu_group", "explained", "rank_and_world_size"]

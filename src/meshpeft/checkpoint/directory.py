@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshpeft.checkpoint.manifest import MANIFEST
-from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.staging import DirectoryLock, flush
+from meshpeft.hub.tensor_files import CheckpointError
 
 __all__ = ["CheckpointDirectory"]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshpeft.checkpoint.storage import dtype_name
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import first_few, shown
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info

@@ -36,7 +36,7 @@ from meshpeft.checkpoint.identity import check_same_model, describe_adapters, de
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.save import finish_saves
 from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, dtype_name, labelled
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.sharded_tensor import ShardedTensor, expert_key, sharded_tensors

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.files import check_readable, read_text
+from meshpeft.hub.tensor_files import CheckpointError, check_readable, read_text
 from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = ["MANIFEST", "Chunk", "FileRecord", "Manifest", "TensorRecord", "file_sha256"]

@@ -19,8 +19,8 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from meshpeft.checkpoint.storage import Slice, SliceSavePlanner, Writer, labelled
-from meshpeft.hub.errors import CheckpointError
 from meshpeft.hub.staging import write_flushed
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite
 

@@ -36,8 +36,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_sha256
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.tensor_file import Declared, TensorFileReader, TensorFileWriter
+from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFiles, TensorFileWriter
 
 __all__ = ["Place", "Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name", "labelled"]
 
@@ -178,10 +177,9 @@ class Reader(StorageReader):
             chunk = self._chunks[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
             by_file.setdefault(chunk.file, []).append((item, chunk))
         for name, items in by_file.items():
-            with TensorFileReader(self.directory / name) as file:
+            with TensorFiles([self.directory / name]) as file:
                 for item, chunk in items:
-                    stored = file.tensors.get(chunk.name)
-                    if stored is None or stored.shape != chunk.shape:
+                    if chunk.name not in file.names() or file.shape(chunk.name) != chunk.shape:
                         raise CheckpointError(f"{file.path} does not hold {chunk.name!r} as the manifest says")
                     box = file.read_box(chunk.name, tuple(item.storage_offsets), tuple(item.lengths))
                     planner.resolve_tensor(item).copy_(box)

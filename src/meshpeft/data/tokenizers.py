@@ -25,7 +25,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, logging
 
 from meshpeft.data.files import DataError
-from meshpeft.hub.files import read_json
+from meshpeft.hub.tensor_files import read_json
 from meshpeft.models import ModelError
 from meshpeft.parallel.errors import blamed_on, shown
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import regex
 
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.files import read_json
+from meshpeft.hub.tensor_files import CheckpointError, read_json
 from meshpeft.parallel.errors import first_line, shown
 
 __all__ = [

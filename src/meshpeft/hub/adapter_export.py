@@ -1,9 +1,8 @@
-"""Adapters in the format of Hugging Face PEFT.
+"""Write adapters in the format of Hugging Face PEFT.
 
-A layer of ours that is fused is several modules there: LoRA or DoRA on `linear_qkv` is written as adapters of
-`q_proj`, `k_proj` and `v_proj`, which share A and have their own rows of B, and their own magnitudes. For the forms of
-stacked experts see `meshpeft.hub.places`; for adapters of several ranks and scales, of which a file has one,
-`meshpeft.hub.adapter_scales`.
+Which tensors hold an adapter's parameters, and how `linear_qkv` becomes `q_proj`, `k_proj` and `v_proj`, is in
+`meshpeft.hub.names`; the two forms of experts in `meshpeft.hub.adapter_tensors`; one rank and scale for adapters that
+have several in `meshpeft.hub.adapter_scales`.
 """
 
 from __future__ import annotations
@@ -16,18 +15,27 @@ from typing import Any, NamedTuple, get_args
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._local_tensor import LocalTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterShape, describe
 from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.fsdp import reshard, sharded_parameters
-from meshpeft.hub.linears import AdaptedLinear, Factor, adapted_linears, has_our_names, hub_linears
-from meshpeft.hub.places import AdapterFormat, Place, WrittenNames, is_adapted_as_parameter, stored_factors
+from meshpeft.hub.adapter_tensors import (
+    AdaptedLinear,
+    AdapterFormat,
+    Factor,
+    Place,
+    WrittenNames,
+    adapted_linears,
+    has_our_names,
+    hub_linears,
+    is_adapted_as_parameter,
+    reshard,
+    sharded_parameters,
+    stored_factors,
+)
+from meshpeft.hub.names import Stored, plain
 from meshpeft.hub.staging import StagedFiles
-from meshpeft.hub.stored_factors import StoredFactor
-from meshpeft.hub.tensor_file import Declared, TensorFileWriter
+from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFileWriter
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
@@ -155,9 +163,9 @@ class _Described:
     def gathered(self, linear: AdaptedLinear) -> Iterator[Tensor]:
         """The tensors. A collective."""
         for factor, written, stored in self._factors(linear):
-            yield from stored.split(written.b_in_file(_plain(factor.full())))
+            yield from stored.split(written.b_in_file(plain(factor.full())))
 
-    def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, StoredFactor]]:
+    def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, Stored]]:
         """Every parameter; how its values are written (those of A and the magnitude as they are); and where."""
         place = Place.of(linear, _written(linear, self.scale))
         factors = [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
@@ -293,10 +301,6 @@ def _task_of(model: nn.Module) -> dict[str, object]:
             mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
             return {"task_type": None, "auto_mapping": mapping}
     return {"task_type": None}
-
-
-def _plain(full: Tensor) -> Tensor:
-    return full.reconcile() if isinstance(full, LocalTensor) else full
 
 
 _DEFAULT_RANK = 16

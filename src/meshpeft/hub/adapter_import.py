@@ -34,19 +34,26 @@ from meshpeft.hub.adapter_config import (
     PeftConfig,
 )
 from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.fsdp import reshard
-from meshpeft.hub.linears import AdaptedLinear, HubLinear, adapted_linears, has_our_names, hub_linears, is_adapted
-from meshpeft.hub.names import hf_module_name, our_module_name
-from meshpeft.hub.places import Place, parts_of, stored_factors, wrapper_of
-from meshpeft.hub.stored_factors import SeparateA, SeparateB, StoredFactor
-from meshpeft.hub.tensor_file import TensorFileReader
+from meshpeft.hub.adapter_tensors import (
+    AdaptedLinear,
+    HubLinear,
+    Place,
+    adapted_linears,
+    has_our_names,
+    hub_linears,
+    parts_of,
+    peft_container,
+    reshard,
+    stored_factors,
+)
+from meshpeft.hub.names import SeparateA, SeparateB, Stored, hf_module_name, our_module_name
+from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models import ModelError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.layer_types import layout_of
-from meshpeft.peft import AdapterWrapper, CanonicalLoRA, DoRA, LoRA, LowRankPEFT
+from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT, adapter_wrappers, base_of
 from meshpeft.peft.canonical import component_name, part_layout
 
 __all__ = ["BASE_COPY", "AdapterPlan", "FoundNames", "compare_base_copies", "load_peft_adapter"]
@@ -85,11 +92,11 @@ def load_peft_adapter(
     reshard(model)
     with all_or_none(f"reading {directory}", CheckpointError):
         config = PeftConfig.read(directory / CONFIG_NAME)
-        with TensorFileReader(_weights(directory)) as file:
+        with TensorFiles([_weights(directory)]) as file:
             file.check_values()
             plan = AdapterPlan(model, config, file, adapter_name)
             values = {(place.module, place.names): plan.read(place) for place in plan.places}
-    if not is_adapted(model):
+    if not _is_adapted(model):
         model = plan.adapted(model, dtype, trainable)
         for linear in adapted_linears(model):
             a, b, magnitude = values[linear.module, linear.names]
@@ -120,7 +127,7 @@ class AdapterPlan:
     """
 
     def __init__(
-        self, model: nn.Module, config: PeftConfig, file: TensorFileReader, adapter_name: str | None = None
+        self, model: nn.Module, config: PeftConfig, file: TensorFiles, adapter_name: str | None = None
     ) -> None:
         self.config, self.file, model = config, file, held_module(model)
         self.linears = {linear.name: linear for linear in hub_linears(model)}
@@ -130,7 +137,7 @@ class AdapterPlan:
         self._compare_targets()
         self.separate = self._separate_parts()
         self.canonical = False
-        self.places = self._there(adapted_linears(model, adapter_name)) if is_adapted(model) else self._new()
+        self.places = self._there(adapted_linears(model, adapter_name)) if _is_adapted(model) else self._new()
         self._compare_places()
         for place in self.places:
             self._compare_tensors(place)
@@ -297,19 +304,19 @@ class AdapterPlan:
                     "without adapters"
                 ) from error
 
-    def _compare_shapes(self, stored: StoredFactor) -> None:
+    def _compare_shapes(self, stored: Stored) -> None:
+        held = self.file.names()
         for key, shape in stored.declared():
-            found = self.file.tensors.get(key)
-            if found is None:
+            if key not in held:
                 raise CheckpointError(f"{self.file.path} lacks {key}")
-            if found.shape != shape:
+            if self.file.shape(key) != shape:
                 raise CheckpointError(
-                    f"{self.file.path}: {key} has shape {found.shape}; the model and the config's rank say {shape}"
+                    f"{self.file.path}: {key} has shape {self.file.shape(key)}; the model and the config's rank say "
+                    f"{shape}"
                 )
-            if not found.dtype.is_floating_point:
-                raise CheckpointError(f"{self.file.path}: {key} is stored as {found.dtype}; expected floating point")
+            self.file.dtype(key, floating=True)
 
-    def _stored(self, place: Place) -> list[StoredFactor]:
+    def _stored(self, place: Place) -> list[Stored]:
         shapes = self.separate.get(place.names[0])
         if shapes is None:
             return stored_factors(place, self.names)
@@ -361,6 +368,10 @@ class AdapterPlan:
         return component_name(module, part) if self.canonical and part is not None else module
 
 
+def _is_adapted(model: nn.Module) -> bool:
+    return next(adapter_wrappers(model), None) is not None
+
+
 def _at_least_float32(magnitude: Tensor) -> Tensor:
     return magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
 
@@ -369,7 +380,7 @@ _WRAPPER = re.compile(r"(.*\.experts)(\.base_layer)?")
 
 
 class FoundNames:
-    """The names in a file; see [`Names`][meshpeft.hub.places.Names]. Every module of the file is complete.
+    """The names in a file; see [`Names`][meshpeft.hub.adapter_tensors.Names]. Every module of the file is complete.
 
     Attributes:
         held: the layers, and parameters of stacked experts, that the file has adapters for, by their names in
@@ -382,7 +393,7 @@ class FoundNames:
     """
 
     def __init__(
-        self, model: nn.Module, config: PeftConfig, file: TensorFileReader, linears: Mapping[str, HubLinear]
+        self, model: nn.Module, config: PeftConfig, file: TensorFiles, linears: Mapping[str, HubLinear]
     ) -> None:
         self._linears, self._config, self._file = linears, config, file
         self._has_our_names = has_our_names(model)
@@ -407,7 +418,7 @@ class FoundNames:
     def _modules_with_tensors(self, suffixes: list[str]) -> dict[str, set[str]]:
         """Every module that has tensors in the file, with how they are called."""
         found: dict[str, set[str]] = {}
-        for key in sorted(self._file.tensors):
+        for key in sorted(self._file.names()):
             module = key.removeprefix(PREFIX).removesuffix(f".{BASE_COPY}")
             if module in self._linears and key == f"{PREFIX}{module}.{BASE_COPY}":
                 self.base_copies[module] = key
@@ -428,7 +439,7 @@ class FoundNames:
             self._modules[path] = path
             return path
         for stack in self._stacks:
-            if wrapper_of(stack, self._stacks) == path:
+            if peft_container(stack, self._stacks) == path:
                 return stack
         if self._has_our_names:
             try:
@@ -476,7 +487,7 @@ class FoundNames:
 
     def of_stack(self, name: str) -> str:
         """Likewise for a parameter of stacked experts: what stands before `lora_A`."""
-        return wrapper_of(name, self._stacks)
+        return peft_container(name, self._stacks)
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
         """Likewise for one expert's part of it."""
@@ -520,7 +531,7 @@ BASE_COPY = "base_layer.weight"
 
 @torch.no_grad()
 def compare_base_copies(
-    model: nn.Module, linears: Mapping[str, HubLinear], copies: Mapping[str, str], file: TensorFileReader
+    model: nn.Module, linears: Mapping[str, HubLinear], copies: Mapping[str, str], file: TensorFiles
 ) -> None:
     """Compare them with this rank's slices of the model's own. A weight that is packed, or has no values, is not.
 
@@ -535,14 +546,14 @@ def compare_base_copies(
     """
     for name, key in copies.items():
         layer = model.get_submodule(linears[name].module)
-        base = layer.to_wrap if isinstance(layer, AdapterWrapper) else layer
+        base = base_of(layer)
         weight = getattr(base, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             continue
         layout = layout_of(base).weight()
         own = dict(zip((piece.part for piece in layout.pieces()), layout.split_parts(weight), strict=True))
         [piece] = [piece for piece in layout.pieces() if piece.part == linears[name].part]
-        stored = file.tensors[key].shape
+        stored = file.shape(key)
         if stored != piece.global_shape:
             raise CheckpointError(
                 f"{file.path}: {key} has shape {stored}, the model's {name}.weight {piece.global_shape}; "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from meshpeft.hub.adapter_config import AdapterShape, PeftConfig
-from meshpeft.hub.errors import CheckpointError
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.errors import reason_of
 
 __all__ = ["AS_THEY_ARE", "FileScale", "OwnAdapter", "Written"]

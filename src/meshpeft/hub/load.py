@@ -12,17 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meshpeft.hub.files import MODEL_DIRECTORY, read_json
-from meshpeft.hub.names import StoredPart, hf_module_name, stored_forms
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.names import StoredTensors, hf_module_name, stored_forms
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel, layout_or_replicated
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import first_few
-from meshpeft.parallel.mesh import on_each_rank
-from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.quantization import BaseQuantizer
 
 __all__ = [
@@ -73,13 +70,13 @@ def load_pretrained(
     """
     directory = Path(directory)
     config = DecoderConfig.from_hf(read_json(directory / "config.json", expected=MODEL_DIRECTORY))
-    with WeightFiles(directory) as files:
+    with model_files(directory) as files:
         check_layers(config, files)
         if config.tie_word_embeddings and has_two_values(files, [_name_of("embedding"), _name_of("output_layer")]):
             config = replace(config, tie_word_embeddings=False)
         decoder = Decoder(config, parallel, device="meta", dtype=dtype)
-        stored = _stored_parts(decoder, files)
-        names = {name for parts in stored.values() for part in parts for name in part.names}
+        stored = _stored_forms(decoder, files)
+        names = {key for form in stored.values() for key in form.keys}
         _check_tensors(files, names, config, directory)
         check_shapes(files, stored)
         fill(decoder, files, stored, common_dtype(files, names) if dtype is None else dtype, device, quantize)
@@ -89,8 +86,8 @@ def load_pretrained(
 
 def fill(
     model: LanguageModel,
-    files: WeightFiles,
-    stored: Mapping[str, list[StoredPart]],
+    files: TensorFiles,
+    stored: Mapping[str, StoredTensors],
     dtype: torch.dtype,
     device: torch.device | str | None,
     quantize: BaseQuantizer | None,
@@ -108,7 +105,7 @@ def fill(
     Raises:
         ModelError, QuantizationError: see [`load_pretrained`][meshpeft.models.load_pretrained].
     """
-    model.name_or_path = str(files.directory)
+    model.name_or_path = str(files.path)
     target = torch.get_default_device() if device is None else torch.device(device)
     packed = {} if quantize is None else quantize.layers_of(model)
     tied: dict[int, list[str]] = {}
@@ -116,7 +113,10 @@ def fill(
         tied.setdefault(id(parameter), []).append(name)
     for name, empty in model.stored_tensors().items():
         kind = dtype if empty.is_floating_point() else empty.dtype
-        new = model.assign_parameter(name, _read(files, stored[name], layout_or_replicated(empty), kind, target))
+        if kind.is_floating_point:
+            for key in stored[name].keys:
+                files.dtype(key, floating=True)
+        new = model.assign_parameter(name, stored[name].read(files, kind, target))
         for other in tied.get(id(empty), [name])[1:]:
             module, _, attribute = other.rpartition(".")
             setattr(model.get_submodule(module), attribute, new)
@@ -136,12 +136,12 @@ def stored_dtype(directory: str | Path, *, widest: bool = False) -> torch.dtype:
     Raises:
         ModelError: a file is missing or truncated; the weights are of several types.
     """
-    with WeightFiles(Path(directory)) as files:
+    with model_files(Path(directory)) as files:
         names = [name for name in files.names() if not _IGNORED.fullmatch(name)]
         return reduce(torch.promote_types, _dtypes(files, names)) if widest else common_dtype(files, names)
 
 
-def check_layers(config: DecoderConfig, files: WeightFiles) -> None:
+def check_layers(config: DecoderConfig, files: TensorFiles) -> None:
     """Compare the numbers of layers and experts with the names in the files, before anything is made of either.
 
     Raises:
@@ -151,48 +151,45 @@ def check_layers(config: DecoderConfig, files: WeightFiles) -> None:
     layers = {layer for layer, _ in numbers}
     if len(layers) != config.num_layers:
         raise ModelError(
-            f"{files.directory} holds the weights of {len(layers):,} layers; its config says num_hidden_layers="
+            f"{files.path} holds the weights of {len(layers):,} layers; its config says num_hidden_layers="
             f"{config.num_layers:,}"
         )
     experts = {expert for _, expert in numbers if expert is not None}
     if config.moe is not None and experts and len(experts) != config.moe.num_experts:
         raise ModelError(
-            f"{files.directory} holds the weights of {len(experts):,} experts a layer; its config says "
+            f"{files.path} holds the weights of {len(experts):,} experts a layer; its config says "
             f"{config.moe.num_experts:,}"
         )
 
 
-def check_shapes(files: WeightFiles, stored: Mapping[str, list[StoredPart]]) -> None:
+def check_shapes(files: TensorFiles, stored: Mapping[str, StoredTensors]) -> None:
     """Compare every shape in the files with the model's, before memory is taken for any.
 
     Raises:
         ModelError: the first that differs.
     """
-    for parts in stored.values():
-        for part in parts:
-            for name in part.names:
-                if files.shape(name) != part.shape:
-                    raise ModelError(
-                        f"{name} in {files.directory} has shape {files.shape(name)}; its config says {part.shape}"
-                    )
+    for form in stored.values():
+        for name, shape in form.declared():
+            if files.shape(name) != shape:
+                raise ModelError(f"{name} in {files.path} has shape {files.shape(name)}; its config says {shape}")
 
 
-def _stored_parts(decoder: Decoder, files: WeightFiles) -> dict[str, list[StoredPart]]:
+def _stored_forms(decoder: Decoder, files: TensorFiles) -> dict[str, StoredTensors]:
     """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
     held = files.names()
     tied = decoder.output_layer.weight is decoder.embedding.weight
 
-    def form(name: str, tensor: Tensor) -> list[StoredPart]:
+    def form(name: str, tensor: Tensor) -> StoredTensors:
         layout = layout_or_replicated(tensor)
         forms = stored_forms(decoder, name, layout)
         if tied and tensor is decoder.embedding.weight:
             forms += stored_forms(decoder, "output_layer.weight", layout)
-        return next((form for form in forms if all(held.issuperset(part.names) for part in form)), forms[0])
+        return next((form for form in forms if held.issuperset(form.keys)), forms[0])
 
     return {name: form(name, tensor) for name, tensor in decoder.stored_tensors().items()}
 
 
-def _check_tensors(files: WeightFiles, expected: set[str], config: DecoderConfig, directory: Path) -> None:
+def _check_tensors(files: TensorFiles, expected: set[str], config: DecoderConfig, directory: Path) -> None:
     missing = sorted(expected - files.names())
     if missing:
         raise ModelError(f"{directory} lacks {first_few(missing)}, which a {config.model_type} model of its config has")
@@ -207,7 +204,7 @@ def _name_of(module: str) -> str:
     return f"{hf_module_name(module)}.weight"
 
 
-def has_two_values(files: WeightFiles, tied: Sequence[str]) -> bool:
+def has_two_values(files: TensorFiles, tied: Sequence[str]) -> bool:
     """Whether the files hold several of the tensors that the configuration ties, with other values; it warns then.
 
     The configuration is wrong about such files, and transformers does not tie what they hold either.
@@ -216,14 +213,14 @@ def has_two_values(files: WeightFiles, tied: Sequence[str]) -> bool:
     other = next((other for other in others if not files.same(first, other)), None)
     if other is not None:
         warnings.warn(
-            f"{files.directory}: config.json ties {first} and {other}, and the files hold other values for them; they "
+            f"{files.path}: config.json ties {first} and {other}, and the files hold other values for them; they "
             "are not tied",
             stacklevel=2,
         )
     return other is not None
 
 
-def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
+def common_dtype(files: TensorFiles, names: Iterable[str]) -> torch.dtype:
     """The one floating type of these tensors.
 
     Raises:
@@ -232,65 +229,12 @@ def common_dtype(files: WeightFiles, names: Iterable[str]) -> torch.dtype:
     dtypes = _dtypes(files, names)
     if len(dtypes) > 1:
         stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"{files.directory} holds weights in {stored}; choose one with dtype= (--dtype)")
+        raise ModelError(f"{files.path} holds weights in {stored}; choose one with dtype= (--dtype)")
     return dtypes.pop()
 
 
-def _dtypes(files: WeightFiles, names: Iterable[str]) -> set[torch.dtype]:
-    found = {files.dtype(name) for name in names if not files.is_integer(name)}
+def _dtypes(files: TensorFiles, names: Iterable[str]) -> set[torch.dtype]:
+    found = {files.dtype(name, floating=True) for name in names if not files.is_integer(name)}
     if not found:
-        raise ModelError(f"{files.directory} holds no weights of a floating type")
+        raise ModelError(f"{files.path} holds no weights of a floating type")
     return found
-
-
-@on_each_rank
-def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-@on_each_rank
-def _read_box(
-    files: WeightFiles, part: StoredPart, offset: list[int], shape: list[int], dim: int, size: int, place: Tensor
-) -> None:
-    """Copy a box of a piece of `size` along `dim` from the runs of the tensor in which the piece lies.
-
-    Into `place`: of the box's shape, or with `dim` divided into blocks.
-    """
-    run, stride = size // part.blocks, part.shape[dim] // part.blocks
-    before, after = shape[:dim], shape[dim + 1 :]
-    at = offset[dim]
-    for block in place.unbind(dim) if place.dim() > len(shape) else (place,):
-        done = 0
-        while done < block.shape[dim]:
-            number, within = divmod(at, run)
-            length = min(run - within, block.shape[dim] - done)
-            start = (*offset[:dim], number * stride + part.start + within, *offset[dim + 1 :])
-            files.read(part.names[0], start, (*before, length, *after), block.narrow(dim, done, length))
-            done += length
-            at += length
-
-
-@on_each_rank
-def _read_experts(files: WeightFiles, names: list[str], offset: list[int], shape: list[int], place: Tensor) -> None:
-    """A box [experts, ..] of a stack whose matrices are stored one by one."""
-    for index in range(shape[0]):
-        files.read(names[offset[0] + index], tuple(offset[1:]), tuple(shape[1:]), place[index])
-
-
-def _read(
-    files: WeightFiles, stored: list[StoredPart], layout: TensorLayout, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """This rank's slice of a parameter, in packed order; every part is read into its place in it."""
-    local = _empty(list(layout.local_shape), dtype, device)
-    for part, piece, place in zip(stored, layout.pieces(), layout.part_views(local), strict=True):
-        for name in part.names:
-            if dtype.is_floating_point:
-                files.dtype(name)  # raises: integers would be codes, whose meaning is not known here
-        offset, shape = list(piece.offset), list(piece.shape)
-        if part.per_expert:
-            _read_experts(files, list(part.names), offset, shape, place)
-        elif not shape:
-            files.read(part.names[0], (), (), place)
-        else:
-            _read_box(files, part, offset, shape, layout.fused_dim, piece.global_shape[layout.fused_dim], place)
-    return local

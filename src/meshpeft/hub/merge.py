@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from meshpeft.hub.errors import CheckpointError
-from meshpeft.hub.fsdp import refuse_sharded
+from meshpeft.hub.adapter_tensors import refuse_sharded
 from meshpeft.hub.save import held_model, refuse_adapter_directory, save_pretrained
+from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import check_finite

@@ -1,32 +1,62 @@
-"""The one table between our module names and those of Hugging Face checkpoints.
+"""Which tensors of a Hugging Face file make up which parameter of ours: names and forms, read and written.
 
-Our names are Megatron's; fused modules have parts: `linear_qkv` is `q`, `k`, `v`, `linear_fc1` is `gate`, `up`.
-Loading, saving, and the import and export of adapters all read this table.
+Loading and saving models, and importing and exporting adapters, all read the tables and the description here. Our names
+are Megatron's; fused modules have parts: `linear_qkv` is `q`, `k`, `v`, `linear_fc1` is `gate`, `up`.
 
-Experts have two names there. The models of transformers stack them: `mlp.experts.gate_up_proj` and
-`mlp.experts.down_proj` are parameters, gate and up one after the other. Checkpoints on the hub, which transformers
-reads and writes too, have every expert by itself: `mlp.experts.7.gate_proj.weight`; Mixtral's call the layer, and the
-projections, by names of their own.
+**How `linear_qkv` becomes `q_proj`, `k_proj`, `v_proj`**, in the file of a model or of an adapter:
+
+* `hf_module_name` names each part; the parameter is described as [`StoredTensors`][meshpeft.hub.names.StoredTensors]
+  with a tensor for each part: of a weight, a bias, LoRA's B [out, r], or DoRA's magnitude [out]. A [r, in] is one
+  parameter here without parts, and the file repeats it for each of them.
+* Written: `TensorLayout.gather` gives the global tensor in canonical order, `[q; k; v]`; `split` cuts it at the parts.
+* Read: each rank reads, of each part's tensor, the rows of its own query groups into their places in the local tensor,
+  which is in fused order, `[q .. q k v | q .. q k v | ..]`.
+
+Experts have two forms. The models of transformers stack them: `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`
+are parameters, gate and up one after the other. Checkpoints on the hub, which transformers reads and writes too, have
+every expert by itself: `mlp.experts.7.gate_proj.weight`; Mixtral's call the layer, and the projections, by names of
+their own. peft adapts the stacked parameters by two matrices for all experts: A [experts * r, in], which has one
+expert's rows after the other's, and B [out, r * experts], in whose columns the experts take turns.
+
+Shapes of adapters' parameters: A [r, in] and B [out, r] of a layer, [experts, r, in] and [experts, out, r] of stacked
+experts; an adapter that the experts share has the first. A magnitude is [out], or [experts, out]. A file may hold
+matrices of a larger rank R than the parameter's r: A's rows, and B's columns, from r on are zeros then.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor
+
+from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel
+from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = [
     "OurModule",
-    "StoredPart",
+    "SeparateA",
+    "SeparateB",
+    "StackedA",
+    "StackedB",
+    "Stored",
+    "StoredTensor",
+    "StoredTensors",
     "hf_module_name",
     "hf_tensor_names",
     "our_module_name",
-    "packed_form",
+    "plain",
     "stored_forms",
 ]
 
@@ -156,90 +186,419 @@ def our_module_name(hf_module: str) -> OurModule:
     return OurModule(found[0] if layer is None else f"decoder.layers.{layer[1]}.{found[0]}", found[1], expert)
 
 
-class StoredPart(NamedTuple):
-    """The tensors of a file that hold one of the pieces of a parameter.
+def stored_forms(model: LanguageModel, parameter: str, layout: TensorLayout) -> list[StoredTensors]:
+    """List the forms in which files may hold a parameter or persistent buffer of a model.
 
-    See [`TensorLayout.pieces`][meshpeft.parallel.TensorLayout.pieces].
-
-    Attributes:
-        names: of one tensor; or of one for each expert, without the expert dim.
-        per_expert: whether it is one for each expert.
-        shape: global, of each of these tensors.
-        start: where the piece begins in it, along the packed dim.
-        blocks: in how many runs it lies there: equally long, equally far from one to the next.
-    """
-
-    names: tuple[str, ...]
-    per_expert: bool
-    shape: tuple[int, ...]
-    start: int = 0
-    blocks: int = 1
-
-
-def stored_forms(model: LanguageModel, parameter: str, layout: TensorLayout) -> list[list[StoredPart]]:
-    """List the forms in which files may hold a parameter or persistent buffer of a model; the first is written.
-
-    In each form there is a part for each of `layout.pieces()`. The form that is written is that of the hub.
+    The first is the one that is written: that of the hub.
 
     Raises:
-        ModelError: the parameter has no name there (an adapter's, for instance).
+        ModelError: The parameter has no name there (an adapter's, for instance).
     """
     if isinstance(model, Decoder):
         return _forms_of_family(parameter, layout, model.config.model_type)
-    return [packed_form(model.stored_names.get(parameter, parameter), layout)]
+    # The models of transformers have the form of their files.
+    return [StoredTensors(layout, [StoredTensor(model.stored_names.get(parameter, parameter))])]
 
 
-def _forms_of_family(parameter: str, layout: TensorLayout, model_type: str) -> list[list[StoredPart]]:
+def _forms_of_family(parameter: str, layout: TensorLayout, model_type: str) -> list[StoredTensors]:
     module, _, attribute = parameter.rpartition(".")
-    # Some files use the names of the modules of transformers where the family has others.
-    families = [model_type, None] if model_type in _OTHERWISE else [None]
-    if f".{_EXPERTS}." in module:
-        return [
-            *(_each_expert(module, attribute, layout, family) for family in families),
-            packed_form(hf_module_name(module), layout),
+    parts: list[tuple[int | None, str | None]] = [(None, None)]
+    if layout.fused_parts is not None:
+        parts = list(enumerate(layout.fused_parts.names))
+    stacked = f".{_EXPERTS}." in module
+    experts = range(layout.global_shape[0]) if stacked else (None,)
+
+    def form(family: str | None) -> StoredTensors:
+        tensors = [
+            StoredTensor(f"{hf_module_name(module, name, expert=expert, model_type=family)}.{attribute}", part, expert)
+            for part, name in parts
+            for expert in experts
         ]
+        return StoredTensors(layout, tensors, stacked)
 
-    def name(part: str | None, family: str | None) -> str:
-        return f"{hf_module_name(module, part, model_type=family)}.{attribute}"
-
-    return [
-        [StoredPart((name(piece.part, family),), False, piece.global_shape) for piece in layout.pieces()]
-        for family in families
-    ]
-
-
-def _each_expert(module: str, attribute: str, layout: TensorLayout, family: str | None) -> list[StoredPart]:
-    stored = []
-    for piece in layout.pieces():
-        names = tuple(
-            f"{hf_module_name(module, piece.part, expert=expert, model_type=family)}.{attribute}"
-            for expert in range(layout.global_shape[0])
-        )
-        stored.append(StoredPart(names, True, piece.global_shape[1:]))
-    return stored
-
-
-def packed_form(name: str, layout: TensorLayout) -> list[StoredPart]:
-    """A parameter as one tensor, whose parts are packed as one rank would hold them."""
-    fused_parts = layout.fused_parts
-    if fused_parts is None:
-        return [StoredPart((name,), False, layout.global_shape)]
-    starts = accumulate(fused_parts.chunks(1), initial=0)
-    return [
-        StoredPart((name,), False, layout.global_shape, start, fused_parts.local_blocks(1))
-        for start, _ in zip(starts, fused_parts.names, strict=False)
-    ]
+    # Some files use the names of the modules of transformers where the family has others.
+    found = [form(family) for family in ([model_type, None] if model_type in _OTHERWISE else [None])]
+    if stacked:
+        found.append(StoredTensors(layout, [StoredTensor(hf_module_name(module))]))
+    return found
 
 
 def hf_tensor_names(parameter: str, layout: TensorLayout, model_type: str = "") -> list[str]:
-    """Names of the tensors that a parameter is written as: piece by piece, and for each expert if it is of experts.
+    """Name the tensors that a parameter is written as: part by part, and for each expert if it is of experts.
 
     Args:
-        parameter: its full name.
-        layout: of the parameter.
-        model_type: of the configuration.
+        parameter: Its full name.
+        layout: Layout of the parameter.
+        model_type: That of the configuration.
 
     Raises:
-        ModelError: the parameter has no name there (an adapter's, for instance).
+        ModelError: The parameter has no name there (an adapter's, for instance).
     """
-    return [name for part in _forms_of_family(parameter, layout, model_type)[0] for name in part.names]
+    return _forms_of_family(parameter, layout, model_type)[0].keys
+
+
+class Stored:
+    """How one parameter is stored in a file.
+
+    Attributes:
+        layout: Layout of the parameter.
+    """
+
+    layout: TensorLayout
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return [key for key, _ in self.declared()]
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        raise NotImplementedError
+
+    def split(self, full: Tensor) -> Iterator[Tensor]:
+        """Cut the global parameter, in canonical order, into its tensors, in the same order."""
+        raise NotImplementedError
+
+    def check_copies(self, files: TensorFiles) -> None:
+        """Check that what the parameter holds once is the same wherever the file repeats it.
+
+        Raises:
+            CheckpointError: Two tensors differ.
+        """
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice, in fused order; only its own part of the files is read."""
+        raise NotImplementedError
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        key: Its name.
+        part: Index of the part of the fused dim that it holds; `None` for all of them, fused as on one rank.
+        expert: The expert that it is of; `None` for a tensor of all, or of a layer without experts.
+    """
+
+    key: str
+    part: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensors(Stored):
+    """A tensor for the parameter, for each of its parts, for each expert, or for each of both.
+
+    Attributes:
+        tensors: In the order in which they are written. Either all of them hold a part, or none does.
+        stacked: The parameter's first dim counts the experts, each of which has tensors of its own; otherwise what
+            differs only in `expert` are copies.
+        rank_dim: The dim of a matrix that is the rank: -2 of A, -1 of B; `None` for no such dim.
+        rank: R, the rank in the file; `None` for the parameter's own.
+    """
+
+    layout: TensorLayout
+    tensors: Sequence[StoredTensor]
+    stacked: bool = False
+    rank_dim: int | None = None
+    rank: int | None = None
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        lead = int(self.stacked)
+        full = self._in_file(self.layout.global_shape[lead:])
+        parts = [self._in_file(piece.global_shape[lead:]) for piece in self.layout.pieces()]
+        return [(tensor.key, full if tensor.part is None else parts[tensor.part]) for tensor in self.tensors]
+
+    def _in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.rank is None or self.rank_dim is None:
+            return shape
+        sizes = list(shape)
+        sizes[self.rank_dim] = self.rank
+        return tuple(sizes)
+
+    def split(self, full: Tensor) -> Iterator[Tensor]:
+        """Cut the global parameter at its parts and experts; fuse the parts where one tensor holds them all."""
+        fused, dim = self.layout.fused_parts, self.layout.fused_dim
+        parts = [full] if fused is None else list(full.split(list(fused.sizes), dim))
+        if self.tensors[0].part is None:
+            parts = [full if fused is None else fused.fuse(parts, dim, 1)]
+        for tensor in self.tensors:
+            values = parts[tensor.part or 0]
+            values = values[tensor.expert] if self.stacked and tensor.expert is not None else values
+            yield values if self.rank_dim is None else _padded(values, self.rank_dim, self.rank)
+
+    def _copies(self) -> dict[tuple[int | None, int | None], list[str]]:
+        """(part, expert) of the parameter -> names of the tensors that hold it."""
+        found: dict[tuple[int | None, int | None], list[str]] = {}
+        for tensor in self.tensors:
+            found.setdefault((tensor.part, tensor.expert if self.stacked else None), []).append(tensor.key)
+        return found
+
+    def check_copies(self, files: TensorFiles) -> None:
+        """Compare what is repeated."""
+        for first, *others in self._copies().values():
+            expected = files.read(first) if others else None
+            for other in others:
+                if expected is not None and not torch.equal(expected, files.read(other)):
+                    raise CheckpointError(f"{first} and {other} differ, but one parameter holds both")
+
+    def read(self, files: TensorFiles, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """Read this rank's box of each tensor into its place.
+
+        Args:
+            files: Files that hold the tensors.
+            dtype: Type of the result; that of the tensors by default.
+            device: Device of the result; the CPU by default.
+        """
+        layout = self.layout
+        keys = {held: names[0] for held, names in self._copies().items()}
+        kind = _common_dtype(files, keys.values()) if dtype is None else dtype
+        local = _empty(list(layout.local_shape), kind, torch.device("cpu") if device is None else device)
+        fused = self.tensors[0].part is None
+        for number, (piece, place) in enumerate(zip(layout.pieces(), layout.part_views(local), strict=True)):
+            part = None if fused else number
+            experts = range(layout.global_shape[0]) if self.stacked else (None,)
+            names = [keys[part, expert] for expert in experts]
+            runs = _runs(layout, number) if fused else _ONE_RUN
+            offset, shape = list(piece.offset), list(piece.shape)
+            _read_piece(files, names, self.stacked, offset, shape, layout.fused_dim, list(runs), place)
+        return local
+
+
+@dataclass(frozen=True)
+class StackedA(Stored):
+    """A of stacked experts as one tensor [experts * r, in].
+
+    Attributes:
+        key: Its name.
+        experts: Number of experts, over all ranks.
+        stacked: The parameter is [experts, r, in]; otherwise the experts share [r, in].
+        rank: R, the rows that each expert has in the file; `None` for r.
+    """
+
+    layout: TensorLayout
+    key: str
+    experts: int
+    stacked: bool
+    rank: int | None = None
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        *_, rank, features = self.layout.global_shape
+        return [(self.key, (self.experts * (self.rank or rank), features))]
+
+    def split(self, full: Tensor) -> Iterator[Tensor]:
+        """Write the experts out in one matrix."""
+        full = _padded(full, -2, self.rank)
+        yield full.expand(self.experts, *full.shape[-2:]).reshape(-1, full.shape[-1])
+
+    def check_copies(self, files: TensorFiles) -> None:
+        """Compare what is repeated."""
+        if not self.stacked:
+            _check_same(files.read(self.key).view(self.experts, -1), self.key)
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice."""
+        (piece,) = self.layout.pieces()
+        *lead, rank, features = piece.shape
+        first_expert = piece.offset[0] if self.stacked else 0
+        each, experts = self.rank or rank, lead[0] if lead else 1
+        # A is never sharded over its rank: each expert's rows are complete.
+        box = files.read_box(self.key, (first_expert * each, piece.offset[-1]), (experts * each, features))
+        return box.view(experts, each, features)[:, :rank].reshape(piece.shape)
+
+
+@dataclass(frozen=True)
+class StackedB(Stored):
+    """B of stacked experts as one tensor [out, r * experts]; for the attributes see `StackedA`."""
+
+    layout: TensorLayout
+    key: str
+    experts: int
+    stacked: bool
+    rank: int | None = None
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        *_, features, rank = self.layout.global_shape
+        return [(self.key, (features, (self.rank or rank) * self.experts))]
+
+    def split(self, full: Tensor) -> Iterator[Tensor]:
+        """Write the experts out in one matrix."""
+        full = _padded(full, -1, self.rank)
+        yield full.expand(self.experts, *full.shape[-2:]).permute(1, 2, 0).reshape(full.shape[-2], -1)
+
+    def check_copies(self, files: TensorFiles) -> None:
+        """Compare what is repeated."""
+        if not self.stacked:
+            columns = files.read(self.key)
+            _check_same(columns.view(columns.shape[0], -1, self.experts).permute(2, 0, 1).flatten(1), self.key)
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice."""
+        fused = self.layout.fused_parts
+        starts = accumulate((0,) if fused is None else fused.sizes, initial=0)
+        parts = []
+        for piece, start in zip(self.layout.pieces(), starts, strict=False):
+            *lead, features, rank = piece.shape
+            first_expert = piece.offset[0] if self.stacked else 0
+            experts = lead[0] if lead else 1
+            columns = [
+                files.read_box(
+                    self.key, (piece.offset[-2] + start, column * self.experts + first_expert), (features, experts)
+                )
+                for column in range(rank)
+            ]
+            parts.append(torch.stack(columns, -1).transpose(0, 1).reshape(piece.shape))
+        return self.layout.join_parts(parts)
+
+
+@dataclass(frozen=True)
+class SeparateA(Stored):
+    """A [experts, sum r, in] of experts whose parts (gate, up) have an A each: one above the other. Only read.
+
+    Attributes:
+        parts: For each part, each expert's key.
+        ranks: Ranks of the parts.
+    """
+
+    layout: TensorLayout
+    parts: Sequence[Sequence[str]]
+    ranks: Sequence[int]
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        features = self.layout.global_shape[-1]
+        return [(key, (rank, features)) for keys, rank in zip(self.parts, self.ranks, strict=True) for key in keys]
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice."""
+        (piece,) = self.layout.pieces()
+        experts, _, features = piece.shape
+        return torch.cat(
+            [
+                _read_stack(files, keys, piece.offset, (experts, rank, features))
+                for keys, rank in zip(self.parts, self.ranks, strict=True)
+            ],
+            1,
+        )
+
+
+@dataclass(frozen=True)
+class SeparateB(Stored):
+    """B [experts, out, sum r] of such experts: each part's rows have that part's columns, else zeros. Only read.
+
+    Attributes:
+        parts, ranks: As of `SeparateA`.
+        factors: Factor of each part, where their adapters' scales differ.
+    """
+
+    layout: TensorLayout
+    parts: Sequence[Sequence[str]]
+    ranks: Sequence[int]
+    factors: Sequence[float]
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        shapes = [
+            (*piece.global_shape[1:-1], rank) for piece, rank in zip(self.layout.pieces(), self.ranks, strict=True)
+        ]
+        return [(key, shape) for keys, shape in zip(self.parts, shapes, strict=True) for key in keys]
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice."""
+        parts, column = [], 0
+        for keys, rank, factor, piece in zip(self.parts, self.ranks, self.factors, self.layout.pieces(), strict=True):
+            own = _read_stack(files, keys, piece.offset, (*piece.shape[:-1], rank))
+            own = own if factor == 1 else own * factor
+            parts.append(torch.nn.functional.pad(own, (column, sum(self.ranks) - column - rank)))
+            column += rank
+        return self.layout.join_parts(parts)
+
+
+def _padded(values: Tensor, dim: int, rank: int | None) -> Tensor:
+    """Add zeros behind the values along `dim`, up to `rank`."""
+    missing = 0 if rank is None else rank - values.shape[dim]
+    return torch.nn.functional.pad(values, (0, 0) * (-dim - 1) + (0, missing)) if missing else values
+
+
+def _check_same(experts: Tensor, key: str) -> None:
+    if not bool((experts == experts[:1]).all()):
+        raise CheckpointError(f"{key} differs between the experts, but the model's experts share one adapter")
+
+
+def plain(full: Tensor) -> Tensor:
+    """Make one tensor of a simulated one that is the same on all ranks."""
+    return full.reconcile() if isinstance(full, LocalTensor) else full
+
+
+def _common_dtype(files: TensorFiles, keys: Iterable[str]) -> torch.dtype:
+    return reduce(torch.promote_types, {files.dtype(key) for key in keys})
+
+
+_ONE_RUN = (0, sys.maxsize, 0)
+"""Of a part that has a tensor of its own."""
+
+
+def _runs(layout: TensorLayout, part: int) -> tuple[int, int, int]:
+    """Start, length and distance of the runs in which a part lies along the fused dim of a global, fused tensor."""
+    if layout.fused_parts is None:
+        return _ONE_RUN
+    chunks = layout.fused_parts.chunks(1)
+    return sum(chunks[:part]), chunks[part], sum(chunks)
+
+
+@on_each_rank
+def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _read_stack(files: TensorFiles, keys: Sequence[str], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Read a box [matrices, ..] of the stack of these tensors, of which only those in the box are read."""
+    local = _empty(list(shape), _common_dtype(files, keys), torch.device("cpu"))
+    _read_piece(files, list(keys), True, list(offset), list(shape), 1, list(_ONE_RUN), local)
+    return local
+
+
+@on_each_rank
+def _read_piece(
+    files: TensorFiles,
+    keys: list[str],
+    stacked: bool,
+    offset: list[int],
+    shape: list[int],
+    dim: int,
+    runs: list[int],
+    place: Tensor,
+) -> None:
+    """Copy a box of a part into `place`: from its tensor, or from the tensor of each expert in the box."""
+    if not stacked:
+        _read_runs(files, keys[0], offset, shape, dim, runs, place)
+        return
+    for index in range(shape[0]):
+        _read_runs(files, keys[offset[0] + index], offset[1:], shape[1:], dim - 1, runs, place[index])
+
+
+def _read_runs(
+    files: TensorFiles, key: str, offset: list[int], shape: list[int], dim: int, runs: list[int], place: Tensor
+) -> None:
+    """Copy a box of a part from the runs in which the part lies in a tensor.
+
+    `place` has the box's shape, or `dim` of it unflattened into [blocks, chunk].
+    """
+    start, length, distance = runs
+    if place.dim() == len(shape) and length == sys.maxsize:
+        files.read_into(place, key, offset, shape)
+        return
+    at = offset[dim]
+    for block in place.unbind(dim) if place.dim() > len(shape) else (place,):
+        done = 0
+        while done < block.shape[dim]:
+            number, within = divmod(at, length)
+            count = min(length - within, block.shape[dim] - done)
+            first = [*offset[:dim], number * distance + start + within, *offset[dim + 1 :]]
+            box = [*shape[:dim], count, *shape[dim + 1 :]]
+            files.read_into(block.narrow(dim, done, count), key, first, box)
+            done += count
+            at += count

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed._local_tensor import LocalTensor
 
-from meshpeft.hub.names import StoredPart, stored_forms
+from meshpeft.hub.names import StoredTensors, plain, stored_forms
 from meshpeft.hub.staging import StagedFiles
-from meshpeft.hub.weights import INDEX_NAME, WEIGHTS_NAME
+from meshpeft.hub.tensor_files import INDEX_NAME, MODEL_WEIGHTS_NAME, Declared, TensorFileWriter
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel, layout_or_replicated
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
-from meshpeft.parallel.tensor_layout import TensorLayout
 from meshpeft.peft import AdapterWrapper
 
 __all__ = ["held_model", "refuse_adapter_directory", "save_pretrained"]
@@ -57,8 +54,8 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and safetensors files that transformers reads. A collective: every rank calls it.
 
-    The parameters are gathered one by one, and one process writes them; it holds up to `max_shard_bytes` more
-    than its share. The files are written aside and renamed: a directory with a `config.json` is whole.
+    The parameters are gathered one by one, and one process writes them as they come; it holds one tensor more than its
+    share. The files are written aside and renamed: a directory with a `config.json` is complete.
 
     Args:
         model: without adapters; merge them first.
@@ -74,9 +71,9 @@ def save_pretrained(
     directory = Path(directory)
     if any(isinstance(module, AdapterWrapper) for module in model.modules()):
         raise ModelError("the model carries adapters; merge them before saving it")
-    tensors = [(tensor, *_storage(model, name, tensor)) for name, tensor in model.stored_tensors().items()]
+    stored = [(tensor, _form(model, name, tensor)) for name, tensor in model.stored_tensors().items()]
     check_finite(
-        ((name, tensor) for name, (tensor, _, _) in zip(model.stored_tensors(), tensors, strict=True)),
+        model.stored_tensors().items(),
         f"saving to {directory}",
         ModelError,
         advice="look at these weights of the base, or merge the adapter in a wider type, such as float32",
@@ -89,103 +86,106 @@ def save_pretrained(
     failures: list[Exception] = []
     writer: _Writer | None = None
     with kept(failures):
-        writer = _Writer(directory, overwrite, max_shard_bytes) if writes else None
+        if writes:
+            declared = [
+                Declared(name, tensor.dtype, shape) for tensor, form in stored for name, shape in form.declared()
+            ]
+            writer = _Writer(directory, overwrite, declared, max_shard_bytes)
     raise_everywhere(failures, what, ModelError)
     try:
-        for tensor, layout, stored in tensors:
-            full = layout.gather(tensor)
+        for tensor, form in stored:
+            full = form.layout.gather(tensor)
             with kept(failures):
                 if writer is not None and not failures:
-                    for name, values in _named_parts(full, layout, stored):
-                        writer.add(name, values)
+                    for values in form.split(plain(full)):
+                        writer.write(values)
         with kept(failures):
             if writer is not None and not failures:
                 config.to_json_file(writer.folder / _CONFIG_NAME)
                 writer.publish(list(companions))
     finally:
         if writer is not None:
-            writer.staged.clean_up()
+            writer.clean_up()
     raise_everywhere(failures, what, ModelError)
 
 
-def _storage(model: LanguageModel, name: str, tensor: Tensor) -> tuple[TensorLayout, list[StoredPart]]:
-    layout = layout_or_replicated(tensor)
+def _form(model: LanguageModel, name: str, tensor: Tensor) -> StoredTensors:
     try:
-        return layout, stored_forms(model, name, layout)[0]
+        return stored_forms(model, name, layout_or_replicated(tensor))[0]
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
 
 
-def _named_parts(full: Tensor, layout: TensorLayout, stored: list[StoredPart]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file that a canonical global one becomes."""
-    plain = full.reconcile() if isinstance(full, LocalTensor) else full
-    parts = (
-        [plain] if layout.fused_parts is None else list(plain.split(list(layout.fused_parts.sizes), layout.fused_dim))
-    )
-    if layout.fused_parts is not None and len({part.names for part in stored}) == 1:
-        yield stored[0].names[0], layout.fused_parts.fuse(parts, layout.fused_dim, 1)
-        return
-    for part, values in zip(stored, parts, strict=True):
-        yield from zip(part.names, values if part.per_expert else [values], strict=True)
-
-
 class _Writer:
-    """Collects tensors into files in a folder beside the target, then moves them there."""
+    """Write tensors, as they come, into one file or several, in a folder inside the target; then move them there.
 
-    def __init__(self, directory: Path, overwrite: bool, max_shard_bytes: int) -> None:
+    Each file is what safetensors' own writer makes of its tensors.
+    """
+
+    def __init__(self, directory: Path, overwrite: bool, declared: list[Declared], max_shard_bytes: int) -> None:
         self.directory = directory
         refuse_adapter_directory(directory)
         old = None if overwrite else held_model(directory)
         if old is not None:
             raise ModelError(f"{directory} holds a model ({old}); choose another directory or overwrite it")
-        self.max_shard_bytes = max_shard_bytes
+        self.files = _files(declared, max_shard_bytes)
         self.staged = StagedFiles(directory)
         self.folder = self.staged.folder
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = 0
-        self.total_bytes = 0
-        self.shards: list[list[str]] = []
+        self._left = iter(self.files.items())
+        self._file: TensorFileWriter | None = None
+        self._count = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take a full tensor; written when enough have come."""
-        if self.pending and self.pending_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        # A part is a view of the gathered tensor, a parameter at one rank is the parameter itself.
-        self.pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self.pending_bytes += tensor.nbytes
-        self.total_bytes += tensor.nbytes
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor that was declared."""
+        if self._file is None:
+            name, declared = next(self._left)
+            self._count = len(declared)
+            self._file = TensorFileWriter(
+                self.folder / name, declared, checksum=False, as_safetensors=True, error_type=ModelError
+            )
+        self._file.write(tensor)
+        self._count -= 1
+        if not self._count:
+            self._file.close()
+            self._file = None
 
     def publish(self, companions: list[Path]) -> None:
-        """Write what is left and move all files to the target, `config.json` last."""
-        self._flush()
+        """Move all files to the target, `config.json` last."""
         for path in companions:
             shutil.copyfile(path, self.folder / path.name)
+        names = list(self.files)
+        if len(names) > 1:
+            weight_map = {tensor.name: name for name, tensors in self.files.items() for tensor in tensors}
+            total = sum(_bytes(tensor) for tensors in self.files.values() for tensor in tensors)
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+            (self.folder / INDEX_NAME).write_text(text, encoding="utf-8")
+            names.append(INDEX_NAME)
         replaced = [*self.directory.glob("*.safetensors"), self.directory / INDEX_NAME]
-        self.staged.publish([*(path.name for path in companions), *self._name_shards(), _CONFIG_NAME], replaced)
+        self.staged.publish([*(path.name for path in companions), *names, _CONFIG_NAME], replaced)
 
-    def _flush(self) -> None:
-        try:
-            save_file(self.pending, self.folder / _partial(len(self.shards)), metadata={"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise ModelError(f"saving to {self.directory}: {error}") from error
-        self.shards.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
-
-    def _name_shards(self) -> list[str]:
-        if len(self.shards) == 1:
-            (self.folder / _partial(0)).rename(self.folder / WEIGHTS_NAME)
-            return [WEIGHTS_NAME]
-        weight_map: dict[str, str] = {}
-        files = []
-        for index, tensors in enumerate(self.shards):
-            file = f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            (self.folder / _partial(index)).rename(self.folder / file)
-            weight_map.update(dict.fromkeys(tensors, file))
-            files.append(file)
-        content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.folder / INDEX_NAME).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return [*files, INDEX_NAME]
+    def clean_up(self) -> None:
+        """Remove the folder and give the directory up."""
+        if self._file is not None:
+            self._file.abandon()
+        self.staged.clean_up()
 
 
-def _partial(index: int) -> str:
-    return f"{index}.safetensors"
+def _files(declared: list[Declared], max_shard_bytes: int) -> dict[str, list[Declared]]:
+    """Divide the tensors over files: the next one begins where a file would be larger than `max_shard_bytes`."""
+    shards: list[list[Declared]] = [[]]
+    size = 0
+    for tensor in declared:
+        if shards[-1] and size + _bytes(tensor) > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += _bytes(tensor)
+    if len(shards) == 1:
+        return {MODEL_WEIGHTS_NAME: shards[0]}
+    count = len(shards)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def _bytes(tensor: Declared) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize

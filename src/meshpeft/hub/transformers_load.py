@@ -15,10 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from meshpeft.hub.config import check_fields, few_modules
-from meshpeft.hub.files import MODEL_DIRECTORY, read_json
 from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import stored_forms
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
@@ -77,7 +76,7 @@ def load_transformers(
     directory = Path(directory)
     config = transformers_config(directory)
     target = torch.get_default_device() if device is None else torch.device(device)
-    with WeightFiles(directory) as files:
+    with model_files(directory) as files:
         if dtype is None:
             dtype = common_dtype(files, files.names())
         with few_modules(len(files.names()), directory):
@@ -117,7 +116,7 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _found(model: Any, files: WeightFiles) -> dict[str, str]:
+def _found(model: Any, files: TensorFiles) -> dict[str, str]:
     """Name of each parameter and persistent buffer that the files hold -> theirs, by transformers' table of old names.
 
     Raises:
@@ -134,24 +133,24 @@ def _found(model: Any, files: WeightFiles) -> dict[str, str]:
         )
         if conversion is not None:
             raise ModelError(
-                f"{files.directory} holds {name} in another form than the {model.config.model_type} model has it, "
+                f"{files.path} holds {name} in another form than the {model.config.model_type} model has it, "
                 "which is not implemented"
             )
         if ours in found and not files.same(found[ours], name):
             raise ModelError(
-                f"{files.directory} holds {found[ours]} and {name}, two names of the model's {ours}, with other "
+                f"{files.path} holds {found[ours]} and {name}, two names of the model's {ours}, with other "
                 "values; take one of them out"
             )
         found[ours] = name
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     extra = [name for name in found if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
     if extra:
-        raise ModelError(f"{files.directory} holds {first_few(extra)}, which a {model.config.model_type} model has not")
+        raise ModelError(f"{files.path} holds {first_few(extra)}, which a {model.config.model_type} model has not")
     return found
 
 
 def _stored_names(
-    model: Any, files: WeightFiles, found: Mapping[str, str], tied: Mapping[str, list[str]]
+    model: Any, files: TensorFiles, found: Mapping[str, str], tied: Mapping[str, list[str]]
 ) -> dict[str, str]:
     """Under which name the files hold each parameter and persistent buffer of the model.
 
@@ -167,5 +166,5 @@ def _stored_names(
         else:
             names[name] = held
     if missing:
-        raise ModelError(f"{files.directory} lacks {first_few(missing)}, which a {model.config.model_type} model has")
+        raise ModelError(f"{files.path} lacks {first_few(missing)}, which a {model.config.model_type} model has")
     return names

@@ -12,9 +12,8 @@ from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
 from meshpeft.hub.config import few_modules
-from meshpeft.hub.files import MODEL_DIRECTORY, read_json
 from meshpeft.hub.load import check_layers
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, model_files, read_json
 from meshpeft.models import (
     Decoder,
     DecoderConfig,
@@ -103,7 +102,7 @@ class BaseModel:
 
     def _check_files(self) -> int:
         """Count the tensors in the files; compare them with the layers of a decoder."""
-        with WeightFiles(self.directory) as files:
+        with model_files(self.directory) as files:
             if isinstance(self.config, DecoderConfig):
                 check_layers(self.config, files)
             return len(files.names())

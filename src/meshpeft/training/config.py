@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from meshpeft.hub.adapter_config import CONFIG_NAME
-from meshpeft.hub.files import read_json
+from meshpeft.hub.tensor_files import read_json
 from meshpeft.parallel.errors import MeshPEFTError, blamed_on, shown
 from meshpeft.training.output import RECORD
 

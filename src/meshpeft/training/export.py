@@ -20,9 +20,9 @@ from meshpeft.checkpoint import (
     serving_note,
 )
 from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from meshpeft.hub.files import files_to_copy
 from meshpeft.hub.save import held_model, refuse_adapter_directory
 from meshpeft.hub.staging import StagedFiles, write_flushed
+from meshpeft.hub.tensor_files import files_to_copy
 from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base

@@ -42,8 +42,7 @@ from transformers import PreTrainedTokenizerBase
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import checksums_of_slices
 from meshpeft.data.batches import PackedRows
-from meshpeft.hub.files import read_json
-from meshpeft.hub.weights import WeightFiles
+from meshpeft.hub.tensor_files import model_files, read_json
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
@@ -196,18 +195,16 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
 
 def _weights(directory: Path) -> Iterator[tuple[str, str]]:
     """Yield each tensor of the files, with a checksum of its type, its shape, and some of its values."""
-    with WeightFiles(directory) as files:
+    with model_files(directory) as files:
         sizes = {name: math.prod(files.shape(name)) for name in sorted(files.names())}
         # An element is four bytes or fewer, but for a few.
         part = min(1.0, SAMPLED_BYTES / max(1, 4 * sum(sizes.values())))
         for name, size in sizes.items():
-            stored = files.stored(name)
-            shape = tuple(stored.get_shape())
-            digest = hashlib.sha256(f"{stored.get_dtype()} {shape}".encode())
+            shape = files.shape(name)
+            digest = hashlib.sha256(f"{files.stored_type(name)} {shape}".encode())
             boxes = [()] if part == 1 or not shape or not size else list(_boxes(shape, part))
             for box in boxes:
-                values = (stored[box] if box else stored[:]) if shape else files.scalar(name)
-                digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(files.view(name, box).contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield name, digest.hexdigest()[:16]
 
 

@@ -1,0 +1,568 @@
+"""The adapters on a model, and the tensors of a PEFT file that hold their parameters.
+
+A fused layer is one module here and several in the file; stacked experts are a parameter there. `adapted_linears` lists
+the pairs of factors on a model, under the names of Hugging Face modules; `stored_factors` describes the tensors of each
+pair (see `meshpeft.hub.names`). Export and import both read these.
+
+Adapters of models with experts have two forms:
+
+* `peft`, as peft adapts transformers' models: two matrices for each parameter of stacked experts (`target_parameters`).
+  Routers, and MLPs next to experts, are adapted by their parameters as well.
+* `peft-per-expert`, as serving systems read them, and as they were when every expert was a module: A and B of each
+  expert's gate, up and down projection, under the names of the family's checkpoints.
+
+An adapter that all experts share is written once for each of them, in both.
+
+Between two steps every parameter of a model under PyTorch's `fully_shard` (FSDP2) is a DTensor, in the place of the one
+that had a layout. Each rank holds 1 / world of its rows; only the gathered tensor is the adapter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
+from meshpeft.hub.adapter_scales import AS_THEY_ARE, Written
+from meshpeft.hub.names import StackedA, StackedB, Stored, StoredTensor, StoredTensors, hf_module_name
+from meshpeft.hub.tensor_files import CheckpointError
+from meshpeft.models import Decoder, DecoderConfig, ModelError
+from meshpeft.parallel import describe_layers, parallel_group_info
+from meshpeft.parallel.held_modules import held_module
+from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layer_types import layer_type_of
+from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapted_layers, base_of, walk
+
+__all__ = [
+    "AdaptedLinear",
+    "AdapterFormat",
+    "Factor",
+    "HubLinear",
+    "Names",
+    "Place",
+    "WrittenNames",
+    "adapted_linears",
+    "has_our_names",
+    "hub_linears",
+    "is_adapted_as_parameter",
+    "parts_of",
+    "peft_container",
+    "refuse_sharded",
+    "reshard",
+    "sharded_parameters",
+    "stored_factors",
+]
+
+AdapterFormat = Literal["peft", "peft-per-expert"]
+
+# peft wraps a module with two adapted parameters twice; the one that the module lists first is inside.
+_INNER, _NESTED = "gate_up_proj", "base_layer"
+
+_RANK_DIMS = {FACTOR_A: -2, FACTOR_B: -1}
+
+
+@dataclass(frozen=True)
+class HubLinear:
+    """A linear layer, or a stack of experts, as the models of transformers have it.
+
+    Attributes:
+        name: its full name there; of the parameter, for stacked experts.
+        module: our module's full name.
+        part: which part of our module it is; `None` where ours is not fused.
+        layout: of our module.
+    """
+
+    name: str
+    module: str
+    part: str | None
+    layout: LinearLayout
+
+    @property
+    def experts(self) -> int | None:
+        """Number of stacked experts; `None` for an ordinary layer."""
+        return self.layout.experts
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A parameter of an adapter, local, with its layout."""
+
+    values: Tensor
+    layout: TensorLayout
+
+    @classmethod
+    def of(cls, parameter: Tensor, layout: TensorLayout) -> Factor:
+        """Read the layout that the parameter states; `layout` where it was replaced by one that states none."""
+        return cls(parameter, layout_of_tensor(parameter) or layout)
+
+    def full(self) -> Tensor:
+        """The full tensor in canonical order. A collective.
+
+        Raises:
+            CheckpointError: the parameter is a flat shard.
+        """
+        local = _gathered(self.values)
+        if tuple(local.shape) != self.layout.local_shape:
+            raise CheckpointError(
+                f"an adapter's parameter has shape {tuple(local.shape)}, expected {self.layout.local_shape}: "
+                "FullyShardedDataParallel (FSDP1) flattens parameters; export under its "
+                "summon_full_params(model, writeback=False), or shard with fully_shard"
+            )
+        # A copy: numpy, by which it is written, keeps a storage from being resized, as FSDP does with parameters'.
+        return self.layout.gather(local.detach().clone())
+
+    def fill(self, local: Tensor) -> None:
+        """Set the values to this rank's slice."""
+        self.values.copy_(_sharded_like(local, self.values))
+
+    def extended(self, others: Tensor, dim: int) -> Factor:
+        """Put as many other values behind these, along the dim of the rank."""
+        shape = list(self.layout.global_shape)
+        shape[dim] *= 2
+        return Factor(torch.cat([_gathered(self.values), others], dim), replace(self.layout, global_shape=tuple(shape)))
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """One pair of factors on one layer of ours: on all its parts together, or on one of them.
+
+    Attributes:
+        adapter: the module that holds the parameters.
+        module: full name of the layer.
+        names: the Hugging Face modules, in the canonical order of B's rows; they share A. For stacked experts the
+            one parameter.
+        a, b: the factors.
+        magnitude: of DoRA, else `None`.
+        shape, use_rslora, dropout: as in an `adapter_config.json`.
+        experts: number of stacked experts; `None` for an ordinary layer.
+    """
+
+    adapter: LowRankAdapter
+    module: str
+    names: tuple[str, ...]
+    a: Factor
+    b: Factor
+    magnitude: Factor | None
+    shape: AdapterShape
+    use_rslora: bool
+    dropout: float
+    experts: int | None = None
+
+    def cast(self, a: torch.dtype, b: torch.dtype, magnitude: torch.dtype | None) -> None:
+        """Give each parameter a type of its own."""
+        if magnitude is not None:
+            self.adapter.to(magnitude)
+        self.adapter.linear_in.to(a)
+        self.adapter.linear_out.to(b)
+
+
+def hub_linears(model: nn.Module) -> list[HubLinear]:
+    """Every linear layer, and stack of experts, that an adapter can be on and that Hugging Face models have.
+
+    Names are those of `meshpeft.hub.names` for a decoder, ours or Megatron's; another model's own otherwise.
+
+    Raises:
+        CheckpointError: a stage of a pipeline of Megatron's, or a part of a model.
+    """
+    model = held_module(model)
+    if _is_of(model, "megatron.core"):
+        _check_whole(model)
+        describe_layers(model)
+    found, sharded = [], sharded_parameters(model)
+    for place, module in walk(model):
+        layer = base_of(module)
+        layer_type = layer_type_of(layer)
+        if layer_type is None:
+            continue
+        name = place.full_name
+        if isinstance(layer, nn.Linear) and id(layer._parameters["weight"]) in sharded:  # no tensor parallel's DTensor
+            layout = LinearLayout(layer.in_features, layer.out_features)
+        else:
+            layout = layer_type.layout(layer)
+        packed = layout.fused_parts is not None and layout.experts is None and not _is_of(model, "transformers")
+        parts: tuple[str | None, ...] = (
+            layout.fused_parts.names if packed and layout.fused_parts is not None else (None,)
+        )
+        for part in parts:
+            hub_name = _hub_name(model, name, part)
+            if hub_name is not None:
+                found.append(HubLinear(hub_name, name, part, layout))
+    return found
+
+
+def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
+    if not has_our_names(model):
+        return name if part is None else None
+    try:
+        return hf_module_name(name, part)
+    except ModelError:
+        return None
+
+
+def has_our_names(model: nn.Module) -> bool:
+    """Whether the layers are called as those of our decoder: it is one, or one of Megatron's, whose names these are."""
+    return isinstance(model, Decoder) or _is_of(model, "megatron.core")
+
+
+def _is_of(model: nn.Module, package: str) -> bool:
+    """Whether the model's class, or one that it derives from, is a package's.
+
+    Layers of transformers' models have the names and the form that its files have.
+    """
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(model).__mro__)
+
+
+def _check_whole(model: nn.Module) -> None:
+    if not hasattr(model, "decoder"):
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model that Hugging Face has, but may hold one or be a part of one: give "
+            "the GPTModel (of a list of chunks the only one)"
+        )
+    stages = parallel_group_info().pp.world_size
+    if stages > 1:
+        raise CheckpointError(
+            f"a GPTModel of a pipeline with {stages} stages has the layers of one of them, and the file would lack the "
+            "others'; save with megatron.core.dist_checkpointing, load without pipeline parallel, and export then"
+        )
+
+
+def adapted_linears(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedLinear]:
+    """List the adapters on a model, in the order of its layers.
+
+    Args:
+        model: The model.
+        adapter_name: Which of its named adapters; `None` where all of them have one name, or none.
+
+    Raises:
+        CheckpointError: An adapter has no counterpart in Hugging Face PEFT; or the model has none at all, or several of
+            which no name chooses one, or none of this name.
+    """
+    wrappers = list(adapted_layers(model))
+    adapter_name = _chosen_name(wrappers, adapter_name)
+    parts: dict[str, dict[str | None, HubLinear]] = {}
+    for linear in hub_linears(model):
+        parts.setdefault(linear.module, {})[linear.part] = linear
+    found = [
+        _adapted(name, own, term)
+        for name, wrapper in wrappers
+        for term, own in _terms(name, wrapper, parts.get(name, {}), adapter_name)
+    ]
+    if not found:
+        raise CheckpointError("the model carries no adapter")
+    return found
+
+
+def _chosen_name(wrappers: list[tuple[str, AdapterWrapper]], wanted: str | None) -> str | None:
+    """The name of the named adapters that are meant; `None` for a model without any."""
+    names = sorted({term.name for _, wrapper in wrappers for term in wrapper.terms() if term.name is not None})
+    if wanted is None and len(names) < 2:
+        return names[0] if names else None
+    if wanted in names:
+        return wanted
+    if not names:
+        raise CheckpointError(f"adapter_name={wanted!r}: the model's adapters have no names; leave it out")
+    raise CheckpointError(
+        f"adapter_name={wanted!r}: the model has adapters named {', '.join(names)}; choose one of them, for a file "
+        "holds one"
+    )
+
+
+def _terms(
+    module: str, wrapper: AdapterWrapper, parts: Mapping[str | None, HubLinear], adapter_name: str | None
+) -> Iterator[tuple[AdapterTerm, list[HubLinear]]]:
+    """The terms of a layer's adapter that are meant, each with the parts of the layer that it is on."""
+    terms = wrapper.terms()
+    expressible = bool(parts) and bool(terms)
+    for term in terms:
+        if not term.adapter.is_linear or not (term.part is None or term.part in parts):
+            expressible = False
+    if not expressible:
+        raise CheckpointError(
+            f"{module}: a {type(wrapper).__name__} on a {type(wrapper.to_wrap).__name__} has no counterpart in "
+            "Hugging Face PEFT's format; merge the adapter and save the model instead"
+        )
+    for term in terms:
+        if term.name in (None, adapter_name):
+            yield term, list(parts.values()) if term.part is None else [parts[term.part]]
+
+
+def _adapted(module: str, parts: list[HubLinear], term: AdapterTerm) -> AdaptedLinear:
+    adapter = term.adapter
+    a, b = (Factor.of(factor.weight, factor.layout) for factor in (adapter.linear_in, adapter.linear_out))
+    shape = AdapterShape(adapter.dim, adapter.alpha)
+    start_a, start_b = adapter.linear_in.start, adapter.linear_out.start
+    if start_a is not None and start_b is not None:
+        # On the base as its files have it, the adapter is what it has become, less what the base gave up.
+        a, b = a.extended(start_a, -2), b.extended(-start_b, -1)
+        shape = AdapterShape.of_scale(2 * adapter.dim, adapter.scale, adapter.use_rslora)
+    return AdaptedLinear(
+        adapter,
+        module,
+        tuple(part.name for part in parts),
+        a,
+        b,
+        _magnitude(adapter),
+        shape,
+        adapter.use_rslora,
+        adapter.dropout,
+        parts[0].experts,
+    )
+
+
+def _magnitude(adapter: Any) -> Factor | None:
+    values: Tensor | None = getattr(adapter, "weight_magnitude", None)
+    return None if values is None else Factor.of(values, adapter.magnitude_layout)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tensors of some of the file's modules go: one pair of factors of ours.
+
+    Attributes:
+        module: full name of our layer.
+        names: the file's modules, which share A; or the parameter of stacked experts.
+        a, b, magnitude: layouts of the parameters.
+        shape: rank and alpha.
+        use_rslora: how they scale.
+        experts: number of stacked experts; `None` for an ordinary layer.
+        written: how the file has the factors.
+    """
+
+    module: str
+    names: tuple[str, ...]
+    a: TensorLayout
+    b: TensorLayout
+    magnitude: TensorLayout | None
+    shape: AdapterShape
+    use_rslora: bool
+    experts: int | None = None
+    written: Written = AS_THEY_ARE
+
+    @classmethod
+    def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
+        """Place of an adapter which is there."""
+        return cls(
+            linear.module,
+            linear.names,
+            linear.a.layout,
+            linear.b.layout,
+            None if linear.magnitude is None else linear.magnitude.layout,
+            linear.shape,
+            linear.use_rslora,
+            linear.experts,
+            written,
+        )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each expert has a factor of its own."""
+        return self.experts is not None and len(self.a.global_shape) == 3
+
+    @property
+    def layouts(self) -> tuple[tuple[TensorLayout, str], ...]:
+        """Every parameter with how its tensors are called."""
+        magnitudes = () if self.magnitude is None else ((self.magnitude, MAGNITUDE),)
+        return ((self.a, FACTOR_A), (self.b, FACTOR_B), *magnitudes)
+
+
+class Names(Protocol):
+    """Under which names a file has what our layers are."""
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether experts have tensors of their own."""
+
+    def of_module(self, name: str) -> str:
+        """A layer's name in the file, by its name in transformers."""
+
+    def of_stack(self, name: str) -> str:
+        """Likewise for a parameter of stacked experts: what stands before `lora_A`."""
+
+    def of_expert(self, name: str, part: str | None, expert: int) -> str:
+        """Likewise for one expert's part of it."""
+
+
+@dataclass(frozen=True)
+class WrittenNames:
+    """The names that an export uses.
+
+    Attributes:
+        format: of the file.
+        linears: every layer of the model, by name.
+        stacks: the stacked experts that have an adapter.
+        model_type: the family, whose checkpoints have names of their own, which the per-expert form uses; `None` of
+            a model that is not a decoder.
+    """
+
+    format: AdapterFormat
+    linears: Mapping[str, HubLinear]
+    stacks: Mapping[str, HubLinear]
+    model_type: str | None
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether experts have tensors of their own."""
+        return self.format == "peft-per-expert"
+
+    def of_module(self, name: str) -> str:
+        """A layer's name, by its name in transformers."""
+        if not self.per_expert or self.model_type is None:
+            return name
+        return hf_module_name(self.linears[name].module, self.linears[name].part, model_type=self.model_type)
+
+    def of_stack(self, name: str) -> str:
+        """What stands before `lora_A` of a parameter of stacked experts."""
+        return peft_container(name, self.stacks)
+
+    def of_expert(self, name: str, part: str | None, expert: int) -> str:
+        """The name of one expert's part of it."""
+        return hf_module_name(self.linears[name].module, part, expert=expert, model_type=self.model_type)
+
+    def of_experts(self, name: str) -> list[str]:
+        """Every expert's every part of a parameter of stacked experts."""
+        layout = self.linears[name].layout
+        return [
+            self.of_expert(name, part, expert) for expert in range(layout.experts or 0) for part in parts_of(layout)
+        ]
+
+    def of_first_expert(self, name: str) -> list[str]:
+        """The first expert's every part of it: under these names a file's header speaks of all experts."""
+        return [self.of_expert(name, part, 0) for part in parts_of(self.linears[name].layout)]
+
+    def of_all(self, skip: Collection[str]) -> list[str]:
+        """Of every layer that is a module, but for `skip`: those that are adapted by their parameter."""
+        found: list[str] = []
+        for name, linear in self.linears.items():
+            if linear.experts is None:
+                found += [] if name in skip else [self.of_module(name)]
+            elif self.per_expert:
+                found += self.of_experts(name)
+        return found
+
+
+def peft_container(name: str, adapted: Collection[str]) -> str:
+    """Where peft keeps the adapter on a parameter of stacked experts: `..mlp.experts`, or `..mlp.experts.base_layer`.
+
+    Args:
+        name: `..mlp.experts.gate_up_proj` or `..mlp.experts.down_proj`.
+        adapted: all such parameters that have an adapter.
+    """
+    container, _, leaf = name.rpartition(".")
+    both = any(other != name and other.rpartition(".")[0] == container for other in adapted)
+    return f"{container}.{_NESTED}" if both and leaf == _INNER else container
+
+
+def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
+    """Whether peft reaches a layer of a model with experts only by its parameter `{name}.weight`.
+
+    Routers are no linear layers in transformers; and peft (0.21) takes any target that ends like a projection of the
+    experts for the experts themselves.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, DecoderConfig):
+        has_experts = config.moe is not None
+    else:  # a model of transformers, or of Megatron
+        counts = ("num_experts", "num_local_experts", "num_moe_experts")
+        has_experts = any(getattr(config, count, None) for count in counts)
+    return has_experts and name.rpartition(".")[2] in ("gate", "gate_proj", "up_proj", "down_proj")
+
+
+def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:
+    """The parts of a layer's output: (gate, up), or `None` for one that is not fused."""
+    return (None,) if layout.fused_parts is None else layout.fused_parts.names
+
+
+def stored_factors(place: Place, names: Names) -> list[Stored]:
+    """The tensors of a file that hold the parameters of a place: of A, B, and the magnitude if there is one."""
+    if place.experts is None:
+        return [_by_module(place, names, layout, suffix) for layout, suffix in place.layouts]
+    if names.per_expert:
+        return [_by_expert(place, names, layout, suffix) for layout, suffix in place.layouts]
+    prefix, rank = f"{PREFIX}{names.of_stack(place.names[0])}", place.written.rank
+    return [
+        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.stacked, rank),
+        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.stacked, rank),
+    ]
+
+
+def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
+    # A layer of transformers' own that packs its parts is one module there, too.
+    divided = suffix != FACTOR_A and layout.fused_parts is not None and len(place.names) > 1
+    return StoredTensors(
+        layout,
+        [
+            StoredTensor(f"{PREFIX}{names.of_module(name)}.{suffix}", number if divided else None)
+            for number, name in enumerate(place.names)
+        ],
+        rank_dim=_RANK_DIMS.get(suffix),
+        rank=place.written.rank,
+    )
+
+
+def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
+    divided = suffix != FACTOR_A and layout.fused_parts is not None
+
+    def tensors() -> Iterator[StoredTensor]:
+        for expert in range(place.experts or 0):
+            for number, part in enumerate((None,) if place.b.fused_parts is None else place.b.fused_parts.names):
+                key = f"{PREFIX}{names.of_expert(place.names[0], part, expert)}.{suffix}"
+                yield StoredTensor(key, number if divided else None, expert)
+
+    # Of DoRA experts that share A and B, each has its own magnitude.
+    stacked = len(layout.global_shape) == (2 if suffix == MAGNITUDE else 3)
+    return StoredTensors(layout, list(tensors()), stacked, _RANK_DIMS.get(suffix), place.written.rank)
+
+
+def sharded_parameters(model: nn.Module) -> frozenset[int]:
+    """The ids of the parameters that `fully_shard` manages and that are sharded now."""
+    return frozenset(
+        id(parameter.sharded_param)
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for parameter in group.fsdp_params
+    )
+
+
+def refuse_sharded(model: nn.Module, instead: str) -> None:
+    """Refuse a model with sharded parameters where their slices have no place.
+
+    Args:
+        model: the model.
+        instead: what to do, for the message.
+
+    Raises:
+        CheckpointError: it has some.
+    """
+    sharded = sharded_parameters(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in sharded:
+            raise CheckpointError(f"{name} is sharded by PyTorch's fully_shard, whose slices are not ours: {instead}")
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass left gathered, in the type that it computes in; the sharded values are the real ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _gathered(values: Tensor) -> Tensor:
+    """The full tensor of a DTensor, a collective; another tensor as it is."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def _sharded_like(values: Tensor, target: Tensor) -> Tensor:
+    """A tensor that every rank holds, as `target` is sharded."""
+    if not isinstance(target, DTensor):
+        return values
+    values = values.to(target.device, target.dtype)
+    with torch.no_grad():
+        return distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
