@@ -136,21 +136,9 @@ class _SplitLoRALinear(LowRankWrapper):
         """Return one term for each adapted part, in the order of the layer's parts."""
         return [AdapterTerm(adapter, part, path=f"adapter_{part}") for part, adapter in self.adapters().items()]
 
-    @property
-    def one_adapter(self) -> LowRankAdapter:
-        """Adapter whose scale and dropout apply to all parts; dropout on the input draws one mask for them."""
-        return next(iter(self.adapters().values()))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A [sum r, in] and B [out, sum r] of the one adapter that equals the separate ones."""
-        adapters = self.adapters()
-        scale = self.one_adapter.scale
-        b = [
-            adapter.linear_out.weight if adapter.scale == scale else adapter.linear_out.weight * (adapter.scale / scale)
-            for adapter in adapters.values()
-        ]
-        a = [adapter.linear_in.weight for adapter in adapters.values()]
-        indices = [self._fused_parts.names.index(part) for part in adapters]
+    def join_factors(self, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Join the factors of terms on different rows, see `pack_factors`."""
+        indices = [self._fused_parts.names.index(part) for part in self.adapters()]
         return pack_factors(self._fused_parts, self._shards, indices, a, b)
 
 
@@ -158,7 +146,7 @@ class LoRALinearSplitQKV(_SplitLoRALinear):
     """An adapter wrapper for linear_qkv where q, k, v are three separate adapters.
 
     Args:
-        to_wrap: a layer whose output packs q, k and v.
+        to_wrap: Layer whose output fuses q, k and v.
         adapter: `ModuleDict` of `adapter_q`, `adapter_k`, `adapter_v`, or some of them; an absent one adds zero.
     """
 
@@ -173,7 +161,7 @@ class LoRALinearSplitFC1UpGate(_SplitLoRALinear):
     """An adapter wrapper for linear_fc1 where up_proj and gate_proj are two separate adapters.
 
     Args:
-        to_wrap: a layer whose output packs gate and up.
+        to_wrap: Layer whose output fuses gate and up.
         adapter: `ModuleDict` of `adapter_up`, `adapter_gate`, or one of them; an absent one adds zero.
     """
 

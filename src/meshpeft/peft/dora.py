@@ -113,6 +113,10 @@ class RowNorms:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Recompute the norms when they are needed next: a parameter was written in a way that leaves no trace."""
         self._key: tuple[object, ...] | None = None
         self._norms: Tensor | None = None
         self._weight_key: tuple[object, ...] | None = None
@@ -125,10 +129,6 @@ class RowNorms:
 
     def __reduce__(self) -> tuple[type[RowNorms], tuple[()]]:
         return RowNorms, ()
-
-    def clear(self) -> None:
-        """Recompute the norms when they are needed next: a parameter was written in a way that leaves no trace."""
-        self.__init__()  # type: ignore[misc]  # back to the start, whatever the fields are
 
     def after_backward(self) -> None:
         """Record a backward pass through the layer: an optimizer step may follow."""
@@ -316,7 +316,7 @@ class DoRALinear(AdapterWrapper):
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """Set m to the row norms as they are now, so that the layer multiplies by W + s B A."""
-        self._norms.clear()  # a packed weight may have given up a part: its codes are as they were
+        self._norms.clear()  # PiSSA may have moved a part of a packed weight: its codes are as they were
         self.adapter.weight_magnitude.copy_(self._get_weight_norm())
 
     def forget_norms(self) -> None:

@@ -21,16 +21,31 @@ __all__ = ["LoRA", "LoRALinear", "LoRATopKRouter", "LowRankWrapper"]
 
 
 class LowRankWrapper(AdapterWrapper):
-    """A linear layer with s (x Aᵀ) Bᵀ added to its output; a subclass provides A and B."""
+    """A linear layer with its terms s (x Aᵀ) Bᵀ added to its output; they run as one term with joint factors."""
+
+    def active_terms(self) -> list[AdapterTerm]:
+        """Return the terms that take part in `forward`."""
+        return self.terms()
 
     @property
     def one_adapter(self) -> LowRankAdapter:
-        """Adapter whose scale, dropout and layout apply to all factors."""
-        raise NotImplementedError
+        """Adapter of the first active term, whose scale, dropout and layout apply to the joint factors."""
+        return self.active_terms()[0].adapter
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A [r, in] and B [out, r], local."""
-        raise NotImplementedError
+        """Return A [sum r, in] and B [out, sum r], local, of the one adapter that equals the active terms together."""
+        adapters = [term.adapter for term in self.active_terms()]
+        scale = adapters[0].scale
+        a: list[Tensor] = [adapter.linear_in.weight for adapter in adapters]
+        b: list[Tensor] = [
+            adapter.linear_out.weight if adapter.scale == scale else adapter.linear_out.weight * (adapter.scale / scale)
+            for adapter in adapters
+        ]
+        return self.join_factors(a, b)
+
+    def join_factors(self, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Join the factors of terms on the same rows: A = [A_1; A_2; ..], B = [B_1 B_2 ..]."""
+        return (a[0], b[0]) if len(a) == 1 else (torch.cat(a, -2), torch.cat(b, -1))
 
     @property
     def joins(self) -> bool:
@@ -85,15 +100,6 @@ class LoRALinear(LowRankWrapper):
     def terms(self) -> list[AdapterTerm]:
         """Return the one term."""
         return [AdapterTerm(self.adapter)]
-
-    @property
-    def one_adapter(self) -> LowRankAdapter:
-        """The adapter."""
-        return self.adapter
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A [r, in] and B [out, r], local."""
-        return self.adapter.linear_in.weight, self.adapter.linear_out.weight
 
 
 class LoRATopKRouter(LoRALinear):

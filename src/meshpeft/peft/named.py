@@ -85,37 +85,19 @@ class NamedLoRALinear(LowRankWrapper):
         """Whether the adapter of this name takes part in `forward`."""
         return self._adapter_enabled and name in self.adapter and name not in self._disabled
 
-    def _enabled(self) -> list[LowRankAdapter]:
-        return [adapter for name, adapter in self.named_adapters() if name not in self._disabled]
-
-    @property
-    def one_adapter(self) -> LowRankAdapter:
-        """First enabled adapter, whose scale the joint factors have."""
-        return self._enabled()[0]
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A [sum r, in] and B [out, sum r] of the one adapter that equals the enabled ones together."""
-        adapters = self._enabled()
-        a: list[Tensor] = [adapter.linear_in.weight for adapter in adapters]
-        b: list[Tensor] = [adapter.linear_out.weight for adapter in adapters]
-        if len(adapters) == 1:
-            return a[0], b[0]
-        scale = adapters[0].scale
-        scaled = [
-            factor if adapter.scale == scale else factor * (adapter.scale / scale)
-            for factor, adapter in zip(b, adapters, strict=True)
-        ]
-        return torch.cat(a, -2), torch.cat(scaled, -1)
+    def active_terms(self) -> list[AdapterTerm]:
+        """Return the terms of the enabled adapters."""
+        return [term for term in self.terms() if term.name not in self._disabled]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the base layer's output for x, plus that of every enabled adapter."""
-        if not self._enabled():
+        if not self.active_terms():
             return self.to_wrap(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
     def merged_weights(self) -> Iterator[Tensor]:
         """Yield W + sum of s B A over the enabled adapters, local, in float32 or wider; one by one for experts."""
-        if self._enabled():
+        if self.active_terms():
             yield from super().merged_weights()
             return
         for (weight,) in self.matrices():
