@@ -1,4 +1,4 @@
-"""One forward and backward of adapters over the same of the frozen base, beside Hugging Face PEFT, one process.
+"""One forward and backward of adapters over the same of the frozen base, against Hugging Face PEFT, one process.
 
 Model: 2 layers, hidden 1024, intermediate 2816, 512 tokens, rank 16, float32. The embedding's output requires a
 gradient in every candidate, so that the frozen base too sends gradients all the way down.

@@ -1,4 +1,4 @@
-"""One forward and backward of per-expert LoRA over the same of the frozen mixture of experts, beside PEFT, one process.
+"""One forward and backward of per-expert LoRA over the same of the frozen mixture of experts, against PEFT.
 
 Model: a Qwen3-MoE of 2 layers, hidden 512, experts of width 256, top-4, 512 tokens, rank 8, float32, with 8, 32 and
 128 experts. Only the experts carry adapters: `linear_fc1` and `linear_fc2` here, PEFT's `target_parameters` there.

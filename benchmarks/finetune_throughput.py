@@ -1,4 +1,4 @@
-"""Tokens a second of a whole training step, beside transformers' Trainer with Hugging Face PEFT, one process.
+"""Tokens a second of a whole training step, against transformers' Trainer with Hugging Face PEFT, one process.
 
 Model and data are the embedded ones; LoRA of rank 16 on every linear layer, AdamW, clipping at 1, 8 rows a step,
 float32. A step is everything between two batches: making the batch, forward, backward, clipping, update. Both take

@@ -1,4 +1,4 @@
-"""Starting the adapters of 64 experts (256 x 512, rank 16) from what quantising them lost, beside loops of full SVDs.
+"""Starting the adapters of 64 experts (256 x 512, rank 16) from what quantising them lost, against loops of full SVDs.
 
 The residuals are those of normally distributed weights packed as NF4: noise, the spectrum that is hardest to
 approximate. The peers decompose one expert after the other in full: ModelOpt's own function, in float64, and the same

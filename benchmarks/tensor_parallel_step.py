@@ -1,9 +1,9 @@
-"""LoRA at TP=2 over the frozen base at TP=2, beside the communication layout of Megatron's adapters.
+"""LoRA at TP=2 over the frozen base at TP=2, against the communication layout of Megatron's adapters.
 
 An MLP 1024 -> 2 x 2816 -> 1024 on two gloo processes of one thread each, 512 tokens, rank 16, float32: forward and
 backward with a gradient for the input. The peer is built from the same layers in the layout that Megatron-Bridge's
-adapters have: beside a column, A is divided over the rank and h gathered, so that its input gradient is all-reduced
-once more; beside a row, h is reduced and the full-width output gathered.
+adapters have: on a column, A is sharded along the rank and h gathered, so that its input gradient is all-reduced
+once more; on a row, h is reduced and the full-width output gathered.
 
     python benchmarks/tensor_parallel_step.py [--repeats 40]
 """
@@ -45,8 +45,8 @@ class MLP(nn.Module):
         return self.linear_fc2(F.silu(gate) * up)
 
 
-class BesideColumn(nn.Module):
-    """The base's output plus an adapter's: A divided over the rank, h gathered, B divided over the output."""
+class StandaloneColumn(nn.Module):
+    """The base's output plus an adapter's: A sharded along the rank, h gathered, B sharded along out."""
 
     def __init__(self, base: ColumnParallelLinear) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class BesideColumn(nn.Module):
         return self.base(x) + self.linear_out(self.linear_in(x))
 
 
-class BesideRow(nn.Module):
-    """The base's output plus an adapter's: h reduced, B divided over the output, which is gathered."""
+class StandaloneRow(nn.Module):
+    """The base's output plus an adapter's: h reduced, B sharded along out, the output gathered."""
 
     def __init__(self, base: RowParallelLinear) -> None:
         super().__init__()
@@ -74,8 +74,8 @@ class BesideRow(nn.Module):
 def models() -> dict[str, nn.Module]:
     frozen, fused, megatron = (MLP().requires_grad_(False) for _ in range(3))
     LoRA(target_modules=["linear_fc1", "linear_fc2"], dim=RANK, alpha=RANK)(fused)
-    megatron.linear_fc1 = BesideColumn(megatron.linear_fc1)
-    megatron.linear_fc2 = BesideRow(megatron.linear_fc2)
+    megatron.linear_fc1 = StandaloneColumn(megatron.linear_fc1)
+    megatron.linear_fc2 = StandaloneRow(megatron.linear_fc2)
     return {"frozen base": frozen, "MeshPEFT LoRA": fused, "Megatron's layout": megatron}
 
 
