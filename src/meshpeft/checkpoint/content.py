@@ -16,7 +16,7 @@ from meshpeft.hub.adapter_tensors import refuse_sharded
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
-from meshpeft.peft import AdapterWrapper
+from meshpeft.peft import adapter_wrappers
 
 __all__ = [
     "MODEL",
@@ -83,10 +83,10 @@ class ModelContent:
 
 def _trained(model: nn.Module) -> set[int]:
     found = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for _, wrapper in adapter_wrappers(model):
+        found.update(map(id, wrapper.adapter.parameters()))
+        found.update(map(id, wrapper.adapter.buffers()))
     for module in model.modules():
-        if isinstance(module, AdapterWrapper):
-            found.update(map(id, module.adapter.parameters()))
-            found.update(map(id, module.adapter.buffers()))
         if getattr(module, "track_running_stats", False):
             found.update(map(id, module.buffers(recurse=False)))
     return found

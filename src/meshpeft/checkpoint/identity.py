@@ -22,9 +22,8 @@ from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import first_few, shown
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
-from meshpeft.peft import AdapterWrapper, LowRankAdapter
-from meshpeft.peft.matching import walk
-from meshpeft.quantization import PackedLayer
+from meshpeft.peft import LowRankAdapter, adapted_layers, adapter_wrappers
+from meshpeft.quantization import packed_form
 
 __all__ = ["check_same_model", "checksums_of_slices", "describe_adapters", "describe_base"]
 
@@ -45,17 +44,11 @@ _known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = W
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
     """Full name of each adapted layer -> its method, and the options of its parts that decide numbers."""
     found: dict[str, Any] = {}
-    for place, wrapper in walk(model):
-        if isinstance(wrapper, AdapterWrapper):
-            name = place.full_name
-            if wrapper.is_merged:
-                raise CheckpointError(f"{name}: its adapter is merged into the base; unmerge it first")
-            parts = {
-                part: _options(adapter)
-                for part, adapter in wrapper.adapter.named_modules()
-                if isinstance(adapter, LowRankAdapter)
-            }
-            found[name] = {"method": type(wrapper).__name__, "parts": parts}
+    for name, wrapper in adapted_layers(model):
+        if wrapper.is_merged:
+            raise CheckpointError(f"{name}: its adapter is merged into the base; unmerge it first")
+        parts = {term.path: _options(term.adapter) for term in wrapper.terms()}
+        found[name] = {"method": type(wrapper).__name__, "parts": parts}
     return found
 
 
@@ -95,27 +88,22 @@ def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str
 
 
 def _decomposed(model: nn.Module) -> dict[int, str]:
-    """Id of each tensor that is made from a decomposition of a weight -> what it is instead of a checksum.
+    """Map the id of each tensor that is made from a decomposition of a weight to what it is instead of a checksum.
 
-    Decomposed anew and rounded anew in every run: the weights that gave a principal part up to their adapters, and
-    packed ones that hold it beside its remainder.
+    Every run decomposes and rounds again: the weights whose principal part was moved to their adapters (PiSSA), and
+    packed ones that hold it in addition to the remainder.
     """
     found: dict[int, str] = {}
-    for module in model.modules():
-        layer = module
-        if isinstance(module, AdapterWrapper):
-            layer = module.to_wrap
-            if not any(
-                isinstance(adapter, LowRankAdapter) and adapter.linear_in.start is not None
-                for adapter in module.adapter.modules()
-            ):
-                continue
-            found[id(module.stored_weight())] = _CHANGED
-        elif not isinstance(module, PackedLayer) or module.principal is None:
-            continue
-        if isinstance(layer, PackedLayer):
-            stored = f"{_CHANGED}, {layer.storage.name}/{layer.block_size}"
-            found.update((id(tensor), stored) for tensor in layer.stored_tensors())
+    moved: set[int] = set()
+    for _, wrapper in adapter_wrappers(model):
+        if any(term.adapter.start is not None for term in wrapper.terms()):
+            moved.add(id(wrapper.to_wrap))
+            found[id(wrapper.stored_weight())] = _CHANGED
+    for layer in model.modules():
+        packed = packed_form(layer)
+        if packed is not None and (packed.principal is not None or id(layer) in moved):
+            stored = f"{_CHANGED}, {packed.storage.name}/{packed.block_size}"
+            found.update((id(tensor), stored) for tensor in packed.stored_tensors())
     return found
 
 

@@ -41,7 +41,7 @@ from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.held_modules import held_module
 from meshpeft.parallel.layer_types import layer_type_of
-from meshpeft.peft import AdapterWrapper, adapter_wrappers
+from meshpeft.peft import adapter_wrappers, base_of
 from meshpeft.peft.matching import decides, walk
 
 __all__ = ["check_exportable", "export_peft_adapter", "serving_note"]
@@ -268,11 +268,7 @@ def _config(
         )
     others = names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters})
     if not has_our_names(model):  # peft has a say on modules of every kind
-        others += [
-            place.full_name
-            for place, module in walk(model)
-            if layer_type_of(module) is None and not isinstance(module, AdapterWrapper)
-        ]
+        others += [place.full_name for place, module in walk(model) if layer_type_of(base_of(module)) is None]
     return describe(
         modules,
         others,

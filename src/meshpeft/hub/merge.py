@@ -46,7 +46,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
             changed. Or a sum is too large for its type; then nothing is written.
         ModelError: the directory cannot be written.
     """
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterWrapper)}
+    wrappers = dict(adapter_wrappers(model))
     with all_or_none("merging", CheckpointError):
         _check(wrappers)
         refuse_sharded(model, "merge before fully_shard; or export the adapter, which gathers it, and merge the files")

@@ -19,7 +19,7 @@ from meshpeft.models.language_model import LanguageModel, layout_or_replicated
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
-from meshpeft.peft import AdapterWrapper
+from meshpeft.peft import is_peft_model
 
 __all__ = ["held_model", "refuse_adapter_directory", "save_pretrained"]
 
@@ -69,7 +69,7 @@ def save_pretrained(
             adapter, or a model that is not to be replaced; (on the other ranks) the writing process failed.
     """
     directory = Path(directory)
-    if any(isinstance(module, AdapterWrapper) for module in model.modules()):
+    if is_peft_model(model):
         raise ModelError("the model carries adapters; merge them before saving it")
     stored = [(tensor, _form(model, name, tensor)) for name, tensor in model.stored_tensors().items()]
     check_finite(
