@@ -1,6 +1,7 @@
 """The commands of `meshpeft`: each parses its options, calls what does the work, and prints what that returns.
 
-A command imports what it needs when it is run: `meshpeft --help` needs none of it, and `merge` not what `verify` needs.
+A command imports what it needs when it is run, and what does the work behind the parsing: that takes seconds, which
+`meshpeft --help` and `meshpeft COMMAND --help` do not need.
 """
 
 from __future__ import annotations
@@ -28,61 +29,82 @@ class Command(NamedTuple):
 def _finetune(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import FinetuneConfig
+
+    options = parse(FinetuneConfig, argv, prog="meshpeft finetune")
+
     from meshpeft.training.finetune import start
 
-    start(parse(FinetuneConfig, argv, prog="meshpeft finetune"))
+    start(options)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import EvaluateConfig
+
+    options = parse(EvaluateConfig, argv, prog="meshpeft evaluate")
+
     from meshpeft.training.evaluate import start
 
-    start(parse(EvaluateConfig, argv, prog="meshpeft evaluate"))
+    start(options)
 
 
 def _generate(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import GenerateConfig
+
+    options = parse(GenerateConfig, argv, prog="meshpeft generate")
+
     from meshpeft.training.generate import start
 
-    start(parse(GenerateConfig, argv, prog="meshpeft generate"))
+    start(options)
 
 
 def _export(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import ExportConfig
+
+    options = parse(ExportConfig, argv, prog="meshpeft export")
+
     from meshpeft.training.export import export
 
-    print(export(parse(ExportConfig, argv, prog="meshpeft export")))
+    print(export(options))
 
 
 def _merge(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import MergeConfig
+
+    options = parse(MergeConfig, argv, prog="meshpeft merge")
+
     from meshpeft.training.export import merge
 
-    print(merge(parse(MergeConfig, argv, prog="meshpeft merge")))
+    print(merge(options))
 
 
 def _verify(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import FinetuneConfig
-    from meshpeft.verify.run import verify_run
 
     description = """Prove that a layout trains the adapter of one process, before it is run. The options are those of
 `meshpeft finetune`: put `verify` in its place. One process, no GPU, seconds; those of data and output do not matter."""
-    print(verify_run(parse(FinetuneConfig, argv, prog="meshpeft verify", description=description)))
+    options = parse(FinetuneConfig, argv, prog="meshpeft verify", description=description)
+
+    from meshpeft.verify.run import verify_run
+
+    print(verify_run(options))
 
 
 def _plan(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
     from meshpeft.training.config import FinetuneConfig
-    from meshpeft.verify.run import plan_run
 
     description = """What one process of a fine-tune will hold in memory and send to others. The options are those of
 `meshpeft finetune`: put `plan` in its place. One process, no GPU; those of data and output do not matter."""
-    print(plan_run(parse(FinetuneConfig, argv, prog="meshpeft plan", description=description)))
+    options = parse(FinetuneConfig, argv, prog="meshpeft plan", description=description)
+
+    from meshpeft.verify.run import plan_run
+
+    print(plan_run(options))
 
 
 COMMANDS = {

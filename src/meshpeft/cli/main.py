@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from meshpeft.cli.commands import COMMANDS
-from meshpeft.training.streams import make_streams_lenient
+from meshpeft.training.streams import make_streams_lenient, plain_warnings
 
 __all__ = ["main"]
 
@@ -54,25 +54,34 @@ def _run(command: str, *arguments: str) -> int:
         reason = f"there is no command {command!r}{hint}" if command else "no command was given"
         print(f"meshpeft: {reason}\n\n{USAGE}", file=sys.stderr)
         return 2
-    # Only now: what a command needs takes seconds to import, and --help should not.
-    from meshpeft.parallel.errors import MeshPEFTError
-    from meshpeft.training.launch import RunInterrupted, WorkerDied, speaks_for_all
-    from meshpeft.training.streams import plain_warnings
-
     try:
         with plain_warnings(f"meshpeft {command}"):
             COMMANDS[command].run(arguments)
-    except MeshPEFTError as error:
-        if speaks_for_all():
-            print(f"meshpeft {command}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunInterrupted) else 2
-    except WorkerDied as error:
-        print(f"meshpeft {command}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"meshpeft {command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        code = _explain(command, error)
+        if code is None:
+            raise
+        return code
     return 0
+
+
+def _explain(command: str, error: Exception) -> int | None:
+    """Print an error that is no fault of the code, and return its exit code; `None` for any other error."""
+    # Only now: `meshpeft COMMAND --help` need not import it.
+    from meshpeft.parallel.errors import MeshPEFTError
+    from meshpeft.training.launch import RunInterrupted, WorkerDied, speaks_for_all
+
+    if isinstance(error, WorkerDied):
+        print(f"meshpeft {command}: {error}", file=sys.stderr)
+        return 1
+    if not isinstance(error, MeshPEFTError):
+        return None
+    if speaks_for_all():
+        print(f"meshpeft {command}: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, RunInterrupted) else 2
 
 
 if __name__ == "__main__":

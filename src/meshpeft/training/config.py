@@ -1,7 +1,8 @@
 """The options of every command, with their checks.
 
 The command line is made from these classes, and the text under each field is its help. No default depends on
-the layout. Where `None` is the default, the text explains what it stands for.
+the layout. Where `None` is the default, the text explains what it stands for. What takes long to import is imported
+where it is used: help on options needs none of it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-import torch
 import tyro
 
-from meshpeft.hub.adapter_config import CONFIG_NAME
-from meshpeft.hub.tensor_files import read_json
 from meshpeft.parallel.errors import MeshPEFTError, blamed_on, shown
-from meshpeft.training.output import RECORD
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "AdapterUse",
@@ -34,6 +34,7 @@ __all__ = [
     "LayoutConfig",
     "MergeConfig",
     "OptionalField",
+    "RECORD",
     "TensorType",
     "TrainingError",
     "above",
@@ -48,6 +49,9 @@ TensorType = Literal["float64", "float32", "bfloat16", "float16"]
 InitMethod = Literal["xavier", "normal", "kaiming", "zero"]
 FormatName = Literal["nf4", "int8", "int4", "fp8"]
 EngineName = Literal["native", "transformers"]
+
+RECORD = "run.json"
+"""The file that makes a directory the output of a finished run: options, versions and results."""
 
 # No option has such a number; what reads a record may take memory by it.
 _LARGEST = 2**31
@@ -66,6 +70,8 @@ class TrainingError(MeshPEFTError):
 
 def tensor_type(name: TensorType) -> torch.dtype:
     """Return the torch type of this name."""
+    import torch
+
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -300,6 +306,8 @@ class FinetuneConfig(LayoutConfig):
         Raises:
             ConfigError: The file cannot be read, or is not one of ours.
         """
+        from meshpeft.hub.tensor_files import read_json
+
         try:
             content = read_json(path, ConfigError, "the output directory of a meshpeft run")
         except ConfigError as error:
@@ -392,6 +400,8 @@ def recorded_run(adapter: Path) -> FinetuneConfig | None:
     Raises:
         ConfigError: The directory holds no adapter, or a record that is not one of ours.
     """
+    from meshpeft.hub.adapter_config import CONFIG_NAME
+
     if not (adapter / CONFIG_NAME).is_file():
         raise ConfigError(f"{adapter}: holds no adapter (there is no {CONFIG_NAME})")
     record = adapter / RECORD
@@ -404,6 +414,9 @@ def named_base(adapter: Path) -> Path:
     Raises:
         ConfigError: It names none, or one that is no directory here.
     """
+    from meshpeft.hub.adapter_config import CONFIG_NAME
+    from meshpeft.hub.tensor_files import read_json
+
     named = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(named, str) or not named or not Path(named).is_dir():
         raise ConfigError(f"{adapter}: names {shown(named)} as its base model, no directory here; give --model")

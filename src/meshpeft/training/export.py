@@ -30,6 +30,7 @@ from meshpeft.training.adapters import add_adapter, base_quantizer, default_laye
 from meshpeft.training.base import base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import (
+    RECORD,
     ConfigError,
     EngineName,
     ExportConfig,
@@ -39,7 +40,7 @@ from meshpeft.training.config import (
     recorded_run,
     tensor_type,
 )
-from meshpeft.training.output import CHECKPOINTS, RECORD, OutputError
+from meshpeft.training.output import CHECKPOINTS, OutputError
 
 __all__ = ["export", "merge"]
 

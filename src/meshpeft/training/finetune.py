@@ -39,12 +39,12 @@ from meshpeft.training.adapters import (
 )
 from meshpeft.training.base import BaseModel, check_attention, find_base
 from meshpeft.training.checkpoints import difference_of_runs, run_date
-from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.config import RECORD, FinetuneConfig, tensor_type
 from meshpeft.training.generate import continuation
 from meshpeft.training.inputs import Inputs, check_rows, load_inputs
 from meshpeft.training.launch import Interruption, join_mesh, launch, workers_for
 from meshpeft.training.loop import TrainingLoop
-from meshpeft.training.output import CURVE, METRICS, RECORD, OutputDirectory, OutputError
+from meshpeft.training.output import CURVE, METRICS, OutputDirectory, OutputError
 from meshpeft.training.report import (
     MetricsLog,
     Report,

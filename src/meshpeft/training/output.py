@@ -27,11 +27,10 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.hub.staging import DirectoryInUse, DirectoryLock, StagedFiles, flush, remove_leftovers, write_flushed
 from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.training.config import RECORD
 
-__all__ = ["CHECKPOINTS", "CURVE", "METRICS", "RECORD", "OutputDirectory", "OutputError", "RunState", "run_state"]
+__all__ = ["CHECKPOINTS", "CURVE", "METRICS", "OutputDirectory", "OutputError", "RunState", "run_state"]
 
-RECORD = "run.json"
-"""The file that makes a directory the output of a finished run: options, versions and results."""
 UNFINISHED = "run.partial.json"
 """The same without results, of a run that is not finished."""
 CHECKPOINTS = "checkpoints"
