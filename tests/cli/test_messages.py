@@ -20,7 +20,7 @@ OPTIONS = {
 # Of vLLM; and what begins the negative of a switch.
 OTHERS = {"help", "version", "max-lora-rank", "no-"}
 # What these say is about models and layers that no command makes.
-OF_THE_LIBRARY = frozenset({"transformers_tp.py", "wrapper.py", "content.py", "same_tokens.py"})
+OF_THE_LIBRARY = frozenset({"transformers.py", "wrapper.py", "content.py", "same_tokens.py"})
 ADVICE = re.compile(r"\b(?:use|with|give|choose|add|set) (?:one with )?([a-z]\w*)=")
 
 
