@@ -1,8 +1,8 @@
-"""What a model is, apart from the values that a checkpoint holds: its adapters' shapes and its frozen base.
+"""The identity of a model that a checkpoint is for: the shapes of its adapters, and checksums of its frozen base.
 
-An adapter means something on its own base model only. So a checkpoint of adapters names every frozen parameter with a
-checksum of its values, the same at every layout: a sum over the elements of (bits x a weight of the element's global
-place), modulo 2^64.
+An adapter is of use on its own base model only. So a checkpoint of adapters lists every frozen parameter with a
+checksum of its values, which is the same at every layout: the sum over the elements of bits x (a weight that depends on
+the element's index in the global tensor), modulo 2^64.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _ELEMENTS_AT_ONCE = {False: 1 << 22, True: 1 << 17}
 
 _CHANGED = "less its principal part"
 
-# What was computed of a model, with the tensors that it was computed of and their versions. The references are weak:
-# the number of a tensor that is gone may be another's by now.
+# Checksums by model, with the tensors that they were computed from and their versions. The references are weak: the id
+# of a tensor that is gone may be another's by now.
 _Versions = list[tuple["ref[Tensor]", int]]
 _known: WeakKeyDictionary[nn.Module, tuple[_Versions, dict[str, list[Any]]]] = WeakKeyDictionary()
 
 
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
-    """Full name of each adapted layer -> its method, and the options of its parts that decide numbers."""
+    """Map the full name of each adapted layer to its method, and the options of its parts that decide numbers."""
     found: dict[str, Any] = {}
     for name, wrapper in adapted_layers(model):
         if wrapper.is_merged:
@@ -60,22 +60,22 @@ def _options(adapter: LowRankAdapter) -> dict[str, Any]:
 
 
 def describe_base(model: nn.Module, frozen: Sequence[ShardedTensor]) -> dict[str, list[Any]]:
-    """Key of each frozen tensor -> `[type, global shape, checksum]`. A collective.
+    """Map the key of each frozen tensor to `[type, global shape, checksum]`. A collective.
 
-    Of a weight less its principal part there is no checksum; that of the other tensors tells the base.
+    A weight less its principal part has no checksum; those of the other tensors identify the base.
 
     Args:
-        model: whose tensors these are: what was computed is kept until one of them changes.
-        frozen: this rank's slices of them, the same keys in the same order on every rank.
+        model: Model of the tensors. Checksums are kept until one of them changes.
+        frozen: This rank's slices of them, the same keys in the same order on every rank.
     """
     if not frozen:
         return {}
     known = _known.get(model)
     stale = known is None or not _still_true(known[0], frozen)
-    # Decided together: a rank whose tensors are as they were must compute with one whose are not.
-    said = torch.tensor(int(stale), device=frozen[0].source.device)
-    said = all_reduce(said, parallel_group_info().world, dist.ReduceOp.MAX)
-    if known is None or bool(said):
+    # Decided together: where one rank's tensors changed, all ranks compute.
+    any_stale = torch.tensor(int(stale), device=frozen[0].source.device)
+    any_stale = all_reduce(any_stale, parallel_group_info().world, dist.ReduceOp.MAX)
+    if known is None or bool(any_stale):
         versions = [(ref(entry.source), entry.source._version) for entry in frozen]
         known = _known[model] = (versions, _checksums(model, frozen))
     decomposed = _decomposed(model)
@@ -115,16 +115,16 @@ def _still_true(versions: _Versions, frozen: Sequence[ShardedTensor]) -> bool:
 
 
 def checksums_of_slices(model: nn.Module, entries: Sequence[ShardedTensor]) -> list[int]:
-    """A checksum of each slice by itself, and of its place. Not a collective.
+    """Compute a checksum of each slice by itself, and of its offset. Not a collective.
 
     Args:
-        model: whose slices these are: a checksum is kept until its tensor changes.
-        entries: this rank's.
+        model: Model of the slices. A checksum is kept until its tensor changes.
+        entries: This rank's slices.
     """
     return [int(_own_sum(model, entry)) for entry in entries]
 
 
-# Of each slice, what `_weighted_sum` computed: one pass over the base is enough for a run.
+# `_weighted_sum` of each slice: one pass over the base is enough for a run.
 _sums: WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[int, ...]], tuple[ref[Tensor], int, Tensor]]] = (
     WeakKeyDictionary()
 )
@@ -169,7 +169,7 @@ def _weighted_sum(entry: ShardedTensor) -> Tensor:
 
 @on_each_rank
 def _sum_of_slice(values: Tensor, offset: list[int], shape: list[int]) -> Tensor:
-    """int64 scalar of a slice that starts at `offset` in a tensor of `shape`."""
+    """Sum a slice that starts at `offset` in a tensor of `shape`: an int64 scalar."""
     if values.dim() == 0:
         values, offset, shape = values.view(1), [0], [1]
     total = torch.zeros((), dtype=torch.int64, device=values.device)
@@ -191,15 +191,15 @@ def _sum_of_slice(values: Tensor, offset: list[int], shape: list[int]) -> Tensor
 
 
 def check_same_model(stored: Mapping[str, Any], found: Mapping[str, Any], directory: object) -> None:
-    """Whether a checkpoint's model is this one.
+    """Check that a checkpoint's model is this one.
 
     Args:
         stored: `{"adapters": .., "base": ..}` of the checkpoint.
-        found: the same of the model.
-        directory: of the checkpoint, for the message.
+        found: `{"adapters": .., "base": ..}` of the model.
+        directory: Directory of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: names the first difference.
+        CheckpointError: They differ; the message names the first difference.
     """
     adapters, own = stored["adapters"], found["adapters"]
     for name in sorted({*adapters, *own}):
