@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timing import measure, ratio, table
 from torch import Tensor, nn
 
-from meshpeft.parallel import ColumnParallelLinear, FusedParts, RowParallelLinear, communication, init_parallelism
+from meshpeft.parallel import ColumnParallelLinear, FusedParts, RowParallelLinear, init_parallelism, states
 from meshpeft.peft import LoRA
 
 HIDDEN, WIDTH, TOKENS, RANK = 1024, 2816, 512, 16
@@ -91,10 +91,8 @@ def collectives_of(run: Callable[[], None]) -> int:
 
         return call
 
-    import meshpeft.parallel.collectives as collectives
-
     names = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-    patches = [mock.patch.object(collectives, name, counted(getattr(communication, name))) for name in names]
+    patches = [mock.patch.object(states, name, counted(getattr(states, name))) for name in names]
     for patch in patches:
         patch.start()
     run()

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.faults import complete_beside
 from helpers.tiny_models import save_tiny
 
 from meshpeft.cli.main import main
-from meshpeft.parallel import gradients
-from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel import R, gradients
 
 CHECKS = {"loss", "grad norm", "gradient", "weight", "held-out", "export", "merged", "resume"}
 
@@ -87,7 +87,7 @@ def test_a_wrong_layout_of_a_transformers_model_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_tiny("phi3", tmp_path / "base")
-    monkeypatch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+    complete_beside(monkeypatch, R)
     assert main(["verify", "--model", str(base), "--tp", "2"]) == 2
     assert errors_in(capsys.readouterr().err)["gradient"] > 1e-3
 
@@ -97,7 +97,7 @@ def test_a_wrong_layout_is_refused_with_its_errors(
     fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "sum of dA dropped":
-        monkeypatch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+        complete_beside(monkeypatch, R)
         # The states would already say so; here the numbers are asked.
         monkeypatch.setattr("meshpeft.verify.layout.typecheck_layout", lambda *args, **kwargs: {})
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshpeft.engines import axis_of_group
 from meshpeft.parallel import FusedParts, ParallelAxis, TensorLayout, finalize_gradients, layout_of
-from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.states import all_reduce
 from meshpeft.peft import PEFT
 
 SEQ, BATCH, IN, OUT = 6, 2, 8, 12

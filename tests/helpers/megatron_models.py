@@ -26,7 +26,7 @@ from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_
 from meshpeft.engines import axis_of_group
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import ParallelAxis, layer_type_of, layout_of, layout_of_tensor, parallel_group_info
-from meshpeft.parallel.communication import all_gather
+from meshpeft.parallel.states import all_gather
 from meshpeft.peft import PEFT, NamedLoRALinear, ParallelLinearAdapter, adapter_wrappers, update_model
 
 

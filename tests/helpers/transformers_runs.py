@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 from meshpeft.checkpoint import merge_adapter
 from meshpeft.engines.parallelize import parallelize
-from meshpeft.parallel import finalize_gradients, init_parallelism, layout_of_tensor, set_seed
+from meshpeft.parallel import I, LinearLayout, Shard, finalize_gradients, init_parallelism, layout_of_tensor, set_seed
 from meshpeft.peft import PEFT, LoRA, adapter_wrappers
 from meshpeft.verify.simulation import Collective, count_collectives
 
@@ -133,13 +133,19 @@ def merge(directory: Path, division: Division, method: PEFT, merged: Path) -> Me
     return Merges(adapted, logits, unmerged, back)
 
 
+def _gathers_or_takes_shards(layout: LinearLayout) -> bool:
+    return layout.y == I if layout.shard == "out" else layout.x == Shard(-1)
+
+
 def describe(directory: Path, division: Division) -> dict[str, tuple[Any, ...]]:
     """Of the layers of block 0: what their adapters say about them, and what this rank holds."""
     model = LoRA(target_modules=["*.layers.0.*"], dim=4)(load(directory, division))
     return {
         name.partition("layers.0.")[2]: (
             wrapper.adapter.layout.shard,
-            wrapper.adapter.layout.gather_output or wrapper.adapter.layout.input_is_parallel,
+            wrapper.adapter.layout.y == I
+            if wrapper.adapter.layout.shard == "out"
+            else wrapper.adapter.layout.x == Shard(-1),
             tuple(wrapper.layer_type.weight(wrapper.to_wrap).shape),
             tuple(wrapper.adapter.linear_in.weight.shape),
             tuple(wrapper.adapter.linear_out.weight.shape),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.expert_oracle import one_rank, run
+from helpers.faults import not_summed_over
 from helpers.oracle_runs import TOLERANCE
 from torch import Tensor
 
@@ -14,7 +15,6 @@ import meshpeft.parallel.init as parallel_init
 import meshpeft.peft.adapter as adapter_module
 import meshpeft.peft.lora as lora
 from meshpeft.parallel import ParallelAxis, TensorLayout, gradients, mp_reduce, parallel_group_info
-from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.peft.fused import Term, fused_lora, product
 from meshpeft.verify.oracle import Layout, compare
 
@@ -23,12 +23,7 @@ Patch = pytest.MonkeyPatch
 
 def shared_per_rank(patch: Patch) -> None:
     """A "shared" adapter of which every expert-parallel rank trains its own copy [Megatron-Bridge 5484]."""
-    right = LinearLayout._grad_partial
-
-    def without_ep(self: LinearLayout, over_own_axis: bool) -> tuple[ParallelAxis, ...]:
-        return tuple(axis for axis in right(self, over_own_axis) if axis.name != "ep")
-
-    patch.setattr(LinearLayout, "_grad_partial", without_ep)
+    not_summed_over(patch, "ep")
 
 
 def reduced_over_dp(patch: Patch) -> None:
@@ -57,12 +52,7 @@ def counted_once_per_etp_rank(patch: Patch) -> None:
 
 def etp_sum_forgotten(patch: Patch) -> None:
     """Neither factor sums its gradient over the axis that divides each expert."""
-    right = LinearLayout._grad_partial
-
-    def without_etp(self: LinearLayout, over_own_axis: bool) -> tuple[ParallelAxis, ...]:
-        return right(self, over_own_axis and self.axis.name != "etp")
-
-    patch.setattr(LinearLayout, "_grad_partial", without_etp)
+    not_summed_over(patch, "etp")
 
 
 def every_rank_numbers_its_experts_from_zero(patch: Patch) -> None:

@@ -7,26 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faults import complete_beside
 from helpers.oracle_runs import TOLERANCE, one_rank, run
 
 import meshpeft.parallel.init as parallel_init
 import meshpeft.training.step as training_step
 from meshpeft.data.batches import IGNORED_LABEL, MicroBatch
 from meshpeft.models import Decoder
-from meshpeft.parallel import ParallelAxis, TensorLayout, communication, gradients, parallel_group_info
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.tensor_layout import FusedParts
+from meshpeft.parallel import P, ParallelAxis, R, TensorLayout, gradients, parallel_group_info, states
+from meshpeft.parallel.layout import FusedParts
 from meshpeft.verify.oracle import Layout, compare
 
 Patch = pytest.MonkeyPatch
 
 
 def dropped_sum_of_a(patch: Patch) -> None:
-    patch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+    complete_beside(patch, R)
 
 
 def dropped_sum_of_b(patch: Patch) -> None:
-    patch.setattr(LinearLayout, "_b_is_partial", lambda self: False)
+    complete_beside(patch, P)
 
 
 def summed_twice(patch: Patch) -> None:
@@ -73,7 +73,7 @@ def means_of_ranks_averaged(patch: Patch) -> None:
 
     def summed_loss(model: Decoder, batch: MicroBatch) -> torch.Tensor:
         dp, targets = parallel_group_info().dp, (batch.labels != IGNORED_LABEL).sum()
-        return right(model, batch) * communication.all_reduce(targets, dp) / (dp.world_size * targets)
+        return right(model, batch) * states.all_reduce(targets, dp) / (dp.world_size * targets)
 
     patch.setattr(training_step, "summed_loss", summed_loss)
 
@@ -82,10 +82,7 @@ def reduction_forgotten(patch: Patch) -> None:
     def all_reduce(x: torch.Tensor, axis: ParallelAxis, *args: Any) -> torch.Tensor:
         return x
 
-    import meshpeft.parallel.collectives as collectives
-
-    assert collectives.all_reduce is communication.all_reduce
-    patch.setattr(collectives, "all_reduce", all_reduce)
+    patch.setattr(states, "all_reduce", all_reduce)
 
 
 TP, SP, DP = (

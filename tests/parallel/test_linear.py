@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from meshpeft.parallel import (
     ColumnParallelLinear,
     FusedParts,
+    I,
     LayerType,
     LinearLayout,
+    P,
     ParallelAxis,
     ParallelEmbedding,
     ParallelError,
+    R,
     RowParallelLinear,
+    Shard,
+    State,
     TensorLayout,
+    differs,
     finalize_gradients,
     layer_type_of,
     layout_of,
@@ -64,18 +70,14 @@ def make(kind: type, name: str, dtype: torch.dtype, **more: Any) -> Any:
     return kind(IN, OUT, init_type="kaiming_uniform", dtype=dtype, **options, **more)
 
 
-def divided_like(options: dict[str, Any], kind: type, shape: torch.Size, which: str) -> TensorLayout:
+def sharded_like(options: dict[str, Any], kind: type, shape: torch.Size, which: str) -> TensorLayout:
     """How the input or the output of a layer lies on the mesh."""
-    tp = parallel_group_info().tp
-    column, last = kind is ColumnParallelLinear, len(shape) - 1
-    layout = layout_of(options["layer"])
-    if layout.sequence_parallel and (which == "input") == column:
-        return TensorLayout(tuple(shape), ((0, tp),))
-    if column and which == "output" and not layout.gather_output:
-        return TensorLayout(tuple(shape), ((last, tp),), layout.fused_parts, last)
-    if not column and which == "input" and layout.input_is_parallel:
-        return TensorLayout(tuple(shape), ((last, tp),), layout.in_fused_parts, last)
-    return TensorLayout(tuple(shape))
+    layout, last = layout_of(options["layer"]), len(shape) - 1
+    state = layout.x if which == "input" else layout.y
+    if not isinstance(state, Shard):
+        return TensorLayout(tuple(shape))
+    fused_parts = None if state == Shard(0) else layout.in_fused_parts if which == "input" else layout.fused_parts
+    return TensorLayout(tuple(shape), ((state.dim, parallel_group_info().tp),), fused_parts, last)
 
 
 def copied(layout: TensorLayout, full: Tensor) -> Tensor:
@@ -96,8 +98,8 @@ def check(kind: type, name: str, tp: int, leading: tuple[int, ...], dtype: torch
             tensor.requires_grad_()
         F.linear(inputs[0], weight, bias).backward(y_grad)
 
-        input_layout = divided_like({"layer": layer}, kind, x.shape, "input")
-        output_layout = divided_like({"layer": layer}, kind, y.shape, "output")
+        input_layout = sharded_like({"layer": layer}, kind, x.shape, "input")
+        output_layout = sharded_like({"layer": layer}, kind, y.shape, "output")
         local = copied(input_layout, x).requires_grad_()
         out = layer(local)
         out.backward(copied(output_layout, y_grad))
@@ -135,7 +137,7 @@ def test_enter_gemm_exit_is_the_layer(kind: type, name: str) -> None:
     with simulate(tp=2):
         layer = make(kind, name, torch.float64)
         x = torch.randn(4, 3, IN, dtype=torch.float64)
-        local = copied(divided_like({"layer": layer}, kind, x.shape, "input"), x)
+        local = copied(sharded_like({"layer": layer}, kind, x.shape, "input"), x)
         entry = layer_type_of(layer)
         assert entry is not None and entry.fused
         by_steps = entry.exit(layer, F.linear(entry.enter(layer, local), entry.weight(layer)))
@@ -159,7 +161,7 @@ def test_what_is_sent(kind: type, name: str) -> None:
     with simulate(tp=2):
         layer = make(kind, name, torch.float32)
         x = torch.randn(4, 3, IN)
-        local = copied(divided_like({"layer": layer}, kind, x.shape, "input"), x).requires_grad_()
+        local = copied(sharded_like({"layer": layer}, kind, x.shape, "input"), x).requires_grad_()
         with count_collectives() as calls:
             y = layer(local)
             forward = [call.name for call in calls]
@@ -310,32 +312,51 @@ def test_layer_types_are_found_by_their_nearest_class() -> None:
         layout_of(Unknown())
 
 
-# DESIGN's table of the fused adapter, and of the standalone one: which gradients are partial over the axis.
+# DESIGN's tables of the fused and of the standalone adapter: the gradients that are partial over the axis (of A, B, m),
+# whether masks of the adapter's input and output differ over it, and what a standalone h is converted from and to.
 @pytest.mark.parametrize(
-    ("options", "fused", "standalone"),
+    ("shard", "states", "fused", "standalone", "masks_fused", "masks_standalone", "bottleneck"),
     (
-        ({"shard": "out"}, "a", ""),
-        ({"shard": "out", "gather_output": True}, "a", ""),
-        ({"shard": "out", "sequence_parallel": True}, "a", "a"),
-        ({"shard": "in", "input_is_parallel": True}, "bm", ""),
-        ({"shard": "in"}, "bm", ""),
-        ({"shard": "in", "sequence_parallel": True}, "bm", "bm"),
-        ({"shard": "in", "output_is_partial": True}, "bm", "bm"),
-        ({"shard": "out", "input_grad_is_reduced_outside": True}, "a", "a"),
-        ({"shard": None}, "", ""),
-        ({"shard": None, "sequence_parallel": True}, "abm", "abm"),
+        ("out", (I, Shard(-1)), "a", "", "o", "o", (I, R)),
+        ("out", (I, I), "a", "", "o", "", (I, R)),
+        ("out", (Shard(0), Shard(-1)), "a", "a", "o", "io", (Shard(0), R)),
+        ("out", (R, Shard(-1)), "a", "a", "o", "o", (R, R)),
+        ("in", (Shard(-1), I), "bm", "", "i", "i", (P, I)),
+        ("in", (I, I), "bm", "", "i", "", (P, I)),
+        ("in", (Shard(-1), Shard(0)), "bm", "bm", "i", "io", (P, Shard(0))),
+        ("in", (Shard(-1), P), "bm", "bm", "i", "i", (P, P)),
+        (None, (I, I), "", "", "", "", (I, I)),
+        (None, (Shard(0), Shard(0)), "abm", "abm", "io", "io", (Shard(0), Shard(0))),
     ),
 )
-def test_partial_gradients_of_adapters(options: dict[str, Any], fused: str, standalone: str) -> None:
-    layout = LinearLayout(8, 12, axis=ParallelAxis("tp", world_size=2), **options)
-    for is_fused, expected in ((True, fused), (False, standalone)):
+def test_what_follows_from_the_states_of_a_layer(
+    shard: Any,
+    states: tuple[State, State],
+    fused: str,
+    standalone: str,
+    masks_fused: str,
+    masks_standalone: str,
+    bottleneck: tuple[State, State],
+) -> None:
+    layout = LinearLayout(8, 12, shard, ParallelAxis("tp", world_size=2), *states)
+    for is_fused, partial, masks in ((True, fused, masks_fused), (False, standalone, masks_standalone)):
         layouts = {
             "a": layout.factor_a(4, fused=is_fused),
             "b": layout.factor_b(4, fused=is_fused),
             "m": layout.magnitude(fused=is_fused),
         }
-        assert "".join(name for name, tensor in layouts.items() if tensor.grad_partial) == expected
-    shards = {"out": ([], [0], [0]), "in": ([1], [], []), None: ([], [], [])}[options["shard"]]
-    found = tuple([dim for dim, _ in tensor.shards] for tensor in layouts.values())
-    assert found == shards
+        assert "".join(name for name, tensor in layouts.items() if tensor.grad_partial) == partial
+        x, y = layout.states(fused=is_fused)
+        assert "i" * differs(x) + "o" * differs(y) == masks
+    assert layout.bottleneck_states == bottleneck
+    shards = {"out": ([], [0], [0]), "in": ([1], [], []), None: ([], [], [])}[shard]
+    assert tuple([dim for dim, _ in tensor.shards] for tensor in layouts.values()) == shards
     assert [tensor.global_shape for tensor in layouts.values()] == [(4, 8), (12, 4), (12,)]
+
+
+@pytest.mark.parametrize(
+    ("shard", "x", "y"), (("out", P, None), ("in", R, None), ("out", None, P), (None, I, Shard(0)))
+)
+def test_states_that_a_layer_cannot_have(shard: Any, x: State | None, y: State | None) -> None:
+    with pytest.raises(ParallelError, match=r"takes x in one of .* and gives y in one of .*; got x="):
+        LinearLayout(8, 12, shard, ParallelAxis("tp", world_size=2), x, y)

@@ -22,9 +22,11 @@ from meshpeft.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     all2all_hp2sp,
+    convert,
     dropout,
     embedding,
     init_parallelism,
+    layout,
     layout_of_tensor,
     linear,
     mp_copy,
@@ -149,47 +151,45 @@ def loss_of_the_slice(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
     return torch.logsumexp(logits, -1)
 
 
-# What is broken: the module, the name, what takes its place, and with or without sequence parallel.
-FAULTS: dict[str, tuple[Any, str, Any, bool]] = {
-    "a row that is not reduced": (linear, "mp_reduce", lambda y, axis: y, False),
-    "a row that is not reduced, sequence parallel": (linear, "sp_reduce_scatter", lambda y, dim, axis: y, True),
-    "a row that is reduced twice": (
-        linear,
-        "mp_reduce",
-        lambda y, axis: mp_reduce(mp_reduce(y, axis=axis), axis=axis),
-        False,
-    ),
-    "a row that is reduced, not scattered": (
-        linear,
-        "sp_reduce_scatter",
-        lambda y, dim, axis: mp_reduce(y, axis=axis),
-        True,
-    ),
-    "a column whose input gradient is not reduced": (linear, "mp_copy", lambda x, axis: x, False),
-    "a column that does not gather its tokens": (linear, "sp_gather", lambda x, dim, axis: x, True),
-    "a column that gathers without reducing backward": (
-        linear,
-        "sp_gather",
-        lambda x, dim, axis: mp_gather(x, dim, axis),
-        True,
-    ),
-    "an embedding that is not reduced": (embedding, "mp_reduce", lambda x, axis: x, False),
-    "an embedding that is not scattered": (
-        embedding,
-        "sp_reduce_scatter",
-        lambda x, dim, axis: mp_reduce(x, axis=axis),
-        True,
-    ),
-    "a bias that is added on every rank": (RowParallelLinear, "exit", bias_before_the_reduction, False),
+def instead(src: Any, dst: Any, *steps: tuple[Any, Any]) -> Callable[..., Tensor]:
+    """`convert`, but that the conversion from src to dst takes these steps instead, or none."""
+
+    def faulty(x: Tensor, given: Any, wanted: Any, axis: ParallelAxis) -> Tensor:
+        for one, other in steps if (given, wanted) == (src, dst) else ((given, wanted),):
+            x = convert(x, one, other, axis)
+        return x
+
+    return faulty
+
+
+# What is broken: the modules whose conversions, what takes their place, and with or without sequence parallel.
+LINEAR, EMBEDDING = (linear, layout), (embedding,)
+FAULTS: dict[str, tuple[tuple[Any, ...], Callable[..., Tensor], bool]] = {
+    "a row that is not reduced": (LINEAR, instead(P, I), False),
+    "a row that is not reduced, sequence parallel": (LINEAR, instead(P, S(0)), True),
+    "a row that is reduced twice": (LINEAR, instead(P, I, (P, I), (P, I)), False),
+    "a row that is reduced, not scattered": (LINEAR, instead(P, S(0), (P, I)), True),
+    "a column whose input gradient is not reduced": (LINEAR, instead(I, R), False),
+    "a column that does not gather its tokens": (LINEAR, instead(S(0), R), True),
+    "a column that gathers without reducing backward": (LINEAR, instead(S(0), R, (S(0), I)), True),
+    "an embedding that is not reduced": (EMBEDDING, instead(P, I), False),
+    "an embedding that is not scattered": (EMBEDDING, instead(P, S(0), (P, I)), True),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_a_type_error(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, replacement, sequence_parallel = FAULTS[fault]
-    monkeypatch.setattr(owner, name, replacement)
+    modules, faulty, sequence_parallel = FAULTS[fault]
+    for module in modules:
+        monkeypatch.setattr(module, "convert", faulty)
     with checked() as info, pytest.raises(SpmdTypeError):
         state_after(network(sequence_parallel), info)
+
+
+def test_a_bias_that_is_added_on_every_rank_is_a_type_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowParallelLinear, "exit", bias_before_the_reduction)
+    with checked() as info, pytest.raises(SpmdTypeError):
+        state_after(network(sequence_parallel=False), info)
 
 
 def test_a_nonlinearity_of_a_slice_of_the_vocabulary_is_a_type_error() -> None:

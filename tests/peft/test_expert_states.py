@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import spmd_types as spmd
 import torch
+from helpers.faults import not_summed_over
 from spmd_types import checker
 from spmd_types.types import PartitionSpec, R, V
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from meshpeft.parallel import (
     init_parallelism,
     layout_of_tensor,
 )
-from meshpeft.parallel.layer_layout import LinearLayout
 from meshpeft.parallel.typing import parameter_type
 from meshpeft.peft import DoRA, LoRA, Term, fused_dora_reference, fused_lora_reference
 from meshpeft.verify.simulation import fake_world
@@ -94,11 +94,6 @@ def test_a_shared_adapter_serves_the_tokens_of_every_expert(kind: type[nn.Module
 
 @pytest.mark.parametrize("forgotten", ("ep", "etp"))
 def test_a_gradient_that_nobody_sums_is_a_type_error(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LinearLayout._grad_partial
-    monkeypatch.setattr(
-        LinearLayout,
-        "_grad_partial",
-        lambda self, own: tuple(axis for axis in right(self, own) if axis.name != forgotten),
-    )
+    not_summed_over(monkeypatch, forgotten)
     with pytest.raises(spmd.SpmdTypeError):
         states(GroupedColumnParallelLinear, "lora", True, ep=4, adapter_alone=True)

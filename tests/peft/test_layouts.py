@@ -8,16 +8,16 @@ import functools
 import pytest
 import torch
 from helpers.adapted_block import Outcome, largest_difference, local_input, make_block, outcome
+from helpers.faults import complete_beside
 from helpers.simulate import on_rank, simulate
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
 
-from meshpeft.parallel import LinearLayout, mp_copy
+from meshpeft.parallel import P, R, Shard, mp_copy
 from meshpeft.parallel.init import draw_full
-from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, DoRALinear, LoRA
+from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, DoRALinear, LoRA, standalone
 from meshpeft.peft import adapter as adapter_module
 from meshpeft.peft import canonical as canonical_module
-from meshpeft.peft import parallel_adapter as parallel_adapter_module
 
 # Factors that are not zero, so that every gradient is.
 OPTIONS = {"dim": 4, "alpha": 6, "lora_B_init_method": "normal"}
@@ -48,15 +48,15 @@ def test_adapters_train_alike_at_every_layout(method, tp, dp, sequence_parallel)
 
 
 def _gradient_of_a_is_not_summed(patch):
-    patch.setattr(LinearLayout, "_a_is_partial", lambda self: False)
+    complete_beside(patch, R)
 
 
 def _gradient_of_b_is_not_summed(patch):
-    patch.setattr(LinearLayout, "_b_is_partial", lambda self: False)
+    complete_beside(patch, P)
 
 
 def _standalone_gradients_are_not_summed(patch):
-    patch.setattr(LinearLayout, "_standalone_a_is_partial", lambda self: False)
+    complete_beside(patch, Shard(0))
 
 
 def _initialised_by_the_shard(patch):
@@ -81,7 +81,7 @@ def _norms_of_local_columns(patch):
 
 def _gradient_of_b_is_summed_twice(patch):
     original = adapter_module.product
-    patch.setattr(parallel_adapter_module, "product", lambda x, w: original(x, mp_copy(w)))
+    patch.setattr(standalone, "product", lambda x, w: original(x, mp_copy(w)))
 
 
 def _k_and_v_exchanged(patch):

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faults import complete_beside
 from torch import nn
 
 from meshpeft.checkpoint.load import Incoming
 from meshpeft.models import DecoderConfig, ModelError
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.peft import DoRA, LoRA, LowRankAdapter
+from meshpeft.parallel import P
+from meshpeft.peft import DoRA, LoRA, adapter
 from meshpeft.peft.dora import RowNorms
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.blocks import Blocks
@@ -52,7 +53,7 @@ def test_a_base_that_is_packed_and_masks_are_checked_when_the_run_has_them() -> 
 
 
 def test_a_wrong_layout_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinearLayout, "_b_is_partial", lambda self: False)
+    complete_beside(monkeypatch, P)
     with pytest.MonkeyPatch.context() as patch:
         # Only the numbers are asked here; the type check would already refuse it.
         patch.setattr("meshpeft.verify.layout.typecheck_layout", lambda *args, **kwargs: {})
@@ -70,7 +71,7 @@ def stale_norms(patch: pytest.MonkeyPatch) -> None:
 
 
 def masks_alike_on_shards(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LowRankAdapter, "_input_is_divided", lambda self: False)
+    patch.setattr(adapter, "differs", lambda state: False)
 
 
 def straddling_scales(patch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint.storage import dtype_name
 from meshpeft.hub.tensor_files import CheckpointError
-from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import first_few, shown
 from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensor
+from meshpeft.parallel.states import all_reduce
 from meshpeft.peft import LowRankAdapter, adapted_layers, adapter_wrappers
 from meshpeft.quantization import packed_form
 

@@ -47,11 +47,15 @@ from meshpeft.engines.megatron_checkpoint import megatron_entries, place_among_c
 from meshpeft.parallel import (
     ContainerType,
     FusedParts,
+    I,
     LayerType,
     LinearLayout,
+    P,
     ParallelAxis,
     ParallelError,
     ParallelGroupInfo,
+    R,
+    Shard,
     TensorLayout,
     fused_parts_of,
     layer_type_of,
@@ -63,9 +67,8 @@ from meshpeft.parallel import (
     register_layer_type,
     register_mesh_provider,
 )
-from meshpeft.parallel.containers import register_description
 from meshpeft.parallel.init import stride_parts
-from meshpeft.parallel.layer_types import set_surroundings
+from meshpeft.parallel.registry import register_description, set_surroundings
 
 __all__ = [
     "data_axis",
@@ -168,7 +171,7 @@ def _duplicated(layer: Any) -> LinearLayout:
         layer.in_features,
         layer.out_features,
         axis=model_axis(layer.tp_group, expert),
-        sequence_parallel=not expert and layer.config.sequence_parallel,
+        x=Shard(0) if layer.config.sequence_parallel and not expert else I,
         data_axis=data_axis(expert),
         marks=partial(megatron_marks, allreduce=not expert or reduced_as_dense(not layer.weight.allreduce)),
     )
@@ -195,10 +198,12 @@ def _in_megatron(layer: Any, layout: LinearLayout, *, config: ModelParallelConfi
     axis, marked = model_axis(None, expert), getattr(layer.weight, _MARK, None)
     marks = partial(megatron_marks, allreduce=not expert)
     known = expert or marked is not None or not config.sequence_parallel or axis.world_size == 1
+    state = Shard(0) if config.sequence_parallel and bool(marked) and not expert else I
     return replace(
         layout,
         axis=axis,
-        sequence_parallel=config.sequence_parallel and bool(marked) and not expert,
+        x=state,
+        y=state,
         data_axis=data_axis(expert),
         # Refused where it gets an adapter, not before: it may be no target.
         marks=marks if known else partial(_refuse, name=name, kind=type(layer).__name__),
@@ -325,17 +330,16 @@ def _reduced_as_dense(layer: Any) -> bool:
 
 def _column(layer: ColumnParallelLinear) -> LinearLayout:
     axis = model_axis(layer.tp_group, layer.is_expert)
-    sequence_parallel = layer.sequence_parallel and not layer.explicit_expert_comm
+    token_shards = layer.sequence_parallel and not layer.explicit_expert_comm
+    grad_reduced_outside = layer.explicit_expert_comm or layer.disable_grad_reduce
     return LinearLayout(
         layer.input_size,
         layer.output_size,
         shard="out",
         axis=axis,
-        sequence_parallel=sequence_parallel,
-        gather_output=layer.gather_output,
+        x=Shard(0) if token_shards else R if grad_reduced_outside else I,
+        y=I if layer.gather_output else Shard(-1),
         fused_parts=fused_parts_of(layer) or _stride_parts(layer, layer.output_size, axis),
-        input_grad_is_reduced_outside=not sequence_parallel
-        and (layer.explicit_expert_comm or layer.disable_grad_reduce),
         data_axis=data_axis(layer.is_expert),
         marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
@@ -348,10 +352,9 @@ def _row(layer: RowParallelLinear) -> LinearLayout:
         layer.output_size,
         shard="in",
         axis=axis,
-        sequence_parallel=layer.sequence_parallel and not layer.explicit_expert_comm,
-        input_is_parallel=layer.input_is_parallel,
+        x=Shard(-1) if layer.input_is_parallel else I,
+        y=P if layer.explicit_expert_comm else Shard(0) if layer.sequence_parallel else I,
         in_fused_parts=_stride_parts(layer, layer.input_size, axis),
-        output_is_partial=layer.explicit_expert_comm,
         data_axis=data_axis(layer.is_expert),
         marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
     )
@@ -362,7 +365,7 @@ def _router(router: TopKRouter) -> LinearLayout:
         router.config.hidden_size,
         router.config.num_moe_experts,
         axis=model_axis(router.tp_group, expert=False),
-        sequence_parallel=router.config.sequence_parallel,
+        x=Shard(0) if router.config.sequence_parallel else I,
         data_axis=data_axis(expert=False),
         marks=partial(megatron_marks, allreduce=True),
     )

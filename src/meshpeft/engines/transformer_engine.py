@@ -36,16 +36,21 @@ from torch import Tensor, nn
 
 from meshpeft.engines import axis_of_group
 from meshpeft.parallel import (
+    I,
     LayerType,
     LinearLayout,
+    P,
     ParallelAxis,
     ParallelError,
+    R,
+    Shard,
+    State,
     TensorLayout,
     fused_parts_of,
     parallel_group_info,
     register_layer_type,
 )
-from meshpeft.parallel.layer_types import in_surroundings
+from meshpeft.parallel.registry import in_surroundings
 
 __all__ = ["HAVE_TE", "TECL", "TERL", "register_te_layers"]
 
@@ -122,18 +127,23 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
     gathered = _returns_gathered_norm(layer)
     expert_axis, data_axis = _expert_axes(layer)
     sequence_parallel = bool(getattr(getattr(layer, "config", None), "sequence_parallel", False))
+    token_shards = _sequence_parallel(layer, shard) and not expert and not gathered
+    outside: State = Shard(0) if token_shards else I
+    states: dict[str | None, tuple[State, State]] = {
+        "out": (R if hidden or gathered else outside, Shard(-1)),
+        "in": (Shard(-1), P if hidden else outside),
+        None: (outside, outside),
+    }
     layout = LinearLayout(
         layer.in_features * (size if shard == "in" else 1),
         layer.out_features * (size if shard == "out" else 1),
         shard=shard,
         axis=axis,
-        sequence_parallel=_sequence_parallel(layer, shard) and not expert and not gathered,
-        input_is_parallel=shard == "in",
+        x=states[shard][0],
+        y=states[shard][1],
         fused_parts=fused_parts_of(layer),
         experts=layer.num_gemms * expert_axis.world_size if grouped else None,
         expert_axis=expert_axis if grouped else None,
-        output_is_partial=hidden and shard == "in",
-        input_grad_is_reduced_outside=shard == "out" and (hidden or gathered),
         data_axis=data_axis if expert else parallel_group_info().dp,
         marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
         sums=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,

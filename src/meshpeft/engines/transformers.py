@@ -38,12 +38,14 @@ from transformers.pytorch_utils import Conv1D
 from meshpeft.engines import axis_of_group
 from meshpeft.parallel import (
     FusedParts,
+    I,
     LayerType,
     LinearLayout,
     ParallelAxis,
     ParallelError,
     parallel_group_info,
     register_layer_type,
+    states,
 )
 from meshpeft.parallel.init import stride_parts
 
@@ -117,14 +119,14 @@ def _sharded_layout(module: nn.Linear) -> LinearLayout:
     rows = isinstance(place, Shard) and place.dim % weight.dim() == 0
     options: dict[str, Any]
     if isinstance(style, ColwiseParallel) and rows and style.input_layouts == Replicate():
-        options = {"shard": "out", "gather_output": style.output_layouts == Replicate()}
-        supported = options["gather_output"] or style.output_layouts == Shard(-1)
+        options = {"shard": "out", "y": I if style.output_layouts == Replicate() else states.Shard(-1)}
+        supported = style.output_layouts in (Replicate(), Shard(-1))
     elif isinstance(style, PackedColwiseParallel):
         options = {"shard": "out", "fused_parts": _fused_parts(module.out_features, style.split_factor, axis)}
         supported = True
     elif isinstance(style, RowwiseParallel) and not rows and style.output_layouts == Replicate():
-        options = {"shard": "in", "input_is_parallel": style.input_layouts == Shard(-1)}
-        supported = options["input_is_parallel"] or style.input_layouts == Replicate()
+        options = {"shard": "in", "x": states.Shard(-1) if style.input_layouts == Shard(-1) else I}
+        supported = style.input_layouts in (Replicate(), Shard(-1))
     else:
         supported = False
     if not supported or not getattr(style, "use_local_output", True):

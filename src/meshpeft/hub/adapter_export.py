@@ -39,8 +39,8 @@ from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFileWrite
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
-from meshpeft.parallel.held_modules import held_module
-from meshpeft.parallel.layer_types import layer_type_of
+from meshpeft.parallel.registry import layer_type_of
+from meshpeft.parallel.sharded_tensor import held_module
 from meshpeft.peft import adapter_wrappers, base_of
 from meshpeft.peft.matching import decides, walk
 

@@ -50,9 +50,9 @@ from meshpeft.hub.names import SeparateA, SeparateB, Stored, hf_module_name, our
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models import ModelError
 from meshpeft.parallel.agreement import all_or_none
-from meshpeft.parallel.held_modules import held_module
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import layout_of
+from meshpeft.parallel.layout import LinearLayout
+from meshpeft.parallel.registry import layout_of
+from meshpeft.parallel.sharded_tensor import held_module
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT, adapter_wrappers, base_of
 from meshpeft.peft.canonical import component_name, part_layout
 

@@ -34,10 +34,9 @@ from meshpeft.hub.names import StackedA, StackedB, Stored, StoredTensor, StoredT
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.models import Decoder, DecoderConfig, ModelError
 from meshpeft.parallel import describe_layers, parallel_group_info
-from meshpeft.parallel.held_modules import held_module
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import layer_type_of
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.parallel.layout import LinearLayout, TensorLayout, layout_of_tensor
+from meshpeft.parallel.registry import layer_type_of
+from meshpeft.parallel.sharded_tensor import held_module
 from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapted_layers, base_of, walk
 
 __all__ = [

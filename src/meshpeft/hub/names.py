@@ -41,8 +41,8 @@ from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models.decoder import Decoder
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel
+from meshpeft.parallel.layout import TensorLayout
 from meshpeft.parallel.mesh import on_each_rank
-from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = [
     "OurModule",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from meshpeft.models.errors import ModelError
+from meshpeft.parallel.layout import TensorLayout, layout_of_tensor, set_layout
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
 
 __all__ = ["LanguageModel", "check_tokens", "layout_or_replicated"]
 

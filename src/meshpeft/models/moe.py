@@ -16,10 +16,9 @@ from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.mlp import MLP, gated_silu
 from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel.dispatch import combine_tokens, dispatch_tokens
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import LayerType, register_layer_type
+from meshpeft.parallel.layout import FusedParts, LinearLayout
+from meshpeft.parallel.registry import LayerType, register_layer_type
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import FusedParts
 
 __all__ = [
     "Experts",

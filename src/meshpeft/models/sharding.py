@@ -32,21 +32,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from spmd_types.types import I, R, Shard
 from torch import Tensor, nn
 from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.errors import ModelError
-from meshpeft.parallel.collectives import mp_gather, mp_reduce, mp_scatter
-from meshpeft.parallel.communication import take_slice
+from meshpeft.parallel import I, R, Shard
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
-from meshpeft.parallel.layer_layout import LinearLayout
+from meshpeft.parallel.layout import FusedParts, LinearLayout, TensorLayout, set_layout
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, set_layout
+from meshpeft.parallel.states import mp_gather, mp_reduce, mp_scatter, take_slice
 from meshpeft.parallel.typing import assert_state
 
 __all__ = ["ModelSharding", "check_divisible"]
@@ -312,7 +310,7 @@ class ModelSharding:
         )
 
     def _plain(self, in_features: int, out_features: int, x: Any) -> LinearLayout:
-        return LinearLayout(in_features, out_features, shard=None, axis=self.tp, sequence_parallel=x is not I)
+        return LinearLayout(in_features, out_features, axis=self.tp, x=x)
 
     def _replicated(self, size: int, x: Any) -> nn.Parameter:
         partial = x is not I and self.tp.world_size > 1

@@ -21,7 +21,7 @@ from meshpeft.engines.parallelize import parallelize
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.errors import ModelError
 from meshpeft.models.language_model import LanguageModel
-from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, layout_of, mp_gather
+from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, Shard, layout_of, mp_gather
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.mesh import parallel_group_info
@@ -267,7 +267,7 @@ def make_transformers_model(
         if axis.world_size > 1:
             raise
     head = model.get_output_embeddings()
-    sharded = isinstance(head, ColumnParallelLinear) and not layout_of(head).gather_output
+    sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
     made: TransformersModel = model
     made.vocab_axis = axis if sharded else ParallelAxis("none")

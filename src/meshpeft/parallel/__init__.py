@@ -1,24 +1,7 @@
 """What a rank holds and how ranks talk. Knows nothing of adapters."""
 
 from meshpeft.parallel.class_registry import register_engine
-from meshpeft.parallel.collectives import (
-    all2all_hp2sp,
-    mp_copy,
-    mp_gather,
-    mp_reduce,
-    mp_scatter,
-    sp_gather,
-    sp_reduce_scatter,
-)
 from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.containers import (
-    ContainerType,
-    container_type_of,
-    describe_layers,
-    fused_parts_of,
-    global_names,
-    register_container_type,
-)
 from meshpeft.parallel.dispatch import DispatchPlan, combine_tokens, dispatch_tokens
 from meshpeft.parallel.embedding import ParallelEmbedding, VocabParallelEmbedding
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
@@ -33,23 +16,23 @@ from meshpeft.parallel.grouped_gemm import (
     grouped_outer,
     grouped_sum,
 )
-from meshpeft.parallel.held_modules import COMPILED, held_module, is_held
 from meshpeft.parallel.init import (
     InitializationType,
     initialize_,
     initialize_model_parallel_affine_weight_,
     named_init_,
 )
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import (
-    LayerType,
-    derive_layer_types,
-    does_more_than_its_type,
-    layer_type_of,
-    layout_of,
-    register_layer_type,
+from meshpeft.parallel.layout import (
+    FusedParts,
+    LinearLayout,
+    Piece,
+    TensorLayout,
+    convert_parts,
+    layout_of_tensor,
+    master_tensor,
+    set_layout,
 )
-from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear, gather_features
+from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import (
     ParallelAxis,
@@ -62,10 +45,60 @@ from meshpeft.parallel.mesh import (
     register_mesh_provider,
 )
 from meshpeft.parallel.random import draw_seed, dropout, dropout_mask, set_seed
-from meshpeft.parallel.sharded_tensor import ShardedStateDict, ShardedTensor, ShardedTensors, sharded_state_dict
-from meshpeft.parallel.tensor_layout import FusedParts, Piece, TensorLayout, layout_of_tensor, set_layout
+from meshpeft.parallel.registry import (
+    ContainerType,
+    LayerType,
+    container_type_of,
+    derive_layer_types,
+    describe_layers,
+    does_more_than_its_type,
+    fused_parts_of,
+    global_names,
+    layer_type_of,
+    layout_of,
+    register_container_type,
+    register_layer_type,
+)
+from meshpeft.parallel.sharded_tensor import (
+    COMPILED,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensors,
+    held_module,
+    is_held,
+    sharded_state_dict,
+)
+from meshpeft.parallel.states import (
+    I,
+    P,
+    R,
+    Shard,
+    State,
+    V,
+    all2all_hp2sp,
+    convert,
+    differs,
+    gradient_state,
+    mp_copy,
+    mp_gather,
+    mp_reduce,
+    mp_scatter,
+    sp_gather,
+    sp_reduce_scatter,
+)
 
 __all__ = [
+    "I",
+    "P",
+    "R",
+    "Shard",
+    "State",
+    "V",
+    "convert",
+    "convert_parts",
+    "differs",
+    "gradient_state",
+    "master_tensor",
     "COMPILED",
     "ColumnParallelLinear",
     "ContainerType",
@@ -102,7 +135,6 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "finalize_gradients",
-    "gather_features",
     "global_names",
     "gradient_axes",
     "gradient_norm",

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import _functional_collectives as functional
 
-from meshpeft.parallel.collectives import sp_gather, sp_reduce_scatter
 from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.states import sp_gather, sp_reduce_scatter
 
 __all__ = ["DispatchPlan", "combine_tokens", "dispatch_tokens"]
 

@@ -1,21 +1,18 @@
-"""Embeddings: divided along the embedding dim (`ParallelEmbedding`) or along the vocabulary."""
+"""Embeddings: sharded along the embedding dim (`ParallelEmbedding`) or along the vocabulary."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from spmd_types.types import P
 from torch import Tensor, nn
 
-from meshpeft.parallel.collectives import mp_gather, mp_reduce, sp_reduce_scatter
-from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_
-from meshpeft.parallel.master import master_tensor
+from meshpeft.parallel.layout import TensorLayout, master_tensor, set_layout
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import TensorLayout, set_layout
+from meshpeft.parallel.states import I, P, Shard, State, all_reduce, convert
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["ParallelEmbedding", "VocabParallelEmbedding"]
@@ -113,7 +110,7 @@ class ParallelEmbedding(_Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return mp_gather(local, -1, self.axis)
+        return convert(local, Shard(-1), I, self.axis)
 
     @torch.no_grad()
     def _renormalise(self, x: Tensor, max_norm: float) -> None:
@@ -123,7 +120,9 @@ class ParallelEmbedding(_Embedding):
         """
         named = torch.zeros(self.num_embeddings, dtype=torch.uint8, device=x.device)
         named[x.reshape(-1)] = 1
-        rows = all_reduce(named, parallel_group_info().dp, dist.ReduceOp.MAX).nonzero().squeeze(-1)
+        for axis in parallel_group_info().token_axes():
+            named = all_reduce(named, axis, dist.ReduceOp.MAX)
+        rows = named.nonzero().squeeze(-1)
         values = self.weight[rows]
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.norm_type == float("inf"):
@@ -148,17 +147,17 @@ def _local_rows(x: Tensor, rank: int, rows: int, vocabulary: int) -> tuple[Tenso
 
 @typed_as(lambda x, weight, axis: dims_follow(x, (*range(x.dim()), None), axis=axis, state=P))
 def _look_up(x: Tensor, weight: Tensor, axis: ParallelAxis) -> Tensor:
-    """The rows of x [*] that this rank holds, zero elsewhere: [*, embedding_dim], a summand over the axis."""
+    """The rows of x [*] that this rank holds, zero elsewhere: [*, embedding_dim], partial over the axis."""
     rows = weight.shape[0]
     local, held = _local_rows(x, axis.rank, rows, rows * axis.world_size)
     return F.embedding(local, weight) * held.unsqueeze(-1)
 
 
 class VocabParallelEmbedding(_Embedding):
-    """Embeddings divided along the vocabulary.
+    """Embeddings sharded along the vocabulary.
 
     x [*] of indices, the same on every rank -> [*, embedding_dim], I; with `sequence_parallel` x is [seq, ..] and
-    the output S(0), [seq / world_size, .., embedding_dim].
+    the output Shard(0), [seq / world_size, .., embedding_dim].
 
     Args:
         num_embeddings: vocabulary size; must be divisible by the axis's size.
@@ -186,13 +185,10 @@ class VocabParallelEmbedding(_Embedding):
         axis = parallel_group_info().tp if axis is None else axis
         layout = TensorLayout((num_embeddings, embedding_dim), ((0, axis),))
         super().__init__(layout, axis, init_type, device, dtype, perform_initialization)
-        self.sequence_parallel = sequence_parallel
+        self.output_state: State = Shard(0) if sequence_parallel else I
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*] of indices in [0, num_embeddings) -> [*, embedding_dim]."""
         if self.axis.world_size == 1:
             return F.embedding(x, self.weight)
-        partial = _look_up(x, self.weight, self.axis)
-        if self.sequence_parallel:
-            return sp_reduce_scatter(partial, 0, self.axis)
-        return mp_reduce(partial, axis=self.axis)
+        return convert(_look_up(x, self.weight, self.axis), P, self.output_state, self.axis)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.grouped_gemm import group_offsets, grouped_linear
 from meshpeft.parallel.init import InitializationType, initialize_
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import LayerType, register_layer_type
-from meshpeft.parallel.master import master_tensor
+from meshpeft.parallel.layout import FusedParts, LinearLayout, master_tensor, set_layout
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.registry import LayerType, register_layer_type
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import FusedParts, set_layout
+from meshpeft.parallel.states import P, R, Shard
 
 __all__ = ["GroupedColumnParallelLinear", "GroupedRowParallelLinear"]
 
@@ -77,9 +76,8 @@ class _GroupedLinear(ShardedTensors, nn.Module):
             fused_parts=fused_parts,
             experts=num_experts,
             expert_axis=expert_axis,
-            input_is_parallel=self.shard == "in",
-            output_is_partial=self.shard == "in",
-            input_grad_is_reduced_outside=self.shard == "out",
+            x=Shard(-1) if self.shard == "in" else R,
+            y=P if self.shard == "in" else Shard(-1),
         )
         tensor_layout = self.layout.weight()
         self.weight = nn.Parameter(torch.empty(tensor_layout.local_shape, device=device, dtype=dtype))
@@ -144,16 +142,11 @@ class GroupedRowParallelLinear(_GroupedLinear):
     shard = "in"
 
 
-def _layout(module: Any) -> LinearLayout:
-    layout: LinearLayout = module.layout
-    return layout
-
-
 for _layer in (GroupedColumnParallelLinear, GroupedRowParallelLinear):
     register_layer_type(
         _layer,
         LayerType(
-            layout=_layout,
+            layout=lambda module: module.layout,
             weight=lambda module: module.weight,
             enter=lambda module, x: x,
             exit=lambda module, y: y,

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from meshpeft.parallel.agreement import gathered
-from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import MeshPEFTError, first_few
+from meshpeft.parallel.layout import layout_of_tensor
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
-from meshpeft.parallel.tensor_layout import layout_of_tensor
+from meshpeft.parallel.states import all_reduce
 
 __all__ = [
     "check_finite",

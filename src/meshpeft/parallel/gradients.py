@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.layout import TensorLayout, layout_of_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor
+from meshpeft.parallel.states import all_reduce
 
 __all__ = ["clip_gradients_", "finalize_gradients", "gradient_axes", "gradient_norm"]
 
@@ -29,15 +29,9 @@ def _trainable(source: nn.Module | Iterable[Tensor]) -> list[Tensor]:
 def gradient_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
     """The axes of more than one rank over which a parameter's gradient is a summand after the backward pass.
 
-    Those its layer states, and data parallel: `edp` for experts, `dp` otherwise (also for a parameter without a
-    layout, which is replicated).
+    Those of its layout, and the axes that shard tokens. A parameter without a layout is replicated.
     """
-    info = parallel_group_info()
-    if layout is None:
-        axes: tuple[ParallelAxis, ...] = (info.dp,)
-    else:
-        data_axis = layout.data_axis or (info.edp if layout.expert else info.dp)
-        axes = (*layout.grad_partial, data_axis)
+    axes = parallel_group_info().token_axes() if layout is None else (*layout.grad_partial, *layout.token_axes)
     return tuple(axis for axis in axes if axis.world_size > 1)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
 from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.layout import FusedParts, TensorLayout, layout_of_tensor
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, layout_of_tensor
 
 __all__ = [
     "InitializationType",
@@ -115,7 +115,8 @@ def _fill_(local: Tensor, layout: TensorLayout, init_fn: Callable[[Tensor], obje
 
 def _agreed_seed() -> int:
     """A seed from the default generator that all ranks of this pipeline stage share. A collective."""
-    axis = parallel_group_info().joined(("dp", "tp"))
+    info = parallel_group_info()
+    axis = info.joined(axis.name for axis in info.weight_axes())
     seed = torch.empty((), dtype=torch.int64).random_()
     if axis.world_size == 1:
         return int(seed)

@@ -1,46 +1,44 @@
 """Column- and row-parallel linear layers: `enter`, the GEMM, `exit`.
 
-| | `enter` | GEMM gives | `exit` |
+`enter` and `exit` are conversions between the states that the layer's [`LinearLayout`][meshpeft.parallel.LinearLayout]
+states for x and y outside and those that the product has:
+
+| | x -> | product | -> y |
 |---|---|---|---|
-| column | `mp_copy`: I -> R | S(-1) | bias shard, then nothing, or `mp_gather` |
-| column, sequence parallel | `sp_gather`: S(0) -> R | S(-1) | bias shard |
-| row | nothing, or `mp_scatter` | P | `mp_reduce`: P -> I, then the bias |
-| row, sequence parallel | nothing | P | `sp_reduce_scatter`: P -> S(0), then the bias |
+| column | I -> R | Shard(-1) | + bias shard, then Shard(-1) as it is, or -> I |
+| column, sequence parallel | Shard(0) -> R | Shard(-1) | + bias shard |
+| row | Shard(-1) as it is, or I -> Shard(-1) | P | P -> I, then + bias |
+| row, sequence parallel | Shard(-1) as it is | P | P -> Shard(0), then + bias |
 
 An adapter joins between the two, see docs/adapters.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpeft.parallel.collectives import mp_copy, mp_gather, mp_reduce, mp_scatter, sp_gather, sp_reduce_scatter
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.init import InitializationType, initialize_, stride_parts
-from meshpeft.parallel.layer_layout import LinearLayout
-from meshpeft.parallel.layer_types import LayerType, register_layer_type
-from meshpeft.parallel.master import master_tensor
+from meshpeft.parallel.layout import (
+    FusedParts,
+    LinearLayout,
+    TensorLayout,
+    convert_parts,
+    master_tensor,
+    set_layout,
+)
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
+from meshpeft.parallel.registry import LayerType, register_layer_type
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.tensor_layout import FusedParts, TensorLayout, set_layout
+from meshpeft.parallel.states import I, Shard, convert
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear", "gather_features"]
-
-
-def gather_features(divided: Tensor, layout: LinearLayout, dim: int = -1) -> Tensor:
-    """The output features of a column-parallel layer along `dim`, in canonical order. S(dim) -> I."""
-    axis, fused_parts = layout.axis, layout.fused_parts
-    if fused_parts is None or fused_parts.keeps_order(axis.world_size):
-        return mp_gather(divided, dim, axis)
-    return torch.cat([mp_gather(part, dim, axis) for part in fused_parts.split(divided, dim, axis.world_size)], dim)
+__all__ = ["ColumnParallelLinear", "RowParallelLinear"]
 
 
 class _ParallelLinear(ShardedTensors, nn.Module):
-    """What the two layers share: parameters made from a layout, and the full matrices gathered back."""
+    """Parameters made from a layout, `enter`, and the full matrices gathered back."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -79,15 +77,16 @@ class _ParallelLinear(ShardedTensors, nn.Module):
         return None if self.bias is None else master_tensor(self.bias)
 
     def enter(self, x: Tensor) -> Tensor:
-        """The collective before the GEMM."""
-        raise NotImplementedError
+        """Convert x from its state outside to that of the product, which takes it in the weight's fused order."""
+        layout = self.layout
+        return convert_parts(x, layout.x, layout.states(fused=True)[0], layout.axis, layout.in_fused_parts)
 
     def exit(self, y: Tensor) -> Tensor:
-        """The bias and the collective after the GEMM."""
+        """Add the bias, and convert y from the state of the product to its state outside."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b. x [*, in_features] -> y [*, out_features], each divided as the layer's options say."""
+        """y = x Wᵀ + b. x [*, in_features] -> y [*, out_features], each sharded as the layer's options say."""
         return self.exit(F.linear(self.enter(x), self.weight))
 
     def extra_repr(self) -> str:
@@ -107,26 +106,26 @@ def _check_sizes(kind: str, dim: str, size: int, axis: ParallelAxis) -> None:
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """A linear layer whose weight is divided along the output features.
+    """A linear layer whose weight is sharded along the output features.
 
     x [*, in_features] -> y [*, out_features / world_size], or [*, out_features] with `gather_output`. Without
-    sequence parallel x is I; with it x is S(0), [tokens / world_size, .., in_features], and y has all tokens.
+    sequence parallel x is I; with it x is Shard(0), [tokens / world_size, .., in_features], and y has all tokens.
 
     Args:
-        in_features: number of input features.
-        out_features: number of output features; divisible by the axis's size (and the stride).
-        bias: whether to include a bias term.
-        gather_output: gather the output from all ranks (in canonical order).
-        init_type: initialization type.
-        stride: the weight is cut into `stride` parts, each divided over the axis on its own.
-        sequence_parallel: gather the sequence before the GEMM.
-        fused_parts: the canonical parts of the output features, instead of `stride`.
-        axis: the axis that divides the weight; tensor parallel by default.
-        device, dtype: of the parameters.
-        perform_initialization: draw the parameters; otherwise they are left empty, to be loaded.
+        in_features: Number of input features.
+        out_features: Number of output features; divisible by the axis's size (and the stride).
+        bias: Whether to include a bias term.
+        gather_output: Gather the output from all ranks (in canonical order).
+        init_type: Initialization type.
+        stride: The weight is cut into `stride` parts, each sharded over the axis on its own.
+        sequence_parallel: Gather the sequence before the GEMM.
+        fused_parts: The canonical parts of the output features, instead of `stride`.
+        axis: The axis that shards the weight; tensor parallel by default.
+        device, dtype: Device and type of the parameters.
+        perform_initialization: Draw the parameters; otherwise they are left empty, to be loaded.
 
     Raises:
-        ParallelError: sizes that do not divide; `sequence_parallel` together with `gather_output`.
+        ParallelError: Sizes that do not divide; `sequence_parallel` together with `gather_output`.
     """
 
     def __init__(
@@ -156,50 +155,45 @@ class ColumnParallelLinear(_ParallelLinear):
             out_features,
             shard="out",
             axis=axis,
-            sequence_parallel=sequence_parallel,
-            gather_output=gather_output,
+            x=Shard(0) if sequence_parallel else I,
+            y=I if gather_output else Shard(-1),
             fused_parts=fused_parts or stride_parts(out_features, stride, axis),
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """I -> R, or S(0) -> R under sequence parallel."""
-        if self.layout.sequence_parallel:
-            return sp_gather(x, 0, self.layout.axis)
-        return mp_copy(x, axis=self.layout.axis)
-
     def exit(self, y: Tensor) -> Tensor:
-        """y [*, out / world_size], S(-1): adds the bias shard, and gathers if the layer does."""
+        """y [*, out / world_size], Shard(-1): add the bias shard, and gather it if the layer does."""
         return self._collect(y if self.bias is None else y + self.bias.to(y.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b; the bias is added by the GEMM itself."""
+        """y = x Wᵀ + b; the GEMM itself adds the bias."""
         return self._collect(F.linear(self.enter(x), self.weight, self.bias))
 
     def _collect(self, y: Tensor) -> Tensor:
-        return gather_features(y, self.layout) if self.layout.gather_output else y
+        layout = self.layout
+        return convert_parts(y, layout.states(fused=True)[1], layout.y, layout.axis, layout.fused_parts)
 
 
 class RowParallelLinear(_ParallelLinear):
-    """A linear layer whose weight is divided along the input features.
+    """A linear layer whose weight is sharded along the input features.
 
     x [*, in_features / world_size] with `input_is_parallel`, else [*, in_features] -> y [*, out_features], I; with
-    sequence parallel y is S(0), [tokens / world_size, .., out_features].
+    sequence parallel y is Shard(0), [tokens / world_size, .., out_features].
 
     Args:
-        in_features: number of input features; divisible by the axis's size (and the stride).
-        out_features: number of output features.
-        bias: whether to include a bias term; added once, after the reduction.
-        input_is_parallel: whether the input is already divided along the feature dim.
-        init_type: initialization type.
-        stride: the weight is cut into `stride` parts, each divided over the axis on its own.
-        sequence_parallel: scatter the sequence after the reduction.
-        axis: the axis that divides the weight; tensor parallel by default.
-        device, dtype: of the parameters.
-        perform_initialization: draw the parameters; otherwise they are left empty, to be loaded.
+        in_features: Number of input features; divisible by the axis's size (and the stride).
+        out_features: Number of output features.
+        bias: Whether to include a bias term; added once, after the reduction.
+        input_is_parallel: Whether the input is already sharded along the feature dim.
+        init_type: Initialization type.
+        stride: The weight is cut into `stride` parts, each sharded over the axis on its own.
+        sequence_parallel: Scatter the sequence after the reduction.
+        axis: The axis that shards the weight; tensor parallel by default.
+        device, dtype: Device and type of the parameters.
+        perform_initialization: Draw the parameters; otherwise they are left empty, to be loaded.
 
     Raises:
-        ParallelError: sizes that do not divide; `sequence_parallel` without `input_is_parallel`.
+        ParallelError: Sizes that do not divide; `sequence_parallel` without `input_is_parallel`.
     """
 
     def __init__(
@@ -226,47 +220,29 @@ class RowParallelLinear(_ParallelLinear):
             out_features,
             shard="in",
             axis=axis,
-            sequence_parallel=sequence_parallel,
-            input_is_parallel=input_is_parallel,
+            x=Shard(-1) if input_is_parallel else I,
+            y=Shard(0) if sequence_parallel else I,
             in_fused_parts=stride_parts(in_features, stride, axis),
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """S(-1) as it is, or I -> S(-1) (in the weight's packed order)."""
-        axis, fused_parts = self.layout.axis, self.layout.in_fused_parts
-        if self.layout.input_is_parallel:
-            return x
-        if fused_parts is None or fused_parts.keeps_order(axis.world_size):
-            return mp_scatter(x, -1, axis)
-        parts = [mp_scatter(part, -1, axis) for part in x.split(list(fused_parts.sizes), -1)]
-        return fused_parts.fuse(parts, -1, axis.world_size)
-
     def exit(self, y: Tensor) -> Tensor:
-        """y [*, out], P: reduces it, then adds the bias."""
-        if self.layout.sequence_parallel:
-            y = sp_reduce_scatter(y, 0, self.layout.axis)
-        else:
-            y = mp_reduce(y, axis=self.layout.axis)
+        """y [*, out], P: reduce it, then add the bias."""
+        y = convert(y, self.layout.states(fused=True)[1], self.layout.y, self.layout.axis)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b; on one rank the bias is added by the GEMM itself."""
+        """y = x Wᵀ + b; on one rank the GEMM itself adds the bias."""
         if self.layout.axis.world_size == 1:
             return F.linear(self.enter(x), self.weight, self.bias)
         return super().forward(x)
-
-
-def _layout(module: Any) -> LinearLayout:
-    layout: LinearLayout = module.layout
-    return layout
 
 
 for _layer in (ColumnParallelLinear, RowParallelLinear):
     register_layer_type(
         _layer,
         LayerType(
-            layout=_layout,
+            layout=lambda module: module.layout,
             weight=lambda module: module.weight,
             enter=lambda module, x: module.enter(x),
             exit=lambda module, y: module.exit(y),

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
+from meshpeft.parallel.states import all_reduce
 
 __all__ = ["vocab_parallel_cross_entropy"]
 

@@ -116,6 +116,18 @@ class ParallelGroupInfo:
         found: ParallelAxis = getattr(self, name)
         return found
 
+    def token_axes(self, *, expert: bool = False) -> tuple[ParallelAxis, ...]:
+        """The axes whose ranks see different tokens of a batch, so that gradients are partial over them.
+
+        Args:
+            expert: Whether experts' parameters are meant: they factor the ranks another way.
+        """
+        return (self.edp,) if expert else (self.dp,)
+
+    def weight_axes(self, *, expert: bool = False) -> tuple[ParallelAxis, ...]:
+        """The axes over which a stage's parameters are sharded or replicated, token axes first."""
+        return (*self.token_axes(expert=expert), *((self.ep, self.etp) if expert else (self.tp,)))
+
     def joined(self, names: Iterable[str]) -> ParallelAxis:
         """One axis that runs over all ranks of the axes named; axes of size 1 are left out."""
         wanted = [name for name in dict.fromkeys(names) if self.axis(name).world_size > 1]

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
-from meshpeft.parallel.held_modules import is_held
-from meshpeft.parallel.mesh import is_simulated, on_each_rank, parallel_group_info
-from meshpeft.parallel.tensor_layout import TensorLayout, layout_of_tensor, set_layout
+from meshpeft.parallel.layout import TensorLayout, layout_of_tensor, set_layout
+from meshpeft.parallel.mesh import is_simulated, on_each_rank
 
 __all__ = [
+    "COMPILED",
+    "held_module",
+    "is_held",
     "ShardedOffset",
     "ShardedStateDict",
     "ShardedTensor",
@@ -316,11 +318,37 @@ def _check_offsets(sharded_offsets: Sequence[ShardedOffset]) -> None:
 
 def _replica_id(layout: TensorLayout) -> int:
     """This rank's place among those of its pipeline stage that hold the same slice."""
-    info = parallel_group_info()
-    divided = {axis.name for _, axis in layout.shards}
+    sharded = {axis.name for _, axis in layout.shards}
     replica = 0
-    axes = layout.mesh_axes or ((info.edp, info.ep, info.etp) if layout.expert else (info.dp, info.tp))
-    for axis in axes:
-        if axis.name not in divided:
+    for axis in layout.all_axes:
+        if axis.name not in sharded:
             replica = replica * axis.world_size + axis.rank
     return replica
+
+
+# Names in checkpoints, exported adapters and patterns are those of the model without wrappers: compiled or not, in a
+# data-parallel wrapper or not, it reads what it wrote.
+COMPILED = "_orig_mod"
+"""What `torch.compile` calls the module that it wraps."""
+
+# Compilation, activation checkpointing, sharded data parallel.
+_HELD = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def is_held(attribute: str, full_name: str) -> bool:
+    """Whether a child is what a wrapper holds.
+
+    Args:
+        attribute: what its parent calls it. Data parallel and mixed precision say `module`, which is such a name only
+            at the root.
+        full_name: its parent's; empty for the model.
+    """
+    return attribute in _HELD or (attribute == "module" and not full_name)
+
+
+def held_module(model: nn.Module) -> nn.Module:
+    """The model without the wrappers around it."""
+    for attribute, child in model.named_children():
+        if is_held(attribute, ""):
+            return held_module(child)
+    return model

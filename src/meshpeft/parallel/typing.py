@@ -17,8 +17,8 @@ import spmd_types as spmd
 from spmd_types.types import I, PartitionSpec, R, V
 from torch import Tensor
 
+from meshpeft.parallel.layout import TensorLayout
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.tensor_layout import TensorLayout
 
 __all__ = ["SpmdTypeOf", "assert_state", "dims_follow", "parameter_type", "typed_as"]
 
@@ -40,14 +40,13 @@ def parameter_type(layout: TensorLayout) -> SpmdTypeOf:
     I, whose gradient is already the same on every rank.
     """
     info = parallel_group_info()
-    axes = (info.edp, info.ep, info.etp) if layout.expert else (info.dp, info.tp)
-    data = info.edp if layout.expert else info.dp
+    token_axes = info.token_axes(expert=layout.expert)
     dims: list[list[Any]] = [[] for _ in layout.global_shape]
     local: dict[Any, Any] = {}
-    for axis in axes:
+    for axis in info.weight_axes(expert=layout.expert):
         if axis.world_size == 1:
             continue
-        local[axis.process_group] = R if axis is data or axis in layout.grad_partial else I
+        local[axis.process_group] = R if axis in token_axes or axis in layout.grad_partial else I
         for dim, sharding in layout.shards:
             if sharding is axis:
                 local[axis.process_group] = V

@@ -36,13 +36,13 @@ from meshpeft.peft.matching import (
 )
 from meshpeft.peft.method import PEFT, LowRankPEFT
 from meshpeft.peft.named import NamedLoRALinear, disable_adapters, enable_adapters, is_peft_model
-from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.parameters import (
     ParameterCount,
     lora_plus_parameter_groups,
     print_trainable_parameters,
     trainable_parameters,
 )
+from meshpeft.peft.standalone import ParallelLinearAdapter
 from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, BaseOutput, base_of
 
 __all__ = [

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from meshpeft.parallel import (
     LinearLayout,
     ParallelAxis,
+    Shard,
     ShardedTensors,
+    State,
     TensorLayout,
+    differs,
     dropout,
     layout_of,
     layout_of_tensor,
     named_init_,
-    parallel_group_info,
     set_layout,
 )
 from meshpeft.peft.errors import AdapterError
@@ -228,7 +230,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
     def token_axis(self) -> ParallelAxis | None:
         """Axis over which each rank keeps its own tokens of the adapter's input; `None` where it keeps all."""
         layout = self.layout
-        gathered = self.fused and layout.shard == "out" and layout.sequence_parallel and layout.axis.world_size > 1
+        gathered = self.fused and layout.takes_token_shards and layout.axis.world_size > 1
         return layout.axis if self.keep_token_shards and gathered else None
 
     def keep_start(self) -> None:
@@ -278,35 +280,23 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         """Return x after dropout; `None` where the adapter takes x itself."""
         if self.dropout_position != "pre" or not self._drops():
             return None
-        return self._drop(x, self._input_is_divided())
+        return self._drop(x, self.layout.states(fused=self.fused)[0])
 
     def drop_output(self, delta: Tensor) -> Tensor:
         """Return the adapter's output, after dropout where that applies to the output."""
-        return self._drop(delta, self._output_is_divided()) if self.drops_output else delta
+        return self._drop(delta, self.layout.states(fused=self.fused)[1]) if self.drops_output else delta
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
-    def _drop(self, x: Tensor, divided: bool) -> Tensor:
-        # Masks differ wherever the values do: over data parallel always, over the layer's axis where it divides x.
-        layout, info = self.layout, parallel_group_info()
-        varying: list[ParallelAxis] = [layout.data_axis or (info.edp if layout.is_expert else info.dp)]
-        if layout.expert_axis is not None:
-            varying.append(layout.expert_axis)
-        if divided:
+    def _drop(self, x: Tensor, state: State) -> Tensor:
+        """Apply dropout to an activation that is in `state` on the layer's axis."""
+        # Masks differ exactly where values do: over token axes always, over the layer's axis where it shards them.
+        layout = self.layout
+        varying = [*layout.token_axes, *([] if layout.expert_axis is None else [layout.expert_axis])]
+        if differs(state):
             varying.append(layout.axis)
         return dropout(x, self.dropout, varying=varying, recompute=self.dropout_recompute)
-
-    def _input_is_divided(self) -> bool:
-        if self.layout.shard == "in":
-            return self.fused or self.layout.input_is_parallel
-        tokens_are_divided = self.layout.sequence_parallel and not self.layout.input_grad_is_reduced_outside
-        return tokens_are_divided and not (self.fused and self.layout.shard == "out")
-
-    def _output_is_divided(self) -> bool:
-        if self.layout.shard == "out":
-            return self.fused or not self.layout.gather_output
-        return self.layout.sequence_parallel and not (self.fused and self.layout.shard == "in")
 
     def extra_repr(self) -> str:
         """Return rank, scale and dropout."""
@@ -532,7 +522,7 @@ def get_adapter_attributes_from_linear(m: nn.Module) -> AdapterAttributes:
     """
     layout = layout_of(m)
     parallel = layout.shard is not None
-    communicates = layout.sequence_parallel and parallel and not layout.input_grad_is_reduced_outside
+    communicates = parallel and Shard(0) in (layout.x, layout.y)
     return AdapterAttributes(
         input_is_parallel=layout.shard == "in",
         in_features=layout.in_features,

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from meshpeft.parallel import LinearLayout, ParallelAxis, TensorLayout, gather_features, layout_of, set_layout
-from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel import LinearLayout, ParallelAxis, Shard, TensorLayout, convert_parts, layout_of, set_layout
+from meshpeft.parallel.states import all_reduce
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.experts import GroupedExpertLinearAdapter
 from meshpeft.peft.fused import WeightSource, fused_dora, magnitude_scale, rows_for
 from meshpeft.peft.method import LowRankPEFT
-from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
-from meshpeft.peft.standalone_layout import copied, place, place_for_experts
+from meshpeft.peft.standalone import ParallelLinearAdapter, decide_gradient_sum, summed_in_backward
 from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
 
 __all__ = [
@@ -184,7 +183,7 @@ class AdapterWithMagnitude(LowRankAdapter):
 
     weight_magnitude: nn.Parameter
     magnitude_layout: TensorLayout
-    _copy_m: tuple[ParallelAxis, ...] = ()
+    _sum_m: tuple[ParallelAxis, ...] = ()
 
     def init_weight_magnitude(self, value: Tensor) -> None:
         """Initialize weight_magnitude with shape (d,), where d is the output dim of the linear layer.
@@ -195,7 +194,7 @@ class AdapterWithMagnitude(LowRankAdapter):
         Args:
             value: This rank's slice of the initial values, [out] or [experts, out]; row norms are float32 or wider.
         """
-        layout, self._copy_m = self._place_magnitude()
+        layout, self._sum_m = self._place_magnitude()
         if tuple(value.shape) != layout.local_shape:
             raise AdapterError(f"weight_magnitude has shape {layout.local_shape}; got values of {tuple(value.shape)}")
         self.magnitude_layout = layout
@@ -213,7 +212,7 @@ class AdapterWithMagnitude(LowRankAdapter):
 
     def get_weight_magnitude(self) -> Tensor:
         """Public function to get the weight magnitude parameter, as it enters the forward pass."""
-        return copied(self.weight_magnitude, self._copy_m)
+        return summed_in_backward(self.weight_magnitude, self._sum_m)
 
 
 class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
@@ -225,14 +224,15 @@ class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
         self._mark(self.weight_magnitude)
 
     def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
-        return place(self.layout.magnitude(fused=self.fused), self.fused or self._marks)
+        stated = self.layout.magnitude(fused=self.fused)
+        return decide_gradient_sum(stated, self.layout, fused=self.fused, marked=self._marks)
 
 
 class GroupedExpertDoRAAdapter(AdapterWithMagnitude, GroupedExpertLinearAdapter):
     """DoRA's adapter of grouped experts: each expert has its own m, also where A and B serve all of them."""
 
     def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
-        return place_for_experts(self.layout.magnitude(), self.layout, self.fused)
+        return decide_gradient_sum(self.layout.magnitude(), self.layout, fused=self.fused)
 
 
 class _MagnitudeScale(Function):
@@ -359,7 +359,9 @@ class DoRALinear(AdapterWrapper):
     def _as_output(self, local: Tensor) -> Tensor:
         """Return values [out] of the local rows for the base's output features: gathered where the base gathers."""
         layout = self.adapter.layout
-        return gather_features(local, layout) if layout.gather_output else local
+        if layout.shard != "out":
+            return local
+        return convert_parts(local, Shard(-1), layout.y, layout.axis, layout.fused_parts)
 
     def merged_weights(self) -> Iterator[Tensor]:
         """Yield m / |W + s B A| * (W + s B A), local, in float32 or wider; the norms are recomputed."""

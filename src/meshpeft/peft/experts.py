@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from meshpeft.parallel import LinearLayout, group_offsets, layout_of
 from meshpeft.peft.adapter import LinearAdapter
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.standalone_layout import copied, place_for_experts
+from meshpeft.peft.standalone import decide_gradient_sum, summed_in_backward
 
 __all__ = ["GroupedExpertLinearAdapter"]
 
@@ -56,15 +56,16 @@ class GroupedExpertLinearAdapter(LinearAdapter):
                 f"a {type(base).__name__} is no layer of grouped experts; use LinearAdapter or ParallelLinearAdapter"
             )
         factors = layout.for_all_experts() if share_expert_adapters else layout
-        factor_a, copy_a = place_for_experts(factors.factor_a(dim), layout, fused)
-        factor_b, copy_b = place_for_experts(factors.factor_b(dim), layout, fused)
+        factor_a, sum_a = decide_gradient_sum(factors.factor_a(dim), layout, fused=fused)
+        factor_b, sum_b = decide_gradient_sum(factors.factor_b(dim), layout, fused=fused)
         super().__init__(base, dim, alpha, layout=layout, fused=fused, factor_layouts=(factor_a, factor_b), **options)
         self.share_expert_adapters = share_expert_adapters
-        self._copy_a, self._copy_b = copy_a, copy_b
+        self._sum_a, self._sum_b = sum_a, sum_b
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return s (x Aᵀ) Bᵀ without dropout; gradients that nobody sums later are summed in the backward pass."""
-        return super().delta_of_dropped(x, copied(a, self._copy_a), copied(b, self._copy_b), offsets)
+        a, b = summed_in_backward(a, self._sum_a), summed_in_backward(b, self._sum_b)
+        return super().delta_of_dropped(x, a, b, offsets)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # as its base
         """x [tokens, in], tokens_per_expert [local experts] -> output of the adapter [tokens, out]; see `delta`."""

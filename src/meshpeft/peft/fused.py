@@ -47,7 +47,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel import ParallelAxis, group_of_rows, grouped_add_mm_, grouped_mm, grouped_outer, grouped_sum
-from meshpeft.parallel.communication import reduce_scatter, take_slice
+from meshpeft.parallel.states import reduce_scatter, take_slice
 from meshpeft.parallel.typing import SpmdTypeOf, dims_follow, typed_as
 
 __all__ = [

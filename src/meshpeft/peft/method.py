@@ -43,9 +43,9 @@ from meshpeft.peft.matching import (
     nearest_names,
     walk,
 )
-from meshpeft.peft.parallel_adapter import ParallelLinearAdapter
 from meshpeft.peft.parameters import trainable_parameters
 from meshpeft.peft.same_tokens import watch_tokens
+from meshpeft.peft.standalone import ParallelLinearAdapter
 from meshpeft.peft.wrapper import AdapterWrapper, base_of, wrapper_of
 
 __all__ = ["LowRankPEFT", "Model", "PEFT"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
+from meshpeft.parallel import I, LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
 from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
@@ -300,7 +300,8 @@ class AdapterWrapper(nn.Module):
 
     @cached_property
     def _states_gathering(self) -> bool:
-        return self.layer_type.layout(self.to_wrap).gather_output
+        layout = self.layer_type.layout(self.to_wrap)
+        return layout.shard == "out" and layout.y == I
 
     def gathers_now(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call of the base gathers an output that its layout states as sharded.

@@ -27,12 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from meshpeft.data.batches import IGNORED_LABEL, MicroBatch
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import gathered
-from meshpeft.parallel.communication import all_reduce
 from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.finite import on_ranks, true_on_all_ranks
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_norm
 from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import parallel_group_info
+from meshpeft.parallel.states import all_reduce
 from meshpeft.peft import lora_plus_parameter_groups
 
 __all__ = [

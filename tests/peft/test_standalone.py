@@ -21,7 +21,7 @@ from meshpeft.parallel import (
     layout_of_tensor,
     mp_copy,
 )
-from meshpeft.parallel.communication import all_reduce
+from meshpeft.parallel.states import all_reduce
 from meshpeft.peft import (
     AdapterAttributes,
     AdapterError,

@@ -1,40 +1,46 @@
-"""The adapter beside a base layer whose forward hides its collectives: its own communication, on tensors of rank size.
+"""The standalone adapter, for a base layer whose forward hides its collectives: its own, on tensors of rank size.
 
-| base | forward | backward | gradient still partial |
+h = x Aᵀ runs on x as it is outside the base, and is converted from (x for a column, P for a row) to (R for a column, y
+for a row); Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`). So:
+
+| base | h, forward | h, backward | gradient still partial |
 |---|---|---|---|
-| column | h = x A^T, A replicated; h passes through `mp_copy`; Delta = h B^T, B S(0) | all-reduce of dh | none |
-| column, sequence parallel | h on local tokens, all-gather h | reduce-scatter dh | dA |
-| column whose dx the producer reduces | h = x A^T, no collective | none | dA |
-| column, output gathered | Delta = x A^T B^T, B gathered | dB is sliced | none |
-| row | h = x A^T, A S(1), all-reduce h; Delta = h B^T, B replicated | dh is complete | none |
-| row, input whole | Delta = x A^T B^T, A gathered | dA is sliced | none |
-| row, sequence parallel | reduce-scatter h along tokens | all-gather dh | dB |
-| row whose base leaves a partial | no reduction: Delta is a partial too | | dB |
-| the same, activation not identity | all-reduce h, each rank takes its columns of B | all-reduce dh | dB |
+| column | I -> R, nothing | all-reduce | none |
+| column, sequence parallel | Shard(0) -> R, all-gather | reduce-scatter | dA |
+| column whose dx the producer reduces | R | | dA |
+| row | P -> I, all-reduce | nothing | none |
+| row, sequence parallel | P -> Shard(0), reduce-scatter | all-gather | dB |
+| row whose base leaves a partial | P | | dB |
+
+Two cases are outside the rule. Where x and y are both I, the sharded factor is gathered instead of an activation. And
+an activation between the factors is not linear in a partial h: on a row that leaves a partial, h is reduced first, and
+each rank multiplies its own columns of B.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import (
+    FusedParts,
+    I,
     LinearLayout,
     ModelParallelConfig,
+    P,
     ParallelAxis,
+    R,
+    Shard,
     TensorLayout,
     all2all_hp2sp,
-    gather_features,
+    convert,
+    convert_parts,
     layout_of_tensor,
-    mp_copy,
-    mp_gather,
-    mp_reduce,
-    mp_scatter,
-    sp_gather,
-    sp_reduce_scatter,
+    parallel_group_info,
 )
 from meshpeft.peft.adapter import (
     DropoutPosition,
@@ -46,9 +52,8 @@ from meshpeft.peft.adapter import (
 )
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.fused import product
-from meshpeft.peft.standalone_layout import copied, gate_and_up, layout_of_flags, parameter_type, place
 
-__all__ = ["ParallelLinearAdapter"]
+__all__ = ["ParallelLinearAdapter", "decide_gradient_sum", "summed_in_backward"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
@@ -132,11 +137,11 @@ class ParallelLinearAdapter(LowRankAdapter):
         self._check_layout(layout, fused, activation)
         if model_parallel_config is None:
             model_parallel_config = ModelParallelConfig(
-                sequence_parallel=layout is not None and layout.sequence_parallel
+                sequence_parallel=layout is not None and Shard(0) in (layout.x, layout.y)
             )
         config: Any = model_parallel_config
         if layout is None:
-            layout = layout_of_flags(
+            layout = _layout_of_flags(
                 in_features,
                 out_features,
                 input_is_parallel,
@@ -144,14 +149,13 @@ class ParallelLinearAdapter(LowRankAdapter):
                 config.sequence_parallel,
                 disable_sequence_parallel_comm,
                 base_linear_is_parallel,
-                gate_and_up(base_linear_name, out_features, config),
+                _gate_and_up(base_linear_name, out_features, config),
             )
-        row_of_sequence = layout.shard == "in" and layout.sequence_parallel and not layout.output_is_partial
-        use_a2a = a2a_experimental and row_of_sequence and not fused
+        use_a2a = a2a_experimental and not fused and layout.shard == "in" and layout.y == Shard(0)
         # Megatron sums what is marked over dense tensor parallel, and only if its config is sequence parallel.
         marks = not fused and config.sequence_parallel and not layout.is_expert
-        factor_a, copy_a = place(layout.factor_a(dim, fused=fused), fused or marks)
-        factor_b, copy_b = place(layout.factor_b(dim, fused=fused), fused or marks)
+        factor_a, sum_a = decide_gradient_sum(layout.factor_a(dim, fused=fused), layout, fused=fused, marked=marks)
+        factor_b, sum_b = decide_gradient_sum(layout.factor_b(dim, fused=fused), layout, fused=fused, marked=marks)
         if use_a2a:
             hidden_parallel = ((0, layout.axis),)
             factor_b = TensorLayout((layout.out_features, dim), hidden_parallel, data_axis=layout.data_axis)
@@ -170,7 +174,7 @@ class ParallelLinearAdapter(LowRankAdapter):
             use_rslora=use_rslora,
             keep_token_shards=keep_token_shards,
             seed=seed,
-            dtype=parameter_type(config) if dtype is None else dtype,
+            dtype=_parameter_type(config) if dtype is None else dtype,
             device=device,
             initialize=config.perform_initialization,
             factor_layouts=(factor_a, factor_b),
@@ -178,7 +182,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         self.config = model_parallel_config
         self.is_expert = is_expert or layout.is_expert
         self.activation = self._get_activation_fn(activation)
-        self._a2a, self._marks, self._copy_a, self._copy_b = use_a2a, marks, copy_a, copy_b
+        self._a2a, self._marks, self._sum_a, self._sum_b = use_a2a, marks, sum_a, sum_b
         self._mark(self.linear_in.weight)
         self._mark(self.linear_out.weight)
 
@@ -229,50 +233,114 @@ class ParallelLinearAdapter(LowRankAdapter):
 
     def delta_of_dropped(self, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return the adapter's output for given local factors A [r, in] and B [out, r]; `offsets` is `None`."""
-        padding = 0
+        layout, axis, padding = self.layout, self.layout.axis, 0
         if self.is_expert:
-            x, padding = pad_seq_to_mult(x, self.layout.axis.world_size)
-        a, b = copied(a, self._copy_a), copied(b, self._copy_b)
-        layout = self.layout
-        whole = self._is_whole_outside
-        if whole and layout.shard == "in":
-            a = mp_gather(a, -1, layout.axis)
-        if whole and layout.shard == "out":
-            b = gather_features(b, layout, 0)
-        h = self._bottleneck(x, a) * self.scale
-        delta = product(h, b)
+            x, padding = pad_seq_to_mult(x, axis.world_size)
+        a, b = summed_in_backward(a, self._sum_a), summed_in_backward(b, self._sum_b)
+        if layout.is_full_outside and layout.shard == "in":
+            a = convert(a, Shard(-1), I, axis)
+        if layout.is_full_outside and layout.shard == "out":
+            b = convert_parts(b, Shard(0), I, axis, layout.fused_parts, dim=0)
+        delta = product(self._bottleneck(x, a) * self.scale, b)
         if self._a2a:
-            delta = all2all_hp2sp(delta, self.layout.axis)
-        if layout.gather_output and not whole:
-            delta = gather_features(delta, layout)
+            delta = all2all_hp2sp(delta, axis)
+        elif layout.shard == "out" and not layout.is_full_outside:
+            delta = convert_parts(delta, Shard(-1), layout.y, axis, layout.fused_parts)
         return unpad_seq_to_mult(delta, padding)
 
-    @property
-    def _is_whole_outside(self) -> bool:
-        """Whether input and output are the same on every rank, so that whole factors serve, and no activation moves."""
-        layout = self.layout
-        if layout.sequence_parallel or layout.input_grad_is_reduced_outside or layout.output_is_partial:
-            return False
-        return layout.gather_output if layout.shard == "out" else layout.shard == "in" and not layout.input_is_parallel
-
     def _bottleneck(self, x: Tensor, a: Tensor) -> Tensor:
-        """act(x A^T) [*, r], in the state in which B takes it; the collectives are on [tokens, r]."""
+        """Return act(x Aᵀ) [*, r] in the state in which B takes it; the collectives are on [tokens, r]."""
         layout, axis = self.layout, self.layout.axis
-        if self._is_whole_outside or layout.shard is None:
-            return self.activation(product(x, a))
-        if layout.shard == "out":
+        if layout.shard != "in" or layout.is_full_outside:
             h: Tensor = self.activation(product(x, a))
-            if layout.input_grad_is_reduced_outside:
-                return h
-            return sp_gather(h, 0, axis) if layout.sequence_parallel else mp_copy(h, axis=axis)
-        h = product(x if layout.input_is_parallel else mp_scatter(x, -1, axis), a)
-        if layout.output_is_partial:
-            if isinstance(self.activation, nn.Identity):
-                return h
-            return mp_copy(self.activation(mp_reduce(h, axis=axis)), axis=axis) * _own_columns(h, axis)
+            return h if layout.is_full_outside else convert(h, *layout.bottleneck_states, axis)
+        h = product(convert(x, layout.x, Shard(-1), axis), a)
         if self._a2a:
-            return mp_copy(self.activation(mp_reduce(h, axis=axis)), axis=axis)
-        return self.activation(sp_reduce_scatter(h, 0, axis) if layout.sequence_parallel else mp_reduce(h, axis=axis))
+            return convert(self.activation(convert(h, P, I, axis)), I, R, axis)
+        if layout.y is P and not self.is_linear:
+            return convert(self.activation(convert(h, P, I, axis)), I, R, axis) * _own_columns(h, axis)
+        activated: Tensor = self.activation(convert(h, *layout.bottleneck_states, axis))
+        return activated
+
+
+def decide_gradient_sum(
+    stated: TensorLayout, base: LinearLayout, *, fused: bool, marked: bool = False
+) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
+    """Decide who sums the partial gradient of an adapter's parameter.
+
+    | adapter | who |
+    |---|---|
+    | fused, on a layer | `finalize_gradients`, after the last backward pass |
+    | standalone, in a sequence-parallel model of Megatron's | its finalisation, which reads the mark |
+    | on grouped experts whose engine has a sum over the same axes (`LinearLayout.sums`) | its finalisation |
+    | any other | the backward pass, see `summed_in_backward` |
+
+    Args:
+        stated: The parameter's layout, by the layout of its base.
+        base: The layout of the base layer.
+        fused: The adapter joins the base's GEMM.
+        marked: The parameter carries the mark that Megatron's finalisation reads.
+
+    Returns:
+        The parameter's layout, with the axes that are left to a sum after the backward pass as `grad_partial`; and the
+        axes over which the backward pass sums.
+    """
+    engine_sums = base.sums is None or base.sums(stated) if base.is_stacked else marked
+    later = fused or engine_sums
+    return (stated, ()) if later else (replace(stated, grad_partial=()), stated.grad_partial)
+
+
+def summed_in_backward(parameter: Tensor, axes: tuple[ParallelAxis, ...]) -> Tensor:
+    """Return a parameter as it enters the forward pass: I -> R over `axes`, where its gradient is then summed."""
+    for axis in axes:
+        parameter = convert(parameter, I, R, axis)
+    return parameter
+
+
+def _layout_of_flags(
+    in_features: int,
+    out_features: int,
+    input_is_parallel: bool,
+    is_expert: bool,
+    sequence_parallel: bool,
+    disable_sequence_parallel_comm: bool,
+    base_linear_is_parallel: bool,
+    fused_parts: FusedParts | None = None,
+) -> LinearLayout:
+    """Return the layout that the documented flags describe, with the parts of the output features if there are any.
+
+    Experts see gathered tokens and leave their sums to the token dispatcher.
+    """
+    info = parallel_group_info()
+    axis = info.etp if is_expert else info.tp
+    token_shards = sequence_parallel and not is_expert
+    sizes = (in_features, out_features)
+    if not base_linear_is_parallel:
+        return LinearLayout(*sizes, axis=axis, x=Shard(0) if token_shards else I, fused_parts=fused_parts)
+    communicates = token_shards and not disable_sequence_parallel_comm
+    if input_is_parallel:
+        y = P if is_expert else Shard(0) if communicates else I
+        return LinearLayout(*sizes, shard="in", axis=axis, y=y, fused_parts=fused_parts)
+    x = Shard(0) if communicates else R if is_expert or sequence_parallel else I
+    return LinearLayout(*sizes, shard="out", axis=axis, x=x, fused_parts=fused_parts)
+
+
+def _parameter_type(config: Any) -> torch.dtype:
+    """Return the type of new parameters by a parallel config, ours or Megatron's."""
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else config.params_dtype
+
+
+def _gate_and_up(base_linear_name: str, out_features: int, config: Any) -> FusedParts | None:
+    """Return the parts of a `linear_fc1`, which is sharded as two matrices, `[gate shard; up shard]`; else `None`.
+
+    It is gated unless its config (Megatron's) says otherwise, or its size cannot be halved.
+    """
+    gated = getattr(config, "gated_linear_unit", True) and out_features % 2 == 0
+    if not gated or base_linear_name.rpartition(".")[2] != "linear_fc1":
+        return None
+    return FusedParts(("gate", "up"), (out_features // 2, out_features // 2))
 
 
 def _own_columns(h: Tensor, axis: ParallelAxis) -> Tensor:

@@ -18,17 +18,23 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from meshpeft.parallel import (
+    I,
+    P,
     ParallelError,
+    R,
+    Shard,
     all2all_hp2sp,
+    convert,
     init_parallelism,
     mp_copy,
     mp_gather,
     mp_reduce,
     mp_scatter,
+    parallel_group_info,
     sp_gather,
     sp_reduce_scatter,
 )
-from meshpeft.parallel.collectives import _All2AllHp2Sp
+from meshpeft.parallel.states import _All2AllHp2Sp
 from meshpeft.verify.simulation import Collective, count_collectives
 
 DUAL = {"I": "I", "R": "P", "P": "R", "S": "S"}
@@ -45,12 +51,17 @@ class Case(NamedTuple):
     backward: list[str]
 
 
+def sum_everywhere(x: Tensor) -> Tensor:
+    return convert(x, P, R, parallel_group_info().tp)
+
+
 CASES = {
     "mp_copy": Case(mp_copy, "I", "R", False, [], ["allreduce"]),
     "mp_reduce": Case(mp_reduce, "P", "I", False, ["allreduce"], []),
     "mp_scatter": Case(mp_scatter, "I", "S", True, [], ["allgather"]),
     "mp_gather": Case(mp_gather, "S", "I", True, ["allgather"], []),
     "sp_gather": Case(sp_gather, "S", "R", True, ["allgather"], ["reduce_scatter"]),
+    "sum-everywhere": Case(sum_everywhere, "P", "R", False, ["allreduce"], ["allreduce"]),
     "sp_reduce_scatter": Case(sp_reduce_scatter, "P", "S", True, ["reduce_scatter"], ["allgather"]),
 }
 # Global shapes, and every dim of each that can be divided over 4 ranks.
@@ -292,3 +303,12 @@ def test_real_processes_agree_with_the_simulation() -> None:
             assert torch.equal(whole("S", -1, [v.x_grad for v in runs]), whole("S", 0, [v.y_grad for v in runs]))
         else:
             check(key.split()[0], -3, runs)
+
+
+def test_nothing_leads_from_a_replicated_value_to_another_state() -> None:
+    with simulate(tp=2) as info:
+        for dst in (I, P, Shard(0)):
+            with pytest.raises(
+                ParallelError, match=r"no collective leads from R to .* on tp; those from I lead to R and shards"
+            ):
+                convert(torch.ones(2), R, dst, info.tp)
