@@ -195,7 +195,7 @@ def _described(
 
 def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat) -> WrittenNames:
     linears = {linear.name: linear for linear in hub_linears(model)}
-    stacks = {linear.names[0]: linears[linear.names[0]] for linear in adapted if linear.experts is not None}
+    stacks = {linear.names[0]: linears[linear.names[0]] for linear in adapted if linear.is_stacked}
     return WrittenNames(format, linears, stacks, model.config.model_type if isinstance(model, Decoder) else None)
 
 
@@ -224,9 +224,9 @@ def _addressed(model: nn.Module, linear: AdaptedLinear, names: WrittenNames) -> 
     modules: list[str] = []
     parameters: list[str] = []
     for name in linear.names:
-        if linear.experts is not None and names.per_expert:
+        if linear.is_stacked and names.per_expert:
             return _Addressed(names.of_experts(name), [], names.of_first_expert(name))
-        if linear.experts is not None:
+        if linear.is_stacked:
             parameters.append(name)
         elif is_adapted_as_parameter(model, name) and not names.per_expert:
             parameters.append(f"{name}.weight")
@@ -320,7 +320,7 @@ def serving_note(model: nn.Module, format: AdapterFormat, adapter_name: str | No
     notes = []
     if refused:
         notes.append(f"vLLM and SGLang do not serve {', '.join(refused)}; meshpeft merge writes a model that they do")
-    elif format == "peft" and any(linear.experts is not None for linear in adapted):
+    elif format == "peft" and any(linear.is_stacked for linear in adapted):
         notes.append(
             "vLLM and SGLang serve adapters of experts in the form peft-per-expert, which meshpeft export --format "
             "peft-per-expert writes of a checkpoint"

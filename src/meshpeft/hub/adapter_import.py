@@ -147,7 +147,7 @@ class AdapterPlan:
         held, expected = self.names.held, self.names.targets()
         # Which layers are meant by number, only the file itself says.
         for name in sorted(set() if self.config.some_layers_only else expected - held):
-            stacked = self.linears[name].experts is not None
+            stacked = self.linears[name].is_stacked
             path = self.names.of_stack(name) if stacked else self.names.of_module(name)
             raise CheckpointError(f"{self.file.path} lacks {PREFIX}{path}.{FACTOR_A}, though its config targets {name}")
         for name in sorted(held - expected):
@@ -159,7 +159,7 @@ class AdapterPlan:
         for name in sorted(self.names.held):
             linear = self.linears[name]
             parts = parts_of(linear.layout)
-            if linear.experts is None or not self.names.per_expert or len(parts) == 1:
+            if not linear.is_stacked or not self.names.per_expert or len(parts) == 1:
                 continue
             shapes = [self._own(self.names.of_expert(name, part, 0)).shape for part in parts]
             if len(set(shapes)) > 1 or not self._share_a(name, linear):
@@ -245,7 +245,7 @@ class AdapterPlan:
             return False
         try:
             for name in self.names.held:
-                if self.linears[name].experts is not None:
+                if self.linears[name].is_stacked:
                     place = self._place(self.linears[name].module, [self.linears[name]], shared=True)
                     for stored in self._stored(place):
                         self._compare_shapes(stored)
@@ -258,7 +258,7 @@ class AdapterPlan:
         layout: LinearLayout = parts[0].layout
         if self.canonical and parts[0].part is not None:
             layout = part_layout(layout, parts[0].part)
-        factors = layout.for_all_experts() if layout.experts is not None and shared else layout
+        factors = layout.for_all_experts() if layout.is_stacked and shared else layout
         shape = self._shape_of(parts[0].name)
         return Place(
             module,
@@ -341,7 +341,7 @@ class AdapterPlan:
         targets = [self._target(place.module, name) for place in self.places for name in place.names]
         # Experts are one target as a whole, whatever parts of them were named.
         shapes = {
-            place.module if place.experts is not None else self._target(place.module, name): place.shape
+            place.module if place.is_stacked else self._target(place.module, name): place.shape
             for place in self.places
             for name in place.names
         }
@@ -364,7 +364,7 @@ class AdapterPlan:
 
     def _target(self, module: str, name: str) -> str:
         linear = self.linears[name]
-        part = parts_of(linear.layout)[0] if linear.experts is not None else linear.part
+        part = parts_of(linear.layout)[0] if linear.is_stacked else linear.part
         return component_name(module, part) if self.canonical and part is not None else module
 
 
@@ -400,7 +400,7 @@ class FoundNames:
         self._modules: dict[str, str] = {}
         self.base_copies: dict[str, str] = {}
         self._experts: dict[tuple[str, str | None, int], str] = {}
-        stacks = [name for name, linear in linears.items() if linear.experts is not None]
+        stacks = [name for name, linear in linears.items() if linear.is_stacked]
         self._stacks = config.parameters(stacks)
         suffixes = [FACTOR_A, FACTOR_B, *([MAGNITUDE] if config.use_dora else [])]
         found = self._modules_with_tensors(suffixes)
@@ -435,7 +435,7 @@ class FoundNames:
     def _recognise(self, path: str) -> str:
         """The name in transformers of what a file has an adapter for."""
         linear = self._linears.get(path)
-        if linear is not None and linear.experts is None:
+        if linear is not None and not linear.is_stacked:
             self._modules[path] = path
             return path
         for stack in self._stacks:
@@ -446,7 +446,7 @@ class FoundNames:
                 ours = our_module_name(path)
                 if ours.expert is None:
                     name = hf_module_name(ours.module, ours.part)
-                    if name in self._linears and self._linears[name].experts is None:
+                    if name in self._linears and not self._linears[name].is_stacked:
                         self._modules[name] = path
                         return name
                 else:
@@ -467,7 +467,7 @@ class FoundNames:
 
     def _check_every_expert(self, name: str) -> None:
         linear = self._linears[name]
-        if linear.experts is None or not self.per_expert:
+        if not linear.is_stacked or not self.per_expert:
             return
         for expert in range(linear.experts):
             for part in parts_of(linear.layout):
@@ -504,7 +504,7 @@ class FoundNames:
     def in_config(self, name: str) -> str:
         """The name by which the config's patterns know it."""
         linear = self._linears[name]
-        if linear.experts is None:
+        if not linear.is_stacked:
             weight = f"{name}.weight"
             return weight if self._config.parameters([weight]) else self.of_module(name)
         return self.of_expert(name, parts_of(linear.layout)[0], 0) if self.per_expert else name
@@ -513,7 +513,7 @@ class FoundNames:
         """The layers and parameters that the config says the adapter is on."""
         found = set()
         for name, linear in self._linears.items():
-            if linear.experts is None:
+            if not linear.is_stacked:
                 names = [self.of_module(name)]
                 targeted = self._config.targets(names) or self._config.parameters([f"{name}.weight"])
             elif self.per_expert:

@@ -88,6 +88,11 @@ class HubLinear:
         """Number of stacked experts; `None` for an ordinary layer."""
         return self.layout.experts
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layer is a stack of experts."""
+        return self.layout.is_stacked
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -154,6 +159,11 @@ class AdaptedLinear:
     dropout: float
     experts: int | None = None
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the adapted layer is a stack of experts."""
+        return self.experts is not None
+
     def cast(self, a: torch.dtype, b: torch.dtype, magnitude: torch.dtype | None) -> None:
         """Give each parameter a type of its own."""
         if magnitude is not None:
@@ -185,7 +195,7 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
             layout = LinearLayout(layer.in_features, layer.out_features)
         else:
             layout = layer_type.layout(layer)
-        packed = layout.fused_parts is not None and layout.experts is None and not _is_of(model, "transformers")
+        packed = layout.fused_parts is not None and not layout.is_stacked and not _is_of(model, "transformers")
         parts: tuple[str | None, ...] = (
             layout.fused_parts.names if packed and layout.fused_parts is not None else (None,)
         )
@@ -344,6 +354,11 @@ class Place:
     experts: int | None = None
     written: Written = AS_THEY_ARE
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the adapted layer is a stack of experts."""
+        return self.experts is not None
+
     @classmethod
     def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
         """Place of an adapter which is there."""
@@ -362,7 +377,7 @@ class Place:
     @property
     def stacked(self) -> bool:
         """Whether each expert has a factor of its own."""
-        return self.experts is not None and len(self.a.global_shape) == 3
+        return self.a.is_stacked
 
     @property
     def layouts(self) -> tuple[tuple[TensorLayout, str], ...]:
@@ -439,7 +454,7 @@ class WrittenNames:
         """Of every layer that is a module, but for `skip`: those that are adapted by their parameter."""
         found: list[str] = []
         for name, linear in self.linears.items():
-            if linear.experts is None:
+            if not linear.is_stacked:
                 found += [] if name in skip else [self.of_module(name)]
             elif self.per_expert:
                 found += self.of_experts(name)
@@ -480,7 +495,7 @@ def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:
 
 def stored_factors(place: Place, names: Names) -> list[Stored]:
     """The tensors of a file that hold the parameters of a place: of A, B, and the magnitude if there is one."""
-    if place.experts is None:
+    if not place.is_stacked:
         return [_by_module(place, names, layout, suffix) for layout, suffix in place.layouts]
     if names.per_expert:
         return [_by_expert(place, names, layout, suffix) for layout, suffix in place.layouts]

@@ -1,4 +1,4 @@
-"""Adapters: matching modules, wrapping them, the adapter modules, the fused functions. Knows only `parallel`."""
+"""Adapters: matching modules, wrapping them, the adapter modules, the fused functions."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
