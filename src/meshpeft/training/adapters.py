@@ -61,7 +61,8 @@ class DefaultLayers(NamedTuple):
     """Names, or patterns with `*` of full names, of layers of a model.
 
     Attributes:
-        adapted: Layers that get adapters; `None` for the method's own default (`target_modules` of LoRA, DoRA ...).
+        adapted: Layers that get adapters; `None` for the method's own default: on our decoder `linear_qkv`,
+            `linear_proj`, `linear_fc1` and `linear_fc2` (canonical LoRA: their parts).
         in_full: Layers that a packed base keeps in full precision.
     """
 
