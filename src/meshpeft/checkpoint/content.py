@@ -1,4 +1,8 @@
-"""What a checkpoint is made of: slices of the model's and the optimizer's tensors, under layout-free keys."""
+"""What a checkpoint holds: slices of the model's and the optimizer's tensors, under keys that no layout changes.
+
+How optimizer state is resharded: every state tensor of a parameter (`exp_avg`) is described by the parameter's own
+layout, so its slices are boxes of one global tensor; `meshpeft.checkpoint.load` reads them at another layout.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +41,10 @@ RANDOM = "random.torch"
 
 @dataclass(frozen=True)
 class ModelContent:
-    """A model's tensors, each once: those that a checkpoint holds, and the frozen base that it takes for granted.
+    """A model's tensors, each once: those that a checkpoint holds, and the frozen base that it presupposes.
 
     Attributes:
-        stored, frozen: this rank's slices; the same keys in the same order on every rank.
+        stored, frozen: This rank's slices; the same keys in the same order on every rank.
     """
 
     stored: list[ShardedTensor]
@@ -48,14 +52,14 @@ class ModelContent:
 
     @classmethod
     def of(cls, model: nn.Module, *, full_model: bool) -> ModelContent:
-        """Divide a model's tensors.
+        """Sort a model's tensors into those that are stored and the frozen ones.
 
         Args:
-            model: its adapters, whatever else is trainable, and running statistics are always stored.
-            full_model: store everything.
+            model: Its adapters, whatever else is trainable, and running statistics are always stored.
+            full_model: Store everything.
 
         Raises:
-            CheckpointError: there is nothing to store; or the model's parameters are sharded by `fully_shard`.
+            CheckpointError: There is nothing to store; or the model's parameters are sharded by `fully_shard`.
         """
         refuse_sharded(
             model,
@@ -77,7 +81,7 @@ class ModelContent:
         return cls(stored, frozen)
 
     def slices(self) -> list[Slice]:
-        """For saving: the values as they are when they are read."""
+        """List the slices to save, with the values as they are when they are read."""
         return [_slice(MODEL + entry.key, entry) for entry in self.stored]
 
 
@@ -101,9 +105,9 @@ class OptimizerContent:
     """The state of an optimizer, by parameter name, and the options of its groups.
 
     Attributes:
-        optimizer: the optimizer.
-        names: id of each of its parameters -> its name.
-        entries: name of each of its parameters -> this rank's slices of it.
+        optimizer: The optimizer.
+        names: Id of each of its parameters -> its name.
+        entries: Name of each of its parameters -> this rank's slices of it.
     """
 
     optimizer: torch.optim.Optimizer
@@ -115,7 +119,7 @@ class OptimizerContent:
         """Name the parameters of an optimizer.
 
         Raises:
-            CheckpointError: it has a parameter that is not the model's, or that a checkpoint does not hold.
+            CheckpointError: It has a parameter that is not the model's, or that a checkpoint does not hold.
         """
         by_source: dict[int, list[ShardedTensor]] = {}
         for entry in model.stored:
@@ -134,7 +138,7 @@ class OptimizerContent:
         return cls(optimizer, names, entries)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Options and parameter names of each group, as plain JSON."""
+        """List options and parameter names of each group, as plain JSON."""
         return [
             {
                 "parameters": [self.names[id(parameter)] for parameter in group["params"]],
@@ -144,7 +148,7 @@ class OptimizerContent:
         ]
 
     def slices(self) -> list[Slice]:
-        """For saving: every state tensor, divided like its parameter, or one number for all ranks."""
+        """List the slices to save: each state tensor, sharded like its parameter, or one number for all ranks."""
         return [
             part
             for group in self.optimizer.param_groups
@@ -162,18 +166,18 @@ class OptimizerContent:
         if number.shape != parameter.shape:
             raise CheckpointError(
                 f"the optimizer's {state} of {name} has shape {tuple(number.shape)}, its parameter "
-                f"{tuple(parameter.shape)}: only states of the same shape can be divided like the parameter"
+                f"{tuple(parameter.shape)}: only states of the same shape can be sharded like the parameter"
             )
         return [_slice(state_key(state, entry.key), replace(entry, source=number)) for entry in self.entries[name]]
 
 
 def _parameter_name(entry: ShardedTensor) -> str:
-    """The parameter's name; with its place where several parameters are slices of one global tensor."""
+    """Name a parameter; with its index where several parameters are slices of one global tensor."""
     return entry.name + "".join(f"[{index}]" for index in entry.global_offset[: entry.prepended_axes])
 
 
 def state_key(state: str, key: str) -> str:
-    """`exp_avg`, `linear_qkv.q.weight` -> the key of a state of the optimizer."""
+    """Make the key of a state of the optimizer from `exp_avg`, `linear_qkv.q.weight`."""
     return f"{OPTIMIZER}{state}.{key}"
 
 
@@ -188,7 +192,7 @@ def _plain_option(name: str, value: Any) -> Any:
 
 
 def random_state() -> tuple[dict[str, Any], Slice]:
-    """The states of the generators of python, numpy and torch's CPU, which every rank seeds alike."""
+    """Get the states of the generators of python, numpy and torch's CPU, which every rank seeds alike."""
     state = torch.get_rng_state()
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
@@ -200,17 +204,17 @@ def random_state() -> tuple[dict[str, Any], Slice]:
 
 
 def check_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
-    """Whether `restore_random_state` would take these.
+    """Check that `restore_random_state` can set these states.
 
     Raises:
-        CheckpointError: no generator has such a state.
+        CheckpointError: No generator has such a state.
     """
     with blamed_on("the states of the random generators are damaged", CheckpointError):
         _set_random_state(plain, torch_state, random.Random(), np.random.RandomState(), torch.Generator())
 
 
 def restore_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
-    """The inverse of [`random_state`][meshpeft.checkpoint.content.random_state]."""
+    """Set the states that were read by [`random_state`][meshpeft.checkpoint.content.random_state]."""
     _set_random_state(plain, torch_state, random, np.random, torch.default_generator)
 
 

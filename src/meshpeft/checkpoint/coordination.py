@@ -1,4 +1,4 @@
-"""How the ranks save and load together: a group of their own, and failures as sentences."""
+"""What ranks need to save and load together: a process group of their own, and failures as sentences."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
 def checkpoint_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for checkpoints alone, on the CPU; `None` without torch.distributed.
+    """Return a process group of all ranks for checkpoints alone, on the CPU; `None` without torch.distributed.
 
     A save in the background must not send through a group that anything else uses at that time. A collective at the
     first call.
 
     Raises:
-        CheckpointError: the ranks are simulated in one process.
+        CheckpointError: The ranks are simulated in one process.
     """
     if is_simulated():
         raise CheckpointError("simulated ranks have no checkpoints of their own; export the adapter instead")
     if not dist.is_initialized():
-        # torch.distributed.checkpoint asks whether one process alone was meant. It was.
+        # torch.distributed.checkpoint warns of a single process, which is meant here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     return cpu_group("checkpoints")
 
 
 def cpu_group(purpose: str) -> dist.ProcessGroup | None:
-    """A group of all ranks on the CPU that only one purpose uses; `None` without torch.distributed.
+    """Return a process group of all ranks on the CPU for one purpose; `None` without torch.distributed.
 
     A collective at the first call for a purpose.
     """
@@ -53,15 +53,15 @@ def cpu_group(purpose: str) -> dist.ProcessGroup | None:
 
 
 def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This rank's place in the group, and its size."""
+    """Return this rank's index in the group, and the group's size."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def agreed(value: Any, what: str, group: dist.ProcessGroup | None) -> Any:
-    """`value`, if it is the same on every rank. A collective.
+    """Return `value` if it is the same on every rank. A collective.
 
     Raises:
-        CheckpointError: on every rank, if it is not.
+        CheckpointError: On every rank, if it is not.
     """
     if group is None:
         return value
@@ -78,10 +78,10 @@ def agreed(value: Any, what: str, group: dist.ProcessGroup | None) -> Any:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Around calls of torch.distributed.checkpoint: its report of what failed on which rank becomes one sentence.
+    """Turn torch.distributed.checkpoint's report of failures on ranks into one sentence.
 
     Raises:
-        CheckpointError: the first rank's failure.
+        CheckpointError: The first rank's failure.
     """
     try:
         yield

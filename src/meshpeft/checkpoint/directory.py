@@ -1,7 +1,7 @@
 """A directory of checkpoints: `step-00000010`, `step-00000020`, ..
 
-A name that shows belongs to a checkpoint that was whole when it got it: a save is written under a hidden name, flushed
-to the disk and renamed. Removing renames first, too. While it saves, the process owns the directory
+A visible checkpoint is complete: a save is written under a hidden name, flushed to the disk and renamed. Removing
+renames first, too. While it saves, the process owns the directory
 (`meshpeft.hub.staging`): what is hidden there otherwise was left by one that was killed.
 """
 
@@ -30,25 +30,25 @@ class CheckpointDirectory:
         self._lock: DirectoryLock | None = None
 
     def of_step(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Path of the checkpoint of a step."""
         return self.path / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Where the checkpoint of a step is written."""
+        """Path where the checkpoint of a step is written."""
         return self.path / f".step-{step:08d}.partial"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that show, the newest first."""
+        """List the steps of the visible checkpoints, the newest first."""
         if not self.path.is_dir():
             return []
         found = (_NAME.fullmatch(path.name) for path in self.path.iterdir() if path.is_dir())
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def candidates(self) -> list[Path]:
-        """The checkpoints that `path` may mean, the best first: itself, or those in it from the newest.
+        """List the checkpoints that `path` may mean, the best first: itself, or those in it from the newest.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: There is none.
         """
         if (self.path / MANIFEST).exists() or _NAME.fullmatch(self.path.name):
             return [self.path]
@@ -58,7 +58,7 @@ class CheckpointDirectory:
         return found
 
     def prepare(self, step: int) -> None:
-        """Own the directory, and make the empty folder for a save, throwing away what killed saves left.
+        """Own the directory, remove what killed saves left, and make the empty folder for a save.
 
         Raises:
             DirectoryInUse: Another process saves there.
@@ -72,7 +72,7 @@ class CheckpointDirectory:
         self.partial(step).mkdir()
 
     def publish(self, step: int) -> None:
-        """Give the folder of a save, whose files are flushed, its name; replaces a checkpoint of the same step."""
+        """Rename the folder of a flushed save to its final name; replace a checkpoint of the same step."""
         flush(self.partial(step))
         self._hide(step)
         try:
@@ -85,7 +85,7 @@ class CheckpointDirectory:
         shutil.rmtree(self._hidden(step), ignore_errors=True)
 
     def discard(self, step: int) -> None:
-        """Remove the folder of a save, if it is still there, and give the directory up."""
+        """Remove the folder of a save, if it is still there, and release the directory."""
         if self._lock is not None:
             shutil.rmtree(self.partial(step), ignore_errors=True)
             self._lock.release()
@@ -96,7 +96,7 @@ class CheckpointDirectory:
         self._remove(self.steps()[count:])
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: of a run that went on from an earlier one, they are not."""
+        """Remove the checkpoints of later steps, which do not belong to a run that continued from an earlier one."""
         self._remove([later for later in self.steps() if later > step])
 
     def _remove(self, steps: Sequence[int]) -> None:

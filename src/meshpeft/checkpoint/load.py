@@ -46,13 +46,13 @@ __all__ = ["Incoming", "LoadedCheckpoint", "find_checkpoint", "latest_checkpoint
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What was found, or loaded.
+    """A checkpoint that was found, or loaded.
 
     Attributes:
-        path: of the checkpoint.
-        step: optimizer steps that had been done.
-        extra: the caller's own state.
-        skipped: newer checkpoints that were broken, each with what is wrong with it.
+        path: Path of the checkpoint.
+        step: Optimizer steps that had been done.
+        extra: The caller's own state.
+        skipped: Newer checkpoints that were broken, each with what is wrong with it.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class LoadedCheckpoint:
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The newest checkpoint in a directory that is whole, every byte checked; `None` if there is none.
+    """Find the newest complete checkpoint in a directory, every byte checked; `None` if there is none.
 
     Not a collective. Broken ones are named in a warning.
     """
@@ -81,10 +81,10 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def find_checkpoint(directory: str | Path) -> LoadedCheckpoint:
-    """What `load_checkpoint` would load from a directory, without a model to load it into. A collective.
+    """Find what `load_checkpoint` would load from a directory, without a model. A collective.
 
     Raises:
-        CheckpointError: the directory is no checkpoint and holds no whole one.
+        CheckpointError: The directory is no checkpoint and holds no whole one.
     """
     finish_saves()
     path, manifest, skipped = _choose(CheckpointDirectory(Path(directory)), checkpoint_group())
@@ -105,16 +105,16 @@ def load_checkpoint(
     and the values are taken over when every rank has its own.
 
     Args:
-        model: built as the one that was saved: the same base with the same adapters.
-        directory: a checkpoint; or a directory of them, of which the newest whole one is taken.
-        optimizer: its state is loaded, with the options of its groups, and the random generators are set.
-        check_base: the frozen base must be the one that the checkpoint was made on; without this, adapters may be
+        model: Built as the one that was saved: the same base with the same adapters.
+        directory: A checkpoint; or a directory of them, of which the newest whole one is taken.
+        optimizer: Its state is loaded, with the options of its groups, and the random generators are set.
+        check_base: The frozen base must be the one that the checkpoint was made on; without this, adapters may be
             loaded on to a base of another type, or one without values.
-        check: the caller's own comparison of what it gave as `extra`, and the path for its message; what it raises is
+        check: The caller's own comparison of what it gave as `extra`, and the path for its message; what it raises is
             raised on every rank before anything is changed.
 
     Raises:
-        CheckpointError: the directory is no checkpoint and holds no whole one; or it is of another base model, rank,
+        CheckpointError: The directory is no checkpoint and holds no whole one; or it is of another base model, rank,
             method, target set, type or optimizer. The message names the first difference, on every rank; model,
             optimizer and generators are as they were.
     """
@@ -147,7 +147,7 @@ def load_checkpoint(
 def _choose(
     checkpoints: CheckpointDirectory, group: dist.ProcessGroup | None
 ) -> tuple[Path, Manifest, tuple[str, ...]]:
-    """The best candidate whose files are all as they were written; every rank checks some of them."""
+    """Choose the best candidate whose files are all as they were written; every rank checks some of them."""
     rank, world_size = rank_and_world_size(group)
     with all_or_none(f"reading {checkpoints.path}", CheckpointError):
         candidates = checkpoints.candidates()
@@ -170,21 +170,21 @@ def _choose(
 
 
 def _consistent(path: Path) -> AbstractContextManager[None]:
-    """Around what reads a manifest's free sections, whose form was not checked when it was parsed."""
+    """Name the manifest in errors of reading its free sections, whose form was not checked when it was parsed."""
     return blamed_on(f"{path / MANIFEST} is inconsistent", CheckpointError)
 
 
 @dataclass
 class Incoming:
-    """Room for every slice that this rank takes from a checkpoint, after all of them were compared.
+    """Buffers for every slice that this rank reads from a checkpoint, made after all slices were compared.
 
     Attributes:
-        path, manifest: of the checkpoint.
-        content, state: what it is loaded into.
-        room: the values of this rank's slices.
-        reads: which boxes of what is stored go there.
-        known: the checkpoint keys that have a place here, on this rank or another.
-        states: names of the optimizer's states of each parameter.
+        path, manifest: Those of the checkpoint.
+        content, state: The model's and the optimizer's tensors that it is loaded into.
+        room: Buffers of this rank's slices.
+        reads: Boxes of what is stored that are read into them.
+        known: Checkpoint keys that are expected, on this rank or another.
+        states: Names of the optimizer's states of each parameter.
     """
 
     path: Path
@@ -211,7 +211,7 @@ class Incoming:
             self._expect(RANDOM, generator, generator.dtype)
 
     def _expect(self, key: str, entry: ShardedTensor, dtype: torch.dtype | None) -> None:
-        """Room for a slice, which is stored under its key, or, of stacked experts, under one key for each expert."""
+        """Expect a slice, which is stored under its key, or, of stacked experts, under one key for each expert."""
         names = self._stored_names(key, entry)
         shape = entry.global_shape if names == [key] else entry.global_shape[1:]
         for name in names:
@@ -234,7 +234,7 @@ class Incoming:
         self.known.update(names)
 
     def _stored_names(self, key: str, entry: ShardedTensor) -> list[str]:
-        """One name, or one of each expert."""
+        """List the keys under which a slice is stored: one, or one for each expert."""
         if entry.layout is None or not entry.layout.expert or not self._holds_experts(key):
             return [key]
         return [expert_key(key, expert) for expert in range(entry.global_shape[0])]
@@ -271,7 +271,7 @@ class Incoming:
                     raise CheckpointError(f"the optimizer's {name} is {value!r} in {self.path}, {own_value!r} here")
 
     def _expect_states(self, name: str, entries: list[ShardedTensor]) -> None:
-        """Each state is either one number for the parameter, or divided like it."""
+        """Expect the states of a parameter, each of which is one number, or sharded like the parameter."""
         for state in self._state_names():
             number = self.manifest.tensors.get(state_key(state, name))
             if number is not None and number.shape == ():
@@ -285,7 +285,7 @@ class Incoming:
             self.states.setdefault(name, []).append(state)
 
     def _compare_states(self, group: Sequence[str]) -> None:
-        """An optimizer has the same states of all parameters of a group that it has made a step with."""
+        """Check that all parameters of a group that has made a step have the same states."""
         wanted = max((self.states.get(name, []) for name in group), key=len, default=[])
         for name in group:
             for state in sorted(set(wanted) - set(self.states.get(name, wanted))):
@@ -298,7 +298,7 @@ class Incoming:
         return sorted({key.partition(".")[0] for key in keys})
 
     def prepared(self) -> Callable[[], None]:
-        """Put the parts together; what remains to be done cannot fail."""
+        """Put the parts together; return a function that takes the values over, and cannot fail."""
         values = _joined(self.content.stored, lambda entry: self.room[MODEL + entry.key, entry.global_offset])
 
         def take_over() -> None:
@@ -320,7 +320,7 @@ class Incoming:
         return take_over_all
 
     def _optimizer_state(self, state: OptimizerContent) -> dict[str, Any]:
-        """In the form of torch's `Optimizer.state_dict`, in which parameters are numbered."""
+        """Make torch's `Optimizer.state_dict`, in which parameters are numbered."""
         assert self.manifest.optimizer is not None
         numbers = {name: number for number, name in enumerate(state.entries)}
         groups = [
@@ -345,7 +345,7 @@ class Incoming:
 
 
 def _rehearse(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state and take it back: an optimizer may refuse one, and has then changed itself already.
+    """Load a state and undo that: an optimizer may refuse one after it has changed itself.
 
     It replaces its containers when it loads, and does not write into them.
     """
@@ -358,7 +358,7 @@ def _rehearse(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def _joined(entries: Iterable[ShardedTensor], values: Callable[[ShardedTensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter or buffer with its new local value, from those of its parts."""
+    """Join the new values of the parts of each parameter or buffer to its local value, in fused order."""
     by_source: dict[int, list[ShardedTensor]] = {}
     for entry in entries:
         by_source.setdefault(id(entry.source), []).append(entry)
@@ -371,7 +371,7 @@ def _joined(entries: Iterable[ShardedTensor], values: Callable[[ShardedTensor], 
 
 
 def _kind(option: Any) -> Any:
-    """What an optimizer's option must be like; a number may be another one."""
+    """Reduce an optimizer's option to what must agree; numbers may differ."""
     if isinstance(option, list | tuple):
         return [_kind(item) for item in option]
     return float if isinstance(option, float | int) and not isinstance(option, bool) else option

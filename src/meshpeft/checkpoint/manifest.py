@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint holds, where, and how to know that all of it is there.
+"""`manifest.json`: what a checkpoint holds, in which files, with checksums.
 
 It takes the place of the pickle that torch.distributed.checkpoint's own file format has: a checkpoint may come from
 anywhere, and reading it must not run anything. The manifest carries its own SHA-256 and that of every other file.
@@ -34,7 +34,7 @@ _MOST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a global tensor, and where its values are."""
+    """A box of a global tensor, and the file and name of its values."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -64,14 +64,14 @@ class Manifest:
     """The content of a checkpoint.
 
     Attributes:
-        step: optimizer steps that were done.
-        full_model: the base model is part of it, not only the adapters.
-        tensors: by checkpoint key.
-        files: by name, in the checkpoint's directory.
-        model: what the model is that the tensors belong to, see `identity`.
-        optimizer: options of the parameter groups; `None` without optimizer.
-        random: states of the random generators.
-        extra: the caller's own.
+        step: Optimizer steps that were done.
+        full_model: The base model is part of it, not only the adapters.
+        tensors: Tensors by checkpoint key.
+        files: Files by name, in the checkpoint's directory.
+        model: Identity of the model that the tensors belong to, see `identity`.
+        optimizer: Options of the parameter groups; `None` without optimizer.
+        random: States of the random generators.
+        extra: The caller's own.
     """
 
     step: int
@@ -84,7 +84,7 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        """The file's bytes."""
+        """Encode the file."""
         content = json.dumps(_plain(self), allow_nan=False, separators=(",", ":"))
         checksum = hashlib.sha256(content.encode()).hexdigest()
         head = {"format": _FORMAT, "version": _VERSION, "sha256": checksum}
@@ -92,10 +92,10 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest of a checkpoint, whole and consistent; no other file is opened.
+        """Read the manifest of a checkpoint and check that it is consistent; no other file is opened.
 
         Raises:
-            CheckpointError: the directory is no checkpoint, or the manifest is damaged.
+            CheckpointError: The directory is no checkpoint, or the manifest is damaged.
         """
         path = directory / MANIFEST
         if not os.path.lexists(path):
@@ -116,10 +116,10 @@ class Manifest:
             return _parsed(json.loads(content))
 
     def check_tensors(self) -> None:
-        """Whether the parts of every tensor make it up, each once.
+        """Check that the chunks of every tensor make it up, each once.
 
         Raises:
-            CheckpointError: one is lost, or there twice.
+            CheckpointError: One is lost, or there twice.
         """
         for key, tensor in self.tensors.items():
             try:
@@ -130,10 +130,10 @@ class Manifest:
                 ) from error
 
     def check_file(self, directory: Path, name: str, *, values: bool) -> None:
-        """Whether a file has its size, and if asked its values; reading it once.
+        """Check the size of a file, and with `values` its checksum; the file is read once.
 
         Raises:
-            CheckpointError: it is missing, cut or damaged.
+            CheckpointError: It is missing, cut or damaged.
         """
         path, record = directory / name, self.files[name]
         try:
@@ -147,7 +147,7 @@ class Manifest:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+    """Compute the SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_CHUNK_BYTES):
@@ -213,7 +213,7 @@ def _shape(values: Any) -> tuple[int, ...]:
 
 
 def _check_chunks(key: str, shape: tuple[int, ...], chunks: tuple[Chunk, ...], files: Mapping[str, FileRecord]) -> None:
-    """The chunks are the cells of a regular grid, each once, and together they are all of the tensor."""
+    """Check that the chunks are the cells of a regular grid, each once, and together all of the tensor."""
     for chunk in chunks:
         if chunk.file not in files:
             raise ValueError(f"{key} is in {chunk.file!r}, which is not a file of the checkpoint")

@@ -1,4 +1,4 @@
-"""Saving a checkpoint, while training goes on if asked."""
+"""Save a checkpoint, in the background if wanted."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["Save", "finish_saves", "save_checkpoint"]
 
 
 class Save:
-    """A checkpoint on its way to the disk.
+    """A checkpoint that is being saved.
 
     Attributes:
-        path: where it is once it is whole.
+        path: Its path once it is complete.
     """
 
     def __init__(self, path: Path, write: Callable[[], None]) -> None:
@@ -58,10 +58,10 @@ class Save:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Path:
-        """The path, when the checkpoint is whole.
+        """Wait until the checkpoint is complete, and return its path.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints that were there are as they were.
+            CheckpointError: It could not be written; the checkpoints that were there are as they were.
         """
         if self._thread is not None:
             self._thread.join()
@@ -79,7 +79,7 @@ def finish_saves() -> None:
     """Wait for a save in the background: what comes next uses its group.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: It could not be written.
     """
     while _under_way:
         _under_way.pop().wait()
@@ -100,23 +100,23 @@ def save_checkpoint(
 
     A checkpoint holds, under names and shapes that no layout changes, the adapters and whatever else is trainable,
     the optimizer's state, the states of the random generators (python's, numpy's and torch's CPU generator, which
-    every rank seeds alike), and `extra`. It shows only when it is whole. All ranks must share the directory.
+    every rank seeds alike), and `extra`. It is visible only when it is complete. All ranks must share the directory.
 
     Args:
-        model: with its adapters.
-        directory: of the run's checkpoints; made if it does not exist.
-        step: optimizer steps that were done; a checkpoint of the same step is replaced.
-        optimizer: over some of the model's trainable parameters.
-        extra: the caller's own state, plain JSON, the same on every rank.
-        full_model: hold the frozen base, too; otherwise only a checksum of it.
-        keep: remove all but this many of the newest checkpoints afterwards.
-        asynchronous: return when the values are copied to the CPU's memory, and write in the background.
+        model: With its adapters.
+        directory: Directory of the run's checkpoints; made if it does not exist.
+        step: Optimizer steps that were done; a checkpoint of the same step is replaced.
+        optimizer: Over some of the model's trainable parameters.
+        extra: The caller's own state, plain JSON, the same on every rank.
+        full_model: Hold the frozen base, too; otherwise only a checksum of it.
+        keep: Remove all but this many of the newest checkpoints afterwards.
+        asynchronous: Return when the values are copied to the CPU's memory, and write in the background.
 
     Returns:
         The save; done already, or to be waited for. The next one waits for it first.
 
     Raises:
-        CheckpointError: nothing to save, a state that cannot be stored, a value that is not finite, or (unless
+        CheckpointError: Nothing to save, a state that cannot be stored, a value that is not finite, or (unless
             asynchronous) a directory that cannot be written; the checkpoints that were there are as they were.
     """
     finish_saves()
@@ -171,7 +171,7 @@ def save_checkpoint(
 
 
 def _snapshot(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that does not change while it is written in the background."""
+    """Copy the values, which must not change while they are written in the background."""
     try:
         copy: dict[str, Any] = json.loads(json.dumps(dict(extra), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -43,7 +43,7 @@ __all__ = ["Place", "Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "
 
 @dataclass(frozen=True)
 class _Written:
-    """Where the values of one slice are; the file's own record is the same for all slices in it."""
+    """The file and name of one slice; the file's record is the same for all slices in it."""
 
     file: str
     name: str
@@ -51,12 +51,12 @@ class _Written:
 
 
 class Writer(StorageWriter):
-    """Writes a checkpoint's files into a folder; the last call, on one rank, gets the manifest.
+    """Write a checkpoint's files into a folder; the last call, on one rank, writes the manifest.
 
     Args:
-        folder: made empty by the coordinating rank before any rank writes.
-        prepare: makes the folder.
-        publish: takes the tensors and files of the manifest; called when all files are on the disk.
+        folder: Made empty by the coordinating rank before any rank writes.
+        prepare: Makes the folder.
+        publish: Takes the tensors and files of the manifest; called when all files are on the disk.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Writer(StorageWriter):
         self.folder, self.prepare, self.publish = folder, prepare, publish
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
+        """Do nothing: no state is kept from one checkpoint to the next."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Do nothing: there is nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -108,7 +108,7 @@ class Writer(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Hand what was written to `publish`."""
+        """Pass what was written to `publish`."""
         written: dict[MetadataIndex, _Written] = {item.index: item.storage_data for rank in results for item in rank}
         tensors = {}
         for key, stored in metadata.state_dict_metadata.items():
@@ -127,11 +127,11 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads slices of a checkpoint's tensors.
+    """Read slices of a checkpoint's tensors.
 
     Args:
-        directory: of the checkpoint.
-        tensors: those of its manifest.
+        directory: Directory of the checkpoint.
+        tensors: Tensors of its manifest.
     """
 
     def __init__(self, directory: Path, tensors: Mapping[str, TensorRecord]) -> None:
@@ -144,10 +144,10 @@ class Reader(StorageReader):
         }
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
+        """Do nothing: no state is kept from one checkpoint to the next."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The manifest in torch.distributed.checkpoint's terms."""
+        """Describe the manifest in torch.distributed.checkpoint's classes."""
         return Metadata(
             {
                 key: TensorStorageMetadata(
@@ -160,14 +160,14 @@ class Reader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Do nothing: there is nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -194,7 +194,7 @@ class Reader(StorageReader):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> `float32`."""
+    """Name a type: `torch.float32` is `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -212,15 +212,15 @@ Place: TypeAlias = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of one global tensor that this rank holds, as torch.distributed.checkpoint asks for it.
+    """A slice of one global tensor that this rank holds, with the method that torch.distributed.checkpoint calls.
 
     Attributes:
-        key: of the global tensor; a rank may hold several slices of one.
-        dtype: of the tensor.
-        global_shape: of the global tensor.
-        offset: where the slice starts in it.
-        shape: of the slice.
-        values: gives the values, to be read or to be written into, with `shape`'s number of elements.
+        key: Key of the global tensor; a rank may hold several slices of one.
+        dtype: Dtype of the tensor.
+        global_shape: Shape of the global tensor.
+        offset: Index at which the slice starts in it.
+        shape: Shape of the slice.
+        values: Gives the values, to be read or to be written into, with `shape`'s number of elements.
     """
 
     key: str
@@ -231,12 +231,12 @@ class Slice:
     values: Callable[[], Tensor]
 
     def local(self) -> Tensor:
-        """The values, of the slice's shape."""
+        """Get the values, in the slice's shape."""
         return self.values().view(self.shape)
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The box."""
+        """Box of the slice in the global tensor."""
         return ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.shape))
 
     def __create_write_items__(self, _label: str, _object: object) -> list[WriteItem]:
@@ -246,7 +246,7 @@ class Slice:
 
 
 def labelled(slices: Iterable[Slice]) -> dict[str, Slice]:
-    """The dictionary that torch.distributed.checkpoint wants; its keys mean nothing."""
+    """Number the slices: torch.distributed.checkpoint takes a dictionary, whose keys mean nothing."""
     return {str(number): part for number, part in enumerate(slices)}
 
 
@@ -259,23 +259,23 @@ def _place(index: MetadataIndex) -> Place:
 
 
 class SliceSavePlanner(DefaultSavePlanner):
-    """Plans `labelled` slices."""
+    """Plan `labelled` slices."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """All slices of this rank; who writes those of several ranks is decided afterwards."""
+        """Plan to write all slices of this rank; which rank writes those of several ranks is decided afterwards."""
         self.slices = _by_place(self.state_dict)
         return super().create_local_plan()
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The values of a slice of this rank."""
+        """Get the values of a slice of this rank."""
         return self.slices[_place(index)].local()
 
 
 class SliceLoadPlanner(DefaultLoadPlanner):
-    """Plans `labelled` slices."""
+    """Plan `labelled` slices."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -283,12 +283,12 @@ class SliceLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """As the base class does, but for values that are not tensors themselves."""
+        """Set up as the base class does, for values that are not tensors themselves."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
         self.slices = _by_place(state_dict)
 
     def create_local_plan(self) -> LoadPlan:
-        """What to read of which stored boxes for each slice."""
+        """Plan what to read of which stored boxes for each slice."""
         assert self.metadata is not None
         stored = cast(Mapping[str, TensorStorageMetadata], self.metadata.state_dict_metadata)
         slices = self.slices.values()
@@ -301,5 +301,5 @@ class SliceLoadPlanner(DefaultLoadPlanner):
         )
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where the values of a slice of this rank go."""
+        """Get the buffer of a slice of this rank."""
         return self.slices[_place(index)].local()

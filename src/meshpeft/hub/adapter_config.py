@@ -75,28 +75,28 @@ class AdapterShape:
 
     @classmethod
     def of_scale(cls, rank: int, scale: float, use_rslora: bool) -> AdapterShape:
-        """Of this rank, with the alpha that gives this scale."""
+        """Make a shape of this rank, with the alpha that gives this scale."""
         return cls(rank, scale * (math.sqrt(rank) if use_rslora else rank))
 
     def scale(self, use_rslora: bool) -> float:
-        """What B A is multiplied with."""
+        """Factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says.
+    """The content of an `adapter_config.json`, read and checked.
 
     Attributes:
-        default: of modules that no pattern names.
-        use_rslora: the scale is `alpha / sqrt(rank)`.
-        use_dora: the modules have magnitudes.
-        dropout: on the adapters' input, in training.
-        all_linear: every linear layer but the vocabulary head is targeted; `target_modules` is empty.
-        target_modules: names (the ends of full names), or one regular expression of full names.
-        target_parameters: names (the ends of full names) of parameters.
-        exclude_modules: likewise.
-        rank_pattern, alpha_pattern: regular expression of the end of a full name -> rank, alpha.
+        default: Rank and alpha of modules that no pattern names.
+        use_rslora: The scale is `alpha / sqrt(rank)`.
+        use_dora: The modules have magnitudes.
+        dropout: On the adapters' input, in training.
+        all_linear: Every linear layer but the vocabulary head is targeted; `target_modules` is empty.
+        target_modules: Names (the ends of full names), or one regular expression of full names.
+        target_parameters: Names (the ends of full names) of parameters.
+        exclude_modules: Names, or an expression, as `target_modules`.
+        rank_pattern, alpha_pattern: Regular expression of the end of a full name -> rank, alpha.
         some_layers_only: `target_modules` speak only of the layers that `layers_to_transform` numbers.
     """
 
@@ -117,7 +117,7 @@ class PeftConfig:
         """Read and check the file.
 
         Raises:
-            CheckpointError: it cannot be read, is of another method than LoRA (or DoRA), or has a field that changes
+            CheckpointError: It cannot be read, is of another method than LoRA (or DoRA), or has a field that changes
                 numbers in a way that is not implemented.
         """
         fields, clock = read_json(path, CheckpointError, "the directory of an adapter"), Clock(path)
@@ -166,21 +166,21 @@ class PeftConfig:
         )
 
     def shape_of(self, module: str) -> AdapterShape:
-        """Rank and alpha on the module of this full name."""
+        """Look up rank and alpha of the module with this full name."""
         return AdapterShape(
             int(self.rank_pattern.find(module, self.default.rank)),
             self.alpha_pattern.find(module, self.default.alpha),
         )
 
     def targets(self, modules: Collection[str]) -> set[str]:
-        """Those of the full names that the adapter is said to be on."""
+        """Select the full names of modules that the configuration targets."""
         chosen = {
             name for name in modules if (name != "lm_head" if self.all_linear else self.target_modules.matches(name))
         }
         return {name for name in chosen if not self.exclude_modules.matches(name)}
 
     def parameters(self, names: Collection[str]) -> set[str]:
-        """Those of the full names of parameters that the adapter is said to be on."""
+        """Select the full names of parameters that the configuration targets."""
         return {name for name in names if self.target_parameters.matches(name)}
 
 
@@ -195,16 +195,16 @@ def describe(
     base_model_name_or_path: str | None,
     task: Mapping[str, object],
 ) -> dict[str, Any]:
-    """The content of an `adapter_config.json`.
+    """Make the content of an `adapter_config.json`.
 
     Args:
-        adapted: full name of each adapted module.
-        modules: full names of all modules that could have an adapter.
-        parameters: full name of each parameter that is adapted as such.
-        shape: rank and alpha of all of them; alpha / rank is their scale.
-        use_dora, dropout: of all of them; peft takes no dropout where parameters are adapted.
-        base_model_name_or_path: where the base model is to be found.
-        task: the fields that say what model that is.
+        adapted: Full name of each adapted module.
+        modules: Full names of all modules that could have an adapter.
+        parameters: Full name of each parameter that is adapted as such.
+        shape: Rank and alpha of all of them; alpha / rank is their scale.
+        use_dora, dropout: Options of all of them; peft takes no dropout where parameters are adapted.
+        base_model_name_or_path: Where the base model is to be found.
+        task: The fields that say what model that is.
     """
     return {
         "peft_type": "LORA",
@@ -226,7 +226,7 @@ def describe(
 
 
 def _short_names(adapted: Collection[str], modules: Collection[str]) -> list[str]:
-    """Last components where they select exactly the adapted modules; full names otherwise."""
+    """Shorten names to their last component where that selects exactly the adapted modules."""
     others = {_leaf(name) for name in modules if name not in adapted}
     return sorted({name if _leaf(name) in others else _leaf(name) for name in adapted})
 
@@ -240,7 +240,7 @@ def _plain(number: float) -> float | int:
 
 
 def _peft_defaults() -> dict[str, Any]:
-    """What the fields of an adapter that uses no special feature hold, by the installed peft; empty without one."""
+    """Get the fields of an adapter without special features from the installed peft; empty without one."""
     try:
         from peft import LoraConfig
     except ImportError:
@@ -297,21 +297,21 @@ _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 class Clock:
-    """The processor time that the expressions of one file may take together, while they match.
+    """Budget of processor time for matching all expressions of one file.
 
     Args:
-        path: the file, for the message.
-        seconds: for all of them; honest ones take milliseconds.
+        path: The file, for the message.
+        seconds: For all of them; honest ones take milliseconds.
     """
 
     def __init__(self, path: Path, seconds: float = _SECONDS) -> None:
         self.path, self._left = path, seconds
 
     def left(self) -> float:
-        """What is left of it.
+        """Return the seconds that are left.
 
         Raises:
-            CheckpointError: nothing.
+            CheckpointError: None are left.
         """
         if self._left <= 0:
             raise CheckpointError(
@@ -321,7 +321,7 @@ class Clock:
         return self._left
 
     def take(self, seconds: float) -> None:
-        """Take some of it away."""
+        """Use up some of it."""
         self._left -= seconds
 
 
@@ -329,13 +329,13 @@ class Expression:
     """A regular expression, as `re` reads it.
 
     Args:
-        text: the expression.
-        clock: of its file.
-        field: where it stands, for messages.
-        template: what it is put into before it is compiled.
+        text: The expression.
+        clock: Clock of its file.
+        field: Where it stands, for messages.
+        template: Text that it is put into before it is compiled.
 
     Raises:
-        CheckpointError: it is none, or larger than any that selects layers.
+        CheckpointError: It is none, or larger than any that selects layers.
     """
 
     def __init__(self, text: str, clock: Clock, field: str, template: str = "{}") -> None:
@@ -365,10 +365,10 @@ class Expression:
             raise CheckpointError(f"{clock.path}: {field}: {shown(text)}: no module's name has a brace in it")
 
     def matches(self, name: str) -> bool:
-        """Whether it matches all of a name.
+        """Whether the expression matches all of a name.
 
         Raises:
-            CheckpointError: it takes too long to find out.
+            CheckpointError: It takes too long to find out.
         """
         left, start = self._clock.left(), time.process_time()
         try:
@@ -391,13 +391,13 @@ class Expression:
 
 
 class EndsOfNames:
-    """A list of names: those match that are one of them, or end in one after a dot."""
+    """A list of names. A name matches that is one of them, or ends in one after a dot."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
 
     def matches(self, name: str) -> bool:
-        """Whether the list has a name, or its end."""
+        """Whether the list has the name, or its end."""
         return any(end in self._names for end in _ends(name))
 
 
@@ -408,7 +408,7 @@ class KeyedValues:
     their dots.
 
     Raises:
-        CheckpointError: a key is no expression.
+        CheckpointError: A key is no expression.
     """
 
     def __init__(self, values: Mapping[str, float], clock: Clock, field: str) -> None:
@@ -429,10 +429,10 @@ class KeyedValues:
         return len(self._values)
 
     def find(self, name: str, default: float) -> float:
-        """The value of a full name.
+        """Look up the value of a full name.
 
         Raises:
-            CheckpointError: an expression takes too long.
+            CheckpointError: An expression takes too long.
         """
         if name not in self._found:
             self._found[name] = self._first(name)
@@ -456,7 +456,7 @@ class KeyedValues:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A name, and what follows each of its dots."""
+    """Yield a name, and what follows each of its dots."""
     yield name
     while "." in name:
         name = name.partition(".")[2]
@@ -464,6 +464,6 @@ def _ends(name: str) -> Iterator[str]:
 
 
 def _between(text: str, dots: tuple[int, ...]) -> str:
-    """A text without its characters at some places."""
+    """Remove the characters at some indices from a text."""
     starts = (0, *(at + 1 for at in dots))
     return "\n".join(text[start:end] for start, end in zip(starts, (*dots, len(text)), strict=True))

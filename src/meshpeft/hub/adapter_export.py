@@ -62,18 +62,18 @@ def export_peft_adapter(
     process holds more than its share and one tensor. The files appear together, when both are whole.
 
     Args:
-        model: with adapters; a [`Decoder`][meshpeft.models.Decoder], or any model of layers under their own names.
-        directory: made if it does not exist; other files in it are left alone.
-        base_model_name_or_path: where readers find the base model; by default where the model was loaded from.
-        overwrite: replace an adapter that is there.
-        format: how stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
+        model: With adapters; a [`Decoder`][meshpeft.models.Decoder], or any model of layers under their own names.
+        directory: Made if it does not exist; other files in it are left alone.
+        base_model_name_or_path: Where readers find the base model; by default where the model was loaded from.
+        overwrite: Replace an adapter that is there.
+        format: How stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
             `peft-per-expert`, every expert by itself under the names of the family's checkpoints on the hub, as
             serving systems read them. Of models without experts both are the same.
-        adapter_name: which of the adapters of [`update_model`][meshpeft.peft.update_model] to write, where these have
-            several names.
+        adapter_name: Name of the adapter of [`update_model`][meshpeft.peft.update_model] to write, where these
+            have several names.
 
     Raises:
-        CheckpointError: there is no adapter, or one that the format cannot express, or that is not finite; the
+        CheckpointError: There is no adapter, or one that the format cannot express, or that is not finite; the
             directory holds an adapter; or it cannot be written.
     """
     directory = Path(directory)
@@ -116,10 +116,10 @@ def export_peft_adapter(
 
 
 def check_exportable(model: nn.Module, format: AdapterFormat) -> None:
-    """Whether a format can express the adapters of a model; their values are not read.
+    """Check that a format can express the adapters of a model; their values are not read.
 
     Raises:
-        CheckpointError: it cannot; see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+        CheckpointError: It cannot; see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
     """
     _described(model, format, None, None)
 
@@ -129,10 +129,10 @@ class _Described:
     """The adapters of a model as they are written.
 
     Attributes:
-        adapted: the adapters.
-        names: theirs in the file.
-        scale: the rank and scale of the file, where not all adapters have these.
-        config: content of `adapter_config.json`.
+        adapted: The adapters.
+        names: Their names in the file.
+        scale: The rank and scale of the file, where not all adapters have these.
+        config: Content of `adapter_config.json`.
     """
 
     adapted: list[AdaptedLinear]
@@ -141,7 +141,7 @@ class _Described:
     config: dict[str, object]
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's slices of all parameters."""
+        """Yield this rank's slices of all parameters."""
         for linear in self.adapted:
             for name, factor in {"linear_in": linear.a, "linear_out": linear.b, "magnitude": linear.magnitude}.items():
                 if factor is not None:
@@ -149,24 +149,24 @@ class _Described:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the header of the weights' file says besides."""
+        """Additional entries in the header of the weights' file."""
         return {} if self.scale is None else self.scale.as_metadata()
 
-    # The two below say the same in the same order: A, then B, then the magnitude.
+    # The next two keep one order: A, then B, then the magnitude.
 
     def declared(self, linear: AdaptedLinear) -> Iterator[Declared]:
-        """Names, types and shapes of an adapter's tensors."""
+        """Yield names, types and shapes of an adapter's tensors."""
         for factor, written, stored in self._factors(linear):
             for key, shape in stored.declared():
                 yield Declared(key, written.b_dtype(factor.values.dtype), shape)
 
     def gathered(self, linear: AdaptedLinear) -> Iterator[Tensor]:
-        """The tensors. A collective."""
+        """Yield the tensors. A collective."""
         for factor, written, stored in self._factors(linear):
             yield from stored.split(written.b_in_file(plain(factor.full())))
 
     def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, Stored]]:
-        """Every parameter; how its values are written (those of A and the magnitude as they are); and where."""
+        """Yield each parameter, how its values are written (those of A and the magnitude unchanged), and where."""
         place = Place.of(linear, _written(linear, self.scale))
         factors = [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
         for factor, stored in zip(factors, stored_factors(place, self.names), strict=True):
@@ -213,7 +213,7 @@ def _check_alike(adapted: list[AdaptedLinear]) -> None:
 
 
 class _Addressed(NamedTuple):
-    """What a reader of the config is to adapt: modules, and parameters; and under which names it looks for shapes."""
+    """The modules and parameters that a reader of the config adapts, and their names in its patterns."""
 
     modules: list[str]
     parameters: list[str]
@@ -267,7 +267,7 @@ def _config(
             "'peft-per-expert', or merge the adapter and save the model"
         )
     others = names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters})
-    if not has_our_names(model):  # peft has a say on modules of every kind
+    if not has_our_names(model):  # peft matches modules of every kind
         others += [place.full_name for place, module in walk(model) if layer_type_of(base_of(module)) is None]
     return describe(
         modules,
@@ -282,7 +282,7 @@ def _config(
 
 
 def _task_of(model: nn.Module) -> dict[str, object]:
-    """The fields by which peft knows how to load the base model, and with which class of its own.
+    """Fields from which peft derives how to load the base model, and which class of its own to use.
 
     A task that the model does not have keeps `PeftModel.from_pretrained` from loading the adapter; of a model without
     one `AutoPeftModel` goes by the class.
@@ -304,11 +304,11 @@ _DEFAULT_RANK = 16
 
 
 def serving_note(model: nn.Module, format: AdapterFormat, adapter_name: str | None = None) -> str | None:
-    """Say what vLLM and SGLang do not serve of an adapter as it is written, and what to do; `None` for nothing.
+    """Describe what vLLM and SGLang do not serve of an adapter as it is written, and what to do; `None` for nothing.
 
     Args:
-        model: with the adapter.
-        format, adapter_name: see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+        model: With the adapter.
+        format, adapter_name: See [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
     """
     model = held_module(model)
     adapted = adapted_linears(model, adapter_name)

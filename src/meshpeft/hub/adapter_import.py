@@ -72,20 +72,20 @@ def load_peft_adapter(
     """Put the adapter of a directory on a model. Every rank calls it, and reads its own slices of the file.
 
     Args:
-        model: without adapters; or with adapters of the same method, ranks, scales and targets, whose values are
+        model: Without adapters; or with adapters of the same method, ranks, scales and targets, whose values are
             replaced.
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
-        trainable: leave the adapters trainable, the rest frozen and the model in training mode; otherwise
+        directory: With `adapter_config.json` and `adapter_model.safetensors`.
+        trainable: Leave the adapters trainable, the rest frozen and the model in training mode; otherwise
             everything is frozen and the model in evaluation mode. Ignored where the model has adapters.
         dtype: Type of A and B. By default each keeps its own, that of the file. Magnitudes keep theirs, and are float32
             at least. Ignored where the model has adapters.
-        adapter_name: which of the model's named adapters takes the values, where these have several names.
+        adapter_name: Name of the adapter that takes the values, where the model's have several names.
 
     Returns:
         The model, changed in place, with `LoRA`, `CanonicalLoRA` or `DoRA`.
 
     Raises:
-        CheckpointError: a file is missing, cut or damaged, or is not of an adapter for this model; the message names
+        CheckpointError: A file is missing, cut or damaged, or is not of an adapter for this model; the message names
             the first difference, on every rank, and the model is as it was.
     """
     directory = Path(directory)
@@ -120,10 +120,10 @@ def _weights(directory: Path) -> Path:
 
 
 class AdapterPlan:
-    """What of a file goes where: every module, shape and type compared, before any value is read.
+    """Which tensors of a file go where: every module, shape and type is compared before any value is read.
 
     Raises:
-        CheckpointError: the first difference.
+        CheckpointError: The first difference.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class AdapterPlan:
 
     def _compare_targets(self) -> None:
         held, expected = self.names.held, self.names.targets()
-        # Which layers are meant by number, only the file itself says.
+        # Which layers `layers_to_transform` numbers, only the tensors tell.
         for name in sorted(set() if self.config.some_layers_only else expected - held):
             stacked = self.linears[name].is_stacked
             path = self.names.of_stack(name) if stacked else self.names.of_module(name)
@@ -154,7 +154,7 @@ class AdapterPlan:
             raise CheckpointError(f"{self.file.path} holds an adapter for {name}, which its config does not target")
 
     def _separate_parts(self) -> dict[str, list[AdapterShape]]:
-        """The shapes of gate and up of those stacked experts that have two A, or two shapes, in the file."""
+        """Find stacked experts whose gate and up have two A, or two shapes, in the file; return the shapes."""
         found = {}
         for name in sorted(self.names.held):
             linear = self.linears[name]
@@ -183,7 +183,7 @@ class AdapterPlan:
         )
 
     def _shape_of(self, name: str) -> AdapterShape:
-        """Rank and alpha of our adapter on what has this name in transformers."""
+        """Rank and alpha of our adapter on the module or parameter with this name in transformers."""
         shapes = self.separate.get(name)
         if shapes is None:
             return self._own(self.names.in_config(name)).shape
@@ -191,7 +191,7 @@ class AdapterPlan:
         return AdapterShape.of_scale(rank, shapes[0].scale(use_rslora), use_rslora)
 
     def _own(self, name: str) -> OwnAdapter:
-        """The adapter that the file knows by this name, as it was where it was written."""
+        """Get the adapter of this name in the file, as it was where it was written."""
         own = None if self.scale is None else self.scale.own.get(name)
         return OwnAdapter(self.config.shape_of(name)) if own is None else own
 
@@ -199,11 +199,11 @@ class AdapterPlan:
         return AS_THEY_ARE if self.scale is None else self.scale.written(shape)
 
     def _there(self, linears: list[AdaptedLinear]) -> list[Place]:
-        """The places of the model's adapters."""
+        """List the places of the model's adapters."""
         return [Place.of(linear, self._written(linear.shape)) for linear in linears]
 
     def _new(self) -> list[Place]:
-        """The places of adapters that are yet to be made, of the method that the file allows."""
+        """List the places of adapters that are to be made, by the method that the file allows."""
         modules: dict[str, list[HubLinear]] = {}
         for linear in self.linears.values():
             modules.setdefault(linear.module, []).append(linear)
@@ -224,7 +224,7 @@ class AdapterPlan:
         return found
 
     def _why_separate(self, parts: list[HubLinear]) -> str | None:
-        """Why the file's modules cannot share one adapter on the fused layer."""
+        """Return why the file's modules cannot share one adapter on the fused layer; `None` if they can."""
         held = [part.name for part in parts if part.name in self.names.held]
         for part in parts:
             if part.name not in held:
@@ -273,7 +273,7 @@ class AdapterPlan:
         )
 
     def _compare_places(self) -> None:
-        """Whether the adapters of the model are the file's, but for their values."""
+        """Check that the adapters of the model are the file's, except for their values."""
         placed = {name: place for place in self.places for name in place.names}
         for name in sorted({*placed, *self.names.held}):
             if name not in self.names.held:
@@ -328,9 +328,10 @@ class AdapterPlan:
         return [SeparateA(place.a, a, ranks), SeparateB(place.b, b, ranks, [scale / scales[0] for scale in scales])]
 
     def read(self, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's slices of A, B and the magnitude, in packed order, each of its own type.
+        """Read this rank's slices of A, B and the magnitude, in fused order, each of its own type.
 
-        That of the file, but for a B that was widened when it was written, and a magnitude narrower than float32.
+        The types are those of the file, except of a B that was widened when it was written, and of a magnitude that is
+        narrower than float32.
         """
         a, b, *magnitudes = [stored.read(self.file) for stored in self._stored(place)]
         b = place.written.b_from_file(b, self._own(self.names.in_config(place.names[0])).b_dtype)
@@ -380,16 +381,16 @@ _WRAPPER = re.compile(r"(.*\.experts)(\.base_layer)?")
 
 
 class FoundNames:
-    """The names in a file; see [`Names`][meshpeft.hub.adapter_tensors.Names]. Every module of the file is complete.
+    """The names in a file, every module of which is complete; see [`Names`][meshpeft.hub.adapter_tensors.Names].
 
     Attributes:
-        held: the layers, and parameters of stacked experts, that the file has adapters for, by their names in
+        held: The layers, and parameters of stacked experts, that the file has adapters for, by their names in
             transformers.
-        per_expert: whether experts have tensors of their own.
-        base_copies: layers whose own weight is in the file, with its key.
+        per_expert: Whether experts have tensors of their own.
+        base_copies: Layers whose own weight is in the file, with its key.
 
     Raises:
-        CheckpointError: a tensor is of no layer of the model, or is missing.
+        CheckpointError: A tensor is of no layer of the model, or is missing.
     """
 
     def __init__(
@@ -416,7 +417,7 @@ class FoundNames:
             self._check_every_expert(name)
 
     def _modules_with_tensors(self, suffixes: list[str]) -> dict[str, set[str]]:
-        """Every module that has tensors in the file, with how they are called."""
+        """Map every module that has tensors in the file to their suffixes."""
         found: dict[str, set[str]] = {}
         for key in sorted(self._file.names()):
             module = key.removeprefix(PREFIX).removesuffix(f".{BASE_COPY}")
@@ -433,7 +434,7 @@ class FoundNames:
         return found
 
     def _recognise(self, path: str) -> str:
-        """The name in transformers of what a file has an adapter for."""
+        """Return the name in transformers of the module or parameter that a path in the file is for."""
         linear = self._linears.get(path)
         if linear is not None and not linear.is_stacked:
             self._modules[path] = path
@@ -482,19 +483,19 @@ class FoundNames:
                 )
 
     def of_module(self, name: str) -> str:
-        """A layer's name in the file, by its name in transformers."""
+        """Name in the file of the layer with this name in transformers."""
         return self._modules.get(name, name)
 
     def of_stack(self, name: str) -> str:
-        """Likewise for a parameter of stacked experts: what stands before `lora_A`."""
+        """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
         return peft_container(name, self._stacks)
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
-        """Likewise for one expert's part of it."""
+        """Name in the file of one expert's part of such a parameter."""
         return self._experts[name, part, expert]
 
     def keys_by_part(self, name: str, suffix: str) -> list[list[str]]:
-        """For each part of stacked experts, every expert's key."""
+        """List, for each part of stacked experts, every expert's key."""
         linear = self._linears[name]
         return [
             [f"{PREFIX}{self.of_expert(name, part, expert)}.{suffix}" for expert in range(linear.experts or 0)]
@@ -502,7 +503,7 @@ class FoundNames:
         ]
 
     def in_config(self, name: str) -> str:
-        """The name by which the config's patterns know it."""
+        """Name that the config's patterns match."""
         linear = self._linears[name]
         if not linear.is_stacked:
             weight = f"{name}.weight"
@@ -510,7 +511,7 @@ class FoundNames:
         return self.of_expert(name, parts_of(linear.layout)[0], 0) if self.per_expert else name
 
     def targets(self) -> set[str]:
-        """The layers and parameters that the config says the adapter is on."""
+        """Find the layers and parameters that the config targets."""
         found = set()
         for name, linear in self._linears.items():
             if not linear.is_stacked:
@@ -533,16 +534,16 @@ BASE_COPY = "base_layer.weight"
 def compare_base_copies(
     model: nn.Module, linears: Mapping[str, HubLinear], copies: Mapping[str, str], file: TensorFiles
 ) -> None:
-    """Compare them with this rank's slices of the model's own. A weight that is packed, or has no values, is not.
+    """Compare copies of the base's weights with the model's own. A weight that is packed, or has no values, is not.
 
     Args:
-        model: with or without adapters.
-        linears: its layers by their names in transformers.
-        copies: name of a layer -> key of the copy in the file.
-        file: of the adapter.
+        model: With or without adapters.
+        linears: Its layers by their names in transformers.
+        copies: Name of a layer -> key of the copy in the file.
+        file: File of the adapter.
 
     Raises:
-        CheckpointError: the adapter was made on another base.
+        CheckpointError: The adapter was made on another base.
     """
     for name, key in copies.items():
         layer = model.get_submodule(linears[name].module)

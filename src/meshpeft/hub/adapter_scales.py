@@ -1,7 +1,7 @@
-"""One rank and one scale for all adapters of a file, and what each of them is here.
+"""One rank and one scale for all adapters of a file; the rank and scale that each of them has here.
 
 Serving systems scale a whole file by `lora_alpha / r` (vLLM's `PEFTHelper`; SGLang's `LoRAAdapter`, which does not know
-`use_rslora` either) and pass over `rank_pattern` and `alpha_pattern`, or refuse them. So every file that we write has
+`use_rslora` either) and ignore `rank_pattern` and `alpha_pattern`, or refuse them. So every file that we write has
 one `r`, the largest rank, and one `lora_alpha`. An adapter of another rank or scale is written as an equal one that has
 these: A's rows and B's columns get zeros behind them, and B is multiplied with s / (lora_alpha / r). Both are exact but
 for the rounding of that product, which is none where the factor is a power of two.
@@ -36,11 +36,11 @@ _ROUNDING = 2.0**-50
 
 @dataclass(frozen=True)
 class Written:
-    """How a file has the factors of one adapter.
+    """How a file stores the factors of one adapter.
 
     Attributes:
-        rank: of the matrices; `None` for the adapter's own.
-        b_factor: what B is multiplied with.
+        rank: Rank of the matrices; `None` for the adapter's own.
+        b_factor: Factor of B.
     """
 
     rank: int | None = None
@@ -53,17 +53,17 @@ class Written:
         return torch.promote_types(own, torch.float32)
 
     def b_in_file(self, values: Tensor) -> Tensor:
-        """B as the file has it, rounded once."""
+        """Scale B to the file's scale, rounded once."""
         if self.b_factor == 1:
             return values
         return (values.double() * self.b_factor).to(self.b_dtype(values.dtype))
 
     def b_from_file(self, values: Tensor, own: torch.dtype | None) -> Tensor:
-        """B as it is here, from what the file has.
+        """Scale the file's B to the adapter's own scale.
 
         Args:
-            values: of the file.
-            own: type of the result; `None` for that of the values.
+            values: Values in the file.
+            own: Type of the result; `None` for that of the values.
         """
         own = values.dtype if own is None else own
         if self.b_factor in (0, 1):  # a scale of zero leaves nothing of B in the file
@@ -76,11 +76,11 @@ AS_THEY_ARE = Written()
 
 @dataclass(frozen=True)
 class OwnAdapter:
-    """An adapter as it is here.
+    """An adapter's own shape and type, where the file has others.
 
     Attributes:
-        shape: rank and alpha.
-        b_dtype: type of B, where the file has another.
+        shape: Rank and alpha.
+        b_dtype: Type of B, where the file has another.
     """
 
     shape: AdapterShape
@@ -92,9 +92,9 @@ class FileScale:
     """The rank and scale of a file, and the adapters in it that have others.
 
     Attributes:
-        shape: what every reader takes all adapters to have: `lora_alpha / r` scales them.
-        use_rslora: whether the adapters are scaled by alpha / sqrt(rank) here.
-        own: the adapters as they are here, by the names in the file.
+        shape: Rank and alpha of the whole file for every reader: `lora_alpha / r` is the scale.
+        use_rslora: Whether the adapters are scaled by alpha / sqrt(rank) here.
+        own: The adapters as they are here, by the names in the file.
     """
 
     shape: AdapterShape
@@ -103,7 +103,7 @@ class FileScale:
 
     @classmethod
     def common(cls, shapes: Sequence[AdapterShape], use_rslora: bool) -> AdapterShape | None:
-        """The rank and alpha of a file with adapters of these shapes; `None` where all have one plain scale already.
+        """Choose rank and alpha of a file with adapters of these shapes; `None` where all have one plain scale already.
 
         The scale is one of theirs: that from which most others differ by a power of two.
         """
@@ -120,7 +120,7 @@ class FileScale:
         return AdapterShape.of_scale(rank, chosen, False)
 
     def written(self, shape: AdapterShape) -> Written:
-        """How the file has an adapter of this shape."""
+        """Return how the file stores an adapter of this shape."""
         return Written(self.shape.rank, _ratio(shape.scale(self.use_rslora), self.shape.scale(False)))
 
     def _holds(self, shape: AdapterShape) -> bool:
@@ -130,7 +130,7 @@ class FileScale:
         return shape.rank <= self.shape.rank and scaled and (bool(self.shape.alpha) or not scale)
 
     def as_metadata(self) -> dict[str, str]:
-        """The entry of the file's header."""
+        """Make the entry of the file's header."""
         adapters = {
             name: {
                 "r": own.shape.rank,
@@ -149,15 +149,15 @@ class FileScale:
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], config: PeftConfig, where: object) -> FileScale | None:
-        """What a file's header says; `None` where it says nothing, or where it was written for another config.
+        """Read the entry in a file's header; `None` where there is none, or it was written for another config.
 
         Args:
-            metadata: of the header, of a file whose values are those that were written with it.
-            config: of the adapter: it is what other readers go by.
-            where: the file, for messages.
+            metadata: Entries of the header, of a file whose values are those that were written with it.
+            config: Configuration of the adapter, which other readers use.
+            where: The file, for messages.
 
         Raises:
-            CheckpointError: the entry is damaged.
+            CheckpointError: The entry is damaged.
         """
         if _KEY not in metadata:
             return None
@@ -179,7 +179,7 @@ class FileScale:
 
 
 def _ratio(scale: float, other: float) -> float:
-    """scale / other; a power of two where it is one but for rounding."""
+    """Divide scale by other; the result is a power of two where it is one except for rounding."""
     if other == 0:
         return 1.0
     ratio = scale / other

@@ -72,10 +72,10 @@ class HubLinear:
     """A linear layer, or a stack of experts, as the models of transformers have it.
 
     Attributes:
-        name: its full name there; of the parameter, for stacked experts.
-        module: our module's full name.
-        part: which part of our module it is; `None` where ours is not fused.
-        layout: of our module.
+        name: Its full name there; of the parameter, for stacked experts.
+        module: Our module's full name.
+        part: Part of our module that it is; `None` where ours is not fused.
+        layout: Layout of our module.
     """
 
     name: str
@@ -107,10 +107,10 @@ class Factor:
         return cls(parameter, layout_of_tensor(parameter) or layout)
 
     def full(self) -> Tensor:
-        """The full tensor in canonical order. A collective.
+        """Gather the full tensor in canonical order. A collective.
 
         Raises:
-            CheckpointError: the parameter is a flat shard.
+            CheckpointError: The parameter is a flat shard.
         """
         local = _gathered(self.values)
         if tuple(local.shape) != self.layout.local_shape:
@@ -138,14 +138,14 @@ class AdaptedLinear:
     """One pair of factors on one layer of ours: on all its parts together, or on one of them.
 
     Attributes:
-        adapter: the module that holds the parameters.
-        module: full name of the layer.
-        names: the Hugging Face modules, in the canonical order of B's rows; they share A. For stacked experts the
+        adapter: The module that holds the parameters.
+        module: Full name of the layer.
+        names: The Hugging Face modules, in the canonical order of B's rows; they share A. For stacked experts the
             one parameter.
-        a, b: the factors.
-        magnitude: of DoRA, else `None`.
-        shape, use_rslora, dropout: as in an `adapter_config.json`.
-        experts: number of stacked experts; `None` for an ordinary layer.
+        a, b: The factors.
+        magnitude: Magnitude of DoRA, else `None`.
+        shape, use_rslora, dropout: Options, as in an `adapter_config.json`.
+        experts: Number of stacked experts; `None` for an ordinary layer.
     """
 
     adapter: LowRankAdapter
@@ -173,12 +173,12 @@ class AdaptedLinear:
 
 
 def hub_linears(model: nn.Module) -> list[HubLinear]:
-    """Every linear layer, and stack of experts, that an adapter can be on and that Hugging Face models have.
+    """List the linear layers and stacks of experts that an adapter can be on and that Hugging Face models have.
 
     Names are those of `meshpeft.hub.names` for a decoder, ours or Megatron's; another model's own otherwise.
 
     Raises:
-        CheckpointError: a stage of a pipeline of Megatron's, or a part of a model.
+        CheckpointError: A stage of a pipeline of Megatron's, or a part of a model.
     """
     model = held_module(model)
     if _is_of(model, "megatron.core"):
@@ -216,12 +216,12 @@ def _hub_name(model: nn.Module, name: str, part: str | None) -> str | None:
 
 
 def has_our_names(model: nn.Module) -> bool:
-    """Whether the layers are called as those of our decoder: it is one, or one of Megatron's, whose names these are."""
+    """Whether the layers have the names of our decoder, which are Megatron's."""
     return isinstance(model, Decoder) or _is_of(model, "megatron.core")
 
 
 def _is_of(model: nn.Module, package: str) -> bool:
-    """Whether the model's class, or one that it derives from, is a package's.
+    """Whether the model's class, or a base class of it, is defined in a package.
 
     Layers of transformers' models have the names and the form that its files have.
     """
@@ -269,7 +269,7 @@ def adapted_linears(model: nn.Module, adapter_name: str | None = None) -> list[A
 
 
 def _chosen_name(wrappers: list[tuple[str, AdapterWrapper]], wanted: str | None) -> str | None:
-    """The name of the named adapters that are meant; `None` for a model without any."""
+    """Choose the name of the adapters that are meant; `None` for a model without named ones."""
     names = sorted({term.name for _, wrapper in wrappers for term in wrapper.terms() if term.name is not None})
     if wanted is None and len(names) < 2:
         return names[0] if names else None
@@ -286,7 +286,7 @@ def _chosen_name(wrappers: list[tuple[str, AdapterWrapper]], wanted: str | None)
 def _terms(
     module: str, wrapper: AdapterWrapper, parts: Mapping[str | None, HubLinear], adapter_name: str | None
 ) -> Iterator[tuple[AdapterTerm, list[HubLinear]]]:
-    """The terms of a layer's adapter that are meant, each with the parts of the layer that it is on."""
+    """Yield the terms of a layer's adapter that are meant, each with the parts of the layer that it is on."""
     terms = wrapper.terms()
     expressible = bool(parts) and bool(terms)
     for term in terms:
@@ -332,16 +332,16 @@ def _magnitude(adapter: Any) -> Factor | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tensors of some of the file's modules go: one pair of factors of ours.
+    """One pair of factors of ours, and the modules of the file that hold it.
 
     Attributes:
-        module: full name of our layer.
-        names: the file's modules, which share A; or the parameter of stacked experts.
-        a, b, magnitude: layouts of the parameters.
-        shape: rank and alpha.
-        use_rslora: how they scale.
-        experts: number of stacked experts; `None` for an ordinary layer.
-        written: how the file has the factors.
+        module: Full name of our layer.
+        names: The file's modules, which share A; or the parameter of stacked experts.
+        a, b, magnitude: Layouts of the parameters.
+        shape: Rank and alpha.
+        use_rslora: How they scale.
+        experts: Number of stacked experts; `None` for an ordinary layer.
+        written: How the file has the factors.
     """
 
     module: str
@@ -361,7 +361,7 @@ class Place:
 
     @classmethod
     def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
-        """Place of an adapter which is there."""
+        """Make the place of an adapter on the model."""
         return cls(
             linear.module,
             linear.names,
@@ -381,26 +381,26 @@ class Place:
 
     @property
     def layouts(self) -> tuple[tuple[TensorLayout, str], ...]:
-        """Every parameter with how its tensors are called."""
+        """Layout of each parameter, with the suffix of its tensors."""
         magnitudes = () if self.magnitude is None else ((self.magnitude, MAGNITUDE),)
         return ((self.a, FACTOR_A), (self.b, FACTOR_B), *magnitudes)
 
 
 class Names(Protocol):
-    """Under which names a file has what our layers are."""
+    """The names in a file of our layers."""
 
     @property
     def per_expert(self) -> bool:
         """Whether experts have tensors of their own."""
 
     def of_module(self, name: str) -> str:
-        """A layer's name in the file, by its name in transformers."""
+        """Name in the file of the layer with this name in transformers."""
 
     def of_stack(self, name: str) -> str:
-        """Likewise for a parameter of stacked experts: what stands before `lora_A`."""
+        """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
-        """Likewise for one expert's part of it."""
+        """Name in the file of one expert's part of such a parameter."""
 
 
 @dataclass(frozen=True)
@@ -408,10 +408,10 @@ class WrittenNames:
     """The names that an export uses.
 
     Attributes:
-        format: of the file.
-        linears: every layer of the model, by name.
-        stacks: the stacked experts that have an adapter.
-        model_type: the family, whose checkpoints have names of their own, which the per-expert form uses; `None` of
+        format: Format of the file.
+        linears: Every layer of the model, by name.
+        stacks: The stacked experts that have an adapter.
+        model_type: The family, whose checkpoints have names of their own, which the per-expert form uses; `None` of
             a model that is not a decoder.
     """
 
@@ -426,32 +426,32 @@ class WrittenNames:
         return self.format == "peft-per-expert"
 
     def of_module(self, name: str) -> str:
-        """A layer's name, by its name in transformers."""
+        """Name in the file of the layer with this name in transformers."""
         if not self.per_expert or self.model_type is None:
             return name
         return hf_module_name(self.linears[name].module, self.linears[name].part, model_type=self.model_type)
 
     def of_stack(self, name: str) -> str:
-        """What stands before `lora_A` of a parameter of stacked experts."""
+        """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
         return peft_container(name, self.stacks)
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
-        """The name of one expert's part of it."""
+        """Name in the file of one expert's part of such a parameter."""
         return hf_module_name(self.linears[name].module, part, expert=expert, model_type=self.model_type)
 
     def of_experts(self, name: str) -> list[str]:
-        """Every expert's every part of a parameter of stacked experts."""
+        """List the names of all parts of all experts of such a parameter."""
         layout = self.linears[name].layout
         return [
             self.of_expert(name, part, expert) for expert in range(layout.experts or 0) for part in parts_of(layout)
         ]
 
     def of_first_expert(self, name: str) -> list[str]:
-        """The first expert's every part of it: under these names a file's header speaks of all experts."""
+        """List the names of the first expert's parts, under which a file's header describes all experts."""
         return [self.of_expert(name, part, 0) for part in parts_of(self.linears[name].layout)]
 
     def of_all(self, skip: Collection[str]) -> list[str]:
-        """Of every layer that is a module, but for `skip`: those that are adapted by their parameter."""
+        """List the names of all layers that are modules, except `skip`, which are adapted by their parameter."""
         found: list[str] = []
         for name, linear in self.linears.items():
             if not linear.is_stacked:
@@ -462,11 +462,11 @@ class WrittenNames:
 
 
 def peft_container(name: str, adapted: Collection[str]) -> str:
-    """Where peft keeps the adapter on a parameter of stacked experts: `..mlp.experts`, or `..mlp.experts.base_layer`.
+    """Name peft's module for a parameter of stacked experts: `..mlp.experts`, or `..mlp.experts.base_layer`.
 
     Args:
         name: `..mlp.experts.gate_up_proj` or `..mlp.experts.down_proj`.
-        adapted: all such parameters that have an adapter.
+        adapted: All such parameters that have an adapter.
     """
     container, _, leaf = name.rpartition(".")
     both = any(other != name and other.rpartition(".")[0] == container for other in adapted)
@@ -489,12 +489,12 @@ def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
 
 
 def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:
-    """The parts of a layer's output: (gate, up), or `None` for one that is not fused."""
+    """Parts of a layer's output, such as gate and up; `(None,)` for one that is not fused."""
     return (None,) if layout.fused_parts is None else layout.fused_parts.names
 
 
 def stored_factors(place: Place, names: Names) -> list[Stored]:
-    """The tensors of a file that hold the parameters of a place: of A, B, and the magnitude if there is one."""
+    """Describe the tensors of a file that hold A, B, and the magnitude if there is one, of a place."""
     if not place.is_stacked:
         return [_by_module(place, names, layout, suffix) for layout, suffix in place.layouts]
     if names.per_expert:
@@ -535,7 +535,7 @@ def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
 
 
 def sharded_parameters(model: nn.Module) -> frozenset[int]:
-    """The ids of the parameters that `fully_shard` manages and that are sharded now."""
+    """Collect the ids of the parameters that `fully_shard` manages and that are sharded now."""
     return frozenset(
         id(parameter.sharded_param)
         for module in model.modules()
@@ -546,14 +546,14 @@ def sharded_parameters(model: nn.Module) -> frozenset[int]:
 
 
 def refuse_sharded(model: nn.Module, instead: str) -> None:
-    """Refuse a model with sharded parameters where their slices have no place.
+    """Refuse a model that `fully_shard` sharded, where its slices cannot be used.
 
     Args:
-        model: the model.
-        instead: what to do, for the message.
+        model: The model.
+        instead: What to do, for the message.
 
     Raises:
-        CheckpointError: it has some.
+        CheckpointError: A parameter is sharded.
     """
     sharded = sharded_parameters(model)
     for name, parameter in model.named_parameters():
@@ -569,12 +569,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def _gathered(values: Tensor) -> Tensor:
-    """The full tensor of a DTensor, a collective; another tensor as it is."""
+    """Gather the full tensor of a DTensor, a collective; return another tensor unchanged."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def _sharded_like(values: Tensor, target: Tensor) -> Tensor:
-    """A tensor that every rank holds, as `target` is sharded."""
+    """Shard a tensor that every rank holds as `target` is sharded."""
     if not isinstance(target, DTensor):
         return values
     values = values.to(target.device, target.dtype)

@@ -55,7 +55,7 @@ _KEPT = (
     "pretraining_tp",
     "dtype",
 )
-# Fields that change no logit and say nothing about the model.
+# Fields that change no logit and describe nothing of the model.
 _IRRELEVANT = _names(
     """
     architectures attn_implementation bad_words_ids begin_suppress_tokens decoder_start_token_id
@@ -84,7 +84,10 @@ _ROPE_FIELDS = {
 
 
 def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
-    """What `DecoderConfig` is made with; see [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf]."""
+    """Read the arguments of `DecoderConfig` from a `config.json`.
+
+    See [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf].
+    """
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
     check_fields(fields)
     model_type = fields.get("model_type")
@@ -132,7 +135,7 @@ def _options(hf: Any, model_type: str, family: Family) -> dict[str, Any]:
 
 
 def hf_config_of(config: DecoderConfig) -> PretrainedConfig:
-    """The configuration of a decoder's family, which may lack what it has no field for."""
+    """Make the transformers configuration of a decoder's family, which may lack what it has no field for."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
@@ -203,15 +206,15 @@ def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """How one family's configuration class says what the families differ in.
+    """What one family's configuration class has that others do not have, or have otherwise.
 
     Attributes:
-        architecture: the class name that checkpoints of a language model carry.
-        fields: implemented beyond `_COMMON`.
-        read: the family's own arguments of `DecoderConfig`, from a transformers configuration.
-        write: the inverse: its own fields.
-        states_head_dim: the class always gives `head_dim`; elsewhere only one that does not follow from other sizes is
-            written.
+        architecture: Class name in the checkpoints of its language models.
+        fields: Fields that are implemented beyond `_COMMON`.
+        read: Gives the family's own arguments of `DecoderConfig`, from a transformers configuration.
+        write: The inverse; gives the family's own fields.
+        states_head_dim: The class always gives `head_dim`; elsewhere it is written only where it does not follow from
+            other sizes.
     """
 
     architecture: str
@@ -391,11 +394,11 @@ def check_fields(fields: Mapping[str, Any], source: object = "the configuration"
     """Check that no number of a parsed `config.json` is beyond what any model has.
 
     Args:
-        fields: the content, with nested configurations.
-        source: the file, for messages.
+        fields: Content, with nested configurations.
+        source: The file, for messages.
 
     Raises:
-        ModelError: a number of layers or experts, or another size, is too large or negative; a number is NaN;
+        ModelError: A number of layers or experts, or another size, is too large or negative; a number is NaN;
             configurations are nested deep.
     """
     for name, value in fields.items():
@@ -418,7 +421,7 @@ def _check_value(name: str, value: Any, source: object, depth: int) -> None:
 
 
 def _most(name: str) -> float:
-    """The largest integer in a field of this name; without a bound where it is no size."""
+    """Largest integer in a field of this name; infinity where it is no size."""
     if "theta" in name or name in ("max_length", "model_max_length"):
         return math.inf
     # Sizes per layer are sizes.
@@ -431,14 +434,14 @@ def _most(name: str) -> float:
 def few_modules(tensors: int, source: object) -> Iterator[None]:
     """Stop a model that is being made from a configuration when it has far more modules than its files have tensors.
 
-    Which of a configuration's fields are numbers of layers, heads or experts, only the model's own code says.
+    Only the model's own code tells which of a configuration's fields are numbers of layers, heads or experts.
 
     Args:
-        tensors: how many the files hold.
-        source: the directory, for the message.
+        tensors: How many the files hold.
+        source: The directory, for the message.
 
     Raises:
-        ModelError: there are too many.
+        ModelError: There are too many.
     """
     most, made = 2_000 + _MODULES_OF_A_TENSOR * tensors, 0
 

@@ -1,4 +1,4 @@
-"""Building a decoder from a Hugging Face directory; each rank reads its own slices."""
+"""Build a decoder from a Hugging Face directory; each rank reads its own slices."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def load_pretrained(
     Not a collective, unless a packed layer keeps its residual for `svdquant_init`, or has blocks that straddle ranks.
 
     The parameters start empty and each is read into its place, from files that are mapped, not loaded: a rank holds
-    its share of the model and nothing beside it. Experts may be stacked in the files, or stored one by one.
+    its share of the model and nothing else. Experts may be stacked in the files, or stored one by one.
 
     Args:
-        directory: holds `config.json` and safetensors weights in one or several files.
-        dtype: of the parameters and activations; by default that of the weights in the files.
-        parallel: see [`Decoder`][meshpeft.models.Decoder].
-        activation_checkpointing: compute each layer again in the backward pass.
-        device: of the parameters; torch's default device by default.
-        quantize: pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
+        directory: Holds `config.json` and safetensors weights in one or several files.
+        dtype: Dtype of the parameters and activations; by default that of the weights in the files.
+        parallel: See [`Decoder`][meshpeft.models.Decoder].
+        activation_checkpointing: Compute each layer again in the backward pass.
+        device: Device of the parameters; torch's default device by default.
+        quantize: Pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
             packed share and one tensor more at most, its share of a layer's weight in `dtype`, and the copies of a
             quarter of a million values. What starts adapters (residuals, principal parts) is computed beside that.
 
     Raises:
-        QuantizationError: see [`quantize_base`][meshpeft.quantization.quantize_base].
-        ModelError: a file is missing, truncated, or holds tensors other than the configuration says; the model
+        QuantizationError: See [`quantize_base`][meshpeft.quantization.quantize_base].
+        ModelError: A file is missing, truncated, or holds tensors other than the configuration says; the model
             is not one of these families, or has a variation that is not implemented; sizes do not divide.
     """
     directory = Path(directory)
@@ -95,15 +95,15 @@ def fill(
     """Read every parameter and persistent buffer of a model on the meta device, one after the other.
 
     Args:
-        model: tied parameters stay tied.
-        files: which hold them.
-        stored: where they hold each.
-        dtype: of those that are of a floating type.
-        device: where they go; torch's default device by default.
-        quantize: packs each layer as soon as its weight is there.
+        model: Model on the meta device; tied parameters stay tied.
+        files: Files that hold them.
+        stored: Tensors that hold each of them.
+        dtype: Dtype of those that are of a floating type.
+        device: Their device; torch's default device by default.
+        quantize: Packs each layer as soon as its weight is read.
 
     Raises:
-        ModelError, QuantizationError: see [`load_pretrained`][meshpeft.models.load_pretrained].
+        ModelError, QuantizationError: See [`load_pretrained`][meshpeft.models.load_pretrained].
     """
     model.name_or_path = str(files.path)
     target = torch.get_default_device() if device is None else torch.device(device)
@@ -127,14 +127,14 @@ def fill(
 
 
 def stored_dtype(directory: str | Path, *, widest: bool = False) -> torch.dtype:
-    """The type of the weights in a Hugging Face directory.
+    """Find the type of the weights in a Hugging Face directory.
 
     Args:
-        directory: holds them.
-        widest: where they are of several types, the narrowest that holds the values of all.
+        directory: Holds them.
+        widest: Where they are of several types, the narrowest that holds the values of all.
 
     Raises:
-        ModelError: a file is missing or truncated; the weights are of several types.
+        ModelError: A file is missing or truncated; the weights are of several types.
     """
     with model_files(Path(directory)) as files:
         names = [name for name in files.names() if not _IGNORED.fullmatch(name)]
@@ -145,7 +145,7 @@ def check_layers(config: DecoderConfig, files: TensorFiles) -> None:
     """Compare the numbers of layers and experts with the names in the files, before anything is made of either.
 
     Raises:
-        ModelError: the configuration has others than the files.
+        ModelError: The configuration has others than the files.
     """
     numbers = {(int(match[1]), match[2]) for name in files.names() if (match := _NUMBERED.match(name)) is not None}
     layers = {layer for layer, _ in numbers}
@@ -166,7 +166,7 @@ def check_shapes(files: TensorFiles, stored: Mapping[str, StoredTensors]) -> Non
     """Compare every shape in the files with the model's, before memory is taken for any.
 
     Raises:
-        ModelError: the first that differs.
+        ModelError: The first that differs.
     """
     for form in stored.values():
         for name, shape in form.declared():
@@ -175,7 +175,7 @@ def check_shapes(files: TensorFiles, stored: Mapping[str, StoredTensors]) -> Non
 
 
 def _stored_forms(decoder: Decoder, files: TensorFiles) -> dict[str, StoredTensors]:
-    """In which of the possible forms the files hold each parameter; the usual one where they hold none."""
+    """Choose the form in which the files hold each parameter; the usual one where they hold none."""
     held = files.names()
     tied = decoder.output_layer.weight is decoder.embedding.weight
 
@@ -205,7 +205,7 @@ def _name_of(module: str) -> str:
 
 
 def has_two_values(files: TensorFiles, tied: Sequence[str]) -> bool:
-    """Whether the files hold several of the tensors that the configuration ties, with other values; it warns then.
+    """Whether the files hold several of the tensors that the configuration ties, with different values. Warn if so.
 
     The configuration is wrong about such files, and transformers does not tie what they hold either.
     """
@@ -221,10 +221,10 @@ def has_two_values(files: TensorFiles, tied: Sequence[str]) -> bool:
 
 
 def common_dtype(files: TensorFiles, names: Iterable[str]) -> torch.dtype:
-    """The one floating type of these tensors.
+    """Return the one floating type of these tensors.
 
     Raises:
-        ModelError: there are several.
+        ModelError: There are several.
     """
     dtypes = _dtypes(files, names)
     if len(dtypes) > 1:

@@ -1,4 +1,4 @@
-"""A model with its adapters as a model without: merged in float32 or wider, rounded once."""
+"""Merge the adapters of a model into its weights: computed in float32 or wider, rounded once."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     adapter gets a weight of its own.
 
     Args:
-        model: with adapters; changed in place.
-        directory: write the merged model there, for transformers; every rank then calls this. Only a
+        model: With adapters; changed in place.
+        directory: Write the merged model there, for transformers; every rank then calls this. Only a
             [`LanguageModel`][meshpeft.models.LanguageModel] can be written.
-        overwrite: replace a model that is there.
+        overwrite: Replace a model that is there.
 
     Returns:
         The model, without adapters.
 
     Raises:
-        CheckpointError: there is no adapter, or one that a weight cannot take (a quantised weight, an activation
+        CheckpointError: There is no adapter, or one that a weight cannot take (a quantised weight, an activation
             between the factors) or that is not finite or switched off, or the directory holds a model; nothing is
             changed. Or a sum is too large for its type; then nothing is written.
-        ModelError: the directory cannot be written.
+        ModelError: The directory cannot be written.
     """
     wrappers = dict(adapter_wrappers(model))
     with all_or_none("merging", CheckpointError):
@@ -79,11 +79,11 @@ def _check_finite_adapters(model: nn.Module, what: str) -> None:
     """Check that every value of the adapters is finite. A collective.
 
     Args:
-        model: with adapters.
-        what: what is about to happen, for the message.
+        model: With adapters.
+        what: What is about to be done, for the message.
 
     Raises:
-        CheckpointError: on every rank, if one is not on any.
+        CheckpointError: On every rank, if one is not on any.
     """
     parameters = (
         (f"{name}.{own}".lstrip("."), parameter)
@@ -116,7 +116,7 @@ def _check_target(model: nn.Module, directory: Path, overwrite: bool) -> None:
 
 
 def _state_untied(model: nn.Module) -> None:
-    """A configuration that says tied would tie again, when it is loaded, what has two weights now."""
+    """Set `tie_word_embeddings` to false where embedding and head have two weights now, so that loading keeps them."""
     if isinstance(model, Decoder):
         if model.config.tie_word_embeddings and model.output_layer.weight is not model.embedding.weight:
             model.config = replace(model.config, tie_word_embeddings=False)
@@ -131,7 +131,7 @@ def _state_untied(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """Give every name of a tied parameter one of its own.
+    """Give every name of a tied parameter a parameter of its own.
 
     What is tied beside the head's weight, such as its bias in BERT, is untied by the same configuration.
     """

@@ -104,12 +104,12 @@ _HF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
 
 
 class OurModule(NamedTuple):
-    """Which of our modules a Hugging Face name is of.
+    """The module of ours that a Hugging Face name belongs to.
 
     Attributes:
-        module: its full name.
-        part: which part of a fused module; `None` where ours is not fused, or the name is of all parts.
-        expert: which expert, over all ranks; `None` if it is not one expert's.
+        module: Its full name.
+        part: Part of a fused module; `None` where ours is not fused, or the name is of all parts.
+        expert: Number of the expert, over all ranks; `None` if it is not one expert's.
     """
 
     module: str
@@ -120,20 +120,20 @@ class OurModule(NamedTuple):
 def hf_module_name(
     module: str, part: str | None = None, *, expert: int | None = None, model_type: str | None = None
 ) -> str:
-    """`decoder.layers.3.self_attention.linear_qkv`, `q` -> `model.layers.3.self_attn.q_proj`.
+    """Map `decoder.layers.3.self_attention.linear_qkv`, `q` to `model.layers.3.self_attn.q_proj`.
 
     Args:
-        module: full name of a module of the decoder.
-        part: which of a fused module's parts; `None` for a module that is not fused, and for the stacked experts:
+        module: Full name of a module of the decoder.
+        part: Part of a fused module; `None` for a module that is not fused, and for the stacked experts:
             `decoder.layers.3.mlp.experts.linear_fc1` -> `model.layers.3.mlp.experts.gate_up_proj`, the parameter of
             transformers' model.
-        expert: its number over all ranks: `decoder.layers.3.mlp.experts.linear_fc1`, `gate`, 5 ->
+        expert: Its number over all ranks: `decoder.layers.3.mlp.experts.linear_fc1`, `gate`, 5 ->
             `model.layers.3.mlp.experts.5.gate_proj`.
-        model_type: name it as the family's checkpoints on the hub do (`mixtral`: `block_sparse_moe.experts.5.w1`);
+        model_type: Name it as the family's checkpoints on the hub do (`mixtral`: `block_sparse_moe.experts.5.w1`);
             by default as transformers' modules.
 
     Raises:
-        ModelError: the decoder has no such module, or it has no such part.
+        ModelError: The decoder has no such module, or it has no such part.
     """
     layer = _OUR_LAYER.fullmatch(module)
     if layer is None:
@@ -163,12 +163,12 @@ def _as_in_checkpoints(name: str, model_type: str | None) -> str:
 
 
 def our_module_name(hf_module: str) -> OurModule:
-    """`model.layers.3.self_attn.q_proj` -> (`decoder.layers.3.self_attention.linear_qkv`, `q`, None).
+    """Map `model.layers.3.self_attn.q_proj` to (`decoder.layers.3.self_attention.linear_qkv`, `q`, None).
 
     Takes both names of experts, and those of every family's checkpoints.
 
     Raises:
-        ModelError: the decoder has no such module.
+        ModelError: The decoder has no such module.
     """
     layer = _HF_LAYER.fullmatch(hf_module)
     if layer is None:
@@ -329,7 +329,7 @@ class StoredTensors(Stored):
             yield values if self.rank_dim is None else _padded(values, self.rank_dim, self.rank)
 
     def _copies(self) -> dict[tuple[int | None, int | None], list[str]]:
-        """(part, expert) of the parameter -> names of the tensors that hold it."""
+        """Map (part, expert) of the parameter to the names of the tensors that hold it."""
         found: dict[tuple[int | None, int | None], list[str]] = {}
         for tensor in self.tensors:
             found.setdefault((tensor.part, tensor.expert if self.stacked else None), []).append(tensor.key)

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face directory, in the same form at every layout."""
+"""Write a model as a Hugging Face directory, in the same form at every layout."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def save_pretrained(
     share. The files are written aside and renamed: a directory with a `config.json` is complete.
 
     Args:
-        model: without adapters; merge them first.
-        directory: made if it does not exist; other files in it are left alone.
-        overwrite: replace a model that is there.
-        max_shard_bytes: size of a weights file at which the next one begins.
-        companions: files to copy beside them, such as the tokenizer's.
+        model: Without adapters; merge them first.
+        directory: Made if it does not exist; other files in it are left alone.
+        overwrite: Replace a model that is there.
+        max_shard_bytes: Size of a weights file at which the next one begins.
+        companions: Files to copy beside them, such as the tokenizer's.
 
     Raises:
-        ModelError: the model carries adapters, or parameters that the format has no name for; the directory holds an
+        ModelError: The model carries adapters, or parameters that the format has no name for; the directory holds an
             adapter, or a model that is not to be replaced; (on the other ranks) the writing process failed.
     """
     directory = Path(directory)

@@ -31,7 +31,7 @@ __all__ = ["LOCK_NAME", "DirectoryInUse", "DirectoryLock", "StagedFiles", "flush
 
 _FOLDER = re.compile(r"\.meshpeft-[0-9a-f]{8}\.partial")
 _FINISHED = "finished-{}"
-# What fsync answers for a directory on file systems that cannot flush one.
+# Errors of fsync for a directory on file systems that cannot flush one.
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}
 
 
@@ -41,10 +41,10 @@ class StagedFiles:
     A context manager, or `clean_up` is called at the end.
 
     Args:
-        directory: Where they are to be.
+        directory: Target directory.
 
     Attributes:
-        folder: Where they are written.
+        folder: Folder in it where they are written.
 
     Raises:
         DirectoryInUse: Another process is writing there.
@@ -68,14 +68,14 @@ class StagedFiles:
             raise
 
     def publish(self, names: Sequence[str], replaced: Iterable[Path] = ()) -> None:
-        """Put the files in their place: all of them, or none and the old ones are as they were.
+        """Move the files to their target: all of them, or none, and the old ones are as they were.
 
         Args:
             names: In the order in which they appear; the last shows that all are there.
             replaced: Files of the directory that these take the place of, whatever their names.
 
         Raises:
-            OSError: They cannot be renamed. They stay, and `strerror` says where.
+            OSError: They cannot be renamed. They are kept, and `strerror` names the folder.
         """
         try:
             self._publish(names, replaced)
@@ -116,7 +116,7 @@ class StagedFiles:
             flush(self.directory.parent)
 
     def _usual_mode(self) -> int:
-        """The mode of a file that this process makes here: what umask and the directory's own rules leave of 0666."""
+        """Find the mode of a file that this process makes here: 0666 after umask and the directory's own rules."""
         probe = self.folder / "mode"
         descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
         try:
@@ -126,7 +126,7 @@ class StagedFiles:
             os.unlink(probe)
 
     def clean_up(self) -> None:
-        """Remove the folder, unless it holds finished files, and give the directory up."""
+        """Remove the folder, unless it holds finished files, and release the directory."""
         if not self._is_kept:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
@@ -174,14 +174,14 @@ def _is_file_to_replace(path: Path) -> bool:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    """Give a file the mode that others here get; some writers (safetensors') make theirs for their owner only."""
+    """Give a file the mode that others here get; some writers make theirs for their owner only."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
         with suppress(OSError):  # a file system with one mode for all
             os.chmod(path, mode)
 
 
 LOCK_NAME = ".meshpeft.lock"
-# What flock answers on a file system that has no locks, for instance NFS without a lock manager.
+# Errors of flock on a file system that has no locks, for instance NFS without a lock manager.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 100
 
@@ -198,7 +198,7 @@ class DirectoryLock:
     """Ownership of a directory, which is made if it does not exist. Within one process it may be acquired again.
 
     Args:
-        directory: What is owned.
+        directory: Directory that is owned.
 
     Attributes:
         left_by: Where another machine's process was killed while it owned the directory, or does own it on a file
@@ -235,14 +235,14 @@ class DirectoryLock:
                 raise
 
     def release(self) -> None:
-        """Give the directory up; what `acquire` made and nothing was written into is removed."""
+        """Release the directory; remove what `acquire` made, if nothing was written into it."""
         with _changing:
             held = _held[self.directory]
             held[1] -= 1
             if held[1]:
                 return
             del _held[self.directory]
-            with suppress(OSError):  # before the lock is given up: afterwards the file may be another's
+            with suppress(OSError):  # before the lock is released: afterwards the file may be another's
                 os.unlink(self.directory / LOCK_NAME)
             with suppress(OSError):
                 os.close(held[0])

@@ -93,12 +93,12 @@ def _open_file(path: Path, error_type: type[MeshPEFTError] = ModelError, expecte
     """Open a regular file for reading, through links; what is no file is refused before it can block or be endless.
 
     Args:
-        path: of the file.
-        error_type: what is raised.
-        expected: what the directory should be, for the message where there is no such file.
+        path: Path of the file.
+        error_type: Error that is raised.
+        expected: What the directory should be, for the message where there is no such file.
 
     Raises:
-        MeshPEFTError: there is no such file, it is a directory, a pipe or a device, or it may not be read.
+        MeshPEFTError: There is no such file, it is a directory, a pipe or a device, or it may not be read.
     """
     hint = f"; expected {expected}" if expected else ""
     try:
@@ -119,10 +119,10 @@ def _open_file(path: Path, error_type: type[MeshPEFTError] = ModelError, expecte
 
 
 def check_readable(path: Path, error_type: type[MeshPEFTError] = ModelError, expected: str = "") -> int:
-    """Check that a path is a file that may be read, for packages whose own message is another; its size in bytes.
+    """Check that a path is a file that may be read, and return its size in bytes; for packages with unclear messages.
 
     Raises:
-        MeshPEFTError: see `_open_file`.
+        MeshPEFTError: There is no such file, or it may not be read.
     """
     with _open_file(path, error_type, expected) as file:
         return os.fstat(file.fileno()).st_size
@@ -134,7 +134,7 @@ def read_text(
     """Read a UTF-8 file of a bounded size.
 
     Raises:
-        MeshPEFTError: it is larger, is not UTF-8, or see `_open_file`.
+        MeshPEFTError: It is larger, not UTF-8, or cannot be opened.
     """
     with _open_file(path, error_type, expected) as file, blamed_on(f"{path} cannot be read", error_type):
         content = file.read(most_bytes + 1)
@@ -147,12 +147,12 @@ def read_json(path: Path, error_type: type[MeshPEFTError] = ModelError, expected
     """Read the object in a JSON file.
 
     Args:
-        path: of the file.
-        error_type: what is raised.
-        expected: what its directory should be, for the message where there is no such file.
+        path: Path of the file.
+        error_type: Error that is raised.
+        expected: What its directory should be, for the message where there is no such file.
 
     Raises:
-        MeshPEFTError: there is no such file, or it holds something else.
+        MeshPEFTError: There is no such file, or it holds something else.
     """
     text = read_text(path, error_type, expected)
     with blamed_on(f"{path} cannot be read as JSON", error_type):
@@ -163,13 +163,13 @@ def read_json(path: Path, error_type: type[MeshPEFTError] = ModelError, expected
 
 
 def files_to_copy(directory: Path, names: Sequence[str]) -> list[Path]:
-    """Those of the named files that a directory has, for a copy beside what was made of it.
+    """Find the named files in a directory, which are copied next to what was made from it.
 
-    Weights are read through any link. What is copied is given on, perhaps to others: a link to it may lead within the
+    Weights are read through any link. What is copied may be given to others: a link to it may lead within the
     directory, or, from a snapshot in a Hugging Face cache, within that repository's part of the cache (`../../blobs`).
 
     Raises:
-        ModelError: a file may not be read, is none, or is a link that leads elsewhere.
+        ModelError: A file may not be read, is none, or is a link that leads elsewhere.
     """
     home = directory.resolve()
     if home.parent.name == "snapshots":

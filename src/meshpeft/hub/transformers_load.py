@@ -1,4 +1,7 @@
-"""Reading a transformers model of any architecture; each rank reads its own slices."""
+"""Load a transformers model of any architecture; each rank reads its own slices.
+
+Apart from `load`, because importing the models of transformers takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ __all__ = ["load_transformers", "transformers_config"]
 
 
 def transformers_config(directory: str | Path) -> PretrainedConfig:
-    """The configuration in a directory, without asking the network.
+    """Read the configuration in a directory, without the network.
 
     Raises:
-        ModelError: it cannot be read; transformers does not know the architecture; the weights are quantised.
+        ModelError: It cannot be read; transformers does not know the architecture; the weights are quantised.
     """
     path = Path(directory) / "config.json"
-    # It says better what is wrong with the file, and these classes make lists of as many layers as it names.
+    # Its messages are clearer, and these classes make lists of as many layers as the file names.
     check_fields(read_json(path, expected=MODEL_DIRECTORY), path)
     with blamed_on(f"{path} cannot be used", ModelError):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -56,22 +59,22 @@ def load_transformers(
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
 ) -> TransformersModel:
-    """Load a model of transformers as it is, divided over tensor parallel by its architecture's plan.
+    """Load a model of transformers as it is, sharded over tensor parallel by its architecture's plan.
 
     Memory, files, and whether it is a collective: as for [`load_pretrained`][meshpeft.models.load_pretrained].
 
     Args:
-        directory: holds `config.json` and safetensors weights in one or several files.
-        dtype: of the parameters and activations; by default that of the weights in the files.
-        activation_checkpointing: compute each layer again in the backward pass.
-        device: of the parameters; torch's default device by default.
-        quantize: pack each layer as soon as it is read.
+        directory: Holds `config.json` and safetensors weights in one or several files.
+        dtype: Dtype of the parameters and activations; by default that of the weights in the files.
+        activation_checkpointing: Compute each layer again in the backward pass.
+        device: Device of the parameters; torch's default device by default.
+        quantize: Pack each layer as soon as it is read.
 
     Raises:
-        QuantizationError: see [`quantize_base`][meshpeft.quantization.quantize_base].
-        ModelError: a file is missing, truncated, or holds tensors other than the model has; transformers does not know
+        QuantizationError: See [`quantize_base`][meshpeft.quantization.quantize_base].
+        ModelError: A file is missing, truncated, or holds tensors other than the model has; transformers does not know
             the architecture.
-        ParallelError: the model cannot be divided over so many ranks.
+        ParallelError: The model cannot be sharded over so many ranks.
     """
     directory = Path(directory)
     config = transformers_config(directory)
@@ -109,7 +112,7 @@ def _untied(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """List the names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
@@ -117,10 +120,10 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def _found(model: Any, files: TensorFiles) -> dict[str, str]:
-    """Name of each parameter and persistent buffer that the files hold -> theirs, by transformers' table of old names.
+    """Map each parameter and persistent buffer in the files to its name there, by transformers' table of old names.
 
     Raises:
-        ModelError: the files hold one twice, with different values; in another form; or one that the model has not.
+        ModelError: The files hold one twice, with different values; in another form; or one that the model has not.
     """
     own = set(model.state_dict())
     transforms = get_model_conversion_mapping(model)
@@ -152,7 +155,7 @@ def _found(model: Any, files: TensorFiles) -> dict[str, str]:
 def _stored_names(
     model: Any, files: TensorFiles, found: Mapping[str, str], tied: Mapping[str, list[str]]
 ) -> dict[str, str]:
-    """Under which name the files hold each parameter and persistent buffer of the model.
+    """Map each parameter and persistent buffer of the model to its name in the files.
 
     Args:
         found: Name of a parameter -> the files', for those that have one of their own.
