@@ -38,7 +38,7 @@ from meshpeft.checkpoint.save import finish_saves
 from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, dtype_name, labelled
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
-from meshpeft.parallel.errors import blamed_on
+from meshpeft.parallel.errors import blamed_on, shown
 from meshpeft.parallel.sharded_tensor import ShardedTensor, expert_key, sharded_tensors
 
 __all__ = ["Incoming", "LoadedCheckpoint", "find_checkpoint", "latest_checkpoint", "load_checkpoint"]
@@ -263,12 +263,14 @@ class Incoming:
         for number, (theirs, ours) in enumerate(zip(stored, own, strict=True)):
             if theirs["parameters"] != ours["parameters"]:
                 differing = sorted(set(theirs["parameters"]) ^ set(ours["parameters"]))
-                what = differing[0] if differing else "the order of its parameters"
+                what = shown(differing[0]) if differing else "the order of its parameters"
                 raise CheckpointError(f"group {number} of the optimizer differs from that in {self.path}: {what}")
             for name in sorted({*theirs["options"], *ours["options"]}):
                 value, own_value = theirs["options"].get(name), ours["options"].get(name)
                 if _kind(value) != _kind(own_value):
-                    raise CheckpointError(f"the optimizer's {name} is {value!r} in {self.path}, {own_value!r} here")
+                    raise CheckpointError(
+                        f"the optimizer's {shown(name)} is {shown(value)} in {self.path}, {own_value!r} here"
+                    )
 
     def _expect_states(self, name: str, entries: list[ShardedTensor]) -> None:
         """Expect the states of a parameter, each of which is one number, or sharded like the parameter."""
@@ -380,5 +382,5 @@ def _kind(option: Any) -> Any:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"{name!r} is not a type of tensors")
+        raise CheckpointError(f"{shown(name)} is not a type of tensors")
     return found

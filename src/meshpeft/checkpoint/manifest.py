@@ -175,14 +175,20 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+# What comes from a manifest goes into messages: no name and no shape of one is longer than a message has room for.
+_LONGEST_NAME, _MOST_DIMS = 500, 16
+
+
 def _parsed(content: Any) -> Manifest:
     files = {name: FileRecord(_size(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
     for name in files:
-        if name != Path(name).name or name == MANIFEST:
+        if len(name) > _LONGEST_NAME or name != Path(name).name or name == MANIFEST:
             raise ValueError(f"{shown(name)} is not a file's name")
     tensors = {}
     for key, tensor in content["tensors"].items():
         shape, dtype = _shape(tensor["shape"]), tensor["dtype"]
+        if len(key) > _LONGEST_NAME:
+            raise ValueError(f"{shown(key)} is not a tensor's name: it has {len(key):,} characters")
         if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"{shown(dtype)} is not a type of tensors")
         chunks = tuple(Chunk(_shape(o), _shape(s), str(file), str(name)) for o, s, file, name in tensor["chunks"])
@@ -207,7 +213,7 @@ def _size(value: Any) -> int:
 
 
 def _shape(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list):
+    if not isinstance(values, list) or len(values) > _MOST_DIMS:
         raise ValueError(f"{shown(values)} is not a shape")
     return tuple(_size(value) for value in values)
 
@@ -216,7 +222,7 @@ def _check_chunks(key: str, shape: tuple[int, ...], chunks: tuple[Chunk, ...], f
     """Check that the chunks are the cells of a regular grid, each once, and together all of the tensor."""
     for chunk in chunks:
         if chunk.file not in files:
-            raise ValueError(f"{key} is in {chunk.file!r}, which is not a file of the checkpoint")
+            raise ValueError(f"{key} is in {shown(chunk.file)}, which is not a file of the checkpoint")
         if chunk.shape != chunks[0].shape or len(chunk.shape) != len(shape) or len(chunk.offset) != len(shape):
             raise ValueError(f"{key}: a part of shape {chunk.shape} in a tensor of shape {shape}")
         places = list(zip(chunk.offset, chunk.shape, shape, strict=True))

@@ -180,7 +180,7 @@ class Reader(StorageReader):
             with TensorFiles([self.directory / name]) as file:
                 for item, chunk in items:
                     if chunk.name not in file.names() or file.shape(chunk.name) != chunk.shape:
-                        raise CheckpointError(f"{file.path} does not hold {chunk.name!r} as the manifest says")
+                        raise CheckpointError(f"{file.path} does not hold {shown(chunk.name)} as the manifest says")
                     box = file.read_box(chunk.name, tuple(item.storage_offsets), tuple(item.lengths))
                     planner.resolve_tensor(item).copy_(box)
         done: Future[None] = Future()
