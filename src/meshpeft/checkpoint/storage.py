@@ -37,6 +37,7 @@ from torch.futures import Future
 
 from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_sha256
 from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFiles, TensorFileWriter
+from meshpeft.parallel.errors import shown
 
 __all__ = ["Place", "Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name", "labelled"]
 
