@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from meshpeft.checkpoint import export_peft_adapter, load_peft_adapter
+from meshpeft.checkpoint.identity import describe_adapters
 from meshpeft.parallel import (
     ColumnParallelLinear,
     LayerType,
@@ -22,6 +24,7 @@ from meshpeft.parallel import (
 from meshpeft.peft import (
     PEFT,
     AdapterError,
+    AdapterTerm,
     AdapterWrapper,
     CanonicalLoRA,
     DoRA,
@@ -29,6 +32,7 @@ from meshpeft.peft import (
     LoRA,
     LoRALinear,
     LoRATopKRouter,
+    LowRankPEFT,
     ParallelLinearAdapter,
     ParallelLinearDoRAAdapter,
     adapter_wrappers,
@@ -36,6 +40,7 @@ from meshpeft.peft import (
     lora_plus_parameter_groups,
     trainable_parameters,
 )
+from meshpeft.quantization import pissa_init
 
 
 class Net(nn.Module):
@@ -463,6 +468,40 @@ def test_a_method_needs_only_a_transform():
     assert [name for name, _ in adapter_wrappers(net)] == TARGETS
     OwnMethod()(net)
     assert isinstance(net.linear_qkv.to_wrap, nn.Linear)
+
+
+class OwnWrapper(AdapterWrapper):
+    """A wrapper that is all that a method adds: its terms, and what it computes."""
+
+    def terms(self):
+        return [AdapterTerm(self.adapter)]
+
+    def run_fused(self, x, *args, **kwargs):
+        return x @ self.to_wrap.weight.T + self.adapter(x)
+
+    def merged_weights(self):
+        for weight, a, b in self.matrices(self.adapter.linear_in.weight, self.adapter.linear_out.weight):
+            yield weight + self.adapter.scale * b @ a
+
+
+@dataclass
+class OwnLowRankMethod(LowRankPEFT):
+    def adapt(self, base, full_name):
+        return OwnWrapper(base, self.make_adapter(base, full_name))
+
+
+def test_a_method_of_ones_own_is_exported_started_and_merged_by_its_terms(tmp_path):
+    net, method = make(OwnLowRankMethod)
+    out = net.eval()(X)
+    export_peft_adapter(net, tmp_path)
+    torch.testing.assert_close(load_peft_adapter(Net(), tmp_path).eval()(X), out)
+    parts = {name: entry["parts"][""]["rank"] for name, entry in describe_adapters(net).items()}
+    assert parts == {"linear_qkv": 2, "linear_fc2": 2}
+    started, _ = make(OwnLowRankMethod)
+    pissa_init(started)
+    torch.testing.assert_close(started.eval()(X), Net().eval()(X))
+    method.merge(net)
+    torch.testing.assert_close(net(X), out)
 
 
 def test_lora_plus_gives_b_its_own_rate():
