@@ -209,10 +209,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
         super().__init__()
+        self.sharding = sharding
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.sliding_window(layer)
-        self.shards = sharding.tp.world_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_query_groups * config.head_dim
         self.fused_parts = FusedParts(("q", "k", "v"), (queries, keys, keys), blocks=config.num_query_groups)
@@ -223,12 +223,15 @@ class SelfAttention(nn.Module):
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
         if config.qk_norm:
-            self.q_layernorm = RMSNorm(sharding.head_norm(config.head_dim), config.rms_norm_eps)
-            self.k_layernorm = RMSNorm(sharding.head_norm(config.head_dim), config.rms_norm_eps)
+            self.q_layernorm = RMSNorm(sharding.head_norm_weight(config.head_dim), config.rms_norm_eps)
+            self.k_layernorm = RMSNorm(sharding.head_norm_weight(config.head_dim), config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""
-        queries, keys, values = split_heads(self.linear_qkv(x), self.fused_parts, self.shards, self.head_dim)
+        queries, keys, values = split_heads(
+            self.linear_qkv(x), self.fused_parts, self.sharding.tp.world_size, self.head_dim
+        )
+        self.sharding.check(queries, self.sharding.heads)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)
         queries = apply_rotary(queries, context.cosines, context.sines)

@@ -40,9 +40,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
         super().__init__()
         self.sharding = sharding
-        self.input_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(sharding.norm_weight(config.hidden_size), config.rms_norm_eps)
         self.self_attention = SelfAttention(config, layer, sharding)
-        self.pre_mlp_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
+        self.pre_mlp_layernorm = RMSNorm(sharding.norm_weight(config.hidden_size), config.rms_norm_eps)
         self.mlp: MLP | MoELayer
         if config.moe is not None and config.has_experts(layer):
             self.mlp = MoELayer(config, config.moe, sharding)
@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """hidden [seq, batch, hidden] -> the same, and the load-balancing loss of experts, [batch]."""
-        self.sharding.check_hidden(hidden)
+        self.sharding.check(hidden, self.sharding.hidden)
         hidden = hidden + self.self_attention(self.input_layernorm(hidden), context)
         normed = self.pre_mlp_layernorm(hidden)
         if isinstance(self.mlp, MoELayer):
@@ -67,7 +67,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.activation_checkpointing = False
         self.layers = nn.ModuleList(DecoderLayer(config, layer, sharding) for layer in range(config.num_layers))
-        self.final_layernorm = RMSNorm(sharding.norm(config.hidden_size), config.rms_norm_eps)
+        self.final_layernorm = RMSNorm(sharding.norm_weight(config.hidden_size), config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Run all layers, and the norm.

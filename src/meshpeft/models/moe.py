@@ -88,7 +88,7 @@ class TopKRouter(ReplicatedLinear):
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, sharding: ModelSharding) -> None:
-        super().__init__(sharding.router(hidden_size, moe.num_experts), sharding)
+        super().__init__(sharding.router_layout(hidden_size, moe.num_experts), sharding)
         self.config = moe
 
     def gating(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class SharedExperts(MLP):
 
     def __init__(self, config: DecoderConfig, sharding: ModelSharding, *, width: int) -> None:
         super().__init__(config, sharding, width=width)
-        self.gate = ReplicatedLinear(sharding.gate(config.hidden_size, 1), sharding)
+        self.gate = ReplicatedLinear(sharding.gate_layout(config.hidden_size, 1), sharding)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""

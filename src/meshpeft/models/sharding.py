@@ -157,12 +157,12 @@ class ModelSharding:
             **self._empty,
         )
 
-    def norm(self, size: int) -> nn.Parameter:
-        """Return the weight of a norm over `hidden`."""
+    def norm_weight(self, size: int) -> nn.Parameter:
+        """`hidden` -> `hidden`: a replicated weight."""
         return self._replicated(size, self.hidden)
 
-    def head_norm(self, size: int) -> nn.Parameter:
-        """Return the weight of a norm over the channels of each of the `heads`."""
+    def head_norm_weight(self, size: int) -> nn.Parameter:
+        """`heads` -> `heads`: a replicated weight, for the channels of each head."""
         return self._replicated(size, self.heads)
 
     def linear_qkv(self, in_features: int, out_features: int, *, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
@@ -181,7 +181,7 @@ class ModelSharding:
         """S(-1), channels -> `hidden`."""
         return self._row(in_features, out_features, bias)
 
-    def router(self, in_features: int, out_features: int) -> LinearLayout:
+    def router_layout(self, in_features: int, out_features: int) -> LinearLayout:
         """`routed` -> `routed`: a replicated weight."""
         return self._plain(in_features, out_features, self.routed)
 
@@ -210,7 +210,7 @@ class ModelSharding:
             **self._empty,
         )
 
-    def gate(self, in_features: int, out_features: int) -> LinearLayout:
+    def gate_layout(self, in_features: int, out_features: int) -> LinearLayout:
         """`hidden` -> `hidden`: a replicated weight."""
         return self._plain(in_features, out_features, self.hidden)
 
@@ -242,9 +242,9 @@ class ModelSharding:
         """`at_vocabulary` -> `hidden`."""
         return embedded if self.at_vocabulary == self.hidden else mp_scatter(embedded, 0, self.tp)
 
-    def check_hidden(self, hidden: Tensor) -> None:
-        """Check the state of the hidden stream, where the type checker runs."""
-        assert_state(hidden, self.hidden, self.tp)
+    def check(self, x: Tensor, state: Any) -> None:
+        """Check that x is in one of the states stated here, where the type checker runs."""
+        assert_state(x, state, self.tp)
 
     def to_experts(self, hidden: Tensor) -> Tensor:
         """`hidden` [seq, batch, hidden] -> `routed` [own tokens, hidden]; zeros fill up what does not divide."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import spmd_types as spmd
 import torch
 from spmd_types import checker
-from spmd_types.types import PartitionSpec, R, V
+from spmd_types.types import PartitionSpec, V
 from torch import Tensor, nn
 
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel
@@ -74,7 +74,7 @@ def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGr
     if mesh.mesh is None or not axes:
         return {}
     rows = PartitionSpec(axes.get("dp"), None)
-    local = {group: V if name == "dp" else R for name, group in axes.items()}
+    local = {group: V if name == "dp" else model.sharding.tokens for name, group in axes.items()}
     with spmd.set_current_mesh(mesh.mesh), checker.typecheck(local=False):
         for tensor in (tokens, labels):
             spmd.assert_type(tensor, local, partition_spec=rows)
