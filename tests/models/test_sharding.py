@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 from helpers.simulate import simulate
-from spmd_types.types import I, R, Shard
 
 from meshpeft.models import Decoder, DecoderConfig, ModelSharding, MoEConfig
-from meshpeft.parallel import ModelParallelConfig, ParallelError, layout_of_tensor
+from meshpeft.parallel import I, ModelParallelConfig, ParallelError, R, Shard, layout_of_tensor
 from meshpeft.verify import typecheck_layout
 
 CONFIG = DecoderConfig(96, 32, 48, 2, 8, 4, 4, model_type="qwen3", qk_norm=True)

@@ -246,10 +246,10 @@ def split_heads(qkv: Tensor, fused_parts: FusedParts, shards: int, head_dim: int
     """Split the fused projection into heads.
 
     Args:
-        qkv: [seq, batch, (q + k + v) / tp], `S(-1)` over tensor parallel.
+        qkv: [seq, batch, (q + k + v) / tp], `Shard(-1)` over tensor parallel.
 
     Returns:
-        Queries [seq, batch, heads / tp, head_dim], keys and values [seq, batch, groups / tp, head_dim], `S(2)`.
+        Queries [seq, batch, heads / tp, head_dim], keys and values [seq, batch, groups / tp, head_dim], `Shard(2)`.
     """
     queries, keys, values = (part.unflatten(-1, (-1, head_dim)) for part in fused_parts.split(qkv, -1, shards))
     return queries, keys, values
@@ -260,12 +260,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -
     """Apply scaled dot product attention, head by head.
 
     Args:
-        queries: [seq, batch, heads / tp, head_dim], `S(2)` over tensor parallel.
-        keys, values: [past + seq, batch, groups / tp, head_dim], `S(2)`; group g serves heads
+        queries: [seq, batch, heads / tp, head_dim], `Shard(2)` over tensor parallel.
+        keys, values: [past + seq, batch, groups / tp, head_dim], `Shard(2)`; group g serves heads
             `g * heads / groups` and those after it.
 
     Returns:
-        [seq, batch, heads / tp * head_dim], `S(2)`.
+        [seq, batch, heads / tp * head_dim], `Shard(2)`.
     """
     repeats = queries.shape[2] // keys.shape[2]
     if repeats > 1 and mask.allowed is not None and queries.is_cuda:

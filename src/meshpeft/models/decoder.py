@@ -209,7 +209,7 @@ class Decoder(LanguageModel):
             return_router_loss: Return the load-balancing loss of each row too.
 
         Returns:
-            [batch, seq, vocab_size / tp], `S(-1)` over tensor parallel, in the type of the parameters; or
+            [batch, seq, vocab_size / tp], `Shard(-1)` over tensor parallel, in the type of the parameters; or
             [batch, seq, vocab_size], also where the vocabulary is replicated. With `return_router_loss`, a pair of
             that and of [batch] in float32 or wider, `I` over tensor parallel: for each row, the mean over the layers
             with experts of their [`load_balancing_loss`][meshpeft.models.moe.load_balancing_loss]; padding does

@@ -5,10 +5,10 @@ The other files of models/ say what is computed; which part of it a rank holds s
 | tensor | over tensor parallel | with sequence parallel |
 |---|---|---|
 | token ids, positions, masks | R | R |
-| hidden stream, into and out of every block and norm | I | S(0): shards of the sequence |
-| heads; channels of an MLP | S(-1) | S(-1) |
-| tokens at the router and the experts | S(0), scattered before and gathered after | S(0), as they come |
-| logits | S(-1) | S(-1) |
+| hidden stream, into and out of every block and norm | I | Shard(0): shards of the sequence |
+| heads; channels of an MLP | Shard(-1) | Shard(-1) |
+| tokens at the router and the experts | Shard(0), scattered before and gathered after | Shard(0), as they come |
+| logits | Shard(-1) | Shard(-1) |
 
 | parameter | sharded | its gradient |
 |---|---|---|
@@ -20,8 +20,9 @@ The other files of models/ say what is computed; which part of it a rank holds s
 | norms of heads, routers | replicated | partial |
 
 The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
-meets is not I. The collectives are those of the layers, in `parallel/linear.py` and `parallel/embedding.py`, and of the
-three passages at the end of [`ModelSharding`][meshpeft.models.sharding.ModelSharding].
+meets is not I. The collectives are those of the layers (`parallel/linear.py`, `parallel/embedding.py`), of the token
+dispatch (`parallel/dispatch.py`), and of the passages at the end of
+[`ModelSharding`][meshpeft.models.sharding.ModelSharding], each one `convert` between two states stated here.
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.errors import ModelError
-from meshpeft.parallel import I, R, Shard
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
 from meshpeft.parallel.layout import FusedParts, LinearLayout, TensorLayout, set_layout
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.states import mp_gather, mp_reduce, mp_scatter, take_slice
+from meshpeft.parallel.states import I, P, R, Shard, State, convert, take_slice
 from meshpeft.parallel.typing import assert_state
 
 __all__ = ["ModelSharding", "check_divisible"]
@@ -68,7 +68,7 @@ class ModelSharding:
     tp: ParallelAxis = field(default_factory=lambda: ParallelAxis("tp"))
     ep: ParallelAxis = field(default_factory=lambda: ParallelAxis("ep"))
     etp: ParallelAxis = field(default_factory=lambda: ParallelAxis("etp"))
-    hidden: Any = I
+    hidden: State = I
     shards_vocabulary: bool = True
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -126,22 +126,22 @@ class ModelSharding:
     # The other states over tensor parallel.
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> State:
         """Token ids, positions, documents [batch, seq]: the same on every rank."""
         return R
 
     @property
-    def at_vocabulary(self) -> Any:
+    def at_vocabulary(self) -> State:
         """The hidden stream as table and head have it: full where the vocabulary is replicated."""
         return self.hidden if self.shards_vocabulary else I
 
     @property
-    def heads(self) -> Any:
+    def heads(self) -> State:
         """Queries, keys and values [seq, batch, heads, head_dim]: each rank has its own query groups."""
         return Shard(2)
 
     @property
-    def routed(self) -> Any:
+    def routed(self) -> State:
         """Tokens at the router [tokens, hidden]: each is routed by one rank."""
         return Shard(0)
 
@@ -174,11 +174,11 @@ class ModelSharding:
         return self._row(in_features, out_features, bias)
 
     def linear_fc1(self, in_features: int, out_features: int, *, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
-        """`hidden` -> S(-1), channels."""
+        """`hidden` -> Shard(-1), channels."""
         return self._column(in_features, out_features, bias, parts)
 
     def linear_fc2(self, in_features: int, out_features: int, *, bias: bool) -> RowParallelLinear:
-        """S(-1), channels -> `hidden`."""
+        """Shard(-1), channels -> `hidden`."""
         return self._row(in_features, out_features, bias)
 
     def router_layout(self, in_features: int, out_features: int) -> LinearLayout:
@@ -186,7 +186,7 @@ class ModelSharding:
         return self._plain(in_features, out_features, self.routed)
 
     def expert_fc1(self, moe: MoEConfig, in_features: int, *, parts: FusedParts) -> GroupedColumnParallelLinear:
-        """Tokens of the local experts, R over `etp` -> S(-1), channels."""
+        """Tokens of the local experts, R over `etp` -> Shard(-1), channels."""
         return GroupedColumnParallelLinear(
             moe.num_experts,
             in_features,
@@ -199,7 +199,7 @@ class ModelSharding:
         )
 
     def expert_fc2(self, moe: MoEConfig, out_features: int) -> GroupedRowParallelLinear:
-        """S(-1), channels -> P over `etp`, summed where the tokens are combined."""
+        """Shard(-1), channels -> P over `etp`, summed where the tokens are combined."""
         return GroupedRowParallelLinear(
             moe.num_experts,
             moe.intermediate_size,
@@ -215,7 +215,7 @@ class ModelSharding:
         return self._plain(in_features, out_features, self.hidden)
 
     def output_layer(self, hidden_size: int, vocab_size: int) -> ColumnParallelLinear:
-        """`at_vocabulary` -> S(-1) over `vocab`."""
+        """`at_vocabulary` -> Shard(-1) over `vocab`."""
         return ColumnParallelLinear(
             hidden_size,
             vocab_size,
@@ -240,22 +240,23 @@ class ModelSharding:
 
     def enter_blocks(self, embedded: Tensor) -> Tensor:
         """`at_vocabulary` -> `hidden`."""
-        return embedded if self.at_vocabulary == self.hidden else mp_scatter(embedded, 0, self.tp)
+        return convert(embedded, self.at_vocabulary, self.hidden, self.tp)
 
-    def check(self, x: Tensor, state: Any) -> None:
+    def check(self, x: Tensor, state: State) -> None:
         """Check that x is in one of the states stated here, where the type checker runs."""
         assert_state(x, state, self.tp)
 
     def to_experts(self, hidden: Tensor) -> Tensor:
         """`hidden` [seq, batch, hidden] -> `routed` [own tokens, hidden]; zeros fill up what does not divide."""
         tokens = hidden.flatten(0, 1)
-        return mp_scatter(self._padded(tokens), 0, self.tp) if self.hidden is I else tokens
+        return convert(self._padded(tokens) if self.hidden is I else tokens, self.hidden, self.routed, self.tp)
 
     def from_experts(self, own: Tensor, hidden: Tensor) -> Tensor:
         """Convert the experts' results, `routed`, to the state and shape of `hidden`, from which the tokens came."""
-        if self.hidden is I:
-            own = mp_gather(own, 0, self.tp)[: hidden.shape[0] * hidden.shape[1]]
-        return own.view(hidden.shape)
+        tokens = convert(own, self.routed, self.hidden, self.tp)
+        if self.hidden is I:  # without the padding
+            tokens = tokens[: hidden.shape[0] * hidden.shape[1]]
+        return tokens.view(hidden.shape)
 
     def own_tokens(self, values: Tensor) -> Tensor:
         """Take the values of this rank's `routed` tokens: [seq, batch, *], R -> [own tokens, *]. No gradient."""
@@ -263,29 +264,27 @@ class ModelSharding:
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
         """Add up what the ranks have of their own tokens: P -> I."""
-        return mp_reduce(values, axis=self.tp)
+        return convert(values, P, I, self.tp)
 
     def last_token(self, hidden: Tensor, length: int) -> Tensor:
         """Keep token number `length - 1` of `hidden`, on each rank: [1, batch, hidden]."""
-        if self.hidden is I:
-            return hidden[length - 1 : length]
-        last = mp_gather(hidden, 0, self.tp)[length - 1 : length]
-        return mp_scatter(last.expand(self.tp.world_size, -1, -1), 0, self.tp)
+        last = convert(hidden, self.hidden, I, self.tp)[length - 1 : length]
+        return last if self.hidden is I else convert(last.expand(self.tp.world_size, -1, -1), I, self.hidden, self.tp)
 
     def leave_blocks(self, hidden: Tensor) -> Tensor:
         """`hidden` -> `at_vocabulary`."""
-        return hidden if self.at_vocabulary == self.hidden else mp_gather(hidden, 0, self.tp)
+        return convert(hidden, self.hidden, self.at_vocabulary, self.tp)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """Gather the full vocabulary: S(-1) -> I over `vocab`."""
-        return mp_gather(logits, -1, self.vocab)
+        """Gather the full vocabulary: Shard(-1) -> I over `vocab`."""
+        return convert(logits, Shard(-1), I, self.vocab)
 
     @property
     def _empty(self) -> dict[str, Any]:
         return {"device": self.device, "dtype": self.dtype, "perform_initialization": False}
 
     def _column(self, in_features: int, out_features: int, bias: bool, parts: FusedParts) -> ColumnParallelLinear:
-        """`hidden` -> S(-1)."""
+        """`hidden` -> Shard(-1)."""
         return ColumnParallelLinear(
             in_features,
             out_features,
@@ -298,7 +297,7 @@ class ModelSharding:
         )
 
     def _row(self, in_features: int, out_features: int, bias: bool) -> RowParallelLinear:
-        """S(-1) -> `hidden`."""
+        """Shard(-1) -> `hidden`."""
         return RowParallelLinear(
             in_features,
             out_features,
@@ -309,10 +308,10 @@ class ModelSharding:
             **self._empty,
         )
 
-    def _plain(self, in_features: int, out_features: int, x: Any) -> LinearLayout:
+    def _plain(self, in_features: int, out_features: int, x: State) -> LinearLayout:
         return LinearLayout(in_features, out_features, axis=self.tp, x=x)
 
-    def _replicated(self, size: int, x: Any) -> nn.Parameter:
+    def _replicated(self, size: int, x: State) -> nn.Parameter:
         partial = x is not I and self.tp.world_size > 1
         return self.parameter(TensorLayout((size,), grad_partial=(self.tp,) if partial else ()))
 
