@@ -15,7 +15,7 @@ from torch import Tensor
 import meshpeft.parallel.linear as parallel_linear
 import meshpeft.peft.dora as dora
 import meshpeft.peft.lora as lora
-from meshpeft.parallel import ParallelError
+from meshpeft.parallel import P, ParallelAxis, ParallelError, State, convert
 from meshpeft.peft.fused import Term, fused_dora_reference, fused_lora_reference
 from meshpeft.verify import typecheck_layout
 
@@ -46,6 +46,9 @@ def test_states_of_the_unfused_twins_are_right(
 
 
 def test_a_forgotten_reduction_is_a_type_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_linear, "mp_reduce", lambda y, axis: y)
+    def forgotten(x: Tensor, src: State, dst: State, axis: ParallelAxis) -> Tensor:
+        return x if src is P else convert(x, src, dst, axis)
+
+    monkeypatch.setattr(parallel_linear, "convert", forgotten)
     with pytest.raises(ParallelError, match="tp=8"):
         typecheck_layout(config(**SIZES), METHODS["lora"], tp=8, dp=2)
