@@ -454,9 +454,7 @@ def device() -> torch.device:
 
 
 def workers_for(layout: LayoutConfig) -> int:
-    """Count the processes that the options need, see
-    [`number_of_workers`][meshpeft.training.launch.number_of_workers].
-    """
+    """Count the processes that the options need; see `number_of_workers`."""
     return number_of_workers(layout.tp, layout.dp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
 
 
