@@ -73,33 +73,33 @@ class ParallelLinearAdapter(LowRankAdapter):
     output is in the state of the base layer's output, to be added to it.
 
     Args:
-        in_features, out_features: of the unsharded base layer.
-        dim: adapter bottleneck dimension (rank).
-        base_linear_name: full name of the base layer; with the seed it decides the initial values. B of a `linear_fc1`
-            is divided, and stored, as two matrices, gate and up (unless the config says `gated_linear_unit=False`).
+        in_features, out_features: Sizes of the unsharded base layer.
+        dim: Adapter bottleneck dimension (rank).
+        base_linear_name: Full name of the base layer; with the seed it decides the initial values. B of a `linear_fc1`
+            is sharded, and stored, as two matrices, gate and up (unless the config has `gated_linear_unit=False`).
         activation: `identity relu gelu swish silu tanh sigmoid`; another name is the identity, with a warning.
-        column_init_method: of linear_in, `xavier normal kaiming zero`.
-        row_init_method: of linear_out.
-        input_is_parallel: the base is row parallel.
-        dropout: probability.
-        model_parallel_config: sequence parallel and the type of the parameters are read from it; never changed.
-        alpha: the output is scaled by alpha / dim; `None` means dim.
+        column_init_method: Init method of linear_in, `xavier normal kaiming zero`.
+        row_init_method: Init method of linear_out.
+        input_is_parallel: Whether the base is row parallel.
+        dropout: Probability.
+        model_parallel_config: Config from which sequence parallel and the parameter dtype are read; never changed.
+        alpha: The output is scaled by alpha / dim; `None` means dim.
         dropout_position: `pre` (on the input) or `post` (on the output).
-        a2a_experimental: on a row-parallel base under sequence parallel, divide B along the output features and
+        a2a_experimental: On a row-parallel base under sequence parallel, shard B along the output features and
             exchange its output by an all-to-all, instead of scattering h.
-        is_expert: the base belongs to one expert: expert-tensor parallel, whose dispatcher gathers tokens and sums
-            outputs. Tokens are padded to a multiple of its size.
-        disable_sequence_parallel_comm: the input comes with all tokens although the config is sequence parallel.
-        base_linear_is_parallel: false for a base with an undivided weight.
-        layout: of the base, where it is known; the flags above are then not read.
-        fused: the adapter joins its base between `enter` and `exit` (activation `identity`), see `LowRankAdapter`.
-        dropout_recompute, path, use_rslora, keep_token_shards, seed, dtype, device: as in `LowRankAdapter`.
-        kwargs: other names are ignored, with a warning.
+        is_expert: Whether the base belongs to one expert: expert-tensor parallel, whose dispatcher gathers tokens and
+            sums outputs. Tokens are padded to a multiple of its size.
+        disable_sequence_parallel_comm: The input comes with all tokens although the config is sequence parallel.
+        base_linear_is_parallel: Whether the base's weight is sharded.
+        layout: Layout of the base, where it is known; the flags above are then not read.
+        fused: Run inside the base's GEMM (activation `identity`), see `LowRankAdapter`.
+        dropout_recompute, path, use_rslora, keep_token_shards, seed, dtype, device: As in `LowRankAdapter`.
+        kwargs: Other names are ignored, with a warning.
 
     Raises:
-        NotImplementedError: an unknown init method.
-        AdapterError: as in `check_options`; an activation between fused factors; a layout that cannot run beside
-            its base.
+        NotImplementedError: Unknown init method.
+        AdapterError: As in `check_options`; an activation between fused factors; a layout of which no standalone
+            adapter is possible.
     """
 
     def __init__(
@@ -190,13 +190,13 @@ class ParallelLinearAdapter(LowRankAdapter):
     def _check_layout(layout: LinearLayout | None, fused: bool, activation: str) -> None:
         if fused and (layout is None or activation != "identity"):
             raise AdapterError(
-                f"an adapter that joins its base needs the base's layout, and activation='identity' instead of "
-                f"{activation!r}: between its factors the values may be summands"
+                f"a fused adapter needs the base's layout, and activation='identity' instead of "
+                f"{activation!r}: between its factors the values may be partial"
             )
         if layout is not None and layout.is_stacked:
             raise AdapterError("grouped experts get a GroupedExpertLinearAdapter")
         if not fused and layout is not None and layout.in_fused_parts is not None:
-            raise AdapterError("an adapter beside a row-parallel layer with a stride is not possible; use a fused one")
+            raise AdapterError("a row-parallel layer with a stride cannot have a standalone adapter; use a fused one")
 
     @property
     def is_linear(self) -> bool:
@@ -204,7 +204,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         return isinstance(self.activation, nn.Identity)
 
     def _mark(self, parameter: nn.Parameter) -> None:
-        """Tell the engine's gradient finalisation which parameters it has to sum over tensor parallel."""
+        """Set the mark of parameters that the engine's gradient finalisation sums over tensor parallel."""
         layout = layout_of_tensor(parameter)
         if self._marks and layout is not None and layout.grad_partial:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron's own convention
@@ -224,7 +224,7 @@ class ParallelLinearAdapter(LowRankAdapter):
         """Forward pass of the parallel linear adapter.
 
         Args:
-            x: the base's input, in the state that the base takes it.
+            x: Input of the base, in the state in which the base takes it.
 
         Returns:
             The adapter's output, scaled, in the state of the base's output.
@@ -335,7 +335,7 @@ def _parameter_type(config: Any) -> torch.dtype:
 def _gate_and_up(base_linear_name: str, out_features: int, config: Any) -> FusedParts | None:
     """Return the parts of a `linear_fc1`, which is sharded as two matrices, `[gate shard; up shard]`; else `None`.
 
-    It is gated unless its config (Megatron's) says otherwise, or its size cannot be halved.
+    It is gated unless its config (Megatron's) has `gated_linear_unit=False`, or its size cannot be halved.
     """
     gated = getattr(config, "gated_linear_unit", True) and out_features % 2 == 0
     if not gated or base_linear_name.rpartition(".")[2] != "linear_fc1":
@@ -344,7 +344,7 @@ def _gate_and_up(base_linear_name: str, out_features: int, config: Any) -> Fused
 
 
 def _own_columns(h: Tensor, axis: ParallelAxis) -> Tensor:
-    """[r] of ones and zeros: the columns of h that are this rank's to multiply, each column on one rank."""
+    """Return [r] of ones and zeros: the columns of h that this rank multiplies, each column on one rank."""
     rank, size = h.shape[-1], axis.world_size
     owner = torch.arange(rank) * size // rank
     masks = (owner == torch.arange(size).unsqueeze(1)).to(dtype=h.dtype, device=h.device)
