@@ -21,8 +21,8 @@ def all_or_none(what: str, error_type: type[MeshPEFTError] = MeshPEFTError) -> I
     """A block without collectives, run by every rank: if it raises on one, it raises on all. A collective at its end.
 
     Args:
-        what: what the block does, for the ranks that hear of another's failure, such as `reading runs/a`.
-        error_type: what those ranks, and ranks whose failure is an `OSError`, raise.
+        what: What the block does, for the ranks that hear of another's failure, such as `reading runs/a`.
+        error_type: What those ranks, and ranks whose failure is an `OSError`, raise.
     """
     failures: list[Exception] = []
     with kept(failures):
@@ -49,9 +49,9 @@ def raise_everywhere(
     """Raise this rank's first failure, or else that another rank reports. A collective.
 
     Args:
-        failures: of this rank.
-        what, error_type: see [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
-        beyond_mesh: every process of torch.distributed takes part, also where the mesh was never told of them.
+        failures: Failures on this rank.
+        what, error_type: See [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
+        beyond_mesh: Every process of torch.distributed takes part, also where the mesh was never told of them.
     """
     failure = failures[0] if failures else None
     everyone = None
@@ -78,8 +78,8 @@ def gathered(value: T, axis: ParallelAxis | None = None) -> list[T]:
     Simulated ranks share one object: there is one value then, as there is with one rank.
 
     Args:
-        value: of this rank.
-        axis: over which; the whole mesh by default.
+        value: This rank's value.
+        axis: Axis to gather over; every rank of the mesh by default.
     """
     axis = parallel_group_info().world if axis is None else axis
     if axis.world_size == 1 or is_simulated():

@@ -27,8 +27,8 @@ def register_engine(package: str, module: str) -> None:
     """Let classes that are defined in `package` be described by `module`, imported when the first one is met.
 
     Args:
-        package: for instance `megatron.core`.
-        module: full name; its import registers layer types.
+        package: For instance `megatron.core`.
+        module: Full name; its import registers layer types.
     """
     _engines[package] = module
     _asked.clear()

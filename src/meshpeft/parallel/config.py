@@ -13,19 +13,19 @@ __all__ = ["ModelParallelConfig"]
 
 @dataclass
 class ModelParallelConfig:
-    """How a model is divided and initialised.
+    """How a model is sharded and initialised.
 
     Attributes:
-        tensor_model_parallel_size: ranks that share one dense layer.
-        pipeline_model_parallel_size: stages.
-        expert_model_parallel_size: ranks over which experts are divided.
-        expert_tensor_parallel_size: ranks that share one expert; `None` means the tensor-parallel size.
-        sequence_parallel: activations between layers are divided over tensor parallel along the sequence.
-        params_dtype: type of new parameters; `bf16` and `fp16` override it.
+        tensor_model_parallel_size: Ranks that share one dense layer.
+        pipeline_model_parallel_size: Stages.
+        expert_model_parallel_size: Ranks that shard the experts.
+        expert_tensor_parallel_size: Ranks that share one expert; `None` means the tensor-parallel size.
+        sequence_parallel: Shard activations between layers over tensor parallel along the sequence.
+        params_dtype: Type of new parameters; `bf16` and `fp16` override it.
         bf16, fp16: compute in that type. Not both.
-        use_cpu_initialization: draw new parameters on the CPU (this package always does).
-        perform_initialization: draw new parameters at all; `False` leaves them uninitialised, to be loaded.
-        cpu_offloading: an engine's layers move activations to the CPU; nothing here reads it.
+        use_cpu_initialization: Draw new parameters on the CPU (this package always does).
+        perform_initialization: Draw new parameters at all; `False` leaves them uninitialised, to be loaded.
+        cpu_offloading: An engine's layers move activations to the CPU; nothing here reads it.
     """
 
     tensor_model_parallel_size: int = 1

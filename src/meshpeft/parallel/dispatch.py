@@ -33,12 +33,12 @@ class DispatchPlan:
 
     Attributes:
         tokens_per_expert: [local experts], rows of the dispatched tokens that belong to each.
-        num_tokens: tokens before dispatch, gathered over expert-tensor parallel.
-        top_k: experts per token.
+        num_tokens: Tokens before dispatch, gathered over expert-tensor parallel.
+        top_k: Experts per token.
         probabilities: [num_tokens, top_k], gathered; multiplies what the experts return.
         rows: [num_tokens * top_k], the row in which each (token, choice) was sent; rows are sorted by expert.
-        local_order: the permutation of received rows that sorts them by local expert; `None` with ep=1.
-        send_splits, receive_splits: rows to and from each rank of `ep`.
+        local_order: The permutation of received rows that sorts them by local expert; `None` with ep=1.
+        send_splits, receive_splits: Rows to and from each rank of `ep`.
     """
 
     tokens_per_expert: Tensor
@@ -90,8 +90,8 @@ def dispatch_tokens(
         x: [T, H], this rank's own tokens (V over every axis); T may be 0 and equal on the ranks of `etp`.
         experts: [T, k] of expert numbers in [0, num_experts), distinct per token.
         probabilities: [T, k], the weight of each chosen expert; gradients flow to it.
-        num_experts: over all ranks.
-        ep, etp: the axes over which experts, and each expert, are divided.
+        num_experts: Over all ranks.
+        ep, etp: Axes that shard the experts, and each expert.
 
     Returns:
         The dispatched tokens [N, H] (R over `etp`) and the plan for the way back. N differs per rank of `ep`.
@@ -124,8 +124,8 @@ def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
     """Bring the experts' results back to their tokens and add them up, weighted.
 
     Args:
-        y: [N, H], one row per dispatched token, a summand over `etp` (where it is larger than 1).
-        plan: of the dispatch.
+        y: [N, H], one row per dispatched token, partial over `etp` (where it is larger than 1).
+        plan: The plan by which the tokens were dispatched.
 
     Returns:
         [T, H], this rank's own tokens.

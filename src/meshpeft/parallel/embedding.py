@@ -52,16 +52,16 @@ class ParallelEmbedding(_Embedding):
     x [*] of indices, I -> [*, embedding_dim], I.
 
     Args:
-        num_embeddings: number of embeddings (vocabulary size).
-        embedding_dim: embedding dimension; must be divisible by the model-parallel size.
-        padding_idx: see `nn.Embedding`: this row starts at zero and gets no gradient.
-        max_norm: see `nn.Embedding`: rows that are looked up are first scaled down, in place, to this norm. The
+        num_embeddings: Number of embeddings (vocabulary size).
+        embedding_dim: Embedding dimension; must be divisible by the model-parallel size.
+        padding_idx: See `nn.Embedding`: this row starts at zero and gets no gradient.
+        max_norm: See `nn.Embedding`: rows that are looked up are first scaled down, in place, to this norm. The
             norm is that of the full row.
         norm_type: p of that norm.
-        scale_grad_by_freq: see `nn.Embedding`.
-        sparse: see `nn.Embedding`.
-        init_type: initialization type.
-        axis, device, dtype, perform_initialization: as in `ColumnParallelLinear`.
+        scale_grad_by_freq: See `nn.Embedding`.
+        sparse: See `nn.Embedding`.
+        init_type: Initialization type.
+        axis, device, dtype, perform_initialization: As in `ColumnParallelLinear`.
 
     Raises:
         ParallelError: `embedding_dim` is not divisible, or `padding_idx` is out of range.
@@ -160,11 +160,11 @@ class VocabParallelEmbedding(_Embedding):
     the output Shard(0), [seq / world_size, .., embedding_dim].
 
     Args:
-        num_embeddings: vocabulary size; must be divisible by the axis's size.
-        embedding_dim: embedding dimension.
-        init_type: initialization type.
-        sequence_parallel: scatter the sequence after the reduction.
-        axis, device, dtype, perform_initialization: as in `ColumnParallelLinear`.
+        num_embeddings: Vocabulary size; must be divisible by the axis's size.
+        embedding_dim: Embedding dimension.
+        init_type: Initialization type.
+        sequence_parallel: Scatter the sequence after the reduction.
+        axis, device, dtype, perform_initialization: As in `ColumnParallelLinear`.
 
     Raises:
         ParallelError: `num_embeddings` is not divisible.

@@ -109,8 +109,8 @@ def blamed_on(subject: object, error_type: type[MeshPEFTError]) -> Iterator[None
     release: whatever comes out of it is the file's fault.
 
     Args:
-        subject: the file or directory and what went wrong with it, before the reason.
-        error_type: what is raised.
+        subject: The file or directory and what went wrong with it, before the reason.
+        error_type: What is raised.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """Grouped expert layers: all local experts in one stacked weight, one grouped GEMM.
 
-Experts are divided over `ep` along the stacked dim, and each expert over `etp` like an ordinary column or row:
+Experts are sharded over `ep` along the stacked dim, and each expert over `etp` like an ordinary column or row:
 
 | | x over etp | output over etp | input gradient over etp |
 |---|---|---|---|
@@ -30,7 +30,7 @@ __all__ = ["GroupedColumnParallelLinear", "GroupedRowParallelLinear"]
 
 
 class _GroupedLinear(ShardedTensors, nn.Module):
-    """Stacked experts; which dim of each is divided is the subclass's `shard`."""
+    """Stacked experts; the sharded dim of each is the subclass's `shard`."""
 
     shard: Literal["out", "in"]
 
@@ -58,11 +58,11 @@ class _GroupedLinear(ShardedTensors, nn.Module):
                 f"{kind}: {num_experts} experts cannot be divided over expert_parallel={expert_axis.world_size}; "
                 f"use a divisor of {num_experts}"
             )
-        divided = out_features if self.shard == "out" else in_features
-        if divided % axis.world_size:
+        sharded = out_features if self.shard == "out" else in_features
+        if sharded % axis.world_size:
             raise ParallelError(
-                f"{kind}: {'out' if self.shard == 'out' else 'in'}_features={divided} cannot be split over "
-                f"expert_tensor_parallel={axis.world_size}; use a divisor of {divided}"
+                f"{kind}: {'out' if self.shard == 'out' else 'in'}_features={sharded} cannot be split over "
+                f"expert_tensor_parallel={axis.world_size}; use a divisor of {sharded}"
             )
         super().__init__()
         self.config = config
@@ -94,11 +94,11 @@ class _GroupedLinear(ShardedTensors, nn.Module):
         """y = x W_e^T for each local expert's tokens.
 
         Args:
-            x: [tokens, in], sorted by local expert; `in` divided over etp in a row.
+            x: [tokens, in], sorted by local expert; `in` sharded over etp in a row.
             tokens_per_expert: [local experts] of counts, adding up to `tokens`; some, or all, may be zero.
 
         Returns:
-            [tokens, out]; `out` divided over etp in a column; a summand over etp in a row.
+            [tokens, out]; `out` sharded over etp in a column; partial over etp in a row.
         """
         return grouped_linear(x, self.weight, group_offsets(tokens_per_expert))
 
@@ -112,30 +112,30 @@ class _GroupedLinear(ShardedTensors, nn.Module):
 
 
 class GroupedColumnParallelLinear(_GroupedLinear):
-    """Stacked experts, each divided along its output features.
+    """Stacked experts, each sharded along its output features.
 
     Called as `layer(x, tokens_per_expert)`: x [tokens, in_features] -> [tokens, out_features / etp].
 
     Args:
-        num_experts: experts over all ranks; divisible by expert parallel.
-        in_features, out_features: of one expert; `out_features` divisible by expert-tensor parallel.
-        init_type: initialization type, with the fans of one expert.
-        fused_parts: the canonical parts of the output features (gate, up).
-        expert_axis, axis: expert parallel and expert-tensor parallel by default.
-        device, dtype, perform_initialization: as in `ColumnParallelLinear`.
-        config: of the layer of experts, kept as `config`; adapters read its `moe_router_topk`.
+        num_experts: Experts over all ranks; divisible by expert parallel.
+        in_features, out_features: Sizes of one expert; `out_features` divisible by expert-tensor parallel.
+        init_type: Initialization type, with the fans of one expert.
+        fused_parts: The canonical parts of the output features (gate, up).
+        expert_axis, axis: Expert parallel and expert-tensor parallel by default.
+        device, dtype, perform_initialization: As in `ColumnParallelLinear`.
+        config: Config of the layer of experts, kept as `config`; adapters read its `moe_router_topk`.
 
     Raises:
-        ParallelError: sizes that do not divide.
+        ParallelError: Sizes that do not divide.
     """
 
     shard = "out"
 
 
 class GroupedRowParallelLinear(_GroupedLinear):
-    """Stacked experts, each divided along its input features.
+    """Stacked experts, each sharded along its input features.
 
-    Called as `layer(x, tokens_per_expert)`: x [tokens, in_features / etp] -> [tokens, out_features], a summand
+    Called as `layer(x, tokens_per_expert)`: x [tokens, in_features / etp] -> [tokens, out_features], partial
     over expert-tensor parallel. Arguments as in `GroupedColumnParallelLinear`, with `in_features` divisible.
     """
 

@@ -70,13 +70,13 @@ def check_finite(
     """Check that every value is finite. A collective: if one rank's part is not, every rank raises the same sentence.
 
     Args:
-        tensors: full names and this rank's parts.
-        what: what the values are about to become, such as `writing runs/a`.
-        error_type: what is raised.
-        advice: what to do about it.
+        tensors: Full names and this rank's parts.
+        what: What the values are about to become, such as `writing runs/a`.
+        error_type: What is raised.
+        advice: What to do about it.
 
     Raises:
-        MeshPEFTError: of `error_type`; it names the first few tensors, and the ranks that hold such values.
+        MeshPEFTError: Raised as `error_type`; it names the first few tensors, and the ranks that hold such values.
     """
     named = [(name, values) for name, values in tensors if not values.is_meta]
     bad = [name for name, values in named if not true_on_all_ranks(_is_finite(values))]

@@ -1,6 +1,6 @@
 """What happens to gradients between the backward pass and the optimizer.
 
-Each parameter knows from its layout the axes over which its gradient is a summand. `finalize_gradients` sums
+Each parameter knows from its layout the axes over which its gradient is partial. `finalize_gradients` sums
 every one exactly once, in one flat buffer per distinct set of axes; nothing else in the package communicates
 gradients, except the collectives inside a forward's own backward pass.
 """
@@ -27,7 +27,7 @@ def _trainable(source: nn.Module | Iterable[Tensor]) -> list[Tensor]:
 
 
 def gradient_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
-    """The axes of more than one rank over which a parameter's gradient is a summand after the backward pass.
+    """The axes of more than one rank over which a parameter's gradient is partial after the backward pass.
 
     Those of its layout, and the axes that shard tokens. A parameter without a layout is replicated.
     """
@@ -46,7 +46,7 @@ def _reduction_groups(axes: tuple[ParallelAxis, ...]) -> tuple[ParallelAxis, ...
 
 
 def finalize_gradients(source: nn.Module | Iterable[Tensor]) -> None:
-    """Sum every gradient that is a summand, once. Call it once per optimizer step, after the last backward.
+    """Sum every partial gradient, once. Call it once per optimizer step, after the last backward.
 
     Every trainable parameter has a gradient afterwards (zero where the step did not reach it), so that what the
     optimizer does does not depend on the layout. float16 and bfloat16 are summed in float32.
@@ -84,7 +84,7 @@ def gradient_norm(source: nn.Module | Iterable[Tensor], *, spoiled_by: Tensor | 
 
     Args:
         source: a module or parameters whose gradients `finalize_gradients` has summed.
-        spoiled_by: values that make the norm NaN, and change nothing else, where they are not finite on a rank of
+        spoiled_by: Values that make the norm NaN, and change nothing else, where they are not finite on a rank of
             tensor parallel.
 
     Returns:
@@ -122,8 +122,8 @@ def clip_gradients_(source: nn.Module | Iterable[Tensor], max_norm: float, *, no
 
     Args:
         source: a module, or parameters.
-        max_norm: the largest norm.
-        norm: what `gradient_norm` gave, if it was asked for already.
+        max_norm: The largest norm.
+        norm: What `gradient_norm` gave, if it was asked for already.
 
     Returns:
         The norm before clipping. The factor is `torch.nn.utils.clip_grad_norm_`'s: max_norm / (norm + 1e-6), at

@@ -1,7 +1,7 @@
 """Grouped GEMMs: rows of x in consecutive groups, one weight matrix per group.
 
 `torch.nn.functional.grouped_mm` behind one door. It refuses float64 and rows that are not a multiple of 16 bytes;
-here the first is multiplied per group and the second padded. Groups may be empty, and so may the whole input.
+here the first is multiplied per group and the second padded. Groups may be empty, and so may the input.
 
 Shapes: x [T, K] sorted by group, weight [E, N, K], `offsets` [E] int32: the end of each group's rows; offsets[-1] = T.
 """

@@ -133,12 +133,12 @@ def initialize_(weight: Tensor, bias: Tensor | None, init_type: InitializationTy
 
     Args:
         weight: a parameter with a layout ([`set_layout`][meshpeft.parallel.set_layout]).
-        bias: likewise, or `None`. Zero, but for `biased_normal` (drawn like the weight) and the kaiming and
+        bias: Likewise, or `None`. Zero, but for `biased_normal` (drawn like the weight) and the kaiming and
             xavier types (uniform within 1/sqrt(fan_in)).
-        init_type: fan-in and fan-out are those of the full matrix; of stacked experts, those of one expert.
+        init_type: Fan-in and fan-out are those of the full matrix; of stacked experts, those of one expert.
 
     Raises:
-        ParallelError: an unknown `init_type`, or `dirac` on a tensor without 3 to 5 dims.
+        ParallelError: An unknown `init_type`, or `dirac` on a tensor without 3 to 5 dims.
     """
     layout = layout_of_tensor(weight)
     if layout is None:
@@ -165,18 +165,18 @@ def initialize_model_parallel_affine_weight_(
     """Initializes an affine weight tensor for model-parallel training: draws the full matrix, keeps a slice.
 
     Args:
-        weight: this rank's slice, `[per_partition_size, in_features]` or `[out_features, per_partition_size]`.
-        out_features: rows of the full matrix.
-        in_features: columns of the full matrix.
-        per_partition_size: size of the slice along `partition_dim`.
+        weight: This rank's slice, `[per_partition_size, in_features]` or `[out_features, per_partition_size]`.
+        out_features: Rows of the full matrix.
+        in_features: Columns of the full matrix.
+        per_partition_size: Size of the slice along `partition_dim`.
         partition_dim: 0 (out) or 1 (in); -2 and -1 are the same, counted from the end.
-        init_type: initialization type.
-        stride: the full matrix is cut into `stride * world_size` strips along `partition_dim`, and rank r holds
+        init_type: Initialization type.
+        stride: The full matrix is cut into `stride * world_size` strips along `partition_dim`, and rank r holds
             strips r, r + world_size, ..
-        axis: the axis that divides the matrix; tensor parallel by default.
+        axis: Axis that shards the matrix; tensor parallel by default.
 
     Raises:
-        ParallelError: sizes that do not fit each other; an unknown `init_type`.
+        ParallelError: Sizes that do not fit each other; an unknown `init_type`.
     """
     axis = parallel_group_info().tp if axis is None else axis
     shape = (out_features, in_features)
@@ -202,7 +202,7 @@ def initialize_model_parallel_affine_weight_(
 
 
 def stride_parts(size: int, stride: int, axis: ParallelAxis) -> FusedParts | None:
-    """The fused parts that `stride` stands for: that many equal parts, each divided over the axis on its own.
+    """The fused parts that `stride` stands for: that many equal parts, each sharded over the axis on its own.
 
     Raises:
         ParallelError: `size` is not a multiple of `stride * world_size`.
@@ -220,11 +220,11 @@ def named_init_(parameter: Tensor, init_fn: Callable[[Tensor], object], seed: in
     """Fill a parameter as a function of (seed, full name, global shape), never of rank, order or layout.
 
     Args:
-        parameter: has a layout; filled in place, rounded once to its type.
-        init_fn: fills a full tensor in place, for instance one of `torch.nn.init`. It sees the global shape; for
+        parameter: Has a layout; filled in place, rounded once to its type.
+        init_fn: Fills a full tensor in place, for instance one of `torch.nn.init`. It sees the global shape; for
             stacked experts, the shape of one expert at a time, so that fans are per expert.
-        seed: of the run.
-        name: the parameter's full name, the same at every layout (layer and expert numbers are global).
+        seed: Seed of the run.
+        name: The parameter's full name, the same at every layout (layer and expert numbers are global).
     """
     layout = layout_of_tensor(parameter)
     if layout is None:

@@ -27,11 +27,11 @@ class LauncherWorld(NamedTuple):
     """This process's place in the world that its launcher started.
 
     Attributes:
-        rank: in `[0, world_size)`.
-        world_size: number of processes, over all machines.
-        local_rank: this process's index on its machine; 0 where the launcher sets none.
-        address: host and port at which the processes meet; `None` in a world of one process that has no need to.
-        local_world_size: number of processes on this machine; `None` where the launcher does not say.
+        rank: Index in `[0, world_size)`.
+        world_size: Number of processes, over all machines.
+        local_rank: This process's index on its machine; 0 where the launcher sets none.
+        address: Host and port at which the processes meet; `None` in a world of one process that has no need to.
+        local_world_size: Number of processes on this machine; `None` where the launcher does not say.
     """
 
     rank: int
@@ -85,7 +85,7 @@ def start_process_group() -> bool:
         Whether there is a process group now.
 
     Raises:
-        ParallelError: the variables make no sense, or the processes do not meet.
+        ParallelError: The variables make no sense, or the processes do not meet.
     """
     if dist.is_available() and dist.is_initialized():
         return True

@@ -43,9 +43,9 @@ class FusedParts:
     """Canonical parts that are fused along one dim.
 
     Attributes:
-        names: the parts in canonical order, for instance `("q", "k", "v")`.
-        sizes: the global size of each part along the fused dim.
-        blocks: how many `[chunk of part 0, chunk of part 1, ..]` blocks the *global* tensor has (query groups
+        names: The parts in canonical order, for instance `("q", "k", "v")`.
+        sizes: The global size of each part along the fused dim.
+        blocks: How many `[chunk of part 0, chunk of part 1, ..]` blocks the *global* tensor has (query groups
             for `linear_qkv`); `None` means one block per shard (gate and up of `linear_fc1`).
     """
 
@@ -65,7 +65,7 @@ class FusedParts:
         """Blocks in one shard's local tensor.
 
         Raises:
-            ParallelError: the blocks, or a part, do not divide over `shards`.
+            ParallelError: The blocks, or a part, do not divide over `shards`.
         """
         if self.blocks is None:
             for name, size in zip(self.names, self.sizes, strict=True):
@@ -91,7 +91,7 @@ class FusedParts:
         """The local slice of each part, in canonical order, from a local packed tensor. Differentiable.
 
         Args:
-            tensor: packed along `dim`, whose length is `sum(sizes) / shards`.
+            tensor: Packed along `dim`, whose length is `sum(sizes) / shards`.
         """
         dim = dim % tensor.dim()
         views = self.views(tensor, dim, shards)
@@ -139,20 +139,20 @@ class TensorLayout:
     """The global tensor that a local one is a slice of.
 
     Attributes:
-        global_shape: shape of the unsharded tensor; along a fused dim, the sum of the parts.
+        global_shape: Shape of the unsharded tensor; along a fused dim, the sum of the parts.
         shards: `(dim, axis)` for each dim that is sharded over a mesh axis; a negative dim counts from the end. Axes
             not named hold the same values.
-        fused_parts: the canonical parts of dim `fused_dim`, if it is fused.
-        grad_partial: model axes on which the gradient of this tensor is a summand (`P`), so that
+        fused_parts: The canonical parts of dim `fused_dim`, if it is fused.
+        grad_partial: Model axes on which the gradient of this tensor is partial, so that
             `finalize_gradients` sums it there.
-        expert: the tensor belongs to experts: its data-parallel axis is `edp`, not `dp`.
-        data_axis: the axis over which gradients of different tokens are summed, where the layer brings its own;
+        expert: The tensor belongs to experts: its data-parallel axis is `edp`, not `dp`.
+        data_axis: The axis over which gradients of different tokens are summed, where the layer brings its own;
             `None` means the mesh's `edp` (experts) or `dp`.
-        mesh_axes: every axis of the mesh that the layer is on, where it brings its own, data parallel first; on
-            those that do not divide the tensor, it is replicated. `None` means the mesh's own.
-        marks: what the engine of the layer reads on parameters, as attributes: a function of this layout, called
+        mesh_axes: Every axis of the mesh that the layer is on, where it brings its own, data parallel first; on
+            those that do not shard the tensor, it is replicated. `None` means the mesh's own.
+        marks: What the engine of the layer reads on parameters, as attributes: a function of this layout, called
             by `set_layout`, so that they are wherever the layout is.
-        counts_as: parameters of the model that the tensor stands for, where it stores them in another form;
+        counts_as: Parameters of the model that the tensor stands for, where it stores them in another form;
             `None` means one for each of its values.
     """
 
@@ -214,7 +214,7 @@ class TensorLayout:
 
     @property
     def size(self) -> int:
-        """Number of the model's parameters in the whole tensor."""
+        """Number of the model's parameters in the full tensor."""
         return math.prod(self.global_shape) if self.counts_as is None else self.counts_as
 
     @property
@@ -231,7 +231,7 @@ class TensorLayout:
 
     @property
     def shard_axes(self) -> tuple[ParallelAxis, ...]:
-        """The axes of more than one rank over which the tensor is divided."""
+        """The axes of more than one rank that shard the tensor."""
         return tuple(axis for _, axis in self.shards if axis.world_size > 1)
 
     def pieces(self) -> list[Piece]:
@@ -276,7 +276,7 @@ class TensorLayout:
     def slice(self, full: Tensor) -> Tensor:
         """This rank's local tensor of the canonical global tensor `full`. No gradient flows through it.
 
-        Returns `full` itself where nothing is divided and nothing is packed; otherwise a copy or a view.
+        Returns `full` itself where nothing is sharded and nothing is fused; otherwise a copy or a view.
         """
         if tuple(full.shape) != self.global_shape:
             raise ParallelError(f"expected a full tensor of shape {self.global_shape}, got {tuple(full.shape)}")
@@ -318,7 +318,7 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     keeps them.
 
     Raises:
-        ParallelError: the parameter does not have the layout's local shape.
+        ParallelError: The parameter does not have the layout's local shape.
     """
     if tuple(tensor.shape) != layout.local_shape:
         raise ParallelError(f"a tensor of shape {tuple(tensor.shape)} cannot have local shape {layout.local_shape}")
@@ -583,7 +583,7 @@ def master_tensor(parameter: Tensor) -> Tensor:
         The full tensor of the layout's global shape, on every rank; a view of the parameter on one rank.
 
     Raises:
-        ParallelError: the parameter has no layout.
+        ParallelError: The parameter has no layout.
     """
     layout = layout_of_tensor(parameter)
     if layout is None:

@@ -1,4 +1,4 @@
-"""Cross entropy over logits that are divided along the vocabulary; the logits are never gathered."""
+"""Cross entropy over logits that are sharded along the vocabulary; the logits are never gathered."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: [*, vocab / world_size], this rank's slice of the vocabulary.
-        labels: [*] of indices into the whole vocabulary, the same on every rank.
-        ignore_index: tokens with this label have loss 0 and no gradient.
-        axis: the axis that divides the vocabulary; tensor parallel by default.
+        labels: [*] of indices into the full vocabulary, the same on every rank.
+        ignore_index: Tokens with this label have loss 0 and no gradient.
+        axis: Axis that shards the vocabulary; tensor parallel by default.
 
     Returns:
         [*], in nats, in float32 or the wider type of the logits.
 
     Raises:
-        ParallelError: the shapes do not fit.
+        ParallelError: The shapes do not fit.
         RuntimeError: a label is neither an index of the vocabulary nor `ignore_index` (on a GPU, when it gets there).
     """
     axis = parallel_group_info().tp if axis is None else axis

@@ -61,10 +61,10 @@ class ParallelAxis:
 
     Attributes:
         name: `tp pp dp ep etp edp`, or names joined by `+` for a flattened axis.
-        group: the process group of the axis; `None` if torch.distributed is not in use.
-        rank: this rank's index on the axis, in `[0, world_size)`. Symbolic under simulation: use it only
+        group: The process group of the axis; `None` if torch.distributed is not in use.
+        rank: This rank's index on the axis, in `[0, world_size)`. Symbolic under simulation: use it only
             to slice (through a layout), never in python control flow.
-        world_size: number of ranks on the axis.
+        world_size: Number of ranks on the axis.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ParallelAxis:
         """The group, where there must be one.
 
         Raises:
-            ParallelError: torch.distributed is not in use.
+            ParallelError: Torch.distributed is not in use.
         """
         if self.group is None:
             raise ParallelError(f"axis {self.name} has no process group; call init_parallelism in a started world")
@@ -162,7 +162,7 @@ def register_mesh_provider(provider: Callable[[], ParallelGroupInfo | None]) -> 
     """Let an engine say which groups its package has made, where `init_parallelism` made none.
 
     Args:
-        provider: the groups, with the same axes while anything holds them; or `None` if there are none.
+        provider: The groups, with the same axes while anything holds them; or `None` if there are none.
     """
     _providers.append(provider)
 
@@ -193,10 +193,10 @@ def init_parallelism(
     available, else gloo), else (world size 1) works without torch.distributed.
 
     Args:
-        tensor_parallel: ranks that share one dense layer.
-        pipeline_parallel: stages.
-        expert_parallel: ranks over which the experts of one layer are divided.
-        expert_tensor_parallel: ranks that share one expert; `None` means `tensor_parallel`.
+        tensor_parallel: Ranks that share one dense layer.
+        pipeline_parallel: Stages.
+        expert_parallel: Ranks that shard the experts of one layer.
+        expert_tensor_parallel: Ranks that share one expert; `None` means `tensor_parallel`.
 
     Returns:
         The groups. Data parallel is what is left: `dp = world / (pp * tp)`, `edp = world / (pp * ep * etp)`.
@@ -258,18 +258,18 @@ def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGrou
 
         meshes = {(name,): part(name) for name in ("tp", "pp", "dp", "ep", "etp", "edp")}
         joined = {names: part(*names) for names in JOINED_AXES if all(meshes[(name,)].size() > 1 for name in names)}
-        whole = dense._flatten("world")
+        world = dense._flatten("world")
 
     def axis(names: tuple[str, ...], mesh: DeviceMesh) -> ParallelAxis:
         return ParallelAxis("+".join(names), mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
     return ParallelGroupInfo(
         **{names[0]: axis(names, mesh) for names, mesh in meshes.items()},
-        world=axis(("world",), whole),
+        world=axis(("world",), world),
         joined_axes={frozenset(names): axis(names, mesh) for names, mesh in joined.items()},
         mesh=dense,
         expert_mesh=expert,
-        submeshes=(*meshes.values(), *joined.values(), whole),
+        submeshes=(*meshes.values(), *joined.values(), world),
     )
 
 

@@ -1,4 +1,4 @@
-"""Dropout whose masks agree where an activation is replicated or partial, and differ where it is divided.
+"""Dropout whose masks agree where an activation is replicated or partial, and differ where it is sharded.
 
 A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
 alike ([`set_seed`][meshpeft.parallel.set_seed]) and which activation checkpointing saves and restores, mixed with
@@ -46,7 +46,7 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
     """The next mask's seed: equal on ranks that differ only on axes not in `varying`.
 
     Args:
-        varying: the axes over which the activation holds different values, data parallel included.
+        varying: The axes over which the activation holds different values, data parallel included.
     """
     with spmd.no_typecheck():  # the draw is not part of the model
         seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
@@ -103,7 +103,7 @@ class _Dropout(Function):
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor) -> Any:
-        # Linear in x for a given mask, so a summand stays one as long as the masks agree.
+        # Linear in x for a given mask, so a partial value stays one as long as the masks agree.
         names = "abcdefgh"[: x.dim()]
         return rules.einsum(f"{names}->{names}", x, linear_in=(0,))
 
@@ -120,9 +120,9 @@ def dropout(
 
     Args:
         x: [*]; R, I or P on the axes not in `varying`, V on those in it.
-        p: the probability that an element is dropped, in [0, 1).
-        varying: the axes over which x holds different values (data parallel; the axis that divides x).
-        recompute: make the mask again in the backward pass instead of keeping it.
+        p: The probability that an element is dropped, in [0, 1).
+        varying: The axes over which x holds different values (data parallel; the axis that shards x).
+        recompute: Make the mask again in the backward pass instead of keeping it.
 
     Raises:
         ParallelError: p outside [0, 1).

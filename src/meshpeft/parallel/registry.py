@@ -41,25 +41,25 @@ class LayerType:
     """The registry's entry for one class of layers.
 
     Attributes:
-        layout: reads a layer's [`LinearLayout`][meshpeft.parallel.LinearLayout].
-        weight: the layer's local weight, in its compute type (dequantised if it is stored otherwise).
-        enter: the collective before the GEMM; `None` where the forward hides its collectives, so that adapters
-            run beside the layer instead of inside it (as they do on layers that do more, see
+        layout: Reads a layer's [`LinearLayout`][meshpeft.parallel.LinearLayout].
+        weight: The layer's local weight, in its compute type (dequantised if it is stored otherwise).
+        enter: The collective before the GEMM; `None` where the forward hides its collectives, so that adapters
+            run standalone instead of inside it (as they do on layers that do more, see
             `does_more_than_its_type`).
-        exit: adds the bias and makes the collective after the GEMM, given the GEMM's output.
-        store: the layer's parameters, by name, that hold a given local weight, where that is not one parameter `weight`
+        exit: Adds the bias and makes the collective after the GEMM, given the GEMM's output.
+        store: The layer's parameters, by name, that hold a given local weight, where that is not one parameter `weight`
             as it is (a DTensor, one for each expert).
-        bias: the layer's local bias, where that is not its attribute `bias` as it is.
-        gathers: whether a call with these keyword arguments gathers the output of a column-parallel layer, where
+        bias: The layer's local bias, where that is not its attribute `bias` as it is.
+        gathers: Whether a call with these keyword arguments gathers the output of a column-parallel layer, where
             its layout alone does not decide that.
-        checkpoint: the checkpoint entries of an adapter on the layer, in the form of the layer's engine.
-        call: calls the layer as an adapter beside it needs it, so that it returns also the output of a layer norm that
+        checkpoint: The checkpoint entries of an adapter on the layer, in the form of the layer's engine.
+        call: Calls the layer as a standalone adapter needs it, so that it returns also the output of a layer norm that
             it contains; `None` where it is called as it is.
-        unrounded: the local weight, in the terms of `weight`, that an enabled quantiser of the layer rounds each time;
+        unrounded: The local weight, in the terms of `weight`, that an enabled quantiser of the layer rounds each time;
             `None` where there is none.
         packed: Form that the weight is stored in, where that is few bits (an object of `meshpeft.quantization`, see
             `packed_form`); `None` for other weights.
-        decides: the layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
+        decides: The layer's output steers where tokens go, or how much of them counts (routers, gates), so that only
             who names it means it.
     """
 
@@ -91,9 +91,9 @@ def register_layer_type(
     """State how layers of `cls`, and of its subclasses that do not say otherwise, lie on the mesh.
 
     Args:
-        cls: the class.
-        layer_type: its entry.
-        when: the entry is only for the instances for which this holds, such as those that an engine divided in place.
+        cls: The class.
+        layer_type: Its entry.
+        when: The entry is only for the instances for which this holds, such as those that an engine sharded in place.
     """
     _LAYER_TYPES.add(cls, layer_type, when)
 
@@ -102,8 +102,8 @@ def derive_layer_types(cls: type[nn.Module], change: Callable[[LayerType], Layer
     """State what becomes of the entries of layers of any class that a package made instances of `cls`, too.
 
     Args:
-        cls: the package's class, which such layers have besides their own.
-        change: the entry of their own class -> theirs.
+        cls: The package's class, which such layers have besides their own.
+        change: The entry of their own class -> theirs.
     """
     _LAYER_TYPES.derive(cls, change)
 
@@ -129,7 +129,7 @@ def layout_of(module: nn.Module) -> LinearLayout:
     """The layout of a registered layer.
 
     Raises:
-        NotImplementedError: the layer's type is not registered; the message names it and those that are.
+        NotImplementedError: The layer's type is not registered; the message names it and those that are.
     """
     layer_type = layer_type_of(module)
     if layer_type is None:
@@ -180,10 +180,10 @@ class ContainerType:
     """The registry's entry for one class of modules that hold layers.
 
     Attributes:
-        fused_parts: name of a child layer -> the canonical parts of its output features.
-        names: module below this one -> its own name, where it differs from the one that its parent gave it: numbers
+        fused_parts: Name of a child layer -> the canonical parts of its output features.
+        names: Module below this one -> its own name, where it differs from the one that its parent gave it: numbers
             of layers and experts that count those of this rank only, as the global number.
-        adapted: called on a model to which adapters were applied, once its trainable parameters are known; again
+        adapted: Called on a model to which adapters were applied, once its trainable parameters are known; again
             each time.
     """
 
@@ -223,7 +223,7 @@ def register_description(describe: Callable[[nn.Module], None]) -> None:
     """Let an engine describe layers that are of no class of its own, in models that are.
 
     Args:
-        describe: called on a model; it calls `set_surroundings` on such layers in it.
+        describe: Called on a model; it calls `set_surroundings` on such layers in it.
     """
     _descriptions.append(describe)
 

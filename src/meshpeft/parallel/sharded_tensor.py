@@ -48,16 +48,16 @@ class ShardedTensor:
     """One contiguous box of one global tensor.
 
     Attributes:
-        key: the global tensor's name, the same at every layout.
-        source: the local tensor that the values are of: a parameter or a buffer, all parts of it.
-        global_shape: of the global tensor, prepended axes first.
-        global_offset: where the box starts in it; symbolic under simulation.
+        key: The global tensor's name, the same at every layout.
+        source: The local tensor that the values are of: a parameter or a buffer, all parts of it.
+        global_shape: Shape of the global tensor, prepended axes first.
+        global_offset: Where the box starts in it; symbolic under simulation.
         replica_id: 0 on exactly one of the ranks that hold the same box, which is the one that would write it;
             symbolic under simulation.
-        prepended_axes: how many dims in front of `global_shape` the local tensor does not have.
-        name: of `source`; differs from `key` where this is one part of a fused tensor.
-        part: number of this part; `None` where `source` is not fused.
-        layout: of `source`; `None` where it is the same on every rank.
+        prepended_axes: How many dims in front of `global_shape` the local tensor does not have.
+        name: Name of `source`; differs from `key` where this is one part of a fused tensor.
+        part: Number of this part; `None` where `source` is not fused.
+        layout: Layout of `source`; `None` where it is the same on every rank.
     """
 
     key: str
@@ -74,7 +74,7 @@ class ShardedTensor:
     def data(self) -> Tensor:
         """The local values, detached; of the global tensor's shape without its `prepended_axes`.
 
-        A view of `source`, or a copy (made anew each time) where its parts are interleaved.
+        A view of `source`, or a copy (made each time) where its parts are interleaved.
         """
         if self.part is None or self.layout is None:
             return self.source.detach()
@@ -188,11 +188,11 @@ def sharded_state_dict(
     rank. Not a collective.
 
     Args:
-        module: described itself by its parameters, whatever methods it has.
-        prefix: of the names, with its dot.
+        module: Described itself by its parameters, whatever methods it has.
+        prefix: Prefix of the names, with its dot.
         sharded_offsets: `(axis, index, count)` of each axis that is put in front of the tensors' own: of layer 3 of
             8, stored stacked, `((0, 3, 8),)`. The caller then leaves the layer's number out of `prefix`.
-        metadata: for the children's own methods; not read here.
+        metadata: For the children's own methods; not read here.
 
     Returns:
         An entry for each parameter, or for each part of a fused one.
@@ -260,13 +260,13 @@ def sharded_tensors(
     """The entries of one tensor: one, or one for each part of a fused one in canonical order.
 
     Args:
-        name: full name of the tensor. A part is put before the last component: `linear_qkv.q.weight`.
-        tensor: local values, of the layout's local shape.
+        name: Full name of the tensor. A part is put before the last component: `linear_qkv.q.weight`.
+        tensor: Local values, of the layout's local shape.
         layout: `None` for a tensor that is the same on every rank.
-        sharded_offsets: see [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
+        sharded_offsets: See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
 
     Raises:
-        ParallelError: the tensor does not have the layout's local shape.
+        ParallelError: The tensor does not have the layout's local shape.
     """
     layout = TensorLayout(tuple(tensor.shape)) if layout is None else layout
     if tuple(tensor.shape) != layout.local_shape:
@@ -339,9 +339,9 @@ def is_held(attribute: str, full_name: str) -> bool:
     """Whether a child is what a wrapper holds.
 
     Args:
-        attribute: what its parent calls it. Data parallel and mixed precision say `module`, which is such a name only
+        attribute: What its parent calls it. Data parallel and mixed precision say `module`, which is such a name only
             at the root.
-        full_name: its parent's; empty for the model.
+        full_name: Its parent's; empty for the model.
     """
     return attribute in _HELD or (attribute == "module" and not full_name)
 

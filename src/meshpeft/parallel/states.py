@@ -5,7 +5,7 @@
 | `R` replicate | the same | `P` |
 | `I` invariant | the same | `I` |
 | `V` varying, `Shard(dim)` | different; slices of one tensor along `dim` | `V`, `Shard(dim)` |
-| `P` partial | summands; the tensor is their sum | `R` |
+| `P` partial | parts of a sum; the tensor is their sum | `R` |
 
 The states are those of PyTorch's `spmd_types`. The last column (`gradient_state`) is all that a backward pass needs: a
 conversion from `src` to `dst` sends its gradient from the gradient state of `dst` to that of `src`. So every pair of
@@ -191,7 +191,7 @@ def mp_reduce(x: Tensor, op: Any = _SUM, axis: ParallelAxis | None = None) -> Te
     """Reduces the input from the model parallel region. P -> I; backward I -> R.
 
     Args:
-        x: [*], a summand per rank.
+        x: [*], a part of the sum per rank.
         op: Reduction of the *input*. Its backward is the identity for a sum, 1/world_size for an average.
         axis: Mesh axis; tensor parallel by default.
 
@@ -290,7 +290,7 @@ def positive_dim(dim: int, dims: int) -> int:
     """A dim that may count from the end, counted from the front.
 
     Raises:
-        ParallelError: there is no such dim.
+        ParallelError: There is no such dim.
     """
     if not -dims <= dim < dims:
         raise ParallelError(f"dim={dim}: a tensor of {dims} dims has those from {-dims} to {dims - 1}")
@@ -321,7 +321,7 @@ def all_gather(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
-    """x [.., N, ..], a summand per rank -> this rank's slice [.., N / R, ..] of the sum."""
+    """x [.., N, ..], partial -> this rank's slice [.., N / R, ..] of the sum."""
     if axis.world_size == 1:
         return x
     dim = positive_dim(dim, x.dim())
@@ -361,7 +361,7 @@ def take_slice(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
 
 @on_each_rank
 def _narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
-    # A copy, so that a saved slice does not keep the whole tensor alive.
+    # A copy, so that a saved slice does not keep the full tensor alive.
     return x.narrow(dim, start, length).clone(memory_format=torch.contiguous_format)
 
 

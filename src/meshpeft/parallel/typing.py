@@ -1,10 +1,10 @@
 """What the type checker (`spmd_types`) is told: types of parameters, and of functions that it cannot follow.
 
 The checker follows collectives and ordinary operators by itself. It does not follow a reshape or a split of a dim
-that is divided, an attention kernel, or arithmetic with this rank's index; such code stands in a function of its
+that is sharded, an attention kernel, or arithmetic with this rank's index; such code stands in a function of its
 own, marked [`typed_as`][meshpeft.parallel.typed_as], whose body is still checked per rank (no nonlinearity of a
-summand, no sum of a summand and a whole) and whose result is given the type that the mark says. Without a checker
-running the marks cost one test.
+partial value, no sum of a partial and a full one) and whose result is given the type that the mark states. Without a
+checker running the marks cost one test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class SpmdTypeOf(NamedTuple):
-    """A type as `spmd_types.assert_type` takes it: the local state per axis, and which axes divide each dim."""
+    """A type as `spmd_types.assert_type` takes it: the local state per axis, and which axes shard each dim."""
 
     local: dict[Any, Any]
     spec: PartitionSpec | None
@@ -36,7 +36,7 @@ class SpmdTypeOf(NamedTuple):
 def parameter_type(layout: TensorLayout) -> SpmdTypeOf:
     """The type that a parameter's layout stands for, on the axes of the dense mesh (or of the expert mesh).
 
-    An axis that divides the parameter: S. One on which its gradient is a summand (also data parallel): R. Any other:
+    An axis that shards the parameter: S. One on which its gradient is partial (also data parallel): R. Any other:
     I, whose gradient is already the same on every rank.
     """
     info = parallel_group_info()
@@ -59,11 +59,11 @@ def _partition(dims: Sequence[Sequence[Any]]) -> PartitionSpec:
 
 
 def dims_follow(source: Tensor, dims: Sequence[int | None] | None = None, **changes: Any) -> SpmdTypeOf:
-    """The type of a result whose dims are divided like those of `source`.
+    """The type of a result whose dims are sharded like those of `source`.
 
     Args:
-        source: typed.
-        dims: for each dim of the result, the dim of `source` whose sharding it has; `None` for an undivided one.
+        source: Typed.
+        dims: For each dim of the result, the dim of `source` whose sharding it has; `None` for one that is not sharded.
             By default the dims of `source`.
         changes: `axis=ParallelAxis, state=..`: the result's state on one axis, if not that of `source`.
     """
