@@ -10,8 +10,7 @@ import torch
 from helpers.oracle_runs import OPTIONS, moe_config, rows
 from torch import nn
 
-from meshpeft.models import Decoder
-from meshpeft.models.moe import TopKRouter
+from meshpeft.models import Decoder, TopKRouter
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA
 from meshpeft.verify.oracle import Layout, Trace, trace_layout

@@ -21,9 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from meshpeft.engines import axis_of_group
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models import Decoder, DecoderConfig, MoEConfig
 from meshpeft.models.attention import inverse_frequencies
-from meshpeft.models.config import MoEConfig
 from meshpeft.parallel import (
     ParallelAxis,
     TensorLayout,

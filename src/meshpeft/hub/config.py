@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig
-from meshpeft.models.errors import ModelError, UnsupportedModelError
+from meshpeft.models import DecoderConfig, ModelError, MoEConfig, RopeConfig, UnsupportedModelError
 from meshpeft.parallel.errors import blamed_on, shown
 
 __all__ = [

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from meshpeft.hub.names import StoredTensors, hf_module_name, stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
-from meshpeft.models.config import DecoderConfig
-from meshpeft.models.decoder import Decoder
-from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import LanguageModel, layout_or_replicated
+from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError
+from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import first_few
 from meshpeft.quantization import BaseQuantizer

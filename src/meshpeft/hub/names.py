@@ -38,9 +38,7 @@ from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
 
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
-from meshpeft.models.decoder import Decoder
-from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import LanguageModel
+from meshpeft.models import Decoder, LanguageModel, ModelError
 from meshpeft.parallel.layout import TensorLayout
 from meshpeft.parallel.mesh import on_each_rank
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from meshpeft.hub.names import StoredTensors, plain, stored_forms
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.hub.tensor_files import INDEX_NAME, MODEL_WEIGHTS_NAME, Declared, TensorFileWriter
-from meshpeft.models.errors import ModelError
-from meshpeft.models.language_model import LanguageModel, layout_or_replicated
+from meshpeft.models import LanguageModel, ModelError
+from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
-from meshpeft.models.errors import ModelError
+from meshpeft.models import ModelError
 from meshpeft.parallel.errors import MeshPEFTError, blamed_on, reason_of, shown
 from meshpeft.parallel.finite import finite_flag
 from meshpeft.parallel.mesh import on_each_rank

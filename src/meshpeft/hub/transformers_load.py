@@ -21,7 +21,7 @@ from meshpeft.hub.config import check_fields, few_modules
 from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
-from meshpeft.models.errors import ModelError
+from meshpeft.models import ModelError
 from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.parallel.errors import blamed_on, first_few

@@ -7,9 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from meshpeft.models.attention import KVCache
-from meshpeft.models.config import DecoderConfig, MoEConfig, RopeConfig
+from meshpeft.models.config import DecoderConfig, ModelError, MoEConfig, RopeConfig, UnsupportedModelError
 from meshpeft.models.decoder import Decoder
-from meshpeft.models.errors import ModelError, UnsupportedModelError
 from meshpeft.models.generate import generate
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.moe import MoELayer, Routing, TopKRouter

@@ -13,7 +13,7 @@ from torch.nn import functional
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.mlp import RMSNorm
 from meshpeft.models.sharding import ModelSharding
-from meshpeft.parallel.layout import FusedParts
+from meshpeft.parallel import FusedParts
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = [

@@ -15,12 +15,20 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
-from meshpeft.models.errors import ModelError
+from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import shown
 
-__all__ = ["DecoderConfig", "MoEConfig", "RopeConfig"]
+__all__ = ["DecoderConfig", "MoEConfig", "ModelError", "RopeConfig", "UnsupportedModelError"]
 
 _LARGEST_FLOAT = float(torch.finfo(torch.float32).max)
+
+
+class ModelError(MeshPEFTError):
+    """A model that cannot be built, read or written as asked; the text says what was given and what to do."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model that has something which the native decoder does not have; another engine may run it."""
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,12 @@ from meshpeft.models.attention import (
     positions_in_documents,
     rotary_tables,
 )
-from meshpeft.models.config import DecoderConfig
-from meshpeft.models.errors import ModelError
+from meshpeft.models.config import DecoderConfig, ModelError
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
 from meshpeft.models.sharding import ModelSharding
-from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.init import named_init_
+from meshpeft.parallel import ModelParallelConfig, named_init_
 
 __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
 

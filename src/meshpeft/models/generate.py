@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshpeft.models.errors import ModelError
+from meshpeft.models.config import ModelError
 from meshpeft.models.language_model import LanguageModel, check_tokens
+from meshpeft.parallel import parallel_group_info
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.finite import finite_everywhere
-from meshpeft.parallel.mesh import parallel_group_info
 from meshpeft.parallel.states import all_reduce
 
 __all__ = ["generate"]

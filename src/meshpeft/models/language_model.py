@@ -11,10 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from meshpeft.models.errors import ModelError
-from meshpeft.parallel.layout import TensorLayout, layout_of_tensor, set_layout
-from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.sharded_tensor import ShardedOffset, ShardedStateDict, sharded_state_dict
+from meshpeft.models.config import ModelError
+from meshpeft.parallel import (
+    ParallelAxis,
+    ShardedStateDict,
+    TensorLayout,
+    layout_of_tensor,
+    set_layout,
+    sharded_state_dict,
+)
+from meshpeft.parallel.sharded_tensor import ShardedOffset
 
 __all__ = ["LanguageModel", "check_tokens", "layout_or_replicated"]
 

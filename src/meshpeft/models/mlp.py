@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig
 from meshpeft.models.sharding import ModelSharding
-from meshpeft.parallel.layout import FusedParts
-from meshpeft.parallel.sharded_tensor import ShardedTensors
+from meshpeft.parallel import FusedParts, ShardedTensors
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = ["MLP", "RMSNorm", "gated_silu"]

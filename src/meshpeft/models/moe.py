@@ -15,10 +15,15 @@ from torch.nn import functional
 from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.mlp import MLP, gated_silu
 from meshpeft.models.sharding import ModelSharding
-from meshpeft.parallel.dispatch import combine_tokens, dispatch_tokens
-from meshpeft.parallel.layout import FusedParts, LinearLayout
-from meshpeft.parallel.registry import LayerType, register_layer_type
-from meshpeft.parallel.sharded_tensor import ShardedTensors
+from meshpeft.parallel import (
+    FusedParts,
+    LayerType,
+    LinearLayout,
+    ShardedTensors,
+    combine_tokens,
+    dispatch_tokens,
+    register_layer_type,
+)
 
 __all__ = [
     "Experts",

@@ -36,15 +36,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.models.config import DecoderConfig, MoEConfig
-from meshpeft.models.errors import ModelError
-from meshpeft.parallel.config import ModelParallelConfig
-from meshpeft.parallel.embedding import VocabParallelEmbedding
-from meshpeft.parallel.experts import GroupedColumnParallelLinear, GroupedRowParallelLinear
-from meshpeft.parallel.layout import FusedParts, LinearLayout, TensorLayout, set_layout
-from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
-from meshpeft.parallel.states import I, P, R, Shard, State, convert, take_slice
+from meshpeft.models.config import DecoderConfig, ModelError, MoEConfig
+from meshpeft.parallel import (
+    ColumnParallelLinear,
+    FusedParts,
+    GroupedColumnParallelLinear,
+    GroupedRowParallelLinear,
+    I,
+    LinearLayout,
+    ModelParallelConfig,
+    P,
+    ParallelAxis,
+    R,
+    RowParallelLinear,
+    Shard,
+    State,
+    TensorLayout,
+    VocabParallelEmbedding,
+    convert,
+    parallel_group_info,
+    set_layout,
+)
+from meshpeft.parallel.states import take_slice
 from meshpeft.parallel.typing import assert_state
 
 __all__ = ["ModelSharding", "check_divisible"]

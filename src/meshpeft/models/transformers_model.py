@@ -19,12 +19,19 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.models.attention import positions_in_documents
-from meshpeft.models.errors import ModelError
+from meshpeft.models.config import ModelError
 from meshpeft.models.language_model import LanguageModel
-from meshpeft.parallel import ColumnParallelLinear, ParallelAxis, ParallelError, Shard, layout_of, mp_gather
+from meshpeft.parallel import (
+    ColumnParallelLinear,
+    ParallelAxis,
+    ParallelError,
+    Shard,
+    layout_of,
+    mp_gather,
+    parallel_group_info,
+)
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
-from meshpeft.parallel.mesh import parallel_group_info
 
 __all__ = ["TransformersModel", "make_transformers_model"]
 
