@@ -178,7 +178,7 @@ class AdapterPlan:
         first, *others = parts_of(linear.layout)
         return all(
             torch.equal(read(first, expert), read(other, expert))
-            for expert in range(linear.experts or 0)
+            for expert in range(linear.experts)
             for other in others
         )
 
@@ -320,7 +320,7 @@ class AdapterPlan:
         shapes = self.separate.get(place.names[0])
         if shapes is None:
             return stored_factors(place, self.names)
-        if not place.stacked:
+        if not place.own_factors:
             raise CheckpointError(f"the parts of {place.names[0]} have different A factors")
         ranks = [shape.rank for shape in shapes]
         scales = [shape.scale(self.use_rslora) for shape in shapes]
@@ -355,7 +355,7 @@ class AdapterPlan:
             alpha_pattern={name: shape.alpha for name, shape in shapes.items() if shape.alpha != usual.alpha},
             dropout=self.config.dropout,
             use_rslora=self.use_rslora,
-            share_expert_adapters=not any(place.stacked for place in self.places),
+            share_expert_adapters=not any(place.own_factors for place in self.places),
             lora_dtype=dtype,
         )
         return method(model, training=trainable)
@@ -498,7 +498,7 @@ class FoundNames:
         """List, for each part of stacked experts, every expert's key."""
         linear = self._linears[name]
         return [
-            [f"{PREFIX}{self.of_expert(name, part, expert)}.{suffix}" for expert in range(linear.experts or 0)]
+            [f"{PREFIX}{self.of_expert(name, part, expert)}.{suffix}" for expert in range(linear.experts)]
             for part in parts_of(linear.layout)
         ]
 

@@ -84,9 +84,9 @@ class HubLinear:
     layout: LinearLayout
 
     @property
-    def experts(self) -> int | None:
-        """Number of stacked experts; `None` for an ordinary layer."""
-        return self.layout.experts
+    def experts(self) -> int:
+        """Number of stacked experts; 0 for an ordinary layer."""
+        return self.layout.experts or 0
 
     @property
     def is_stacked(self) -> bool:
@@ -145,7 +145,7 @@ class AdaptedLinear:
         a, b: The factors.
         magnitude: Magnitude of DoRA, else `None`.
         shape, use_rslora, dropout: Options, as in an `adapter_config.json`.
-        experts: Number of stacked experts; `None` for an ordinary layer.
+        experts: Number of stacked experts; 0 for an ordinary layer.
     """
 
     adapter: LowRankAdapter
@@ -157,12 +157,12 @@ class AdaptedLinear:
     shape: AdapterShape
     use_rslora: bool
     dropout: float
-    experts: int | None = None
+    experts: int = 0
 
     @property
     def is_stacked(self) -> bool:
         """Whether the adapted layer is a stack of experts."""
-        return self.experts is not None
+        return self.experts > 0
 
     def cast(self, a: torch.dtype, b: torch.dtype, magnitude: torch.dtype | None) -> None:
         """Give each parameter a type of its own."""
@@ -340,7 +340,7 @@ class Place:
         a, b, magnitude: Layouts of the parameters.
         shape: Rank and alpha.
         use_rslora: How they scale.
-        experts: Number of stacked experts; `None` for an ordinary layer.
+        experts: Number of stacked experts; 0 for an ordinary layer.
         written: How the file has the factors.
     """
 
@@ -351,13 +351,13 @@ class Place:
     magnitude: TensorLayout | None
     shape: AdapterShape
     use_rslora: bool
-    experts: int | None = None
+    experts: int = 0
     written: Written = AS_THEY_ARE
 
     @property
     def is_stacked(self) -> bool:
         """Whether the adapted layer is a stack of experts."""
-        return self.experts is not None
+        return self.experts > 0
 
     @classmethod
     def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
@@ -375,8 +375,8 @@ class Place:
         )
 
     @property
-    def stacked(self) -> bool:
-        """Whether each expert has a factor of its own."""
+    def own_factors(self) -> bool:
+        """Whether each expert has factors of its own."""
         return self.a.is_stacked
 
     @property
@@ -501,8 +501,8 @@ def stored_factors(place: Place, names: Names) -> list[Stored]:
         return [_by_expert(place, names, layout, suffix) for layout, suffix in place.layouts]
     prefix, rank = f"{PREFIX}{names.of_stack(place.names[0])}", place.written.rank
     return [
-        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.stacked, rank),
-        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.stacked, rank),
+        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.own_factors, rank),
+        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.own_factors, rank),
     ]
 
 
@@ -524,7 +524,7 @@ def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
     divided = suffix != FACTOR_A and layout.fused_parts is not None
 
     def tensors() -> Iterator[StoredTensor]:
-        for expert in range(place.experts or 0):
+        for expert in range(place.experts):
             for number, part in enumerate((None,) if place.b.fused_parts is None else place.b.fused_parts.names):
                 key = f"{PREFIX}{names.of_expert(place.names[0], part, expert)}.{suffix}"
                 yield StoredTensor(key, number if divided else None, expert)
