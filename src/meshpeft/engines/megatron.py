@@ -70,16 +70,7 @@ from meshpeft.parallel import (
 from meshpeft.parallel.init import stride_parts
 from meshpeft.parallel.registry import register_description, set_surroundings
 
-__all__ = [
-    "data_axis",
-    "let_gradients_enter",
-    "megatron_marks",
-    "megatron_mesh",
-    "model_axis",
-    "reduced_as_dense",
-    "remake_buffers",
-    "sum_rotary_gradients",
-]
+__all__ = ["megatron_marks", "megatron_mesh"]
 
 
 def megatron_mesh() -> ParallelGroupInfo | None:
@@ -160,6 +151,72 @@ def megatron_marks(layout: TensorLayout, *, allreduce: bool, sequence_parallel: 
     }
 
 
+def _reduced_as_dense(layer: Any) -> bool:
+    return not layer.is_expert or reduced_as_dense(layer.expert_parallel)
+
+
+def _column(layer: ColumnParallelLinear) -> LinearLayout:
+    axis = model_axis(layer.tp_group, layer.is_expert)
+    token_shards = layer.sequence_parallel and not layer.explicit_expert_comm
+    grad_reduced_outside = layer.explicit_expert_comm or layer.disable_grad_reduce
+    return LinearLayout(
+        layer.input_size,
+        layer.output_size,
+        shard="out",
+        axis=axis,
+        x=Shard(0) if token_shards else R if grad_reduced_outside else I,
+        y=I if layer.gather_output else Shard(-1),
+        fused_parts=fused_parts_of(layer) or _stride_parts(layer, layer.output_size, axis),
+        data_axis=data_axis(layer.is_expert),
+        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
+    )
+
+
+def _row(layer: RowParallelLinear) -> LinearLayout:
+    axis = model_axis(layer.tp_group, layer.is_expert)
+    return LinearLayout(
+        layer.input_size,
+        layer.output_size,
+        shard="in",
+        axis=axis,
+        x=Shard(-1) if layer.input_is_parallel else I,
+        y=P if layer.explicit_expert_comm else Shard(0) if layer.sequence_parallel else I,
+        in_fused_parts=_stride_parts(layer, layer.input_size, axis),
+        data_axis=data_axis(layer.is_expert),
+        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
+    )
+
+
+def _router(router: TopKRouter) -> LinearLayout:
+    return LinearLayout(
+        router.config.hidden_size,
+        router.config.num_moe_experts,
+        axis=model_axis(router.tp_group, expert=False),
+        x=Shard(0) if router.config.sequence_parallel else I,
+        data_axis=data_axis(expert=False),
+        marks=partial(megatron_marks, allreduce=True),
+    )
+
+
+def _stride_parts(layer: Any, size: int, axis: ParallelAxis) -> FusedParts | None:
+    """Return the parts that the layer's `stride` stands for, of which only its weight keeps a record."""
+    return stride_parts(size, getattr(layer.weight, "partition_stride", 1), axis)
+
+
+def _weight(layer: Any) -> Tensor:
+    if layer.weight is None:
+        raise ParallelError(
+            f"a {type(layer).__name__} without a weight of its own (skip_weight_param_allocation, as the output layer "
+            "of a model with tied embeddings) cannot carry an adapter; leave it out of target_modules"
+        )
+    return layer.weight
+
+
+def _gathers(layer: ColumnParallelLinear, kwargs: Mapping[str, Any]) -> bool:
+    asked = kwargs.get("runtime_gather_output")
+    return layer.gather_output if asked is None else bool(asked)
+
+
 _MARK = "sequence_parallel"
 
 
@@ -219,7 +276,7 @@ def _refuse(layout: TensorLayout, *, name: str, kind: str) -> NoReturn:
     )
 
 
-def _register() -> None:
+def _register_replicated() -> None:
     try:
         from megatron.core.post_training.modelopt.layers import Linear
     except ImportError:  # other versions of Megatron-Core have it elsewhere, or not at all
@@ -229,8 +286,28 @@ def _register() -> None:
     )
 
 
-_register()
-register_description(_describe)
+def _qkv_parts(attention: SelfAttention) -> dict[str, FusedParts]:
+    config = attention.config
+    q, kv = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
+    if not hasattr(attention, "linear_qkv"):
+        return {}
+    parts = {"q": q, "gate": q, "k": kv, "v": kv} if config.attention_output_gate else {"q": q, "k": kv, "v": kv}
+    return {"linear_qkv": FusedParts(tuple(parts), tuple(parts.values()), blocks=config.num_query_groups)}
+
+
+def _gate_up_parts(module: MLP | TEGroupedMLP, width: str = "ffn_hidden_size") -> dict[str, FusedParts]:
+    size = getattr(module.config, width)
+    return {"linear_fc1": FusedParts(("gate", "up"), (size, size))} if module.config.gated_linear_unit else {}
+
+
+def _layer_numbers(block: TransformerBlock) -> dict[nn.Module, str]:
+    # They count from one, over all pipeline stages.
+    return {layer: str(layer.layer_number - 1) for layer in block.layers}
+
+
+def _expert_numbers(experts: SequentialMLP) -> dict[nn.Module, str]:
+    first = experts.ep_group.rank() * experts.num_local_experts
+    return {expert: str(first + index) for index, expert in enumerate(experts.local_experts)}
 
 
 _SUMMED = "meshpeft_sums_rotary_gradients"
@@ -324,105 +401,6 @@ def _groups(ddp: DistributedDataParallel) -> ProcessGroupCollection:
     return groups
 
 
-def _reduced_as_dense(layer: Any) -> bool:
-    return not layer.is_expert or reduced_as_dense(layer.expert_parallel)
-
-
-def _column(layer: ColumnParallelLinear) -> LinearLayout:
-    axis = model_axis(layer.tp_group, layer.is_expert)
-    token_shards = layer.sequence_parallel and not layer.explicit_expert_comm
-    grad_reduced_outside = layer.explicit_expert_comm or layer.disable_grad_reduce
-    return LinearLayout(
-        layer.input_size,
-        layer.output_size,
-        shard="out",
-        axis=axis,
-        x=Shard(0) if token_shards else R if grad_reduced_outside else I,
-        y=I if layer.gather_output else Shard(-1),
-        fused_parts=fused_parts_of(layer) or _stride_parts(layer, layer.output_size, axis),
-        data_axis=data_axis(layer.is_expert),
-        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
-    )
-
-
-def _row(layer: RowParallelLinear) -> LinearLayout:
-    axis = model_axis(layer.tp_group, layer.is_expert)
-    return LinearLayout(
-        layer.input_size,
-        layer.output_size,
-        shard="in",
-        axis=axis,
-        x=Shard(-1) if layer.input_is_parallel else I,
-        y=P if layer.explicit_expert_comm else Shard(0) if layer.sequence_parallel else I,
-        in_fused_parts=_stride_parts(layer, layer.input_size, axis),
-        data_axis=data_axis(layer.is_expert),
-        marks=partial(megatron_marks, allreduce=_reduced_as_dense(layer)),
-    )
-
-
-def _router(router: TopKRouter) -> LinearLayout:
-    return LinearLayout(
-        router.config.hidden_size,
-        router.config.num_moe_experts,
-        axis=model_axis(router.tp_group, expert=False),
-        x=Shard(0) if router.config.sequence_parallel else I,
-        data_axis=data_axis(expert=False),
-        marks=partial(megatron_marks, allreduce=True),
-    )
-
-
-def _stride_parts(layer: Any, size: int, axis: ParallelAxis) -> FusedParts | None:
-    """Return the parts that the layer's `stride` stands for, of which only its weight keeps a record."""
-    return stride_parts(size, getattr(layer.weight, "partition_stride", 1), axis)
-
-
-def _weight(layer: Any) -> Tensor:
-    if layer.weight is None:
-        raise ParallelError(
-            f"a {type(layer).__name__} without a weight of its own (skip_weight_param_allocation, as the output layer "
-            "of a model with tied embeddings) cannot carry an adapter; leave it out of target_modules"
-        )
-    return layer.weight
-
-
-def _gathers(layer: ColumnParallelLinear, kwargs: Mapping[str, Any]) -> bool:
-    asked = kwargs.get("runtime_gather_output")
-    return layer.gather_output if asked is None else bool(asked)
-
-
-def _qkv_parts(attention: SelfAttention) -> dict[str, FusedParts]:
-    config = attention.config
-    q, kv = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
-    if not hasattr(attention, "linear_qkv"):
-        return {}
-    parts = {"q": q, "gate": q, "k": kv, "v": kv} if config.attention_output_gate else {"q": q, "k": kv, "v": kv}
-    return {"linear_qkv": FusedParts(tuple(parts), tuple(parts.values()), blocks=config.num_query_groups)}
-
-
-def _gate_up_parts(mlp: MLP) -> dict[str, FusedParts]:
-    if not mlp.config.gated_linear_unit:
-        return {}
-    width = mlp.config.ffn_hidden_size
-    return {"linear_fc1": FusedParts(("gate", "up"), (width, width))}
-
-
-def _gate_up_parts_of_experts(experts: TEGroupedMLP) -> dict[str, FusedParts]:
-    if not experts.config.gated_linear_unit:
-        return {}
-    width = experts.config.moe_ffn_hidden_size
-    return {"linear_fc1": FusedParts(("gate", "up"), (width, width))}
-
-
-def _layer_numbers(block: TransformerBlock) -> dict[nn.Module, str]:
-    # They count from one, over all pipeline stages.
-    return {layer: str(layer.layer_number - 1) for layer in block.layers}
-
-
-def _expert_numbers(experts: SequentialMLP) -> dict[nn.Module, str]:
-    first = experts.ep_group.rank() * experts.num_local_experts
-    return {expert: str(first + index) for index, expert in enumerate(experts.local_experts)}
-
-
 register_mesh_provider(megatron_mesh)
 register_layer_type(
     ColumnParallelLinear,
@@ -430,10 +408,12 @@ register_layer_type(
 )
 register_layer_type(RowParallelLinear, LayerType(layout=_row, weight=_weight, checkpoint=megatron_entries))
 register_layer_type(TopKRouter, LayerType(layout=_router, weight=_weight, checkpoint=megatron_entries, decides=True))
+_register_replicated()
+register_description(_describe)
 register_container_type(SelfAttention, ContainerType(fused_parts=_qkv_parts))
 register_container_type(MLASelfAttention, ContainerType(adapted=sum_rotary_gradients))
 register_container_type(MLP, ContainerType(fused_parts=_gate_up_parts))
-register_container_type(TEGroupedMLP, ContainerType(fused_parts=_gate_up_parts_of_experts))
+register_container_type(TEGroupedMLP, ContainerType(fused_parts=partial(_gate_up_parts, width="moe_ffn_hidden_size")))
 register_container_type(SequentialMLP, ContainerType(names=_expert_numbers))
 register_container_type(TransformerBlock, ContainerType(names=_layer_numbers, adapted=let_gradients_enter))
 register_container_type(DistributedDataParallel, ContainerType(adapted=remake_buffers))
