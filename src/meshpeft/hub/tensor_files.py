@@ -309,24 +309,21 @@ class TensorFiles:
         index: Mapping[str, Path] | None = None,
     ) -> None:
         self.path, self._error_type = path or paths[0], error_type
-        self._files: dict[str, Any] = {}
-        self._opened: list[Any] = []
         with ExitStack() as stack:  # closes what was opened before a later file failed
-            held: dict[Path, set[str]] = {}
+            opened: dict[Path, Any] = {}
             for each in paths:
                 check_readable(each, error_type, "the file that the index names" if index else "")
                 with blamed_on(f"{each} is truncated or not a safetensors file", error_type):
-                    opened = stack.enter_context(safe_open(each, framework="pt", device="cpu"))
-                    names = opened.keys()
-                self._opened.append(opened)
-                held[each] = set(names)
-                self._files |= dict.fromkeys(names, opened)
-            if index is not None:
-                for name, each in index.items():
-                    if name not in held[each]:
-                        raise error_type(f"{each} does not hold {shown(name)}, which the index promises")
-                by_path = dict(zip(paths, self._opened, strict=True))
-                self._files = {name: by_path[each] for name, each in index.items()}
+                    opened[each] = stack.enter_context(safe_open(each, framework="pt", device="cpu"))
+            held = {each: frozenset(file.keys()) for each, file in opened.items()}
+            for name, each in (index or {}).items():
+                if name not in held[each]:
+                    raise error_type(f"{each} does not hold {shown(name)}, which the index promises")
+            if index is None:
+                index = {name: each for each, names in held.items() for name in names}
+            self._files = {name: opened[each] for name, each in index.items()}
+            self._metadata: dict[str, str] = (opened[paths[0]].metadata() or {}) if paths else {}
+            self._names = frozenset(self._files)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> TensorFiles:
@@ -336,11 +333,11 @@ class TensorFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        self._files, self._opened = {}, []
+        self._files = {}
 
-    def names(self) -> set[str]:
+    def names(self) -> frozenset[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
@@ -372,12 +369,11 @@ class TensorFiles:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The entries of the header of a single file that was written here; empty for a file without a checksum.
+        """Entries of the header of a single file that was written here; empty for a file without a checksum.
 
         What other programs write has none: its values may not be those that the entries describe.
         """
-        found = self._opened[0].metadata() or {}
-        return found if _CHECKSUM in found else {}
+        return self._metadata if _CHECKSUM in self._metadata else {}
 
     def check_values(self) -> None:
         """Compare the values of a single file with its checksum, if it has one; reads all of it once.
