@@ -41,8 +41,9 @@ from meshpeft.parallel import (
     TensorLayout,
     derive_layer_types,
     parallel_group_info,
+    sharded_state_dict,
 )
-from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format_of_caller, sharded_state_dict, sharded_tensors
+from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format_of_caller, sharded_tensors
 
 __all__: list[str] = []
 

@@ -41,8 +41,8 @@ from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.registry import layer_type_of
 from meshpeft.parallel.sharded_tensor import held_module
-from meshpeft.peft import adapter_wrappers, base_of
-from meshpeft.peft.matching import decides, walk
+from meshpeft.peft import adapter_wrappers, base_of, walk
+from meshpeft.peft.matching import decides
 
 __all__ = ["check_exportable", "export_peft_adapter", "serving_note"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshpeft.parallel.errors import MeshPEFTError
+from meshpeft.parallel import MeshPEFTError
 
 __all__ = ["AdapterError", "UnseenAdapterError"]
 

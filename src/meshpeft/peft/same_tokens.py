@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from meshpeft.parallel import ParallelAxis, ParallelError, layout_of_tensor
-from meshpeft.parallel.embedding import VocabParallelEmbedding
-from meshpeft.parallel.mesh import is_simulated
+from meshpeft.parallel import ParallelAxis, ParallelError, VocabParallelEmbedding, is_simulated, layout_of_tensor
 from meshpeft.parallel.states import all_gather
 
 __all__ = ["watch_tokens"]

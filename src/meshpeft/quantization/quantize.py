@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from meshpeft.parallel import layout_of
-from meshpeft.peft import ModuleMatcher, adapter_wrappers, base_of
-from meshpeft.peft.matching import is_target, nearest_names, walk
+from meshpeft.peft import ModuleMatcher, adapter_wrappers, base_of, walk
+from meshpeft.peft.matching import is_target, nearest_names
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, weight_format
 from meshpeft.quantization.layers import (

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import LayerType, LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
-from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapter_wrappers
-from meshpeft.peft.matching import chunks_of
+from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapter_wrappers, chunks_of
 from meshpeft.peft.wrapper import stored_weight_of
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.layers import KeptFactors, PackedLayer, packed_form
