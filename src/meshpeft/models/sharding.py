@@ -6,7 +6,8 @@ The other files of models/ say what is computed; which part of it a rank holds s
 |---|---|---|
 | token ids, positions, masks | R | R |
 | hidden stream, into and out of every block and norm | I | Shard(0): shards of the sequence |
-| heads; channels of an MLP | Shard(-1) | Shard(-1) |
+| heads [seq, batch, heads, head_dim] | Shard(2) | Shard(2) |
+| channels of an MLP | Shard(-1) | Shard(-1) |
 | tokens at the router and the experts | Shard(0), scattered before and gathered after | Shard(0), as they come |
 | logits | Shard(-1) | Shard(-1) |
 
@@ -18,6 +19,8 @@ The other files of models/ say what is computed; which part of it a rank holds s
 | experts' `linear_fc1`, `linear_fc2` | over expert parallel; column and row over expert-tensor parallel | complete |
 | norms, gates | replicated | partial where the hidden stream is sharded |
 | norms of heads, routers | replicated | partial |
+
+Token axes (data parallel) shard the batch before the model has it; `ParallelGroupInfo.token_axes` names them.
 
 The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
 meets is not I. The collectives are those of the layers (`parallel/linear.py`, `parallel/embedding.py`), of the token

@@ -144,7 +144,7 @@ class TransformersModel(LanguageModel):
         return found
 
     def new_cache(self) -> TransformersCache:
-        """Make an empty cache; whether it holds keys and values is tried. A collective: every rank calls it."""
+        """Make an empty cache, without keys and values where none are used. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
