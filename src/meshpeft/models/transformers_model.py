@@ -154,12 +154,14 @@ class TransformersModel(LanguageModel):
             ModelError: The architecture cannot.
         """
         model: Any = self
+        # The methods' name since transformers 5.23; the old one warns there.
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if not enabled:
-            model.activation_checkpointing_disable()
+            getattr(model, f"{word}_checkpointing_disable")()
             return
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"activation_checkpointing: {type(self).__name__} of transformers does not support it")
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
 
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`."""
