@@ -18,7 +18,6 @@ __all__ = ["DocstringDialect"]
 
 _SECTION = re.compile(r"^(\s*)(Args|Attributes):\s*$")
 _ENTRY = re.compile(r"^\s*(\*{0,2}\w+(?:, \*{0,2}\w+)+): ")
-_REFERENCE = re.compile(r"\[(`[\w.]+`)\]\[meshpeft[\w.]*\]")  # swept away at the end of issue 13
 _NAME = re.compile(r"(?<![`\[\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
 
 
@@ -84,5 +83,4 @@ def _with_links(text: str, object_: griffe.Object) -> str:
             return found[0]
         return f'<autoref optional identifier="{path}">{found[0]}</autoref>'
 
-    text = _REFERENCE.sub(r"\1", text)
     return "\n".join(line if ">>>" in line else _NAME.sub(link, line) for line in text.split("\n"))

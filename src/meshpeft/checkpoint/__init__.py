@@ -1,6 +1,6 @@
 """Sharded checkpoints, which any layout reads.
 
-Adapters in Hugging Face PEFT's format are [`meshpeft.hub`][meshpeft.hub]'s; the names are offered here too.
+Adapters in Hugging Face PEFT's format are `meshpeft.hub`'s; the names are offered here too.
 """
 
 from meshpeft.checkpoint.load import LoadedCheckpoint, find_checkpoint, latest_checkpoint, load_checkpoint

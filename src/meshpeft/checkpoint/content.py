@@ -214,7 +214,7 @@ def check_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
 
 
 def restore_random_state(plain: Mapping[str, Any], torch_state: Tensor) -> None:
-    """Set the states that were read by [`random_state`][meshpeft.checkpoint.content.random_state]."""
+    """Set the states that were read by `random_state`."""
     _set_random_state(plain, torch_state, random, np.random, torch.default_generator)
 
 

@@ -3,7 +3,7 @@
 Which characters are the assistant's is read from the template, if it marks them (`{% generation %}`). Any other
 template is rendered turn by turn: what it shows before an assistant turn, with the prompt to generate, is what the
 model is given when it answers, so what it shows beyond that is what the model has to learn. From the characters on
-there is one path: the turn's end ([`tokenizers`][meshpeft.data.tokenizers]), then tokens by their offsets.
+there is one path: the turn's end (`meshpeft.data.tokenizers`), then tokens by their offsets.
 
 A template decides what is shown of a message, and some leave out what others show. What a chat holds and its template
 leaves out is refused where the model would learn an answer without it, and counted where it is only not shown.

@@ -98,8 +98,8 @@ def tokenize_records(
     * Of a prompt/completion pair the completion and its end token are targets. The prompt is
       tokenised as it will be when the model is asked to complete it.
     * Of a chat, rendered by the tokenizer's template, the assistant's turns are targets
-      ([`encode_chat`][meshpeft.data.chat.encode_chat]).
-    * Texts and pairs begin and end by the rule of [`tokenizers`][meshpeft.data.tokenizers].
+      (`encode_chat`).
+    * Texts and pairs begin and end by the rule of `meshpeft.data.tokenizers`.
     * A pair or chat that is too long loses its beginning (leading tokens are kept); if its last completion alone is
       too long, that is cut at its end.
     * A record without an answer, or whose answers are blank, is dropped.
@@ -109,7 +109,7 @@ def tokenize_records(
         tokenizer: Tokenizer with an end-of-sequence token; for chats with a template.
         seq_length: Longest document in tokens, at least 2.
         ends: Tokens that end a text besides the tokenizer's own
-            ([`end_tokens`][meshpeft.data.tokenizers.end_tokens]).
+            (`end_tokens`).
 
     Raises:
         DataError: No records, or of no or of different formats, a tokenizer without what is needed, a chat that the

@@ -1,4 +1,4 @@
-"""The process that renders chat templates for [`templates`][meshpeft.data.templates]; run by its path, not imported.
+"""The process that renders chat templates for `meshpeft.data.templates`; run by its path, not imported.
 
 A template is a program that somebody else wrote. It may loop for ever, compute `9**9**9` inside one C call, which no
 signal handler interrupts, or take all memory there is. So it runs in a separate process with limits that the operating

@@ -1,6 +1,6 @@
 """Hugging Face's formats: model directories and PEFT adapters, read and written by every rank's slices.
 
-Used by its modules; [`meshpeft.models`][meshpeft.models] and [`meshpeft.checkpoint`][meshpeft.checkpoint] offer the
+Used by its modules; `meshpeft.models` and `meshpeft.checkpoint` offer the
 documented functions.
 
 * `names`: which tensors of a file make up which parameter of ours, for models and adapters, read and written; the

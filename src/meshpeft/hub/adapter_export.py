@@ -62,14 +62,14 @@ def export_peft_adapter(
     process holds more than its share and one tensor. The files appear together, when both are whole.
 
     Args:
-        model: With adapters; a [`Decoder`][meshpeft.models.Decoder], or any model of layers under their own names.
+        model: With adapters; a `Decoder`, or any model of layers under their own names.
         directory: Made if it does not exist; other files in it are left alone.
         base_model_name_or_path: Where readers find the base model; by default where the model was loaded from.
         overwrite: Replace an adapter that is there.
         format: How stacked experts are written: `peft`, as peft adapts the parameters of transformers' models; or
             `peft-per-expert`, every expert by itself under the names of the family's checkpoints on the hub, as
             serving systems read them. Of models without experts both are the same.
-        adapter_name: Name of the adapter of [`update_model`][meshpeft.peft.update_model] to write, where these
+        adapter_name: Name of the adapter of `update_model` to write, where these
             have several names.
 
     Raises:
@@ -119,7 +119,7 @@ def check_exportable(model: nn.Module, format: AdapterFormat) -> None:
     """Check that a format can express the adapters of a model; their values are not read.
 
     Raises:
-        CheckpointError: It cannot; see [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+        CheckpointError: It cannot; see `export_peft_adapter`.
     """
     _described(model, format, None, None)
 
@@ -308,7 +308,7 @@ def serving_note(model: nn.Module, format: AdapterFormat, adapter_name: str | No
 
     Args:
         model: With the adapter.
-        format, adapter_name: See [`export_peft_adapter`][meshpeft.checkpoint.export_peft_adapter].
+        format, adapter_name: See `export_peft_adapter`.
     """
     model = held_module(model)
     adapted = adapted_linears(model, adapter_name)

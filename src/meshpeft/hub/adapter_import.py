@@ -381,7 +381,7 @@ _WRAPPER = re.compile(r"(.*\.experts)(\.base_layer)?")
 
 
 class FoundNames:
-    """The names in a file, every module of which is complete; see [`Names`][meshpeft.hub.adapter_tensors.Names].
+    """The names in a file, every module of which is complete; see `Names`.
 
     Attributes:
         held: The layers, and parameters of stacked experts, that the file has adapters for, by their names in

@@ -85,7 +85,7 @@ _ROPE_FIELDS = {
 def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
     """Read the arguments of `DecoderConfig` from a `config.json`.
 
-    See [`DecoderConfig.from_hf`][meshpeft.models.DecoderConfig.from_hf].
+    See `DecoderConfig.from_hf`.
     """
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
     check_fields(fields)

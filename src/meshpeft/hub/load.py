@@ -54,7 +54,7 @@ def load_pretrained(
     Args:
         directory: Holds `config.json` and safetensors weights in one or several files.
         dtype: Dtype of the parameters and activations; by default that of the weights in the files.
-        parallel: See [`Decoder`][meshpeft.models.Decoder].
+        parallel: See `Decoder`.
         activation_checkpointing: Compute each layer again in the backward pass.
         device: Device of the parameters; torch's default device by default.
         quantize: Pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
@@ -62,7 +62,7 @@ def load_pretrained(
             quarter of a million values. What starts adapters (residuals, principal parts) is computed beside that.
 
     Raises:
-        QuantizationError: See [`quantize_base`][meshpeft.quantization.quantize_base].
+        QuantizationError: See `quantize_base`.
         ModelError: A file is missing, truncated, or holds tensors other than the configuration says; the model
             is not one of these families, or has a variation that is not implemented; sizes do not divide.
     """
@@ -101,7 +101,7 @@ def fill(
         quantize: Packs each layer as soon as its weight is read.
 
     Raises:
-        ModelError, QuantizationError: See [`load_pretrained`][meshpeft.models.load_pretrained].
+        ModelError, QuantizationError: See `load_pretrained`.
     """
     model.name_or_path = str(files.path)
     target = torch.get_default_device() if device is None else torch.device(device)

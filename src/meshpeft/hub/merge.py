@@ -34,7 +34,7 @@ def merge_adapter(model: Model, directory: str | Path | None = None, *, overwrit
     Args:
         model: With adapters; changed in place.
         directory: Write the merged model there, for transformers; every rank then calls this. Only a
-            [`LanguageModel`][meshpeft.models.LanguageModel] can be written.
+            `LanguageModel` can be written.
         overwrite: Replace a model that is there.
 
     Returns:

@@ -5,7 +5,7 @@ are Megatron's; fused modules have parts: `linear_qkv` is `q`, `k`, `v`, `linear
 
 **How `linear_qkv` becomes `q_proj`, `k_proj`, `v_proj`**, in the file of a model or of an adapter:
 
-* `hf_module_name` names each part; the parameter is described as [`StoredTensors`][meshpeft.hub.names.StoredTensors]
+* `hf_module_name` names each part; the parameter is described as `StoredTensors`
   with a tensor for each part: of a weight, a bias, LoRA's B [out, r], or DoRA's magnitude [out]. A [r, in] is one
   parameter here without parts, and the file repeats it for each of them.
 * Written: `TensorLayout.gather` gives the global tensor in canonical order, `[q; k; v]`; `split` cuts it at the parts.

@@ -61,7 +61,7 @@ def load_transformers(
 ) -> TransformersModel:
     """Load a model of transformers as it is, sharded over tensor parallel by its architecture's plan.
 
-    Memory, files, and whether it is a collective: as for [`load_pretrained`][meshpeft.models.load_pretrained].
+    Memory, files, and whether it is a collective: as for `load_pretrained`.
 
     Args:
         directory: Holds `config.json` and safetensors weights in one or several files.
@@ -71,7 +71,7 @@ def load_transformers(
         quantize: Pack each layer as soon as it is read.
 
     Raises:
-        QuantizationError: See [`quantize_base`][meshpeft.quantization.quantize_base].
+        QuantizationError: See `quantize_base`.
         ModelError: A file is missing, truncated, or holds tensors other than the model has; transformers does not know
             the architecture.
         ParallelError: The model cannot be sharded over so many ranks.

@@ -1,6 +1,6 @@
 """The decoder, built from parallel layers, and models of transformers in its place.
 
-Reading and writing their Hugging Face directories is [`meshpeft.hub`][meshpeft.hub]'s; the names are offered here too.
+Reading and writing their Hugging Face directories is `meshpeft.hub`'s; the names are offered here too.
 """
 
 import importlib

@@ -152,7 +152,7 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values behind the tokens held; no gradient flows through the cache.
 
-        Tokens count as held only after [`advance`][meshpeft.models.attention.KVCache.advance], so padding behind the
+        Tokens count as held only after `advance`, so padding behind the
         last real token is overwritten by the next call.
 
         Args:
@@ -191,7 +191,7 @@ class AttentionContext:
         masks: Mask for each sliding window.
         cache: Keys and values of earlier tokens, which this pass extends.
         rows: [own tokens, batch], the row of each token that this rank routes, where the router loss is computed;
-            see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
+            see `rows_of_tokens`.
     """
 
     cosines: Tensor

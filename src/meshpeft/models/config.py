@@ -1,6 +1,6 @@
 """The configuration of a decoder: its sizes, and which of the variations between families it has.
 
-A [`DecoderConfig`][meshpeft.models.DecoderConfig] holds everything that changes a number in the forward pass
+A `DecoderConfig` holds everything that changes a number in the forward pass
 under a name that says what it does, so that no module depends on its family. How the families'
 `config.json` files are read and written is in `meshpeft.hub.config`.
 """

@@ -93,7 +93,7 @@ class Decoder(LanguageModel):
     """A decoder-only language model over the mesh.
 
     Its weights are a function of a seed and the layout-free shapes, see
-    [`reset_parameters`][meshpeft.models.Decoder.reset_parameters]; on the meta device they are left empty.
+    `reset_parameters`; on the meta device they are left empty.
 
     Args:
         config: Sizes and variations.
@@ -210,7 +210,7 @@ class Decoder(LanguageModel):
             [batch, seq, vocab_size / tp], `Shard(-1)` over tensor parallel, in the type of the parameters; or
             [batch, seq, vocab_size], also where the vocabulary is replicated. With `return_router_loss`, a pair of
             that and of [batch] in float32 or wider, `I` over tensor parallel: for each row, the mean over the layers
-            with experts of their [`load_balancing_loss`][meshpeft.models.moe.load_balancing_loss]; padding does
+            with experts of their `load_balancing_loss`; padding does
             not count.
 
         Raises:

@@ -29,7 +29,7 @@ class LanguageModel(nn.Module, ABC):
     """A causal language model over the mesh.
 
     A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, gather_logits=False,
-    last_token_only=False)`, as [`Decoder`][meshpeft.models.Decoder] has it, and gives logits
+    last_token_only=False)`, as `Decoder` has it, and gives logits
     [batch, seq, vocab_size / vocab_axis.world_size].
 
     Attributes:
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module, ABC):
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict]."""
+        """See `sharded_state_dict`."""
         return sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     def assign_parameter(self, name: str, value: Tensor) -> Tensor:

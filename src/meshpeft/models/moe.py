@@ -190,7 +190,7 @@ class MoELayer(nn.Module):
 
         Args:
             x: [seq, batch, hidden], in the state of the hidden stream.
-            rows: [own tokens, batch], see [`rows_of_tokens`][meshpeft.models.moe.rows_of_tokens].
+            rows: [own tokens, batch], see `rows_of_tokens`.
 
         Returns:
             [seq, batch, hidden] in the state of x; and, given `rows`, the load-balancing loss of each row, [batch].

@@ -25,7 +25,7 @@ Token axes (data parallel) shard the batch before the model has it; `ParallelGro
 The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
 meets is not I. The collectives are those of the layers (`parallel/linear.py`, `parallel/embedding.py`), of the token
 dispatch (`parallel/dispatch.py`), and of the passages at the end of
-[`ModelSharding`][meshpeft.models.sharding.ModelSharding], each one `convert` between two states stated here.
+`ModelSharding`, each one `convert` between two states stated here.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ModelSharding:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ModelSharding:
-        """Lay a decoder over the mesh as it is; arguments as in [`Decoder`][meshpeft.models.Decoder].
+        """Lay a decoder over the mesh as it is; arguments as in `Decoder`.
 
         Raises:
             ModelError: The sizes do not divide over the mesh, or are not the mesh's.

@@ -1,6 +1,6 @@
 """Models of transformers, of any architecture, in the place of the decoder.
 
-The layers are sharded by the plan of their architecture, see [`parallelize`][meshpeft.engines.parallelize.parallelize];
+The layers are sharded by the plan of their architecture, see `parallelize`;
 the call is the decoder's; everything else, names too, stays as transformers has it. At one rank an architecture whose
 plan cannot be followed here, or that has none, keeps its own layers.
 """
@@ -72,10 +72,10 @@ class TransformersModel(LanguageModel):
         gather_logits: bool = False,
         last_token_only: bool = False,
     ) -> Tensor:
-        """Compute the logits of the next token at every position, as [`Decoder`][meshpeft.models.Decoder] does.
+        """Compute the logits of the next token at every position, as `Decoder` does.
 
         Positions that restart separate the documents of a row, as in transformers; whether an architecture keeps to
-        them is found by [`keeps_documents_apart`][meshpeft.models.TransformersModel.keeps_documents_apart]. With a
+        them is found by `keeps_documents_apart`. With a
         cache, documents only mark padding.
         """
         options: dict[str, Any] = {}

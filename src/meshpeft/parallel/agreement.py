@@ -50,7 +50,7 @@ def raise_everywhere(
 
     Args:
         failures: Failures on this rank.
-        what, error_type: See [`all_or_none`][meshpeft.parallel.agreement.all_or_none].
+        what, error_type: See `all_or_none`.
         beyond_mesh: Every process of torch.distributed takes part, also where the mesh was never told of them.
     """
     failure = failures[0] if failures else None

@@ -2,7 +2,7 @@
 
 A module that describes the classes of an optional package (an engine) is imported when the first instance of such a
 class is met, and never where the package is absent. The engines introduce themselves by
-[`register_engine`][meshpeft.parallel.register_engine]: no engine is named here.
+`register_engine`: no engine is named here.
 """
 
 from __future__ import annotations

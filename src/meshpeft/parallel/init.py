@@ -1,9 +1,9 @@
 """Initialisation that does not depend on the layout: draw the full tensor, keep this rank's slice.
 
 Two ways to agree on what is drawn. An adapter's parameter knows its name: its values are a function of (seed,
-full name, global shape), see [`named_init_`][meshpeft.parallel.named_init_]. A primitive layer does not: the
+full name, global shape), see `named_init_`. A primitive layer does not: the
 ranks that hold copies or slices of it agree on a seed first, see
-[`initialize_`][meshpeft.parallel.initialize_].
+`initialize_`.
 
 Draws are made on the CPU in float64 and rounded once, so that every type and device starts from the same values.
 """
@@ -132,7 +132,7 @@ def initialize_(weight: Tensor, bias: Tensor | None, init_type: InitializationTy
     A collective (of one integer) where there is more than one rank; nothing at all on the meta device.
 
     Args:
-        weight: a parameter with a layout ([`set_layout`][meshpeft.parallel.set_layout]).
+        weight: a parameter with a layout (`set_layout`).
         bias: Likewise, or `None`. Zero, but for `biased_normal` (drawn like the weight) and the kaiming and
             xavier types (uniform within 1/sqrt(fan_in)).
         init_type: Fan-in and fan-out are those of the full matrix; of stacked experts, those of one expert.

@@ -1,14 +1,14 @@
 """Where the values of a tensor are, what a linear layer's states are, and what follows for its parameters.
 
-A [`TensorLayout`][meshpeft.parallel.TensorLayout] is the global shape of one tensor and the slice that this rank holds.
+A `TensorLayout` is the global shape of one tensor and the slice that this rank holds.
 Slicing, gathering, initialisation, gradient reduction, checkpoint entries and export all read it; none of them looks at
-a layer's type or at a rank. A [`LinearLayout`][meshpeft.parallel.LinearLayout] is that of a layer, and gives the layout
+a layer's type or at a rank. A `LinearLayout` is that of a layer, and gives the layout
 of each of its parameters, and of adapters on it.
 
 Two orders of a fused dim are kept apart. The **canonical** order is that of the unfused parts, one after the other:
 `[q; k; v]`, `[gate; up]`. The **fused** order is what a layer holds locally: for `linear_qkv`, per query group,
 `[q .. q k v | q .. q k v | ..]`; for `linear_fc1`, `[gate shard; up shard]`. A global tensor is always canonical, a
-local one always fused, and [`FusedParts`][meshpeft.parallel.FusedParts] is the only code that converts.
+local one always fused, and `FusedParts` is the only code that converts.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class FusedParts:
         return list(tensor.unflatten(dim, (blocks, sum(chunks))).split(chunks, dim + 1))
 
     def fuse(self, parts: Sequence[Tensor], dim: int, shards: int) -> Tensor:
-        """The inverse of [`split`][meshpeft.parallel.FusedParts.split]. Differentiable."""
+        """The inverse of `split`. Differentiable."""
         dim = dim % parts[0].dim()
         blocks, chunks = self.local_blocks(shards), self.chunks(shards)
         if blocks == 1:
@@ -256,7 +256,7 @@ class TensorLayout:
         ]
 
     def split_parts(self, local: Tensor) -> list[Tensor]:
-        """The local tensor as the pieces of [`pieces`][meshpeft.parallel.TensorLayout.pieces]. Differentiable."""
+        """The local tensor as the pieces of `pieces`. Differentiable."""
         if self.fused_parts is None:
             return [local]
         return self.fused_parts.split(local, self.fused_dim, self._split(self.fused_dim))
@@ -268,7 +268,7 @@ class TensorLayout:
         return self.fused_parts.views(local, self.fused_dim, self._split(self.fused_dim))
 
     def join_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of [`split_parts`][meshpeft.parallel.TensorLayout.split_parts]."""
+        """The inverse of `split_parts`."""
         if self.fused_parts is None:
             return parts[0]
         return self.fused_parts.fuse(parts, self.fused_dim, self._split(self.fused_dim))
@@ -314,7 +314,7 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     """State the layout of a parameter.
 
     It is an attribute, which PyTorch drops when it copies or replaces a parameter, and a parameter without one passes
-    for replicated: modules that state layouts derive from [`ShardedTensors`][meshpeft.parallel.ShardedTensors], which
+    for replicated: modules that state layouts derive from `ShardedTensors`, which
     keeps them.
 
     Raises:
@@ -329,7 +329,7 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
 
 
 def layout_of_tensor(tensor: Tensor) -> TensorLayout | None:
-    """The layout stated by [`set_layout`][meshpeft.parallel.set_layout], or `None`."""
+    """The layout stated by `set_layout`, or `None`."""
     return getattr(tensor, _ATTRIBUTE, None)
 
 
@@ -356,7 +356,7 @@ class LinearLayout:
     * the standalone h = x Aᵀ is converted from (x for a column, P for a row) to (R for a column, y for a row):
       `bottleneck_states`.
 
-    A layer type enters the registry with one [`LayerType`][meshpeft.parallel.LayerType]; its layout decides the slices
+    A layer type enters the registry with one `LayerType`; its layout decides the slices
     of every parameter, initialisation, gradient sums, checkpoint entries and export. Sizes are global.
 
     Attributes:
@@ -374,7 +374,7 @@ class LinearLayout:
         data_axis: Axis over which gradients of different tokens are summed, where the layer brings its own; `None`
             means the token axes of the mesh.
         marks: Attributes that the layer's engine reads on its parameters, see
-            [`TensorLayout`][meshpeft.parallel.TensorLayout].
+            `TensorLayout`.
         sums: Whether the engine's own finalisation sums a gradient over all of its `grad_partial`, of adapters on
             grouped experts: what it does not is summed in the backward pass. `None` means that it does.
 
@@ -550,7 +550,7 @@ def convert_parts(
 
     Args:
         x: [.., N, ..]: full and in canonical order in the state I; sharded and fused in `Shard(dim)`.
-        src, dst, axis: As in [`convert`][meshpeft.parallel.convert].
+        src, dst, axis: As in `convert`.
         fused_parts: The parts of `dim`, if they are fused.
         dim: The dim that is sharded.
     """

@@ -1,6 +1,6 @@
 """Column- and row-parallel linear layers: `enter`, the GEMM, `exit`.
 
-`enter` and `exit` are conversions between the states that the layer's [`LinearLayout`][meshpeft.parallel.LinearLayout]
+`enter` and `exit` are conversions between the states that the layer's `LinearLayout`
 states for x and y outside and those that the product has:
 
 | | x -> | product | -> y |

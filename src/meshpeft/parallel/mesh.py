@@ -7,11 +7,11 @@ The world is factored twice. Dense layers see `pp x dp x tp`; expert layers see
          = ((pp * edp_size + edp) * ep_size + ep) * etp_size + etp
 
 Nothing else in the package asks torch.distributed who it is: layers take a
-[`ParallelAxis`][meshpeft.parallel.ParallelAxis], and every slice follows from a layout that holds one.
+`ParallelAxis`, and every slice follows from a layout that holds one.
 
 The module also knows that all ranks of a small mesh can be simulated in one process
 (`torch.distributed._local_tensor.LocalTensorMode`): there an axis's rank is a symbolic integer,
-and [`on_each_rank`][meshpeft.parallel.on_each_rank] runs a function once per simulated rank.
+and `on_each_rank` runs a function once per simulated rank.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def register_mesh_provider(provider: Callable[[], ParallelGroupInfo | None]) -> 
 
 
 def parallel_group_info() -> ParallelGroupInfo:
-    """The groups made by [`init_parallelism`][meshpeft.parallel.init_parallelism].
+    """The groups made by `init_parallelism`.
 
     Before it they are those that an engine's package has made (Megatron's `parallel_state`); else all of size 1.
     """

@@ -1,7 +1,7 @@
 """Dropout whose masks agree where an activation is replicated or partial, and differ where it is sharded.
 
 A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
-alike ([`set_seed`][meshpeft.parallel.set_seed]) and which activation checkpointing saves and restores, mixed with
+alike (`set_seed`) and which activation checkpointing saves and restores, mixed with
 this rank's index on each axis over which the activation varies. So the mask can also be thrown away and made
 again in the backward pass (`recompute=True`).
 """

@@ -1,7 +1,7 @@
 """What is known about classes of layers and of modules that hold layers, one entry each.
 
-A class of linear layers enters with one [`LayerType`][meshpeft.parallel.LayerType], a class of modules that hold
-layers with one [`ContainerType`][meshpeft.parallel.ContainerType]. A foreign layer does not know that its output fuses
+A class of linear layers enters with one `LayerType`, a class of modules that hold
+layers with one `ContainerType`. A foreign layer does not know that its output fuses
 q, k and v, nor that it belongs to expert 6 of 8: the module around it does.
 """
 
@@ -41,7 +41,7 @@ class LayerType:
     """The registry's entry for one class of layers.
 
     Attributes:
-        layout: Reads a layer's [`LinearLayout`][meshpeft.parallel.LinearLayout].
+        layout: Reads a layer's `LinearLayout`.
         weight: The layer's local weight, in its compute type (dequantised if it is stored otherwise).
         enter: The collective before the GEMM; `None` where the forward hides its collectives, so that adapters
             run standalone instead of inside it (as they do on layers that do more, see

@@ -1,7 +1,7 @@
 """Which slice of which global tensor this rank holds, under names that no layout changes.
 
 A checkpoint, whatever writes it, needs nothing else. The entries derive from each parameter's
-[`TensorLayout`][meshpeft.parallel.TensorLayout] alone: no layer describes itself a second time here.
+`TensorLayout` alone: no layer describes itself a second time here.
 
 Fused parameters are stored as their canonical parts: `linear_qkv.weight` as `linear_qkv.q.weight`,
 `linear_qkv.k.weight` and `linear_qkv.v.weight`. Stacked experts keep their expert dim, which is global.
@@ -112,7 +112,7 @@ class ShardedTensors:
         sharded_offsets: Sequence[ShardedOffset] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
+        """See `sharded_state_dict`.
 
         An engine that asks gets entries of its own format, see `in_format_of_caller`.
         """
@@ -263,7 +263,7 @@ def sharded_tensors(
         name: Full name of the tensor. A part is put before the last component: `linear_qkv.q.weight`.
         tensor: Local values, of the layout's local shape.
         layout: `None` for a tensor that is the same on every rank.
-        sharded_offsets: See [`sharded_state_dict`][meshpeft.parallel.sharded_tensor.sharded_state_dict].
+        sharded_offsets: See `sharded_state_dict`.
 
     Raises:
         ParallelError: The tensor does not have the layout's local shape.

@@ -2,7 +2,7 @@
 
 The checker follows collectives and ordinary operators by itself. It does not follow a reshape or a split of a dim
 that is sharded, an attention kernel, or arithmetic with this rank's index; such code stands in a function of its
-own, marked [`typed_as`][meshpeft.parallel.typed_as], whose body is still checked per rank (no nonlinearity of a
+own, marked `typed_as`, whose body is still checked per rank (no nonlinearity of a
 partial value, no sum of a partial and a full one) and whose result is given the type that the mark states. Without a
 checker running the marks cost one test.
 """

@@ -1,6 +1,6 @@
 """A layer and the adapter on it, in the layer's place.
 
-An [`AdapterWrapper`][meshpeft.peft.AdapterWrapper] gives the terms of its adapter (`terms`): what is exported, read,
+An `AdapterWrapper` gives the terms of its adapter (`terms`): what is exported, read,
 merged, started from the weight and reported is asked of them, never of the wrapper's class. So a new adapter method is
 one file: a wrapper with its terms, and the method that puts it on a layer.
 """

@@ -2,7 +2,7 @@
 
 Each block of `block_size` consecutive values of a row has a float32 scale of its own, and nothing is shared between
 blocks. A shard that cuts no block in two therefore holds exactly a slice of the full packed weight; for others see
-[`blocks`][meshpeft.quantization.blocks]. (Formats with a scale, or a mean of scales, over the full tensor do not have
+`blocks`. (Formats with a scale, or a mean of scales, over the full tensor do not have
 this property: a shard quantised alone differs from a slice of the full weight.)
 
 | format | bytes a value, blocks of 64 | from |

@@ -1,6 +1,6 @@
 """Linear layers whose weight is packed: the layer's own class, with another storage.
 
-[`pack_`][meshpeft.quantization.layers.pack_] turns a layer into one of these in place, so that whoever holds the layer
+`pack_` turns a layer into one of these in place, so that whoever holds the layer
 holds the packed one. The layers enter the registry with their base class's entry, except that `weight` dequantises and
 `packed` gives the packed form: adapters, checkpoints and whatever else reads a layout need not know the storage.
 

@@ -49,7 +49,7 @@ class BaseQuantizer:
     """Packs layers one at a time; a loader uses it on each layer as soon as its weight is read.
 
     Attributes:
-        format: `nf4 int8 int4 fp8`, see [`formats`][meshpeft.quantization.formats].
+        format: `nf4 int8 int4 fp8`, see `meshpeft.quantization.formats`.
         block_size: Consecutive values of a row that share a scale.
         residual_rank: Rank of the factors of W - dequantised W that each layer keeps for `svdquant_init`; `None`
             keeps none.
@@ -191,7 +191,7 @@ def quantize_base(
         model: Model that holds its values. To pack each tensor as it is read, see `load_pretrained(quantize=..)`.
         format: `nf4` and `int4` take 0.5625 bytes a value, `int8` and `fp8` 1.0625.
         residual_rank, block_size, exact_svd, target_modules, exclude_modules, principal_rank, principal_modules: see
-            [`BaseQuantizer`][meshpeft.quantization.BaseQuantizer]. By default the vocabulary head, routers and gates
+            `BaseQuantizer`. By default the vocabulary head, routers and gates
             are kept in full.
 
     Returns:

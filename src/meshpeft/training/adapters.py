@@ -140,7 +140,7 @@ def add_adapter(model: LanguageModel, config: FinetuneConfig) -> LanguageModel:
     """Freeze `model` and put adapters on the layers that match, in place; return the model.
 
     The adapters are of `config.lora_dtype`; by default float32, or float64 on a float64 base. Warnings are left to
-    [`check_adapter`][meshpeft.training.adapters.check_adapter], which gives each once and not on every worker.
+    `check_adapter`, which gives each once and not on every worker.
 
     Raises:
         AdapterError: A target matches no layer.

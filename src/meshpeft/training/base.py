@@ -134,7 +134,7 @@ class BaseModel:
 
         Raises:
             QuantizationError: A layer that cannot be packed.
-            ModelError: See [`load_pretrained`][meshpeft.models.load_pretrained].
+            ModelError: See `load_pretrained`.
         """
         if not isinstance(self.config, DecoderConfig):
             model: LanguageModel = _transformers().load_transformers(

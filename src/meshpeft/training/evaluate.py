@@ -23,7 +23,7 @@ __all__ = ["evaluate", "start"]
 
 
 def start(config: EvaluateConfig) -> None:
-    """Check the options, then run [`evaluate`][meshpeft.training.evaluate.evaluate] on the workers they need.
+    """Check the options, then run `evaluate` on the workers they need.
 
     Raises:
         MeshPEFTError: The options, the model, the adapter or the data are at fault.

@@ -64,7 +64,7 @@ SAVING_SECONDS = 600
 
 
 def start(config: FinetuneConfig) -> None:
-    """Check the options, then run [`finetune`][meshpeft.training.finetune.finetune] on the workers they need.
+    """Check the options, then run `finetune` on the workers they need.
 
     Raises:
         MeshPEFTError: The options, the model, the data or the output directory are at fault; nothing is written.
@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune on the mesh that this process is part of. Every rank calls it, with equal options.
 
     Args:
-        config: Checked and [`resolved`][meshpeft.training.config.FinetuneConfig.resolved].
+        config: Checked and `resolved`.
 
     Raises:
         MeshPEFTError: The model or the data cannot be used; raised before anything is written.

@@ -29,7 +29,7 @@ SAMPLE_TOKENS = 48
 
 
 def start(config: GenerateConfig) -> None:
-    """Check the options, then run [`generate`][meshpeft.training.generate.generate] on the workers they need.
+    """Check the options, then run `generate` on the workers they need.
 
     Raises:
         MeshPEFTError: The options, the model or the adapter are at fault.

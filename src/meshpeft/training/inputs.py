@@ -162,7 +162,7 @@ def _pack(documents: TokenizedRecords, config: FinetuneConfig, part: str) -> Pac
 
 
 def check_rows(model: LanguageModel, *parts: PackedRows) -> None:
-    """Check that rows fit a model; see [`check_tokens`][meshpeft.models.language_model.check_tokens].
+    """Check that rows fit a model; see `check_tokens`.
 
     Args:
         model: Model that reads them.

@@ -144,7 +144,7 @@ def launch(
 
     Args:
         function: Importable by name (workers are fresh processes), as are the types of `arguments`.
-        workers: See [`number_of_workers`][meshpeft.training.launch.number_of_workers].
+        workers: See `number_of_workers`.
         shutdown_seconds: How long workers may take to end when they are asked to, before they are killed.
 
     Raises:

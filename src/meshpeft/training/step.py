@@ -76,7 +76,7 @@ def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
 
 
 def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
-    """Compute [`summed_loss`][meshpeft.training.step.summed_loss] and the load-balancing loss of a model with experts.
+    """Compute `summed_loss` and the load-balancing loss of a model with experts.
 
     Returns:
         [2]: the cross entropy, and the sum over the rows of (load-balancing loss x target tokens). `I` over tp.

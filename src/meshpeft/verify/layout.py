@@ -4,7 +4,7 @@ Two checks, both in this process and without a GPU:
 
 1. the states of the model at its real size and the full number of ranks ([`typecheck_layout`]);
 2. a few optimizer steps of a scaled-down model of the same structure, in float64, on simulated ranks, against one
-   rank, with what they write and read ([`prove`][meshpeft.verify.proof.prove]). Scaled down are widths, layers,
+   rank, with what they write and read (`prove`). Scaled down are widths, layers,
    vocabulary and the number of experts; heads, query groups, biases, norms, windows, the router and the adapter are the
    model's own. Data parallel is cut to 2 and expert parallel to 4: more ranks add no other arithmetic.
 
@@ -68,7 +68,7 @@ class Verdict:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every error is below [`TOLERANCE`][meshpeft.verify.layout.TOLERANCE]."""
+        """Whether every error is below `TOLERANCE`."""
         return all(error < TOLERANCE for error in self.errors.values())
 
 
@@ -102,7 +102,7 @@ def verify_layout(
         dropout: Dropout of the run; its masks are checked, at another probability.
         all_layers: Keep all layers instead of two, for adapters that name layers by their number.
         steps: Optimizer steps to compare.
-        options: `lr_ratio` and `router_aux_loss_coef`, see [`Recipe`][meshpeft.verify.oracle.Recipe].
+        options: `lr_ratio` and `router_aux_loss_coef`, see `Recipe`.
 
     Raises:
         MeshPEFTError: The sizes do not divide, or a state is wrong.
@@ -146,11 +146,11 @@ def prove_adapter(
     dropout: bool,
     **options: Any,
 ) -> Proof:
-    """Prove a layout on random documents, see [`prove`][meshpeft.verify.proof.prove].
+    """Prove a layout on random documents, see `prove`.
 
     Args:
         layout: Layout to simulate in this process.
-        make_model, adapt, options: See [`Recipe`][meshpeft.verify.oracle.Recipe].
+        make_model, adapt, options: See `Recipe`.
         vocab_size: Vocabulary size of the model.
         steps, dropout: See `prove`.
     """

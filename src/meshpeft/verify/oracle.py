@@ -1,7 +1,7 @@
 """The oracle: the same fine-tune at two layouts, compared number by number.
 
 It drives `training`'s own step on a real model; nothing of training is written again here. All ranks run in one
-process ([`simulate`][meshpeft.verify.simulation.simulate]), in float64, where the layouts agree to rounding
+process (`simulate`), in float64, where the layouts agree to rounding
 (relative error about 1e-15 per operation) and a real error cannot hide.
 """
 
@@ -223,7 +223,7 @@ def trace_layout(
 
     Args:
         layout: The layout.
-        make_model, adapt, rows: See [`Recipe`][meshpeft.verify.oracle.Recipe].
+        make_model, adapt, rows: See `Recipe`.
         steps: Optimizer steps.
         options: The other options of a `Recipe`.
     """
@@ -281,7 +281,7 @@ def _scalars(expected: list[float], found: list[float]) -> float:
 
 
 def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
-    """Return the largest error among tensors of a kind, see [`compare`][meshpeft.verify.oracle.compare]."""
+    """Return the largest error among tensors of a kind, see `compare`."""
     if expected.keys() != found.keys() or not expected:
         return float("inf")
     worst = 0.0

@@ -75,7 +75,7 @@ def index_on_rank(index: int, rank: int) -> int:
 
 def of_ranks(values: Mapping[int, Tensor]) -> Tensor:
     """Join every simulated rank's value into one tensor; the inverse of
-    [`on_rank`][meshpeft.verify.simulation.on_rank].
+    `on_rank`.
     """
     return LocalTensor(dict(values)) if enabled_local_tensor_mode() is not None else values[0]
 

@@ -1,6 +1,6 @@
 """`verify_transformers_layout`: the proof of a layout for a model of transformers, of whatever architecture.
 
-The numbers are those of [`verify_layout`][meshpeft.verify.layout.verify_layout]: a few steps of a scaled-down model in
+The numbers are those of `verify_layout`: a few steps of a scaled-down model in
 float64, on simulated ranks, against one rank. What a configuration means is transformers' alone, so it is scaled down
 by the names that most of them share, and tried. The states of its tensors are not followed: its code is not written in
 terms of them.
@@ -77,7 +77,7 @@ def verify_transformers_layout(
     Args:
         config: Configuration of the model, at its real size.
         adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
-            [`verify_layout`][meshpeft.verify.layout.verify_layout].
+            `verify_layout`.
 
     Raises:
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
