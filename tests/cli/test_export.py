@@ -284,7 +284,7 @@ def test_a_model_that_cannot_be_written_leaves_no_tokenizer_behind(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("meshpeft.hub.save.save_file", full_disk)
+    monkeypatch.setattr("meshpeft.hub.save.TensorFileWriter.write", full_disk)
     error = refused(capsys, "merge", "--adapter", runs("lora"), "--to", tmp_path / "to")
     assert "No space left on device" in error
     assert not list(tmp_path.iterdir())
