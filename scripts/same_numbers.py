@@ -30,7 +30,7 @@ RUNS = {
     "lora on nf4, tp 2": "--steps 6 --tp 2 --quantize nf4",
     "lora, transformers, tp 2": "--steps 6 --tp 2 --engine transformers",
     "lora on experts, ep 2": f"--steps 6 --model {EXPERTS} --tp 1 --ep 2 --dp 2",
-    "dora on experts, tp 2, etp 2": f"--steps 6 --model {EXPERTS} --tp 2 --method dora",
+    "lora on experts, tp 2, etp 2, dropout": f"--steps 6 --model {EXPERTS} --tp 2 --dropout 0.1",
 }
 
 
