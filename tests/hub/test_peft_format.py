@@ -19,6 +19,7 @@ from helpers.checkpoint_jobs import export_and_fail
 from helpers.fsdp_jobs import export_under_fsdp, export_under_fsdp1, made, trained
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import simulate, the_same
+from helpers.thinned import thinned
 from helpers.tiny_models import random_ids, reference
 from helpers.workers import run_on_ranks
 from safetensors import safe_open
@@ -61,7 +62,7 @@ def test_peft_loads_the_export_and_gives_our_logits(family: str, method: str, ti
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("layout", thinned([{"tp": 2, "dp": 2}, {"tp": 4}], 2), ids=str)
 def test_every_layout_writes_the_same_bytes_and_reads_its_slices(
     layout: dict[str, int], method: str, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -158,7 +159,7 @@ UNEQUAL: dict[str, tuple[dict[str, Any], bool, tuple[int, float]]] = {
 }
 
 
-@pytest.mark.parametrize("case", UNEQUAL)
+@pytest.mark.parametrize("case", thinned(UNEQUAL, 3))
 def test_one_scale_serves_a_file_of_several_ranks_and_scales(case: str, tiny: Tiny, tmp_path: Path) -> None:
     """Servers read `r` and `lora_alpha` alone; our readers restore what they were made of."""
     options, exact, (rank, alpha) = UNEQUAL[case]

@@ -35,11 +35,11 @@ MATRIX = tuple(
 
 
 def runs(layouts: tuple[Layout, ...]) -> list[Any]:
-    """Every method at every layout; token shards are only kept under sequence parallel."""
+    """Every method at every layout; token shards are only kept under sequence parallel. Every second is slow."""
     return [
-        pytest.param(layout, method, id=f"{layout}-{method}")
-        for method in METHODS
-        for layout in layouts
+        pytest.param(layout, method, id=f"{layout}-{method}", marks=[pytest.mark.slow] if (row + column) % 2 else [])
+        for row, method in enumerate(METHODS)
+        for column, layout in enumerate(layouts)
         if layout.sequence_parallel or "token shards" not in method
     ]
 
