@@ -507,12 +507,12 @@ def stored_factors(place: Place, names: Names) -> list[Stored]:
 
 
 def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
-    # A layer of transformers' own that packs its parts is one module there, too.
-    divided = suffix != FACTOR_A and layout.fused_parts is not None and len(place.names) > 1
+    # A layer of transformers' own that fuses its parts is one module there, too.
+    by_part = suffix != FACTOR_A and layout.fused_parts is not None and len(place.names) > 1
     return StoredTensors(
         layout,
         [
-            StoredTensor(f"{PREFIX}{names.of_module(name)}.{suffix}", number if divided else None)
+            StoredTensor(f"{PREFIX}{names.of_module(name)}.{suffix}", number if by_part else None)
             for number, name in enumerate(place.names)
         ],
         rank_dim=_RANK_DIMS.get(suffix),
@@ -521,13 +521,13 @@ def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) ->
 
 
 def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
-    divided = suffix != FACTOR_A and layout.fused_parts is not None
+    by_part = suffix != FACTOR_A and layout.fused_parts is not None
 
     def tensors() -> Iterator[StoredTensor]:
         for expert in range(place.experts):
             for number, part in enumerate((None,) if place.b.fused_parts is None else place.b.fused_parts.names):
                 key = f"{PREFIX}{names.of_expert(place.names[0], part, expert)}.{suffix}"
-                yield StoredTensor(key, number if divided else None, expert)
+                yield StoredTensor(key, number if by_part else None, expert)
 
     # Of DoRA experts that share A and B, each has its own magnitude.
     stacked = len(layout.global_shape) == (2 if suffix == MAGNITUDE else 3)

@@ -348,7 +348,7 @@ def check_divisible(config: DecoderConfig, parallel: ModelParallelConfig) -> Non
     etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
     if parallel.pipeline_model_parallel_size != 1:
         raise ModelError(
-            f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder is not divided into stages; use 1"
+            f"pipeline_parallel={parallel.pipeline_model_parallel_size}: the decoder has no pipeline stages; use 1"
         )
     for name, size in (("tensor_parallel", tp), ("expert_parallel", ep), ("expert_tensor_parallel", etp)):
         if size < 1:

@@ -476,7 +476,7 @@ class LinearLayout:
         return self._of_output((self.out_features, rank), self.states(fused=fused)[1])
 
     def magnitude(self, *, fused: bool = True) -> TensorLayout:
-        """m [out] of DoRA: sharded in a column; replicated in a row, where it scales the output."""
+        """m [out] of DoRA: sharded in a column; else replicated, its gradient partial over `axis` unless y is I."""
         return self._of_output((self.out_features,), self.states(fused=fused)[1])
 
     def partial_axes(self, beside: State) -> tuple[ParallelAxis, ...]:

@@ -1,4 +1,4 @@
-"""Configuration of adapters by patterns of layer names."""
+"""Options of `update_model`, by patterns of layer names. `LoRA`, `DoRA` and their like have their own (`method.py`)."""
 
 from __future__ import annotations
 

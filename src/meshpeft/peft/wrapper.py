@@ -1,8 +1,9 @@
 """A layer and the adapter on it, in the layer's place.
 
-An `AdapterWrapper` gives the terms of its adapter (`terms`): what is exported, read,
-merged, started from the weight and reported is asked of them, never of the wrapper's class. So a new adapter method is
-one file: a wrapper with its terms, and the method that puts it on a layer.
+An `AdapterWrapper` gives the terms of its adapter (`terms`). Export, import, merge, starts from the weight and reports
+read them, never the wrapper's class. So a new adapter method is one file of this package: a wrapper with its terms, and
+the method that puts it on a layer. The command line also lists its methods, in `training/adapters.py` and
+`training/config.py`.
 """
 
 from __future__ import annotations
