@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ import torch.nn.functional as F
 from helpers.gated_mlp import INPUT, GatedMLP, adapters_of, full_weight, train
 from helpers.simulate import on_rank, simulate, the_same
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
+from meshpeft.checkpoint import CheckpointError, merge_adapter
 from meshpeft.parallel import (
     ColumnParallelLinear,
     GroupedColumnParallelLinear,
@@ -24,8 +30,15 @@ from meshpeft.parallel import (
     named_init_,
     sharded_state_dict,
 )
-from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA
-from meshpeft.quantization import BaseQuantizer, PackedLayer, QuantizationError, quantize_base
+from meshpeft.peft import PEFT, CanonicalLoRA, DoRA, LoRA, update_model
+from meshpeft.quantization import (
+    BaseQuantizer,
+    PackedLayer,
+    QuantizationError,
+    dequantize_base,
+    packed_form,
+    quantize_base,
+)
 from meshpeft.quantization.formats import FORMATS
 
 LAYERS = {
@@ -90,26 +103,83 @@ def test_adapters_on_a_packed_base_train_alike_at_every_layout(method):
     assert all((got_adapters[key] - adapters[key]).norm() < 1e-10 * adapters[key].norm() for key in adapters)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(adapted):
-    model = quantize_base(GatedMLP(torch.float32), "nf4", exclude_modules=())
-    if adapted:
-        LoRA(["linear_fc1", "linear_fc2", "output_layer"], dim=4)(model)
-    sizes: list[int] = []
-    x = torch.randn(2, 128, requires_grad=True)
+class MLPAndExperts(GatedMLP):
+    """The MLP, and experts on its output."""
 
-    def note(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+        self.experts = GroupedColumnParallelLinear(3, 64, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(super().forward(x), torch.tensor([1, 0, 1]))
+
+
+def _named(model: nn.Module) -> None:
+    """Two named adapters on each layer, which run as one."""
+    for name in ("first", "second"):
+        update_model(model, {"adapter_name": name, "adapter_cfg": {"*": {"rank": 4}}})
+
+
+def _methods() -> dict[str, Callable[[nn.Module], Any]]:
+    found: dict[str, Callable[[nn.Module], Any]] = {"no adapter": lambda model: None, "named lora": _named}
+    layers = ["linear_fc1", "linear_fc2", "output_layer", "experts"]
+    parts = ["linear_fc1_gate", "linear_fc1_up", *layers[1:]]
+    for fused, (dropout, position) in itertools.product((True, False), ((0.0, "pre"), (0.5, "pre"), (0.5, "post"))):
+        options: Any = {"dim": 4, "fused": fused, "dropout": dropout, "dropout_position": position}
+        options["share_expert_adapters"] = fused
+        case = f"{'fused' if fused else 'standalone'}, {position if dropout else 'no dropout'}"
+        found[f"lora, {case}"] = LoRA(layers, **options)
+        found[f"canonical, {case}"] = CanonicalLoRA(parts, **options)
+        if position == "pre":
+            found[f"dora, {case}"] = DoRA(layers, **options)
+    return found
+
+
+APPLY = _methods()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("method", APPLY)
+def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(method, checkpointed, monkeypatch):
+    model = quantize_base(MLPAndExperts(), "nf4", exclude_modules=())
+    APPLY[method](model)
+    smallest = min(form.blocks.weight.size for form in map(packed_form, model.modules()) if form is not None)
+    made: list[StorageWeakRef] = []
+    sizes: list[int] = []
+    dequantized_weight = PackedLayer.dequantized_weight
+
+    def check_that_none_is_kept() -> None:
+        assert all(weight.expired() for weight in made)
+
+    def note_weight(layer: PackedLayer) -> Tensor:
+        check_that_none_is_kept()  # in the backward pass, too, where checkpointed layers run again
+        weight = dequantized_weight(layer)
+        made.append(StorageWeakRef(weight.untyped_storage()))
+        return weight
+
+    def note_size(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.untyped_storage().nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(x).sum().backward()
-    assert sizes and max(sizes) < 128 * 64
-    if not adapted:
-        experts, sizes[:] = quantize_base(GroupedColumnParallelLinear(3, 128, 64), "nf4"), []
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            experts(x, torch.tensor([1, 0, 1])).sum().backward()
-        assert sizes and max(sizes) < 128 * 64
+    monkeypatch.setattr(PackedLayer, "dequantized_weight", note_weight)
+    x = torch.randn(2, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    check_that_none_is_kept()
+    forward = len(made)
+    y.sum().backward()
+    check_that_none_is_kept()
+    assert len(made) >= 2 * forward >= 8
+    assert sizes and max(sizes) < 4 * smallest
+
+
+def test_an_adapter_is_merged_once_the_base_is_dequantised():
+    model = LoRA(["linear_fc2"], dim=4, lora_B_init_method="normal")(quantize_base(GatedMLP(), "nf4"))
+    expected = model(INPUT)
+    with pytest.raises(CheckpointError, match=r"call meshpeft.quantization.dequantize_base\(model\) first"):
+        merge_adapter(model)
+    merged = merge_adapter(dequantize_base(model))
+    assert (merged(INPUT) - expected).norm() < 1e-10 * expected.norm()
 
 
 def test_the_packed_base_takes_the_bytes_that_the_format_promises():

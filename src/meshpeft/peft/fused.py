@@ -159,15 +159,16 @@ def fused_dora_reference(x: Tensor, weight: Tensor, term: Term, magnitude: Tenso
     return y if dropped is None else y + (x - dropped) @ weight.t()
 
 
-def product(x: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+def product(x: Tensor, w: WeightSource, offsets: Tensor | None = None) -> Tensor:
     """x wᵀ in x's type (under autocast in its), for factors in any state: x [*, in], w [out, in] -> [*, out].
 
-    With `offsets` w may be a stack [experts, out, in], one matrix for each group of rows of x [tokens, in].
+    With `offsets` w may be a stack [experts, out, in], one matrix for each group of rows of x [tokens, in]. Where w is
+    a function that makes the matrix, the backward pass calls it again, and it gets no gradient.
 
     One of x and w may be partial; a sharded `in` gives a partial. (The type checker refuses partials in `F.linear`,
     for its optional bias, and sharded leading dims in `matmul`.)
     """
-    return apply_outside_autocast(_Product, [x], w, offsets)
+    return apply_outside_autocast(_Product, [x], *_stored_or_source(w), offsets)
 
 
 def apply_outside_autocast(function: type[Function], cast: Sequence[Tensor | None], *others: Any) -> Tensor:
@@ -401,24 +402,34 @@ class _FusedDoRA(Function):
 
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w, offsets)
-        y = _times(_flat(x), w.to(x.dtype), offsets, transpose=True)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, source: Callable[[], Tensor] | None, offsets: Tensor | None
+    ) -> Tensor:
+        ctx.source, ctx.x_shape = source, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)
+        y = _times(_flat(x), _read_weight(weight, source).to(x.dtype), offsets, transpose=True)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, w, offsets = ctx.saved_tensors
+        x, weight, offsets = ctx.saved_tensors
+        need_x, need_w, *_ = ctx.needs_input_grad
         dy = _dense_gradient(grads[0])
-        dx = _times(dy, w.to(dy.dtype), offsets, transpose=False).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = _factor_gradient(dy, _flat(x), w, offsets).to(w.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        dx = dw = None
+        if need_x:
+            w = _read_weight(weight, ctx.source).to(dy.dtype)
+            dx = _times(dy, w, offsets, transpose=False).view(ctx.x_shape)
+        if need_w:
+            dw = _factor_gradient(dy, _flat(x), weight, offsets).to(weight.dtype)
+        return dx, dw, None, None
 
     @staticmethod
-    def spmd_typecheck(*, x: Tensor, w: Tensor, offsets: Tensor | None) -> Any:
+    def spmd_typecheck(
+        *, x: Tensor, weight: Tensor | None, source: Callable[[], Tensor] | None, offsets: Tensor | None
+    ) -> Any:
         _ignore_offsets(offsets)
-        return _product_type(x, w)
+        return _product_type(x, _read_weight(weight, source))
 
 
 def _stored_or_source(weight: WeightSource) -> tuple[Tensor | None, Callable[[], Tensor] | None]:

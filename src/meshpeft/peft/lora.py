@@ -56,8 +56,7 @@ class LowRankWrapper(AdapterWrapper):
         """x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         adapter, source, offsets = self.one_adapter, self.weight_source(), self.offsets(args, kwargs)
         if adapter.drops_output:
-            weight = source if isinstance(source, Tensor) else source()
-            return product(x, weight, offsets) + adapter.delta(x, *self.factors(), offsets)
+            return product(x, source, offsets) + adapter.delta(x, *self.factors(), offsets)
         return fused_lora(x, source, adapter.term(x, offsets, self.factors()))
 
     def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -357,9 +357,15 @@ class AdapterWrapper(nn.Module):
         if not self.adapter_enabled:
             raise AdapterError("the adapter is switched off, and merging it would switch it on; enable it first")
         if self.stored_weight() is None and self.layer_type.store is None:
+            kind = type(self.to_wrap).__name__
+            if self.layer_type.packed(self.to_wrap) is not None:
+                raise AdapterError(
+                    f"the weight of a {kind} is packed, and would lose most of what is merged into it; call "
+                    "meshpeft.quantization.dequantize_base(model) first"
+                )
             raise AdapterError(
-                f"{type(self.to_wrap).__name__} stores its weight in another form than it uses; merge into a "
-                "dequantised copy of the base instead"
+                f"{kind} stores its weight in another form than it uses; export the adapter, and merge it into the "
+                "base as it was before it was quantised"
             )
         if not all(term.adapter.is_linear for term in self.terms()):
             raise AdapterError("an adapter with an activation between its factors is no change of a weight")

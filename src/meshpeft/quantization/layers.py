@@ -1,12 +1,23 @@
 """Linear layers whose weight is packed: the layer's own class, with another storage.
 
-`pack_` turns a layer into one of these in place, so that whoever holds the layer
-holds the packed one. The layers enter the registry with their base class's entry, except that `weight` dequantises and
-`packed` gives the packed form: adapters, checkpoints and whatever else reads a layout need not know the storage.
+`pack_` turns a layer into one of these in place, so that whoever holds the layer holds the packed one. Its weight is
+frozen: no gradient, no weight decay. The layers enter the registry with their base class's entry, except that `weight`
+dequantises and `packed` gives the packed form: adapters, checkpoints and whatever else reads a layout need not know
+the storage. States as for any linear, see docs/parallel.md.
 
-Products dequantise the weight when they need it, and again in the backward pass: PyTorch's own `linear` would keep the
-dequantised weight for the input gradient, which would cost the memory that packing saved. The weight itself gets no
-gradient. States as for any linear, see docs/parallel.md.
+What happens to an adapter on a packed (NF4) base:
+
+* Its layout, initial values, gradient sums, checkpoint entries and export are those on the base class: they follow from
+  the layout, which has no storage. Its type is `compute_dtype`, that of the dequantised weight, unless the method names
+  another.
+* A fused adapter skips the `forward` of the packed layer. The wrapper runs the layer's `enter`, one function for base
+  and adapter, and `exit`; that function gets `AdapterWrapper.weight_source()`, which dequantises. A standalone adapter
+  calls the `forward`, and is added to its output.
+* Either way W is dequantised in the forward pass and again in the backward pass, and nothing keeps it in between.
+* Merging is refused. `dequantize_base` makes the layers ordinary ones, into which the adapter can be merged.
+
+PyTorch's own `linear` would keep the dequantised weight for the input gradient, which would cost the memory that
+packing saved: so every product here is `meshpeft.peft.fused.product`, with a function for W.
 """
 
 from __future__ import annotations
@@ -17,8 +28,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel import (
     ColumnParallelLinear,
@@ -27,14 +36,13 @@ from meshpeft.parallel import (
     RowParallelLinear,
     ShardedTensors,
     group_offsets,
-    grouped_mm,
     layer_type_of,
     layout_of,
     layout_of_tensor,
     register_layer_type,
     set_layout,
 )
-from meshpeft.peft.fused import apply_outside_autocast
+from meshpeft.peft.fused import product
 from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.errors import QuantizationError
 from meshpeft.quantization.formats import FormatName, Packed, WeightFormat, weight_format
@@ -47,52 +55,10 @@ __all__ = [
     "can_be_packed",
     "check_has_values",
     "check_packable",
-    "grouped_linear_from",
-    "linear_from",
     "pack_",
     "packed_form",
     "unpack_",
 ]
-
-
-Source = Callable[[], Tensor]
-
-
-class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Source) -> Tensor:
-        ctx.source = source
-        return torch.matmul(x, source().to(x.dtype).t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return torch.matmul(grads[0], ctx.source().to(grads[0].dtype)), None
-
-
-class _GroupedLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Source, offsets: Tensor) -> Tensor:
-        ctx.source = source
-        ctx.save_for_backward(offsets)
-        return grouped_mm(x, source().to(x.dtype), offsets, transpose=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        (offsets,) = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        return grouped_mm(dy, ctx.source().to(dy.dtype), offsets, transpose=False), None, None
-
-
-def linear_from(x: Tensor, source: Source) -> Tensor:
-    """y = x Wᵀ. x [*, in], `source()` -> W [out, in]; y [*, out] in x's type, or in autocast's."""
-    return apply_outside_autocast(_Linear, [x], source)
-
-
-def grouped_linear_from(x: Tensor, source: Source, offsets: Tensor) -> Tensor:
-    """y = x W_eᵀ for the rows of each group e. x [T, in], `source()` -> W [E, out, in], offsets [E] int32."""
-    return apply_outside_autocast(_GroupedLinear, [x], source, offsets)
 
 
 class KeptFactors(NamedTuple):
@@ -228,7 +194,7 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [*, in] -> [*, out]."""
-        y = linear_from(input, self.dequantized_weight)
+        y = product(input, self.dequantized_weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -237,7 +203,7 @@ class PackedColumnParallelLinear(PackedLayer, ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x -> y, in the states of the layer's own forward."""
-        return self.exit(linear_from(self.enter(x), self.dequantized_weight))
+        return self.exit(product(self.enter(x), self.dequantized_weight))
 
 
 class PackedRowParallelLinear(PackedLayer, RowParallelLinear):
@@ -245,7 +211,7 @@ class PackedRowParallelLinear(PackedLayer, RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x -> y, in the states of the layer's own forward."""
-        return self.exit(linear_from(self.enter(x), self.dequantized_weight))
+        return self.exit(product(self.enter(x), self.dequantized_weight))
 
 
 class PackedGroupedColumnParallelLinear(PackedLayer, GroupedColumnParallelLinear):
@@ -253,7 +219,7 @@ class PackedGroupedColumnParallelLinear(PackedLayer, GroupedColumnParallelLinear
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [tokens, in], tokens_per_expert [local experts] -> [tokens, out], in the layer's own states."""
-        return grouped_linear_from(x, self.dequantized_weight, group_offsets(tokens_per_expert))
+        return product(x, self.dequantized_weight, group_offsets(tokens_per_expert))
 
 
 class PackedGroupedRowParallelLinear(PackedLayer, GroupedRowParallelLinear):
@@ -261,7 +227,7 @@ class PackedGroupedRowParallelLinear(PackedLayer, GroupedRowParallelLinear):
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [tokens, in], tokens_per_expert [local experts] -> [tokens, out], in the layer's own states."""
-        return grouped_linear_from(x, self.dequantized_weight, group_offsets(tokens_per_expert))
+        return product(x, self.dequantized_weight, group_offsets(tokens_per_expert))
 
 
 # Exactly these classes: a subclass may use its weight in ways of its own.
