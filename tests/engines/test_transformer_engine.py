@@ -137,7 +137,7 @@ def undivided_expert() -> tuple[str | None, bool, list[int], bool]:
         layer = StandInColumn(IN, OUT, config=config, init_method=None, bias=False, is_expert=True)
         layout = layout_of(layer)
         assert layout.data_axis is not None and layout.marks is not None
-        marks = layout.marks(layout.factor_a(RANK, fused=False))
+        marks = layout.marks(layout.factor_a(RANK, inside=False))
         sizes = [layout.axis.world_size, layout.data_axis.world_size]
         return layer.parallel_mode, layout.is_expert, sizes, marks["allreduce"]
 

@@ -259,7 +259,10 @@ def axes_without_parallel_state() -> tuple[list[int], int]:
     layer = ColumnParallelLinear(4, 6, config=config, init_method=nn.init.zeros_, tp_group=group)
     layout = layout_of(layer)
     assert layout.axis.group is group and layout_of(layer).axis is layout.axis
-    return [layout.axis.world_size, layout.factor_b(2, fused=False).local_shape[0]], parallel_group_info().tp.world_size
+    return [
+        layout.axis.world_size,
+        layout.factor_b(2, inside=False).local_shape[0],
+    ], parallel_group_info().tp.world_size
 
 
 def axis_is_left(method: PEFT) -> bool:

@@ -73,7 +73,7 @@ def test_the_gradient_of_a_router_is_a_summand_over_tensor_parallel() -> None:
         decoder = Decoder(replace(CONFIG, moe=replace(MOE, shared_intermediate_size=24)), device="meta")
         found = decoder.decoder.layers[0].mlp.router
         layer_type = layer_type_of(found)
-        assert layer_type is not None and layer_type.fused
+        assert layer_type is not None and layer_type.takes_adapters_inside
         for layout in (layout_of_tensor(found.weight), layout_of(found).factor_a(2), layout_of(found).factor_b(2)):
             assert layout is not None and [axis.name for axis in layout.grad_partial] == ["tp"]
         gate = decoder.decoder.layers[0].mlp.shared_experts.gate

@@ -139,7 +139,7 @@ def test_enter_gemm_exit_is_the_layer(kind: type, name: str) -> None:
         x = torch.randn(4, 3, IN, dtype=torch.float64)
         local = copied(sharded_like({"layer": layer}, kind, x.shape, "input"), x)
         entry = layer_type_of(layer)
-        assert entry is not None and entry.fused
+        assert entry is not None and entry.takes_adapters_inside
         by_steps = entry.exit(layer, F.linear(entry.enter(layer, local), entry.weight(layer)))
         difference = by_steps - layer(local)
         assert max(value.abs().max().item() for value in difference._local_tensors.values()) < 1e-14
@@ -306,7 +306,7 @@ def test_layer_types_are_found_by_their_nearest_class() -> None:
     assert layout_of(Special(2, 3)).out_features == 3
     register_layer_type(Special, LayerType(lambda module: LinearLayout(7, 7), lambda module: module.weight))
     assert layout_of(Special(2, 3)).in_features == 7
-    assert not layer_type_of(Special(2, 3)).fused
+    assert not layer_type_of(Special(2, 3)).takes_adapters_inside
     assert layer_type_of(Unknown()) is None
     with pytest.raises(NotImplementedError, match=r"layers of type .*Unknown; known: .*ColumnParallelLinear"):
         layout_of(Unknown())
@@ -339,14 +339,14 @@ def test_what_follows_from_the_states_of_a_layer(
     bottleneck: tuple[State, State],
 ) -> None:
     layout = LinearLayout(8, 12, shard, ParallelAxis("tp", world_size=2), *states)
-    for is_fused, partial, masks in ((True, fused, masks_fused), (False, standalone, masks_standalone)):
+    for inside, partial, masks in ((True, fused, masks_fused), (False, standalone, masks_standalone)):
         layouts = {
-            "a": layout.factor_a(4, fused=is_fused),
-            "b": layout.factor_b(4, fused=is_fused),
-            "m": layout.magnitude(fused=is_fused),
+            "a": layout.factor_a(4, inside=inside),
+            "b": layout.factor_b(4, inside=inside),
+            "m": layout.magnitude(inside=inside),
         }
         assert "".join(name for name, tensor in layouts.items() if tensor.grad_partial) == partial
-        x, y = layout.states(fused=is_fused)
+        x, y = layout.states(inside=inside)
         assert "i" * differs(x) + "o" * differs(y) == masks
     assert layout.bottleneck_states == bottleneck
     shards = {"out": ([], [0], [0]), "in": ([1], [], []), None: ([], [], [])}[shard]

@@ -146,7 +146,7 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
         expert_axis=expert_axis if grouped else None,
         data_axis=data_axis if expert else parallel_group_info().dp,
         marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
-        sums=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
+        engine_sums_gradient=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
     )
     # Outside Megatron-Core's wrapper a replicated layer has no record of which tokens it meets.
     return layout if shard is not None or grouped or hasattr(layer, "config") else in_surroundings(layer, layout)

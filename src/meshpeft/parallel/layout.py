@@ -346,9 +346,9 @@ class LinearLayout:
     | sharded along in (row) | Shard(-1) | P | Shard(-1); I | I; Shard(0), token shards; P, summed after the layer |
     | replicated | as outside | as outside | I; Shard(0), token shards | as x |
 
-    A *fused* adapter joins between `enter` and `exit`, a *standalone* one runs outside, beside a base whose forward
-    hides its collectives (docs/adapters.md). `states(fused=..)` are those of x and y where the adapter is, and three
-    rules give the rest:
+    An adapter runs *inside* the layer, between `enter` and `exit` (docs/adapters.md calls it fused), or *outside*,
+    where the layer's forward hides its collectives (standalone). `states(inside=..)` are those of x and y where the
+    adapter is, and three rules give the rest:
 
     * the gradient of a replicated factor is partial exactly where the activation beside it is not I: A and x, B and y,
       a magnitude and y, a bias and y (`factor_a`, `factor_b`, `magnitude`, `bias`);
@@ -375,8 +375,9 @@ class LinearLayout:
             means the token axes of the mesh.
         marks: Attributes that the layer's engine reads on its parameters, see
             `TensorLayout`.
-        sums: Whether the engine's own finalisation sums a gradient over all of its `grad_partial`, of adapters on
-            grouped experts: what it does not is summed in the backward pass. `None` means that it does.
+        engine_sums_gradient: Whether the engine's own finalisation sums the gradient of a parameter of this layout over
+            all of its `grad_partial`; read for adapters on grouped experts. Where it does not, the backward pass sums.
+            `None` means that the finalisation sums every gradient.
 
     Raises:
         ParallelError: x or y in a state that is not in the table.
@@ -394,7 +395,7 @@ class LinearLayout:
     expert_axis: ParallelAxis | None = None
     data_axis: ParallelAxis | None = None
     marks: ParameterMarks | None = None
-    sums: Callable[[TensorLayout], bool] | None = None
+    engine_sums_gradient: Callable[[TensorLayout], bool] | None = None
 
     def __post_init__(self) -> None:
         x = self.x or (Shard(-1) if self.shard == "in" else I)
@@ -409,16 +410,16 @@ class LinearLayout:
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
 
-    def states(self, *, fused: bool) -> tuple[State, State]:
-        """States of x and y beside an adapter: between `enter` and `exit` (fused), or outside the layer."""
-        if not fused or self.shard is None:
+    def states(self, *, inside: bool) -> tuple[State, State]:
+        """States of x and y inside the layer, between `enter` and `exit`, or outside it."""
+        if not inside or self.shard is None:
             return self.x, self.y
         return (R, Shard(-1)) if self.shard == "out" else (Shard(-1), P)
 
     @property
     def bottleneck_states(self) -> tuple[State, State]:
         """States of h = x Aᵀ of a standalone adapter: as A gives it, and as B takes it."""
-        x, y = self.states(fused=False)
+        x, y = self.states(inside=False)
         if self.shard is None:
             return x, x
         return (x, R) if self.shard == "out" else (P, y)
@@ -426,7 +427,7 @@ class LinearLayout:
     @property
     def is_full_outside(self) -> bool:
         """Whether a sharded layer takes and gives full activations: full factors then serve a standalone adapter."""
-        return self.shard is not None and self.states(fused=False) == (I, I)
+        return self.shard is not None and self.states(inside=False) == (I, I)
 
     @property
     def takes_token_shards(self) -> bool:
@@ -460,24 +461,41 @@ class LinearLayout:
     def weight(self) -> TensorLayout:
         """W [out, in], or [experts, out, in]."""
         shape = (self.out_features, self.in_features)
-        return self._tensor(shape, self.shard, self.states(fused=True)[0], out_fused=True, in_fused=True)
+        return self._tensor(shape, self.shard, self.states(inside=True)[0], out_fused=True, in_fused=True)
 
     def bias(self) -> TensorLayout:
         """b [out]: sharded like the output of a column; replicated for a row, which adds it after `exit`."""
-        return self._of_output((self.out_features,), self.states(fused=False)[1])
+        return self._of_output((self.out_features,), self.states(inside=False)[1])
 
-    def factor_a(self, rank: int, *, fused: bool = True) -> TensorLayout:
-        """A [rank, in] of an adapter y += s (x Aᵀ) Bᵀ on this layer."""
+    def factor_a(self, rank: int, *, inside: bool = True) -> TensorLayout:
+        """A [rank, in] of an adapter y += s (x Aᵀ) Bᵀ inside this layer, or outside it."""
         shard: Literal["in"] | None = "in" if self.shard == "in" else None
-        return self._tensor((rank, self.in_features), shard, self.states(fused=fused)[0], in_fused=True)
+        return self._tensor((rank, self.in_features), shard, self.states(inside=inside)[0], in_fused=True)
 
-    def factor_b(self, rank: int, *, fused: bool = True) -> TensorLayout:
-        """B [out, rank]; its rows are fused like the layer's output."""
-        return self._of_output((self.out_features, rank), self.states(fused=fused)[1])
+    def factor_b(self, rank: int, *, inside: bool = True) -> TensorLayout:
+        """B [out, rank] of such an adapter; its rows are fused like the layer's output."""
+        return self._of_output((self.out_features, rank), self.states(inside=inside)[1])
 
-    def magnitude(self, *, fused: bool = True) -> TensorLayout:
-        """m [out] of DoRA: sharded in a column; else replicated, its gradient partial over `axis` unless y is I."""
-        return self._of_output((self.out_features,), self.states(fused=fused)[1])
+    def magnitude(self, *, inside: bool = True) -> TensorLayout:
+        """m [out] of DoRA; on grouped experts [experts, out].
+
+        Its gradient is summed over:
+
+        | axes | where |
+        |---|---|
+        | those that shard tokens (`TensorLayout.token_axes`: dp; edp for experts) | always |
+        | `axis`, which shards W | where m is replicated and y beside it is not I (`grad_partial`, below) |
+
+        | W | m | y beside m, inside; outside | summed over `axis` |
+        |---|---|---|---|
+        | column | sharded with its rows | | no: each rank has its own rows |
+        | row | replicated | P; y | inside always; outside unless y is I |
+        | replicated | replicated | y; y | where y is on token shards |
+
+        `finalize_gradients` sums; outside the layer, the backward pass or the engine may have (`decide_gradient_sum` in
+        `meshpeft.peft.standalone`).
+        """
+        return self._of_output((self.out_features,), self.states(inside=inside)[1])
 
     def partial_axes(self, beside: State) -> tuple[ParallelAxis, ...]:
         """The axes over which the gradient of a replicated tensor is partial, given the activation beside it.
@@ -527,6 +545,7 @@ class LinearLayout:
             tuple(shards),
             fused_parts=fused_parts,
             fused_dim=fused_dim,
+            # Each rank has its own slice of a tensor that the axis shards, whose gradient so is complete, as beside I.
             grad_partial=self.partial_axes(beside if shard is None else I),
             expert=self.is_expert,
             data_axis=self.data_axis,

@@ -79,7 +79,7 @@ class _ParallelLinear(ShardedTensors, nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         """Convert x from its state outside to that of the product, which takes it in the weight's fused order."""
         layout = self.layout
-        return convert_parts(x, layout.x, layout.states(fused=True)[0], layout.axis, layout.in_fused_parts)
+        return convert_parts(x, layout.x, layout.states(inside=True)[0], layout.axis, layout.in_fused_parts)
 
     def exit(self, y: Tensor) -> Tensor:
         """Add the bias, and convert y from the state of the product to its state outside."""
@@ -171,7 +171,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def _collect(self, y: Tensor) -> Tensor:
         layout = self.layout
-        return convert_parts(y, layout.states(fused=True)[1], layout.y, layout.axis, layout.fused_parts)
+        return convert_parts(y, layout.states(inside=True)[1], layout.y, layout.axis, layout.fused_parts)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -228,7 +228,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def exit(self, y: Tensor) -> Tensor:
         """y [*, out], P: reduce it, then add the bias."""
-        y = convert(y, self.layout.states(fused=True)[1], self.layout.y, self.layout.axis)
+        y = convert(y, self.layout.states(inside=True)[1], self.layout.y, self.layout.axis)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class LayerType:
     decides: bool = False
 
     @property
-    def fused(self) -> bool:
-        """Whether adapters join between the layer's `enter` and `exit`."""
+    def takes_adapters_inside(self) -> bool:
+        """Whether adapters join between the layer's `enter` and `exit`; otherwise they run standalone."""
         return self.enter is not None
 
 

@@ -198,7 +198,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         self.keep_token_shards = keep_token_shards
         self.base_name, self.seed = name, seed
         options: tuple[Any, ...] = (seed, dtype, device, initialize)
-        layout_a, layout_b = factor_layouts or (layout.factor_a(dim, fused=fused), layout.factor_b(dim, fused=fused))
+        layout_a, layout_b = factor_layouts or (layout.factor_a(dim, inside=fused), layout.factor_b(dim, inside=fused))
         self.linear_in = LowRankFactor(layout_a, lora_A_init_method, f"{name}.{path}.linear_in.weight", *options)
         self.linear_out = LowRankFactor(layout_b, lora_B_init_method, f"{name}.{path}.linear_out.weight", *options)
 
@@ -280,11 +280,11 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         """Return x after dropout; `None` where the adapter takes x itself."""
         if self.dropout_position != "pre" or not self._drops():
             return None
-        return self._drop(x, self.layout.states(fused=self.fused)[0])
+        return self._drop(x, self.layout.states(inside=self.fused)[0])
 
     def drop_output(self, delta: Tensor) -> Tensor:
         """Return the adapter's output, after dropout where that applies to the output."""
-        return self._drop(delta, self.layout.states(fused=self.fused)[1]) if self.drops_output else delta
+        return self._drop(delta, self.layout.states(inside=self.fused)[1]) if self.drops_output else delta
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0

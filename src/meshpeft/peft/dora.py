@@ -103,25 +103,34 @@ def adapted_row_norms(
 
 
 class RowNorms:
-    """Row norms of one adapted layer, recomputed only when something that they depend on may have changed.
+    """Row norms |W + s B A| of one adapted layer, kept from one call of the layer to the next.
 
-    That is another tensor, storage, type or version (the counter of in-place changes) of W, A or B, or another
-    scale. Some optimizers and engines write parameters without counting, so a backward pass through the
-    layer (`after_backward`) counts as a change too once the gradients it left have been taken away, as an optimizer
-    step does; and parameters that are views of a larger buffer, into which others may write, are never trusted.
+    A call of the layer (`get`) recomputes them where they may have changed since they were computed:
+
+    * W as it is stored, A or B is another tensor, or has another storage, type, device or version (PyTorch's counter of
+      in-place changes); or the scale is another one.
+    * W, A or B is a view of a larger buffer: others may write into the buffer, so every call recomputes.
+    * A backward pass ran through the layer, and A and B have no gradient any more: an optimizer stepped and cleared
+      them. Some optimizers and engines write parameters without counting it in the version.
+    * The layer went from `train()` to `eval()` or back: trainers swap weights there, for an average or for those of a
+      checkpoint.
+    * `clear` was called: by `DoRALinear.forget_norms` and `reset_magnitude`, and before a merge. A copied or unpickled
+      layer starts without norms.
+
+    |w_i|^2 alone is kept longer, while W and the type of the sums are the same: a step changes A and B only.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Recompute the norms when they are needed next: a parameter was written in a way that leaves no trace."""
+        """Forget the norms; the next call of the layer recomputes them."""
         self._key: tuple[object, ...] | None = None
         self._norms: Tensor | None = None
         self._weight_key: tuple[object, ...] | None = None
         self._squared: Tensor | None = None
         self._held: tuple[Tensor, ...] = ()
-        self._trained = False
+        self._backward_ran = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> RowNorms:
         return RowNorms()
@@ -130,8 +139,8 @@ class RowNorms:
         return RowNorms, ()
 
     def after_backward(self) -> None:
-        """Record a backward pass through the layer: an optimizer step may follow."""
-        self._trained = True
+        """Record that a backward pass ran through the layer: an optimizer step may follow."""
+        self._backward_ran = True
 
     def get(
         self,
@@ -151,15 +160,15 @@ class RowNorms:
         """
         weight_key = _fingerprint(identity)
         key = (weight_key, _fingerprint(a), _fingerprint(b), scale)
-        stepped = self._trained and a.grad is None and b.grad is None
-        if self._norms is None or stepped or None in key or key != self._key:
+        may_have_stepped = self._backward_ran and a.grad is None and b.grad is None
+        if self._norms is None or may_have_stepped or None in key or key != self._key:
             local = weight if isinstance(weight, Tensor) else weight()
             dtype = _wide(local, a, b)
             if self._squared is None or weight_key is None or self._weight_key != (weight_key, dtype):
                 self._squared, self._weight_key = _squared_norms(local.detach(), dtype), (weight_key, dtype)
             self._norms = adapted_row_norms(local.detach(), a, b, scale, axis, self._squared)
             # The factors are held so that no other tensor can get their address.
-            self._key, self._held, self._trained = key, (a.detach(), b.detach()), False
+            self._key, self._held, self._backward_ran = key, (a.detach(), b.detach()), False
         return self._norms
 
 
@@ -178,7 +187,7 @@ class AdapterWithMagnitude(LowRankAdapter):
     """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
-    entries follow from that.
+    entries follow from that. `LinearLayout.magnitude` has the axes over which its gradient is summed.
     """
 
     weight_magnitude: nn.Parameter
@@ -224,15 +233,15 @@ class ParallelLinearDoRAAdapter(AdapterWithMagnitude, ParallelLinearAdapter):
         self._mark(self.weight_magnitude)
 
     def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
-        stated = self.layout.magnitude(fused=self.fused)
-        return decide_gradient_sum(stated, self.layout, fused=self.fused, marked=self._marks)
+        stated = self.layout.magnitude(inside=self.fused)
+        return decide_gradient_sum(stated, self.layout, inside=self.fused, marked=self._marks)
 
 
 class GroupedExpertDoRAAdapter(AdapterWithMagnitude, GroupedExpertLinearAdapter):
     """DoRA's adapter of grouped experts: each expert has its own m, also where A and B serve all of them."""
 
     def _place_magnitude(self) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
-        return decide_gradient_sum(self.layout.magnitude(), self.layout, fused=self.fused)
+        return decide_gradient_sum(self.layout.magnitude(), self.layout, inside=self.fused)
 
 
 class _MagnitudeScale(Function):

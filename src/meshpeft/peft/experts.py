@@ -56,8 +56,8 @@ class GroupedExpertLinearAdapter(LinearAdapter):
                 f"a {type(base).__name__} is no layer of grouped experts; use LinearAdapter or ParallelLinearAdapter"
             )
         factors = layout.for_all_experts() if share_expert_adapters else layout
-        factor_a, sum_a = decide_gradient_sum(factors.factor_a(dim), layout, fused=fused)
-        factor_b, sum_b = decide_gradient_sum(factors.factor_b(dim), layout, fused=fused)
+        factor_a, sum_a = decide_gradient_sum(factors.factor_a(dim), layout, inside=fused)
+        factor_b, sum_b = decide_gradient_sum(factors.factor_b(dim), layout, inside=fused)
         super().__init__(base, dim, alpha, layout=layout, fused=fused, factor_layouts=(factor_a, factor_b), **options)
         self.share_expert_adapters = share_expert_adapters
         self._sum_a, self._sum_b = sum_a, sum_b

@@ -382,7 +382,12 @@ class LowRankPEFT(PEFT, ModuleMatcher):
     def joins(self, base: nn.Module) -> bool:
         """Whether the adapter on this layer runs inside its GEMM, between `enter` and `exit`."""
         layer_type = layer_type_of(base)
-        return self.fused and layer_type is not None and layer_type.fused and not does_more_than_its_type(base)
+        return (
+            self.fused
+            and layer_type is not None
+            and layer_type.takes_adapters_inside
+            and not does_more_than_its_type(base)
+        )
 
     def make_adapter(
         self,

@@ -10,11 +10,18 @@ for a row); Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_st
 | column whose dx the producer reduces | R | | dA |
 | row | P -> I, all-reduce | nothing | none |
 | row, sequence parallel | P -> Shard(0), reduce-scatter | all-gather | dB |
+| row, sequence parallel, `a2a_experimental` | P -> I -> R, all-reduce | all-reduce | none |
 | row whose base leaves a partial | P | | dB |
 
-Two cases are outside the rule. Where x and y are both I, the sharded factor is gathered instead of an activation. And
-an activation between the factors is not linear in a partial h: on a row that leaves a partial, h is reduced first, and
-each rank multiplies its own columns of B.
+With `a2a_experimental` B is sharded along the output features, and an all-to-all exchanges Δ, Shard(-1) -> Shard(0).
+
+Who sums what is still partial (`decide_gradient_sum`): in a sequence-parallel model the sum after the backward pass,
+`finalize_gradients` or the one of Megatron, which reads a mark on the parameter; in any other model, and in an expert,
+the backward pass.
+
+Two more cases are outside the rule. Where x and y are both I, the sharded factor is gathered instead of an activation.
+And an activation between the factors is not linear in a partial h: on a row that leaves a partial, h is reduced first,
+and each rank multiplies its own columns of B.
 """
 
 from __future__ import annotations
@@ -154,11 +161,12 @@ class ParallelLinearAdapter(LowRankAdapter):
         use_a2a = a2a_experimental and not fused and layout.shard == "in" and layout.y == Shard(0)
         # Megatron sums what is marked over dense tensor parallel, and only if its config is sequence parallel.
         marks = not fused and config.sequence_parallel and not layout.is_expert
-        factor_a, sum_a = decide_gradient_sum(layout.factor_a(dim, fused=fused), layout, fused=fused, marked=marks)
-        factor_b, sum_b = decide_gradient_sum(layout.factor_b(dim, fused=fused), layout, fused=fused, marked=marks)
+        factor_a, factor_b = layout.factor_a(dim, inside=fused), layout.factor_b(dim, inside=fused)
         if use_a2a:
             hidden_parallel = ((0, layout.axis),)
             factor_b = TensorLayout((layout.out_features, dim), hidden_parallel, data_axis=layout.data_axis)
+        factor_a, sum_a = decide_gradient_sum(factor_a, layout, inside=fused, marked=marks)
+        factor_b, sum_b = decide_gradient_sum(factor_b, layout, inside=fused, marked=marks)
         super().__init__(
             layout,
             dim,
@@ -264,30 +272,34 @@ class ParallelLinearAdapter(LowRankAdapter):
 
 
 def decide_gradient_sum(
-    stated: TensorLayout, base: LinearLayout, *, fused: bool, marked: bool = False
+    stated: TensorLayout, base: LinearLayout, *, inside: bool, marked: bool = False
 ) -> tuple[TensorLayout, tuple[ParallelAxis, ...]]:
     """Decide who sums the partial gradient of an adapter's parameter.
 
     | adapter | who |
     |---|---|
-    | fused, on a layer | `finalize_gradients`, after the last backward pass |
-    | standalone, in a sequence-parallel model of Megatron's | its finalisation, which reads the mark |
-    | on grouped experts whose engine has a sum over the same axes (`LinearLayout.sums`) | its finalisation |
+    | fused | `finalize_gradients`, after the last backward pass |
+    | standalone, in a sequence-parallel model | `finalize_gradients`, or that of Megatron, which reads the mark |
+    | on grouped experts, where `LinearLayout.engine_sums_gradient` allows it | `finalize_gradients`, or the engine's |
     | any other | the backward pass, see `summed_in_backward` |
 
     Args:
         stated: The parameter's layout, by the layout of its base.
         base: The layout of the base layer.
-        fused: The adapter joins the base's GEMM.
+        inside: The adapter is fused: it runs inside the base, between its `enter` and `exit`.
         marked: The parameter carries the mark that Megatron's finalisation reads.
 
     Returns:
         The parameter's layout, with the axes that are left to a sum after the backward pass as `grad_partial`; and the
         axes over which the backward pass sums.
     """
-    engine_sums = base.sums is None or base.sums(stated) if base.is_stacked else marked
-    later = fused or engine_sums
-    return (stated, ()) if later else (replace(stated, grad_partial=()), stated.grad_partial)
+    summed_later = inside or marked
+    if base.is_stacked and not inside:
+        # No mark on grouped experts: their engine sums some layouts, or without an engine finalize_gradients sums all.
+        summed_later = base.engine_sums_gradient is None or base.engine_sums_gradient(stated)
+    if summed_later:
+        return stated, ()
+    return replace(stated, grad_partial=()), stated.grad_partial
 
 
 def summed_in_backward(parameter: Tensor, axes: tuple[ParallelAxis, ...]) -> Tensor:
