@@ -114,7 +114,7 @@ def model_axis(group: ProcessGroup | None, expert: bool) -> ParallelAxis:
 
 def data_axis(expert: bool) -> ParallelAxis:
     """Return the axis over which gradients of different tokens are summed, which no layer holds."""
-    return parallel_group_info().edp if expert else parallel_group_info().dp
+    return parallel_group_info().token_axis(expert=expert)
 
 
 def reduced_as_dense(expert_parallel: bool) -> bool:

@@ -99,8 +99,9 @@ def _mesh_axes(layout: TensorLayout | None) -> tuple[ParallelAxis, ...]:
     """Return the axes of the mesh that a tensor is on, data parallel first: its layer's, or the mesh's own."""
     if layout is not None and layout.mesh_axes is not None:
         return layout.mesh_axes
-    info = parallel_group_info()
-    return (info.edp, info.ep, info.etp) if layout is not None and layout.expert else (info.dp, info.tp)
+    info, expert = parallel_group_info(), layout is not None and layout.expert
+    weight_axes = [axis for axis in info.weight_axes(expert=expert) if axis not in info.token_axes(expert=expert)]
+    return (info.token_axis(expert=expert), *weight_axes)
 
 
 def _place(axes: tuple[ParallelAxis, ...], layout: TensorLayout | None) -> int:

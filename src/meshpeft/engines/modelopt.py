@@ -62,7 +62,7 @@ class _QuantParallelLinear(QuantLinearConvBase):
     def _setup(self) -> None:
         super()._setup()
         info = parallel_group_info()
-        data_axis = self.layout.data_axis or (info.edp if self.layout.is_expert else info.dp)
+        data_axis = self.layout.data_axis or info.token_axis(expert=self.layout.is_expert)
         self.parallel_state = ParallelState(
             _group(data_axis), _group(self.layout.axis), _group(self.layout.expert_axis)
         )

@@ -144,7 +144,7 @@ def _layout(layer: Any, side: Literal["out", "in"] | None = None) -> LinearLayou
         fused_parts=fused_parts_of(layer),
         experts=layer.num_gemms * expert_axis.world_size if grouped else None,
         expert_axis=expert_axis if grouped else None,
-        data_axis=data_axis if expert else parallel_group_info().dp,
+        data_axis=data_axis if expert else parallel_group_info().token_axis(),
         marks=partial(_marks, allreduce=_reduced_as_dense(layer, expert), grouped=grouped),
         engine_sums_gradient=partial(_is_summed, sequence_parallel=sequence_parallel) if grouped else None,
     )

@@ -9,6 +9,16 @@ The world is factored twice. Dense layers see `pp x dp x tp`; expert layers see
 Nothing else in the package asks torch.distributed who it is: layers take a
 `ParallelAxis`, and every slice follows from a layout that holds one.
 
+To add an axis: its name at its place in `DENSE_AXES` or `EXPERT_AXES`, its field in `ParallelGroupInfo`, its size in
+`init_parallelism`; and
+
+* if its ranks see different tokens, `token_axes`: the sums of gradients and losses, dropout's masks and checkpoints
+  follow;
+* if it shards weights, `weight_axes`, and the `LinearLayout` of the layers that it shards (`models/sharding.py`).
+
+Outside of parallel/, the sizes of a layout stand in `LayoutConfig` (`training/config.py`, the command line) and in
+`Layout` (`verify/oracle.py`). Rows of a batch are sharded over `dp` alone (`data/batches.py`).
+
 The module also knows that all ranks of a small mesh can be simulated in one process
 (`torch.distributed._local_tensor.LocalTensorMode`): there an axis's rank is a symbolic integer,
 and `on_each_rank` runs a function once per simulated rank.
@@ -20,6 +30,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
+from itertools import combinations
 from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
@@ -47,9 +58,16 @@ __all__ = [
 
 DENSE_AXES = ("pp", "dp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
-# Sets of axes over which one gradient can be partial at once; their joined groups are made with the mesh,
-# in this order on every rank, so that no rank can create one later than another and hang.
-JOINED_AXES = (("dp", "tp"), ("edp", "ep"), ("edp", "etp"), ("ep", "etp"), ("edp", "ep", "etp"))
+AXES = tuple(dict.fromkeys((*DENSE_AXES, *EXPERT_AXES)))
+
+
+def _sets_of(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [names for count in range(2, len(axes) + 1) for names in combinations(axes, count)]
+
+
+# Sets of axes over which one gradient can be partial at once. Their joined groups are made with the mesh, in this order
+# on every rank, so that no rank can create one later than another and hang. Stages share no parameter.
+JOINED_AXES = (*_sets_of(DENSE_AXES[1:]), *_sets_of(EXPERT_AXES[1:]))
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,7 +78,7 @@ class ParallelAxis:
     """One axis of the mesh as this rank sees it.
 
     Attributes:
-        name: `tp pp dp ep etp edp`, or names joined by `+` for a flattened axis.
+        name: One of `AXES`, or names joined by `+` for a flattened axis.
         group: The process group of the axis; `None` if torch.distributed is not in use.
         rank: This rank's index on the axis, in `[0, world_size)`. Symbolic under simulation: use it only
             to slice (through a layout), never in python control flow.
@@ -110,11 +128,16 @@ class ParallelGroupInfo:
     submeshes: tuple[DeviceMesh, ...] = ()
 
     def axis(self, name: str) -> ParallelAxis:
-        """The axis called `name` (`tp pp dp ep etp edp world`)."""
-        if name not in ("tp", "pp", "dp", "ep", "etp", "edp", "world"):
-            raise ParallelError(f"no mesh axis {name!r}; the axes are tp, pp, dp, ep, etp, edp and world")
+        """The axis called `name`: one of `AXES`, or `world`."""
+        if name not in (*AXES, "world"):
+            raise ParallelError(f"no mesh axis {name!r}; the axes are {', '.join(AXES)} and world")
         found: ParallelAxis = getattr(self, name)
         return found
+
+    @property
+    def axes(self) -> tuple[ParallelAxis, ...]:
+        """Every axis, dense ones first, and every joined one."""
+        return (*map(self.axis, AXES), *self.joined_axes.values())
 
     def token_axes(self, *, expert: bool = False) -> tuple[ParallelAxis, ...]:
         """The axes whose ranks see different tokens of a batch, so that gradients are partial over them.
@@ -124,36 +147,33 @@ class ParallelGroupInfo:
         """
         return (self.edp,) if expert else (self.dp,)
 
+    def token_axis(self, *, expert: bool = False) -> ParallelAxis:
+        """One axis over all ranks of `token_axes`."""
+        axes = self.token_axes(expert=expert)
+        return axes[0] if len(axes) == 1 else self.joined(axis.name for axis in axes)
+
     def weight_axes(self, *, expert: bool = False) -> tuple[ParallelAxis, ...]:
         """The axes over which a stage's parameters are sharded or replicated, token axes first."""
         return (*self.token_axes(expert=expert), *((self.ep, self.etp) if expert else (self.tp,)))
 
     def joined(self, names: Iterable[str]) -> ParallelAxis:
         """One axis that runs over all ranks of the axes named; axes of size 1 are left out."""
-        wanted = [name for name in dict.fromkeys(names) if self.axis(name).world_size > 1]
+        names = tuple(dict.fromkeys(names))
+        wanted = [name for name in names if self.axis(name).world_size > 1]
         if not wanted:
-            return ParallelAxis("+".join(dict.fromkeys(names)) or "none")
+            return ParallelAxis("+".join(names) or "none")
         if len(wanted) == 1:
             return self.axis(wanted[0])
         found = self.joined_axes.get(frozenset(wanted))
         if found is None:
             raise ParallelError(
-                f"the axes {', '.join(wanted)} cannot be joined: dense axes ({', '.join(DENSE_AXES)}) and expert "
-                f"axes ({', '.join(EXPERT_AXES)}) factor the same ranks in different ways"
+                f"the axes {', '.join(wanted)} cannot be joined: only dense axes ({', '.join(DENSE_AXES[1:])}) with "
+                f"each other, or expert axes ({', '.join(EXPERT_AXES[1:])}), which factor the same ranks another way"
             )
         return found
 
 
-_SERIAL = ParallelGroupInfo(
-    tp=ParallelAxis("tp"),
-    pp=ParallelAxis("pp"),
-    dp=ParallelAxis("dp"),
-    ep=ParallelAxis("ep"),
-    etp=ParallelAxis("etp"),
-    edp=ParallelAxis("edp"),
-    world=ParallelAxis("world"),
-    joined_axes={},
-)
+_SERIAL = ParallelGroupInfo(**{name: ParallelAxis(name) for name in AXES}, world=ParallelAxis("world"), joined_axes={})
 _current: ParallelGroupInfo = _SERIAL
 _providers: list[Callable[[], ParallelGroupInfo | None]] = []
 
@@ -256,7 +276,7 @@ def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGrou
             mesh = dense if set(names) <= set(DENSE_AXES) else expert
             return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("_".join(names))
 
-        meshes = {(name,): part(name) for name in ("tp", "pp", "dp", "ep", "etp", "edp")}
+        meshes = {(name,): part(name) for name in AXES}
         joined = {names: part(*names) for names in JOINED_AXES if all(meshes[(name,)].size() > 1 for name in names)}
         world = dense._flatten("world")
 

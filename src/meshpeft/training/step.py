@@ -142,7 +142,7 @@ class TrainStep:
         finalize_gradients(self.parameters)
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.parameters)
-        means = all_reduce(total, parallel_group_info().dp) / max(1, target_tokens)
+        means = all_reduce(total, parallel_group_info().token_axis()) / max(1, target_tokens)
         norm = gradient_norm(self.parameters, spoiled_by=means)
         skipped, rescaled = None, False
         if not _is_finite(norm):
@@ -229,7 +229,7 @@ def mean_loss(model: LanguageModel, micro_batches: Iterable[MicroBatch], target_
     model.train(was_training)
     if total is None:
         raise ValueError("a loss needs at least one micro-batch, on every rank")
-    return all_reduce(total, parallel_group_info().dp) / max(1, target_tokens)
+    return all_reduce(total, parallel_group_info().token_axis()) / max(1, target_tokens)
 
 
 class NothingToTrain(MeshPEFTError):

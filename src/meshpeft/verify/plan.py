@@ -199,10 +199,9 @@ def _counted(calls: Iterable[Collective]) -> _Calls:
 
 
 def _traffic(calls: _Calls, mesh: ParallelGroupInfo) -> tuple[Traffic, ...]:
-    axes = [mesh.tp, mesh.dp, mesh.ep, mesh.etp, mesh.edp, *mesh.joined_axes.values()]
     # Dense and expert axes may be the same ranks: the first name is the one that is known best.
     names: dict[str, str] = {}
-    for axis in axes:
+    for axis in mesh.axes:
         if axis.world_size > 1:
             names.setdefault(axis.process_group.group_name, axis.name)
     total: dict[tuple[str, str], list[int]] = {}

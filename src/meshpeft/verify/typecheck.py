@@ -70,7 +70,7 @@ def typecheck_layout(
 
 def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGroupInfo) -> dict[str, str]:
     """Run the checker over one forward and the loss; see `typecheck_layout`."""
-    axes = {axis.name: axis.process_group for axis in (mesh.dp, mesh.tp) if axis.world_size > 1}
+    axes = {axis.name: axis.process_group for axis in mesh.weight_axes() if axis.world_size > 1}
     if mesh.mesh is None or not axes:
         return {}
     rows = PartitionSpec(axes.get("dp"), None)
