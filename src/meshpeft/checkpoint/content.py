@@ -1,7 +1,6 @@
 """What a checkpoint holds: slices of the model's and the optimizer's tensors, under keys that no layout changes.
 
-How optimizer state is resharded: every state tensor of a parameter (`exp_avg`) is described by the parameter's own
-layout, so its slices are boxes of one global tensor; `meshpeft.checkpoint.load` reads them at another layout.
+`meshpeft.checkpoint.load` has how parameters and optimizer state are resharded.
 """
 
 from __future__ import annotations

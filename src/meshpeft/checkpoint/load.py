@@ -1,9 +1,11 @@
 """Load a checkpoint at any layout: all of it, or nothing.
 
-How optimizer state is resharded: a parameter's `exp_avg` is stored like the parameter, as slices of one global tensor
-under a key that no layout changes (`meshpeft.checkpoint.content` writes these). `Incoming` expects, for every slice
-that this rank holds of a parameter, the same slice of each of its states; torch.distributed.checkpoint reads the boxes
-of the stored slices that overlap it, and `_joined` puts the parts of a fused parameter together in this layout's order.
+How optimizer state is resharded: a state of a parameter (`exp_avg`) has the parameter's layout. It is saved as the
+parameter is: each rank writes its own slices of one global tensor, under a key that no layout changes, and the parts of
+a fused parameter apart (`OptimizerContent.slices`). `Incoming` expects, for every slice that this rank holds of a
+parameter, the same slice of each of its states; torch.distributed.checkpoint reads the boxes of the stored slices that
+overlap it, and `_joined` puts the parts of a fused parameter together in this layout's order. A state that is one
+number (`step`) is stored once, under the parameter's name, and every rank reads it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
 from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.checkpoint.save import finish_saves
-from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, dtype_name, labelled
+from meshpeft.checkpoint.storage import Reader, Slice, SliceId, SliceLoadPlanner, dtype_name, labelled
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.errors import blamed_on, shown
@@ -191,7 +193,7 @@ class Incoming:
     manifest: Manifest
     content: ModelContent
     state: OptimizerContent | None
-    room: dict[Place, Tensor] = field(default_factory=dict)
+    room: dict[SliceId, Tensor] = field(default_factory=dict)
     reads: list[Slice] = field(default_factory=list)
     known: set[str] = field(default_factory=set)
     states: dict[str, list[str]] = field(default_factory=dict)

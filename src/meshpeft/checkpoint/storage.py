@@ -39,7 +39,7 @@ from meshpeft.checkpoint.manifest import Chunk, FileRecord, TensorRecord, file_s
 from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFiles, TensorFileWriter
 from meshpeft.parallel.errors import shown
 
-__all__ = ["Place", "Reader", "Slice", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name", "labelled"]
+__all__ = ["Reader", "Slice", "SliceId", "SliceLoadPlanner", "SliceSavePlanner", "Writer", "dtype_name", "labelled"]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _declared(item: WriteItem) -> Declared:
     )
 
 
-Place: TypeAlias = tuple[str, tuple[int, ...]]
+SliceId: TypeAlias = tuple[str, tuple[int, ...]]
 """Key of a global tensor, and where a slice starts in it."""
 
 
@@ -251,11 +251,11 @@ def labelled(slices: Iterable[Slice]) -> dict[str, Slice]:
     return {str(number): part for number, part in enumerate(slices)}
 
 
-def _by_place(slices: Mapping[str, Slice]) -> dict[Place, Slice]:
+def _by_id(slices: Mapping[str, Slice]) -> dict[SliceId, Slice]:
     return {(part.key, part.offset): part for part in slices.values()}
 
 
-def _place(index: MetadataIndex) -> Place:
+def _slice_id(index: MetadataIndex) -> SliceId:
     return index.fqn, tuple(index.offset or ())
 
 
@@ -267,12 +267,12 @@ class SliceSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         """Plan to write all slices of this rank; which rank writes those of several ranks is decided afterwards."""
-        self.slices = _by_place(self.state_dict)
+        self.slices = _by_id(self.state_dict)
         return super().create_local_plan()
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Get the values of a slice of this rank."""
-        return self.slices[_place(index)].local()
+        return self.slices[_slice_id(index)].local()
 
 
 class SliceLoadPlanner(DefaultLoadPlanner):
@@ -286,7 +286,7 @@ class SliceLoadPlanner(DefaultLoadPlanner):
     ) -> None:
         """Set up as the base class does, for values that are not tensors themselves."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-        self.slices = _by_place(state_dict)
+        self.slices = _by_id(state_dict)
 
     def create_local_plan(self) -> LoadPlan:
         """Plan what to read of which stored boxes for each slice."""
@@ -303,4 +303,4 @@ class SliceLoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """Get the buffer of a slice of this rank."""
-        return self.slices[_place(index)].local()
+        return self.slices[_slice_id(index)].local()

@@ -23,7 +23,7 @@ from meshpeft.hub.adapter_tensors import (
     AdaptedLinear,
     AdapterFormat,
     Factor,
-    Place,
+    FactorsInFile,
     WrittenNames,
     adapted_linears,
     has_our_names,
@@ -167,10 +167,10 @@ class _Described:
 
     def _factors(self, linear: AdaptedLinear) -> Iterator[tuple[Factor, Written, Stored]]:
         """Yield each parameter, how its values are written (those of A and the magnitude unchanged), and where."""
-        place = Place.of(linear, _written(linear, self.scale))
+        pair = FactorsInFile.of(linear, _written(linear, self.scale))
         factors = [linear.a, linear.b, *([] if linear.magnitude is None else [linear.magnitude])]
-        for factor, stored in zip(factors, stored_factors(place, self.names), strict=True):
-            yield factor, place.written if factor is linear.b else AS_THEY_ARE, stored
+        for factor, stored in zip(factors, stored_factors(pair, self.names), strict=True):
+            yield factor, pair.written if factor is linear.b else AS_THEY_ARE, stored
 
 
 def _written(linear: AdaptedLinear, scale: FileScale | None) -> Written:
@@ -268,7 +268,7 @@ def _config(
         )
     others = names.of_all(skip={parameter.removesuffix(".weight") for parameter in parameters})
     if not has_our_names(model):  # peft matches modules of every kind
-        others += [place.full_name for place, module in walk(model) if layer_type_of(base_of(module)) is None]
+        others += [path.full_name for path, module in walk(model) if layer_type_of(base_of(module)) is None]
     return describe(
         modules,
         others,

@@ -36,8 +36,8 @@ from meshpeft.hub.adapter_config import (
 from meshpeft.hub.adapter_scales import AS_THEY_ARE, FileScale, OwnAdapter, Written
 from meshpeft.hub.adapter_tensors import (
     AdaptedLinear,
+    FactorsInFile,
     HubLinear,
-    Place,
     adapted_linears,
     has_our_names,
     hub_linears,
@@ -95,7 +95,7 @@ def load_peft_adapter(
         with TensorFiles([_weights(directory)]) as file:
             file.check_values()
             plan = AdapterPlan(model, config, file, adapter_name)
-            values = {(place.module, place.names): plan.read(place) for place in plan.places}
+            values = {(pair.module, pair.names): plan.read(pair) for pair in plan.pairs}
     if not _is_adapted(model):
         model = plan.adapted(model, dtype, trainable)
         for linear in adapted_linears(model):
@@ -137,10 +137,10 @@ class AdapterPlan:
         self._compare_targets()
         self.separate = self._separate_parts()
         self.canonical = False
-        self.places = self._there(adapted_linears(model, adapter_name)) if _is_adapted(model) else self._new()
-        self._compare_places()
-        for place in self.places:
-            self._compare_tensors(place)
+        self.pairs = self._there(adapted_linears(model, adapter_name)) if _is_adapted(model) else self._new()
+        self._compare_pairs()
+        for pair in self.pairs:
+            self._compare_tensors(pair)
         compare_base_copies(model, self.linears, self.names.base_copies, file)
 
     def _compare_targets(self) -> None:
@@ -198,12 +198,12 @@ class AdapterPlan:
     def _written(self, shape: AdapterShape) -> Written:
         return AS_THEY_ARE if self.scale is None else self.scale.written(shape)
 
-    def _there(self, linears: list[AdaptedLinear]) -> list[Place]:
-        """List the places of the model's adapters."""
-        return [Place.of(linear, self._written(linear.shape)) for linear in linears]
+    def _there(self, linears: list[AdaptedLinear]) -> list[FactorsInFile]:
+        """List the pairs of the model's adapters."""
+        return [FactorsInFile.of(linear, self._written(linear.shape)) for linear in linears]
 
-    def _new(self) -> list[Place]:
-        """List the places of adapters that are to be made, by the method that the file allows."""
+    def _new(self) -> list[FactorsInFile]:
+        """List the pairs of adapters that are to be made, by the method that the file allows."""
         modules: dict[str, list[HubLinear]] = {}
         for linear in self.linears.values():
             modules.setdefault(linear.module, []).append(linear)
@@ -220,7 +220,7 @@ class AdapterPlan:
         found = []
         for module, parts in modules.items():
             groups = [[part] for part in parts if part.name in held] if self.canonical else [parts]
-            found += [self._place(module, group, shared=shared) for group in groups]
+            found += [self._pair(module, group, shared=shared) for group in groups]
         return found
 
     def _why_separate(self, parts: list[HubLinear]) -> str | None:
@@ -246,21 +246,21 @@ class AdapterPlan:
         try:
             for name in self.names.held:
                 if self.linears[name].is_stacked:
-                    place = self._place(self.linears[name].module, [self.linears[name]], shared=True)
-                    for stored in self._stored(place):
+                    pair = self._pair(self.linears[name].module, [self.linears[name]], shared=True)
+                    for stored in self._stored(pair):
                         self._compare_shapes(stored)
                         stored.check_copies(self.file)
         except CheckpointError:
             return False
         return True
 
-    def _place(self, module: str, parts: list[HubLinear], *, shared: bool) -> Place:
+    def _pair(self, module: str, parts: list[HubLinear], *, shared: bool) -> FactorsInFile:
         layout: LinearLayout = parts[0].layout
         if self.canonical and parts[0].part is not None:
             layout = part_layout(layout, parts[0].part)
         factors = layout.for_all_experts() if layout.is_stacked and shared else layout
         shape = self._shape_of(parts[0].name)
-        return Place(
+        return FactorsInFile(
             module,
             tuple(part.name for part in parts),
             factors.factor_a(shape.rank),
@@ -272,35 +272,35 @@ class AdapterPlan:
             self._written(shape),
         )
 
-    def _compare_places(self) -> None:
+    def _compare_pairs(self) -> None:
         """Check that the adapters of the model are the file's, except for their values."""
-        placed = {name: place for place in self.places for name in place.names}
-        for name in sorted({*placed, *self.names.held}):
+        paired = {name: pair for pair in self.pairs for name in pair.names}
+        for name in sorted({*paired, *self.names.held}):
             if name not in self.names.held:
                 raise CheckpointError(f"the model has an adapter on {name}, {self.file.path} has none")
-            if name not in placed:
+            if name not in paired:
                 raise CheckpointError(f"{self.file.path} has an adapter on {name}, the model has none")
-            place, wanted = placed[name], self._shape_of(name)
-            if place.shape != wanted:
+            pair, wanted = paired[name], self._shape_of(name)
+            if pair.shape != wanted:
                 raise CheckpointError(
                     f"{name}: the file's adapter has rank {wanted.rank} and alpha {wanted.alpha:g}, "
-                    f"the model's rank {place.shape.rank} and alpha {place.shape.alpha:g}"
+                    f"the model's rank {pair.shape.rank} and alpha {pair.shape.alpha:g}"
                 )
             for option, theirs, ours in (
-                ("use_rslora", self.use_rslora, place.use_rslora),
-                ("use_dora", self.config.use_dora, place.magnitude is not None),
+                ("use_rslora", self.use_rslora, pair.use_rslora),
+                ("use_dora", self.config.use_dora, pair.magnitude is not None),
             ):
                 if theirs != ours:
                     raise CheckpointError(f"{name}: {option} is {theirs} in the file, {ours} in the model")
 
-    def _compare_tensors(self, place: Place) -> None:
-        for stored in self._stored(place):
+    def _compare_tensors(self, pair: FactorsInFile) -> None:
+        for stored in self._stored(pair):
             self._compare_shapes(stored)
             try:
                 stored.check_copies(self.file)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{self.file.path}: {error}: the model's adapter on {place.module} has one; load it into a model "
+                    f"{self.file.path}: {error}: the model's adapter on {pair.module} has one; load it into a model "
                     "without adapters"
                 ) from error
 
@@ -316,35 +316,35 @@ class AdapterPlan:
                 )
             self.file.dtype(key, floating=True)
 
-    def _stored(self, place: Place) -> list[Stored]:
-        shapes = self.separate.get(place.names[0])
+    def _stored(self, pair: FactorsInFile) -> list[Stored]:
+        shapes = self.separate.get(pair.names[0])
         if shapes is None:
-            return stored_factors(place, self.names)
-        if not place.own_factors:
-            raise CheckpointError(f"the parts of {place.names[0]} have different A factors")
+            return stored_factors(pair, self.names)
+        if not pair.own_factors:
+            raise CheckpointError(f"the parts of {pair.names[0]} have different A factors")
         ranks = [shape.rank for shape in shapes]
         scales = [shape.scale(self.use_rslora) for shape in shapes]
-        a, b = (self.names.keys_by_part(place.names[0], suffix) for suffix in (FACTOR_A, FACTOR_B))
-        return [SeparateA(place.a, a, ranks), SeparateB(place.b, b, ranks, [scale / scales[0] for scale in scales])]
+        a, b = (self.names.keys_by_part(pair.names[0], suffix) for suffix in (FACTOR_A, FACTOR_B))
+        return [SeparateA(pair.a, a, ranks), SeparateB(pair.b, b, ranks, [scale / scales[0] for scale in scales])]
 
-    def read(self, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, pair: FactorsInFile) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read this rank's slices of A, B and the magnitude, in fused order, each of its own type.
 
         The types are those of the file, except of a B that was widened when it was written, and of a magnitude that is
         narrower than float32.
         """
-        a, b, *magnitudes = [stored.read(self.file) for stored in self._stored(place)]
-        b = place.written.b_from_file(b, self._own(self.names.in_config(place.names[0])).b_dtype)
+        a, b, *magnitudes = [stored.read(self.file) for stored in self._stored(pair)]
+        b = pair.written.b_from_file(b, self._own(self.names.in_config(pair.names[0])).b_dtype)
         return a, b, _at_least_float32(magnitudes[0]) if magnitudes else None
 
     def adapted(self, model: Model, dtype: torch.dtype | None, trainable: bool) -> Model:
         """Put adapters of the file's method, ranks and targets on the model."""
-        targets = [self._target(place.module, name) for place in self.places for name in place.names]
+        targets = [self._target(pair.module, name) for pair in self.pairs for name in pair.names]
         # Experts are one target as a whole, whatever parts of them were named.
         shapes = {
-            place.module if place.is_stacked else self._target(place.module, name): place.shape
-            for place in self.places
-            for name in place.names
+            pair.module if pair.is_stacked else self._target(pair.module, name): pair.shape
+            for pair in self.pairs
+            for name in pair.names
         }
         usual = Counter(shapes.values()).most_common(1)[0][0]
         method = self._method()(
@@ -355,7 +355,7 @@ class AdapterPlan:
             alpha_pattern={name: shape.alpha for name, shape in shapes.items() if shape.alpha != usual.alpha},
             dropout=self.config.dropout,
             use_rslora=self.use_rslora,
-            share_expert_adapters=not any(place.own_factors for place in self.places),
+            share_expert_adapters=not any(pair.own_factors for pair in self.pairs),
             lora_dtype=dtype,
         )
         return method(model, training=trainable)

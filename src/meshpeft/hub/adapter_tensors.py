@@ -45,7 +45,7 @@ __all__ = [
     "Factor",
     "HubLinear",
     "Names",
-    "Place",
+    "FactorsInFile",
     "WrittenNames",
     "adapted_linears",
     "has_our_names",
@@ -185,12 +185,12 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
         _check_whole(model)
         describe_layers(model)
     found, sharded = [], sharded_parameters(model)
-    for place, module in walk(model):
+    for path, module in walk(model):
         layer = base_of(module)
         layer_type = layer_type_of(layer)
         if layer_type is None:
             continue
-        name = place.full_name
+        name = path.full_name
         if isinstance(layer, nn.Linear) and id(layer._parameters["weight"]) in sharded:  # no tensor parallel's DTensor
             layout = LinearLayout(layer.in_features, layer.out_features)
         else:
@@ -331,7 +331,7 @@ def _magnitude(adapter: Any) -> Factor | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class FactorsInFile:
     """One pair of factors of ours, and the modules of the file that hold it.
 
     Attributes:
@@ -360,8 +360,8 @@ class Place:
         return self.experts > 0
 
     @classmethod
-    def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> Place:
-        """Make the place of an adapter on the model."""
+    def of(cls, linear: AdaptedLinear, written: Written = AS_THEY_ARE) -> FactorsInFile:
+        """Find where the factors of an adapter on the model are in a file."""
         return cls(
             linear.module,
             linear.names,
@@ -493,45 +493,45 @@ def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:
     return (None,) if layout.fused_parts is None else layout.fused_parts.names
 
 
-def stored_factors(place: Place, names: Names) -> list[Stored]:
-    """Describe the tensors of a file that hold A, B, and the magnitude if there is one, of a place."""
-    if not place.is_stacked:
-        return [_by_module(place, names, layout, suffix) for layout, suffix in place.layouts]
+def stored_factors(pair: FactorsInFile, names: Names) -> list[Stored]:
+    """Describe the tensors of a file that hold A, B, and the magnitude if there is one."""
+    if not pair.is_stacked:
+        return [_by_module(pair, names, layout, suffix) for layout, suffix in pair.layouts]
     if names.per_expert:
-        return [_by_expert(place, names, layout, suffix) for layout, suffix in place.layouts]
-    prefix, rank = f"{PREFIX}{names.of_stack(place.names[0])}", place.written.rank
+        return [_by_expert(pair, names, layout, suffix) for layout, suffix in pair.layouts]
+    prefix, rank = f"{PREFIX}{names.of_stack(pair.names[0])}", pair.written.rank
     return [
-        StackedA(place.a, f"{prefix}.{FACTOR_A}", place.experts, place.own_factors, rank),
-        StackedB(place.b, f"{prefix}.{FACTOR_B}", place.experts, place.own_factors, rank),
+        StackedA(pair.a, f"{prefix}.{FACTOR_A}", pair.experts, pair.own_factors, rank),
+        StackedB(pair.b, f"{prefix}.{FACTOR_B}", pair.experts, pair.own_factors, rank),
     ]
 
 
-def _by_module(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
+def _by_module(pair: FactorsInFile, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
     # A layer of transformers' own that fuses its parts is one module there, too.
-    by_part = suffix != FACTOR_A and layout.fused_parts is not None and len(place.names) > 1
+    by_part = suffix != FACTOR_A and layout.fused_parts is not None and len(pair.names) > 1
     return StoredTensors(
         layout,
         [
             StoredTensor(f"{PREFIX}{names.of_module(name)}.{suffix}", number if by_part else None)
-            for number, name in enumerate(place.names)
+            for number, name in enumerate(pair.names)
         ],
         rank_dim=_RANK_DIMS.get(suffix),
-        rank=place.written.rank,
+        rank=pair.written.rank,
     )
 
 
-def _by_expert(place: Place, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
+def _by_expert(pair: FactorsInFile, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:
     by_part = suffix != FACTOR_A and layout.fused_parts is not None
 
     def tensors() -> Iterator[StoredTensor]:
-        for expert in range(place.experts):
-            for number, part in enumerate((None,) if place.b.fused_parts is None else place.b.fused_parts.names):
-                key = f"{PREFIX}{names.of_expert(place.names[0], part, expert)}.{suffix}"
+        for expert in range(pair.experts):
+            for number, part in enumerate((None,) if pair.b.fused_parts is None else pair.b.fused_parts.names):
+                key = f"{PREFIX}{names.of_expert(pair.names[0], part, expert)}.{suffix}"
                 yield StoredTensor(key, number if by_part else None, expert)
 
     # Of DoRA experts that share A and B, each has its own magnitude.
     stacked = len(layout.global_shape) == (2 if suffix == MAGNITUDE else 3)
-    return StoredTensors(layout, list(tensors()), stacked, _RANK_DIMS.get(suffix), place.written.rank)
+    return StoredTensors(layout, list(tensors()), stacked, _RANK_DIMS.get(suffix), pair.written.rank)
 
 
 def sharded_parameters(model: nn.Module) -> frozenset[int]:

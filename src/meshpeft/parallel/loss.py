@@ -1,4 +1,8 @@
-"""Cross entropy over logits that are sharded along the vocabulary; the logits are never gathered."""
+"""Cross entropy over logits that are sharded along the vocabulary; the logits are never gathered.
+
+The loss is one number for each token, and nothing here divides it. What training divides it by is in
+`meshpeft.training.step`.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from meshpeft.peft.wrapper import AdapterWrapper, wrapper_of
 
 __all__ = [
     "ModuleMatcher",
-    "Place",
+    "ModulePath",
     "adapted_layers",
     "adapter_wrappers",
     "chunks_of",
@@ -287,7 +287,7 @@ def named_value(patterns: Mapping[str, Value], full_name: str) -> Value | None:
     return next((value for pattern, value in patterns.items() if is_target(pattern, full_name)), None)
 
 
-class Place(NamedTuple):
+class ModulePath(NamedTuple):
     """Full name of a module's parent, and its own name. Both are empty for the model."""
 
     prefix: str = ""
@@ -298,13 +298,13 @@ class Place(NamedTuple):
         """Full name of the module."""
         return f"{self.prefix}.{self.name}" if self.prefix else self.name
 
-    def children(self, m: nn.Module, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Place, nn.Module]]:
-        """Yield (attribute, place, module) of every child of `m`, the module at this place.
+    def children(self, m: nn.Module, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, ModulePath, nn.Module]]:
+        """Yield (attribute, path, module) of every child of `m`, the module at this path.
 
-        A module that a wrapper around a model holds has the wrapper's place.
+        A module that a wrapper around a model holds has the path of the wrapper.
 
         Args:
-            m: Module at this place.
+            m: Module at this path.
             names: Own names that differ from those of attributes, see `global_names`.
         """
         for attribute, child in m._modules.items():
@@ -313,29 +313,29 @@ class Place(NamedTuple):
             if is_held(attribute, self.full_name):
                 yield attribute, self, child
             else:
-                yield attribute, Place(self.full_name, names.get(child, attribute)), child
+                yield attribute, ModulePath(self.full_name, names.get(child, attribute)), child
 
 
-def walk(model: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
-    """Yield every module of a model with its place, top down; adapted layers are one module each."""
+def walk(model: nn.Module) -> Iterator[tuple[ModulePath, nn.Module]]:
+    """Yield every module of a model with its path, top down; adapted layers are one module each."""
     names = global_names(model)
 
-    def below(place: Place, m: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
-        yield place, m
+    def below(path: ModulePath, m: nn.Module) -> Iterator[tuple[ModulePath, nn.Module]]:
+        yield path, m
         if wrapper_of(m) is None:
-            for _, child_place, child in place.children(m, names):
-                yield from below(child_place, child)
+            for _, child_path, child in path.children(m, names):
+                yield from below(child_path, child)
 
-    return below(Place(), model)
+    return below(ModulePath(), model)
 
 
 def adapted_layers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:
     """Yield every adapted layer of a model or its chunks with its full name, which no wrapper around it changes."""
     for chunk in chunks_of(model):
-        for place, module in walk(chunk):
+        for path, module in walk(chunk):
             wrapper = wrapper_of(module)
             if wrapper is not None:
-                yield place.full_name, wrapper
+                yield path.full_name, wrapper
 
 
 def adapter_wrappers(model: nn.Module | list[nn.Module]) -> Iterator[tuple[str, AdapterWrapper]]:

@@ -34,7 +34,7 @@ from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.experts import GroupedExpertLinearAdapter
 from meshpeft.peft.matching import (
     ModuleMatcher,
-    Place,
+    ModulePath,
     adapter_wrappers,
     chunks_of,
     is_expert_linear,
@@ -106,7 +106,7 @@ class PEFT(ABC):
             describe_layers(chunk)
         self._survey(chunks)
         found = _Found()
-        chunks = [self._visit(chunk, Place(), global_names(chunk), found) for chunk in chunks]
+        chunks = [self._visit(chunk, ModulePath(), global_names(chunk), found) for chunk in chunks]
         # Only now: an error before this leaves the model as it was.
         for parent, attribute, module in found.replacements:
             setattr(parent, attribute, module)
@@ -129,8 +129,8 @@ class PEFT(ABC):
             return
         self._init_target_match_state()
         for chunk in chunks:
-            for place, module in walk(chunk):
-                found, wrapper = self.match(base_of(module), place.name, place.prefix), wrapper_of(module)
+            for path, module in walk(chunk):
+                found, wrapper = self.match(base_of(module), path.name, path.prefix), wrapper_of(module)
                 made_by = None if wrapper is None else wrapper.applied_by
                 if found is not None and made_by is not None and made_by != self:
                     raise AdapterError(
@@ -139,14 +139,14 @@ class PEFT(ABC):
                     )
         self._check_matches()
 
-    def _visit(self, m: nn.Module, place: Place, names: Mapping[nn.Module, str], found: _Found) -> nn.Module:
+    def _visit(self, m: nn.Module, path: ModulePath, names: Mapping[nn.Module, str], found: _Found) -> nn.Module:
         """Return what replaces `m`; if `m` stays, visit its children and note their replacements."""
         if wrapper_of(m) is not None:
             return m
         if m in found.adapted:  # it is in several places: it has one adapter, in those that are targets
-            wanted = not isinstance(self, ModuleMatcher) or self.match(m, place.name, place.prefix) is not None
+            wanted = not isinstance(self, ModuleMatcher) or self.match(m, path.name, path.prefix) is not None
             return found.adapted[m] if wanted else m
-        result = self.transform(m, place.name, place.prefix)
+        result = self.transform(m, path.name, path.prefix)
         if result is not m:
             found.adapted[m] = result
             wrapper = wrapper_of(result)
@@ -154,12 +154,12 @@ class PEFT(ABC):
                 # A copy: the options at this time, whatever becomes of `self`.
                 wrapper.applied_by = copy.copy(self)
             return result
-        for attribute, child_place, child in place.children(m, names):
-            new = self._visit(child, child_place, names, found)
+        for attribute, child_path, child in path.children(m, names):
+            new = self._visit(child, child_path, names, found)
             if new is not child:
                 if attribute == COMPILED:
                     raise AdapterError(
-                        f"{child_place.full_name or 'the model'} is a layer compiled by itself, which would be called "
+                        f"{child_path.full_name or 'the model'} is a layer compiled by itself, which would be called "
                         "without its adapter; adapt the model before compiling it"
                     )
                 found.replacements.append((m, attribute, new))

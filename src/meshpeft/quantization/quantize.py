@@ -104,7 +104,7 @@ class BaseQuantizer:
         for why in _unmet(self.target_modules, list(layers), "linear layer"):
             raise QuantizationError(f"target_modules: {why}")
         own = [pattern for pattern in self.exclude_modules if pattern not in DEFAULT_EXCLUDED]
-        for why in _unmet(own, [place.full_name for place, _ in walk(model)], "module"):
+        for why in _unmet(own, [path.full_name for path, _ in walk(model)], "module"):
             warnings.warn(f"exclude_modules: {why}", stacklevel=3)
         wanted = {name: layer for name, layer in layers.items() if self._wants(layer, name)}
         if not wanted:
@@ -255,11 +255,11 @@ def forget_residuals(model: nn.Module) -> None:
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that can be packed and those that are, with their full names; each once."""
     seen: set[int] = set()
-    for place, module in walk(model):
+    for path, module in walk(model):
         layer = base_of(module)
         if id(layer) not in seen and (can_be_packed(layer) or packed_form(layer) is not None):
             seen.add(id(layer))
-            yield place.full_name, layer
+            yield path.full_name, layer
 
 
 def _unmet(patterns: Sequence[str] | None, names: list[str], kind: str) -> Iterator[str]:

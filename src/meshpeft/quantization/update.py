@@ -23,7 +23,7 @@ from meshpeft.peft import (
     walk,
 )
 from meshpeft.peft.config import LayerPattern, LoRAInitMethod, matches
-from meshpeft.peft.matching import Place, is_router, nearest_names
+from meshpeft.peft.matching import ModulePath, is_router, nearest_names
 from meshpeft.peft.method import Model
 from meshpeft.peft.wrapper import wrapper_of
 from meshpeft.quantization.starts import check_start, check_unshared, pissa_init, svdquant_init
@@ -109,7 +109,7 @@ class _PatternLoRA(PEFT):
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Put an adapter on a layer that a pattern matches; other modules are returned as they are."""
-        full_name = Place(prefix or "", name or "").full_name
+        full_name = ModulePath(prefix or "", name or "").full_name
         if not _is_adaptable(m) or self.config.attributes_of(full_name) is None:
             return m
         wrapper = NamedLoRALinear(m)
@@ -172,6 +172,6 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 def _adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield full name and module of every layer that can carry an adapter, or does."""
-    for place, module in walk(model):
+    for path, module in walk(model):
         if _is_adaptable(base_of(module)):
-            yield place.full_name, module
+            yield path.full_name, module

@@ -3,10 +3,14 @@
     micro-batches -> logits -> cross entropy, summed -> / target tokens of the global batch -> backward
         -> finalize_gradients -> clip -> AdamW
 
-The loss is divided by the number of target tokens in the *global* batch: one sum over all of it, with any split over
-data parallel, micro-batches or accumulation. A rank that divided by its own tokens would weight them by how few there
-are. The number comes with the batch (`GlobalBatchSlice.global_target_tokens`). Where the routers' balance is part of
-the loss, each row's is weighted with its target tokens, and so divided by the same number.
+What the loss is divided by: the number of target tokens (labels that are not ignored) in the *global* batch, that of
+all data-parallel ranks and all micro-batches of the step. Every rank divides its sum by this one number before the
+backward pass, and `finalize_gradients` adds the ranks up without dividing again. So loss and gradients are means over
+the tokens of the global batch, however it is split over ranks and micro-batches; a rank that divided by its own number
+would give more weight to tokens of which it has few. The number comes with the batch
+(`GlobalBatchSlice.global_target_tokens`) and costs no communication. A step without a target token divides by 1. Where
+the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the same
+number. float16's loss scale multiplies what is divided, and is taken out of the gradients before they are clipped.
 
 A step whose loss or whose gradients' norm is not finite changes nothing: neither the adapter nor the optimizer's
 state. The ranks decide together whether it is: one that went on alone would train another adapter.

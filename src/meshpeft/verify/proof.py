@@ -35,7 +35,7 @@ from meshpeft.checkpoint.directory import CheckpointDirectory
 from meshpeft.checkpoint.identity import check_same_model, describe_adapters, describe_base
 from meshpeft.checkpoint.load import Incoming
 from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
-from meshpeft.checkpoint.storage import Place, Reader, Slice, SliceLoadPlanner, SliceSavePlanner, Writer, labelled
+from meshpeft.checkpoint.storage import Reader, Slice, SliceId, SliceLoadPlanner, SliceSavePlanner, Writer, labelled
 from meshpeft.data.batches import MicroBatch, PackedRows, eval_batches
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel import is_simulated, layout_of_tensor
@@ -446,9 +446,9 @@ def _offset(offset: Iterable[int], rank: int) -> tuple[int, ...]:
     return tuple(index_on_rank(index, rank) for index in offset)
 
 
-def _of_all_ranks(parts: Iterable[Slice]) -> Mapping[Place, Slice]:
+def _of_all_ranks(parts: Iterable[Slice]) -> Mapping[SliceId, Slice]:
     """Collect every rank's slices, each once."""
-    found: dict[Place, Slice] = {}
+    found: dict[SliceId, Slice] = {}
     for part in parts:
         values = part.local()
         for rank in ranks():
