@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pty
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from meshpeft.training.report import Report
+from meshpeft.training.streams import plain_warnings
 
 # What a run does with its streams: it prints, does its work, and leaves a file as its result.
 RUN = """
@@ -95,3 +98,37 @@ def test_a_report_that_nobody_reads_is_a_broken_pipe(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys.stdout, "write", gone)
     with pytest.raises(BrokenPipeError):
         report.say("a line")
+
+
+def test_a_warning_of_ours_is_one_sentence_of_rank_0(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with plain_warnings("meshpeft finetune"):
+        warnings.warn("the data are few", stacklevel=1)
+        monkeypatch.setenv("RANK", "1")
+        warnings.warn("the data are few indeed", stacklevel=1)
+    assert capsys.readouterr().err == "meshpeft finetune: warning: the data are few\n"
+
+
+def test_what_other_packages_say_to_their_developers_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noise() -> None:
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.warn_explicit("isinstance(treespec, LeafSpec) is deprecated", category, "_pytree.py", 1)
+        logging.getLogger("torchao").warning("Failed to load _C_cutlass.so")
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with plain_warnings("meshpeft finetune"):
+        warnings.simplefilter("always")
+        noise()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "warnoptions", ["always"])
+
+    def told() -> None:
+        with plain_warnings("meshpeft finetune"):
+            warnings.simplefilter("always")
+            noise()
+
+    with pytest.warns(FutureWarning, match="LeafSpec"):
+        told()
