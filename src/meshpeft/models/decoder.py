@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, final norm and output layer.
 
-Hidden states are [seq, batch, hidden], Megatron's order; which part of them a rank holds stands in `sharding.py`.
+Hidden states are [seq, batch, hidden], Megatron's order; which part of them a rank holds, under tensor and sequence
+parallel, stands in the tables of `sharding.py`.
 Module names are Megatron's.
 """
 

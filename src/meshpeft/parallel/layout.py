@@ -479,21 +479,17 @@ class LinearLayout:
     def magnitude(self, *, inside: bool = True) -> TensorLayout:
         """m [out] of DoRA; on grouped experts [experts, out].
 
-        Its gradient is summed over:
+        Its gradient is always summed over the axes that shard tokens (dp; edp for experts). Over `axis`, the one that
+        shards W (tp; etp for experts), it is summed where m is replicated and y beside it is not I:
 
-        | axes | where |
-        |---|---|
-        | those that shard tokens (`TensorLayout.token_axes`: dp; edp for experts) | always |
-        | `axis`, which shards W | where m is replicated and y beside it is not I (`grad_partial`, below) |
+        | W | m | fused: y inside the layer | standalone: y outside | summed over `axis` |
+        |---|---|---|---|---|
+        | column | sharded with its rows | Shard(-1) | Shard(-1) or I | never: each rank has its own rows |
+        | row | replicated | P | I, Shard(0) or P | fused: always; standalone: unless y is I |
+        | replicated | replicated | I or Shard(0) | I or Shard(0) | where y is Shard(0) |
 
-        | W | m | y beside m, inside; outside | summed over `axis` |
-        |---|---|---|---|
-        | column | sharded with its rows | | no: each rank has its own rows |
-        | row | replicated | P; y | inside always; outside unless y is I |
-        | replicated | replicated | y; y | where y is on token shards |
-
-        `finalize_gradients` sums; outside the layer, the backward pass or the engine may have (`decide_gradient_sum` in
-        `meshpeft.peft.standalone`).
+        Of a fused adapter `finalize_gradients` sums it. Of a standalone one the engine's finalisation does, or else
+        the backward pass (`decide_gradient_sum` in `meshpeft.peft.standalone` chooses).
         """
         return self._of_output((self.out_features,), self.states(inside=inside)[1])
 

@@ -9,8 +9,8 @@ The world is factored twice. Dense layers see `pp x dp x tp`; expert layers see
 Nothing else in the package asks torch.distributed who it is: layers take a
 `ParallelAxis`, and every slice follows from a layout that holds one.
 
-To add an axis: its name at its place in `DENSE_AXES` or `EXPERT_AXES`, its field in `ParallelGroupInfo`, its size in
-`init_parallelism`; and
+To add an axis: its name at its place in `DENSE_AXES` or `EXPERT_AXES`; its field in `ParallelGroupInfo`, which
+`engines/megatron.py` fills, too; its size in `init_parallelism` and in the shape of the mesh that `_build` makes; and
 
 * if its ranks see different tokens, `token_axes`: the sums of gradients and losses, dropout's masks and checkpoints
   follow;

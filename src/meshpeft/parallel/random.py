@@ -2,7 +2,7 @@
 
 A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
 alike (`set_seed`) and which activation checkpointing saves and restores, mixed with
-this rank's index on each axis over which the activation varies. So the mask can also be thrown away and made
+this rank's index on each axis over which the activation varies (`LowRankAdapter._drop` has the table). So the mask can also be thrown away and made
 again in the backward pass (`recompute=True`).
 """
 

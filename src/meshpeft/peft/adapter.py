@@ -290,8 +290,19 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         return self.training and self.dropout > 0
 
     def _drop(self, x: Tensor, state: State) -> Tensor:
-        """Apply dropout to an activation that is in `state` on the layer's axis."""
-        # Masks differ exactly where values do: over token axes always, over the layer's axis where it shards them.
+        """Apply dropout to an activation that is in `state` on the layer's axis.
+
+        Masks differ exactly where values do: always over the axes that shard tokens and over expert parallel; over the
+        layer's axis where it shards the activation. On ranks that differ over other axes alone, they agree:
+
+        | layer | adapter | on the input (pre) | on the output (post) |
+        |---|---|---|---|
+        | column | fused | agree: R | differ: Shard(-1) |
+        | column | standalone | agree; differ on token shards | differ; agree where y is gathered |
+        | row | fused | differ: Shard(-1) | agree: P |
+        | row | standalone | differ; agree where x comes full | agree; differ on token shards |
+        | replicated | either | agree; differ on token shards | the same |
+        """
         layout = self.layout
         varying = [*layout.token_axes, *([] if layout.expert_axis is None else [layout.expert_axis])]
         if differs(state):
@@ -386,7 +397,7 @@ def init_method_const(val: float) -> InitMethod:
     return init_
 
 
-_METHODS: dict[str, InitMethod] = {
+_INIT_METHODS: dict[str, InitMethod] = {
     "xavier": nn.init.xavier_normal_,
     "normal": init_method_normal(0.2),
     "kaiming": init_method_kaiming_uniform(math.sqrt(5)),
@@ -402,9 +413,9 @@ def init_method_of(name: str) -> InitMethod:
     Raises:
         NotImplementedError: Another name.
     """
-    if name not in _METHODS:
-        raise NotImplementedError(f"init method {name!r} is not one of {', '.join(_METHODS)}")
-    return _METHODS[name]
+    if name not in _INIT_METHODS:
+        raise NotImplementedError(f"init method {name!r} is not one of {', '.join(_INIT_METHODS)}")
+    return _INIT_METHODS[name]
 
 
 def pad_seq_to_mult(x: Tensor, mult: int) -> tuple[Tensor, int]:

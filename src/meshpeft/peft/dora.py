@@ -187,7 +187,8 @@ class AdapterWithMagnitude(LowRankAdapter):
     """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
-    entries follow from that. `LinearLayout.magnitude` has the axes over which its gradient is summed.
+    entries follow from that. Its gradient is summed over the axes that shard tokens; on a row, over the axis that
+    shards W as well, unless the adapter is standalone and the base's output is I (`LinearLayout.magnitude`).
     """
 
     weight_magnitude: nn.Parameter

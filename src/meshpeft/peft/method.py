@@ -1,4 +1,8 @@
-"""The adapter methods: applying one to a model, steering the adapters on it, the options of the low-rank ones."""
+"""The adapter methods: applying one to a model, steering the adapters on it, the options of the low-rank ones.
+
+To add a method, derive a wrapper that gives its `terms` (`wrapper.py`), and a `LowRankPEFT` whose `adapt` puts it on a
+layer: one file, of which `lora.py` is the shortest.
+"""
 
 from __future__ import annotations
 
