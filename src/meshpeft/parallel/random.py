@@ -1,9 +1,9 @@
 """Dropout whose masks agree where an activation is replicated or partial, and differ where it is sharded.
 
 A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
-alike (`set_seed`) and which activation checkpointing saves and restores, mixed with
-this rank's index on each axis over which the activation varies (`LowRankAdapter._drop` has the table). So the mask can also be thrown away and made
-again in the backward pass (`recompute=True`).
+alike (`set_seed`) and which activation checkpointing saves and restores, mixed with this rank's index on each axis over
+which the activation varies (a table of which: `LowRankAdapter._drop` in `meshpeft.peft.adapter`). So the mask can also
+be thrown away and made again in the backward pass (`recompute=True`).
 """
 
 from __future__ import annotations
