@@ -101,7 +101,7 @@ def test_padding_rows_and_widths() -> None:
     assert batch.input_ids.tolist() == [[200, 201, 202, 203, 204, PAD], [PAD] * 6]
     assert batch.document_ids.tolist() == [[0] * 5 + [-1], [-1] * 6]
     assert (batch.labels[1] == IGNORED_LABEL).all()
-    assert {part.dtype for part in vars(batch.to("cpu")).values()} == {batch.labels.dtype}
+    assert {tensor.dtype for tensor in batch.to("cpu").tensors} == {batch.labels.dtype}
 
 
 @pytest.mark.parametrize("lengths", ([], [13], [0]))

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import overload
 
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from meshpeft.data.documents import Document
 from meshpeft.data.files import DataError
 from meshpeft.data.records import Record
+from meshpeft.models.spans import Spans, SpansOfRanks
 
 __all__ = [
     "IGNORED_LABEL",
@@ -103,7 +104,7 @@ def split_held_out(
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward takes, all int64 `[micro, width]`.
+    """What one forward takes; the tensors are int64 `[micro, width]`.
 
     Attributes:
         input_ids: Token ids.
@@ -111,17 +112,24 @@ class MicroBatch:
             a target, else `IGNORED_LABEL`. Already shifted.
         position_ids: Position in the document; 0 in padding.
         document_ids: 0, 1, … in the order of the row's documents, `PADDING_DOCUMENT` in padding.
-            A token may attend to those of equal id only.
+            A token may attend to those of its own run of equal ids only.
+        spans: The same, on the host, so that attention waits for no device; for a simulation, of every rank.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor
+    spans: Spans | SpansOfRanks
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy the micro-batch to another device."""
-        return MicroBatch(*(getattr(self, part.name).to(device, non_blocking=True) for part in fields(self)))
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), spans=self.spans)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, in the order of the attributes."""
+        return self.input_ids, self.labels, self.position_ids, self.document_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,11 +189,10 @@ class PackedRows:
         width = self.seq_length if width is None else width
         out = np.empty((4, len(rows), width), dtype=np.int64)
         out[:] = np.array([self.pad_token_id, IGNORED_LABEL, 0, PADDING_DOCUMENT]).reshape(4, 1, 1)
+        lengths: list[int] = []
         for at, row in enumerate(rows):
-            if row < 0:
-                continue
             column = 0
-            documents = self.row_documents[self.row_starts[row] : self.row_starts[row + 1]]
+            documents = self.row_documents[self.row_starts[row] : self.row_starts[row + 1]] if row >= 0 else ()
             for place, number in enumerate(documents):
                 start, end = self.document_starts[number : number + 2]
                 stop = column + end - start
@@ -194,8 +201,11 @@ class PackedRows:
                 out[1, at, column : stop - 1] = np.where(targets[1:], tokens[1:], IGNORED_LABEL)
                 out[2, at, column:stop] = np.arange(end - start)
                 out[3, at, column:stop] = place
+                lengths.append(int(end - start))
                 column = stop
-        return MicroBatch(*torch.from_numpy(out))
+            if column < width:
+                lengths.append(width - int(column))
+        return MicroBatch(*torch.from_numpy(out), spans=Spans.of_lengths(lengths))
 
 
 def pack_documents(

@@ -1,10 +1,14 @@
-"""Grouped-query self-attention over the query groups that this rank holds: masks, rotary embedding, cache, layer."""
+"""Grouped-query self-attention over the query groups that this rank holds: rotary embedding, cache, layer.
+
+Training and evaluation go through `attend`, which takes the documents of packed rows as they are (`spans.py`). The
+dense masks here are for the key-value cache.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from torch.nn import functional
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.mlp import RMSNorm
 from meshpeft.models.sharding import ModelSharding
+from meshpeft.models.spans import Spans, SpansOfRanks, attend
 from meshpeft.parallel import FusedParts
 from meshpeft.parallel.typing import dims_follow, typed_as
 
@@ -22,6 +27,7 @@ __all__ = [
     "KVCache",
     "SelfAttention",
     "apply_rotary",
+    "attend_by_mask",
     "attention_masks",
     "inverse_frequencies",
     "positions_in_documents",
@@ -188,16 +194,18 @@ class AttentionContext:
 
     Attributes:
         cosines, sines: Rotary tables [seq, batch, 1, head_dim].
-        masks: Mask for each sliding window.
+        spans: Which keys each query sees, where there is no cache.
         cache: Keys and values of earlier tokens, which this pass extends.
+        masks: Mask for each sliding window, with a cache.
         rows: [own tokens, batch], the row of each token that this rank routes, where the router loss is computed;
             see `rows_of_tokens`.
     """
 
     cosines: Tensor
     sines: Tensor
-    masks: dict[int | None, AttentionMask]
+    spans: Spans | SpansOfRanks | None = None
     cache: KVCache | None = None
+    masks: Mapping[int | None, AttentionMask] = field(default_factory=dict)
     rows: Tensor | None = None
 
 
@@ -236,9 +244,11 @@ class SelfAttention(nn.Module):
             queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)
         queries = apply_rotary(queries, context.cosines, context.sines)
         keys = apply_rotary(keys, context.cosines, context.sines)
+        if context.spans is not None:
+            return self.linear_proj(attend(queries, keys, values, context.spans, window=self.window))
         if context.cache is not None:
             keys, values = context.cache.update(self.layer, keys, values)
-        return self.linear_proj(attend(queries, keys, values, context.masks[self.window]))
+        return self.linear_proj(attend_by_mask(queries, keys, values, context.masks[self.window]))
 
 
 @typed_as(lambda qkv, fused_parts, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))
@@ -256,8 +266,8 @@ def split_heads(qkv: Tensor, fused_parts: FusedParts, shards: int, head_dim: int
 
 
 @typed_as(lambda queries, keys, values, mask: dims_follow(queries, (0, 1, 2)))
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
-    """Apply scaled dot product attention, head by head.
+def attend_by_mask(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    """Apply scaled dot product attention, head by head; `attend`, with a mask of [queries, keys].
 
     Args:
         queries: [seq, batch, heads / tp, head_dim], `Shard(2)` over tensor parallel.

@@ -28,6 +28,7 @@ from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
 from meshpeft.models.sharding import ModelSharding
+from meshpeft.models.spans import Spans, SpansOfRanks, spans_of_documents
 from meshpeft.parallel import ModelParallelConfig, named_init_
 
 __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
@@ -191,6 +192,7 @@ class Decoder(LanguageModel):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         *,
+        spans: Spans | SpansOfRanks | None = None,
         gather_logits: bool = False,
         last_token_only: bool = False,
         return_router_loss: bool = False,
@@ -203,6 +205,8 @@ class Decoder(LanguageModel):
             document_ids: [batch, seq] of integers that differ between the documents of a row; attention stays
                 inside a document. -1 is padding.
             cache: Holds the tokens before these; they are added to it.
+            spans: What `document_ids` say, on the host, where a micro-batch has it (`MicroBatch.spans`); without,
+                they are made here, which waits for the device. None with a cache.
             gather_logits: Return the full vocabulary on every rank.
             last_token_only: Return the logits of the last position only: [batch, 1, ..].
             return_router_loss: Return the load-balancing loss of each row too.
@@ -215,16 +219,22 @@ class Decoder(LanguageModel):
             not count.
 
         Raises:
-            ModelError: Arguments of different shapes, documents with a cache but without positions, or the router
-                loss of a model without experts.
+            ModelError: Arguments of different shapes, documents with a cache but without positions, spans with a
+                cache, or the router loss of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
+        if spans is not None and cache is not None:
+            raise ModelError("spans say which tokens of this call see which; with a cache, give document_ids alone")
         if return_router_loss and not self.config.expert_layers:
             raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
         length, sharding = input_ids.shape[1], self.sharding
         padding = sharding.padding(length)
         hidden = sharding.enter_blocks(self.embedding(_pad(input_ids, padding, 0).t()))
-        context = self._context(length + padding, padding, position_ids, document_ids, cache, input_ids.device)
+        if spans is None and cache is None:
+            spans = Spans.of_rows(*input_ids.shape) if document_ids is None else spans_of_documents(document_ids)
+        if spans is not None:
+            spans = spans.padded(len(input_ids), padding)
+        context = self._context(length + padding, padding, position_ids, document_ids, spans, cache, input_ids.device)
         if return_router_loss:
             real = torch.ones_like(input_ids, dtype=torch.bool) if document_ids is None else document_ids != -1
             wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -264,6 +274,7 @@ class Decoder(LanguageModel):
         padding: int,
         position_ids: Tensor | None,
         document_ids: Tensor | None,
+        spans: Spans | SpansOfRanks | None,
         cache: KVCache | None,
         device: torch.device,
     ) -> AttentionContext:
@@ -279,10 +290,12 @@ class Decoder(LanguageModel):
             position_ids = torch.arange(past, past + length, device=device)[None]
         dtype = self.embedding.weight.dtype
         cosines, sines = rotary_tables(self.config.rope, self.config.head_dim, position_ids, dtype)
+        if cache is None:
+            return AttentionContext(cosines, sines, spans)
         windows = {self.config.sliding_window(layer) for layer in range(self.config.num_layers)}
-        key_documents = _join(None if cache is None else cache.document_ids, document_ids)
+        key_documents = _join(cache.document_ids, document_ids)
         masks = attention_masks(windows, length, past, device, document_ids, key_documents)
-        return AttentionContext(cosines, sines, masks, cache)
+        return AttentionContext(cosines, sines, cache=cache, masks=masks)
 
 
 def _pad(ids: Tensor, padding: int, value: int) -> Tensor:

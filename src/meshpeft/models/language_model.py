@@ -28,7 +28,7 @@ __all__ = ["LanguageModel", "check_tokens", "layout_or_replicated"]
 class LanguageModel(nn.Module, ABC):
     """A causal language model over the mesh.
 
-    A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, gather_logits=False,
+    A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, spans=None, gather_logits=False,
     last_token_only=False)`, as `Decoder` has it, and gives logits
     [batch, seq, vocab_size / vocab_axis.world_size].
 

@@ -75,7 +75,7 @@ def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
 
     float32, or float64 for a float64 model.
     """
-    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
+    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, spans=batch.spans)
     return vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
 
 
@@ -86,7 +86,11 @@ def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
         [2]: the cross entropy, and the sum over the rows of (load-balancing loss x target tokens). `I` over tp.
     """
     logits, balance = model(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, return_router_loss=True
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        document_ids=batch.document_ids,
+        spans=batch.spans,
+        return_router_loss=True,
     )
     entropy = vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
     targets = (batch.labels != IGNORED_LABEL).sum(-1)

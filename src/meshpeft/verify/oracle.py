@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.data.batches import GlobalBatchSlice, MicroBatch, PackedRows, RowSampler
 from meshpeft.models import LanguageModel
-from meshpeft.parallel import ModelParallelConfig, ParallelGroupInfo, TensorLayout, layout_of_tensor, set_seed
+from meshpeft.models.spans import Spans, SpansOfRanks
+from meshpeft.parallel import (
+    ModelParallelConfig,
+    ParallelAxis,
+    ParallelGroupInfo,
+    TensorLayout,
+    layout_of_tensor,
+    set_seed,
+)
 from meshpeft.training.step import StepResult, TrainStep, adamw
-from meshpeft.verify.simulation import on_rank, simulate, the_same
+from meshpeft.verify.simulation import index_on_rank, on_rank, ranks, simulate, the_same
 
 __all__ = [
     "Layout",
@@ -162,8 +170,11 @@ class Run:
         """Join the micro-batches of all data-parallel ranks, for one rank to compute."""
         slices = self._of_every_rank(number)
         batches = [
-            MicroBatch(*(torch.cat([getattr(b, name) for b in ranks]) for name in MicroBatch.__dataclass_fields__))
-            for ranks in zip(*slices, strict=True)
+            MicroBatch(
+                *(torch.cat(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
+                spans=Spans.joined(*_spans(of_dp)),
+            )
+            for of_dp in zip(*slices, strict=True)
         ]
         return batches, slices[0].global_target_tokens
 
@@ -181,8 +192,11 @@ class Run:
             return replace(stacked, global_shape=tuple(every.shape)).slice(every)[0]
 
         batches = [
-            MicroBatch(*(own([getattr(batch, name) for batch in ranks]) for name in MicroBatch.__dataclass_fields__))
-            for ranks in zip(*slices, strict=True)
+            MicroBatch(
+                *(own(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
+                spans=_spans_on(self.mesh.dp, _spans(of_dp)),
+            )
+            for of_dp in zip(*slices, strict=True)
         ]
         return batches, slices[0].global_target_tokens
 
@@ -235,6 +249,17 @@ def trace_layout(
             run.take(number, trace)
         run.finish(trace)
     return trace
+
+
+def _spans(batches: Sequence[MicroBatch]) -> list[Spans]:
+    return [batch.spans for batch in batches if isinstance(batch.spans, Spans)]  # a sampler makes no others
+
+
+def _spans_on(axis: ParallelAxis, spans: Sequence[Spans]) -> Spans | SpansOfRanks:
+    """Give each simulated rank the spans of its place on an axis."""
+    if axis.world_size == 1:
+        return spans[0]
+    return SpansOfRanks({rank: spans[index_on_rank(axis.rank, rank)] for rank in ranks()})
 
 
 def full_tensors(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:

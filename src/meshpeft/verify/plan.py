@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from meshpeft.data.batches import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
+from meshpeft.models.spans import Spans
 from meshpeft.parallel import ParallelGroupInfo, init_parallelism
 from meshpeft.training.step import TrainStep, adamw, summed_loss
 from meshpeft.verify.oracle import Layout
@@ -156,7 +157,8 @@ def _bytes(tensors: Any) -> int:
 
 def _micro_batch(rows: int, width: int) -> MicroBatch:
     tokens = torch.zeros((rows, width), dtype=torch.long)
-    return MicroBatch(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens), torch.zeros_like(tokens))
+    others = (torch.zeros_like(tokens) for _ in range(3))
+    return MicroBatch(tokens, *others, spans=Spans.of_rows(rows, width))
 
 
 def _forward_and_backward(model: Decoder, batch: MicroBatch) -> tuple[int, _Calls]:
