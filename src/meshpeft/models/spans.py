@@ -35,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from spmd_types import register_local_autograd_function
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -418,6 +419,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
 
+@register_local_autograd_function
 class _Tiled(Function):
     """Attention in plain products, some queries at a time; the backward pass makes the scores again.
 

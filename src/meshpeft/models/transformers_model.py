@@ -21,6 +21,8 @@ from meshpeft.engines.parallelize import parallelize
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
 from meshpeft.models.language_model import LanguageModel
+from meshpeft.models.spans import Spans, SpansOfRanks, spans_of_documents
+from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_are
 from meshpeft.parallel import (
     ColumnParallelLinear,
     ParallelAxis,
@@ -69,14 +71,15 @@ class TransformersModel(LanguageModel):
         document_ids: Tensor | None = None,
         cache: TransformersCache | None = None,
         *,
+        spans: Spans | SpansOfRanks | None = None,
         gather_logits: bool = False,
         last_token_only: bool = False,
     ) -> Tensor:
         """Compute the logits of the next token at every position, as `Decoder` does.
 
         Positions that restart separate the documents of a row, as in transformers; whether an architecture keeps to
-        them is found by `keeps_documents_apart`. With a
-        cache, documents only mark padding.
+        them is found by `keeps_documents_apart`. With a cache, documents only mark padding. Without one, attention is
+        `attend`'s where the architecture hands it its mask, see `transformers_attention.py`.
         """
         options: dict[str, Any] = {}
         new = input_ids.shape[1]
@@ -94,13 +97,16 @@ class TransformersModel(LanguageModel):
                 options["past_key_values"] = cache.past
         elif document_ids is not None and position_ids is None:
             position_ids = positions_in_documents(document_ids)
+        if spans is None and cache is None:
+            spans = Spans.of_rows(*input_ids.shape) if document_ids is None else spans_of_documents(document_ids)
         accepted = _parameters_of(type(self))
         if position_ids is not None and "position_ids" in accepted:
             options["position_ids"] = position_ids
         if last_token_only and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1
         theirs: Any = super().forward  # LanguageModel has none
-        logits: Tensor = theirs(input_ids=input_ids, use_cache="past_key_values" in options, **options).logits
+        with documents_are(None if cache is not None else spans):
+            logits: Tensor = theirs(input_ids=input_ids, use_cache="past_key_values" in options, **options).logits
         logits = logits[:, -1 if last_token_only else -new :]
         return mp_gather(logits, -1, self.vocab_axis) if gather_logits else logits
 
@@ -275,6 +281,8 @@ def make_transformers_model(
     except ParallelError:
         if axis.world_size > 1:
             raise
+    if attends_by_spans(model):
+        model.set_attn_implementation(IMPLEMENTATION)
     head = model.get_output_embeddings()
     sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
