@@ -3,13 +3,14 @@
 transformers lets an attention function be registered under a name, and beside it a function that makes the mask that
 the model hands to each layer. Ours makes a `SpansMask`: a tensor of the mask's shape, which has no memory, and holds
 the spans of this call. It comes to the attention function as any mask does, also where a layer is computed again in
-the backward pass, and `attend` computes by its spans. A model that does anything else with its mask (slices it, adds
+the backward pass, and `attend` computes by its spans; so documents stay apart also in architectures that do not read
+them from their positions (gpt-oss). A model that does anything else with its mask (slices it, adds
 to it, ..) gets the tensor that transformers would have made: exact for every architecture, without S² memory for
 those that only hand it on.
 
 | a call | mask | attention |
 |---|---|---|
-| spans, and a mask that is causal in documents, in a window or in chunks of them | `SpansMask` | `attend` |
+| spans, and a mask that is causal, in a window or in chunks or not | `SpansMask` | `attend` |
 | anything else: a cache, a mask of the model's own, layers that are not causal | transformers' own | by the mask |
 """
 
@@ -103,19 +104,17 @@ class _Pattern:
     """What a mask function of transformers says.
 
     Attributes:
-        is_causal, is_packed: Whether later tokens are hidden, and those of other documents.
+        is_causal: Whether later tokens are hidden.
         window, chunk: Tokens of a sliding window and of a chunk.
     """
 
     is_causal: bool = False
-    is_packed: bool = False
     window: int | None = None
     chunk: int | None = None
 
     def __and__(self, other: _Pattern) -> _Pattern:
         return _Pattern(
             self.is_causal or other.is_causal,
-            self.is_packed or other.is_packed,
             other.window if self.window is None else self.window,
             other.chunk if self.chunk is None else self.chunk,
         )
@@ -138,8 +137,8 @@ def _pattern_of(function: Any) -> _Pattern | None:
                     return None
                 pattern = pattern & part
             return pattern
-        case "packed_sequence_mask_function":
-            return _Pattern(is_packed=True)
+        case "packed_sequence_mask_function":  # the documents that positions show, which are those of the spans
+            return _Pattern()
         case "remap_positions_for_packed_sequence":  # counts from the first token of each document
             return _pattern_of(inside["mask_function"])
         case "sliding_window_overlay":
@@ -155,10 +154,7 @@ def _mask(**given: Any) -> Tensor | None:
     spans, pattern = _SPANS.get(), _pattern_of(given["mask_function"])
     batch, queries, keys = given["batch_size"], given["q_length"], given["kv_length"]
     is_whole = queries == keys and given.get("attention_mask") is None
-    # Where a model does not read documents from its positions, it mixes them: `keeps_documents_apart` finds out.
     if spans is None or pattern is None or not pattern.is_causal or not is_whole:
-        return dense()
-    if not pattern.is_packed and spans != Spans.of_rows(batch, queries):
         return dense()
     if pattern.chunk is not None:
         spans = spans.chunked(pattern.chunk)
@@ -230,7 +226,8 @@ def _by_mask(
     if mask is None:
         keys = torch.arange(key.shape[2], device=key.device)
         mask = keys <= keys[-queries:, None]
-    scores = scores.masked_fill(~mask, -torch.inf)
+    # Padding on the left sees nothing at all: its softmax must be a number all the same.
+    scores = scores.masked_fill(~mask, torch.finfo(wide).min)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(wide)[None, :, None, None].expand(batch, heads, queries, 1)), -1)
     weights = scores.softmax(-1)[..., : key.shape[2]].unflatten(1, (groups, -1))

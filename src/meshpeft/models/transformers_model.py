@@ -77,9 +77,9 @@ class TransformersModel(LanguageModel):
     ) -> Tensor:
         """Compute the logits of the next token at every position, as `Decoder` does.
 
-        Positions that restart separate the documents of a row, as in transformers; whether an architecture keeps to
-        them is found by `keeps_documents_apart`. With a cache, documents only mark padding. Without one, attention is
-        `attend`'s where the architecture hands it its mask, see `transformers_attention.py`.
+        Spans separate the documents of a row where the architecture hands its mask to a registered attention
+        function (see `transformers_attention.py`); elsewhere positions that restart do, as in transformers. Whether
+        that is enough is found by `keeps_documents_apart`. With a cache, documents only mark padding.
         """
         options: dict[str, Any] = {}
         new = input_ids.shape[1]
@@ -276,13 +276,13 @@ def make_transformers_model(
     _check(model, dtype)
     with blamed_on(subject, ModelError):
         _compute_buffers(model, device)
+    if attends_by_spans(model):
+        model.set_attn_implementation(IMPLEMENTATION)  # before layers get configurations of their own
     try:
         parallelize(model, axis=axis, gather_logits=False)
     except ParallelError:
         if axis.world_size > 1:
             raise
-    if attends_by_spans(model):
-        model.set_attn_implementation(IMPLEMENTATION)
     head = model.get_output_embeddings()
     sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
