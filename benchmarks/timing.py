@@ -23,7 +23,12 @@ class Ratio:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def measure(candidates: dict[str, Callable[[], object]], repeats: int = 30, warmup: int = 3) -> dict[str, list[float]]:
+def measure(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int = 30,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each candidate in each repeat; in every repeat each runs once, forwards and backwards in turn."""
     for run in candidates.values():
         for _ in range(warmup):
@@ -32,11 +37,11 @@ def measure(candidates: dict[str, Callable[[], object]], repeats: int = 30, warm
     for repeat in range(repeats):
         order = list(candidates) if repeat % 2 == 0 else list(reversed(candidates))
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

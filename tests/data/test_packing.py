@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from meshpeft.data.batches import IGNORED_LABEL, PADDING_DOCUMENT, PackedRows, pack_documents
 from meshpeft.data.documents import Document
 from meshpeft.data.files import DataError
+from meshpeft.models.spans import Spans
 
 SEQ_LENGTH = 12
 PAD = 77
@@ -27,6 +28,7 @@ def make_documents(lengths: list[int], seed: int = 0) -> list[Document]:
 def unpacked(rows: PackedRows) -> list[list[tuple[list[int], list[int], list[int]]]]:
     """Per row and document id: its tokens, labels and positions, as the tensors say; padding is checked."""
     batch = rows.gather(np.arange(len(rows)))
+    assert batch.spans == Spans.of_documents(batch.document_ids)
     result = []
     for at in range(len(rows)):
         ids = batch.document_ids[at]
@@ -100,6 +102,7 @@ def test_padding_rows_and_widths() -> None:
     batch = rows.gather(np.array([1, -1]), width=6)
     assert batch.input_ids.tolist() == [[200, 201, 202, 203, 204, PAD], [PAD] * 6]
     assert batch.document_ids.tolist() == [[0] * 5 + [-1], [-1] * 6]
+    assert batch.spans == batch.to("cpu").spans == Spans.of_lengths([5, 1, 6])
     assert (batch.labels[1] == IGNORED_LABEL).all()
     assert {tensor.dtype for tensor in batch.to("cpu").tensors} == {batch.labels.dtype}
 

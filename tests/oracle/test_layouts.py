@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,16 @@ def assert_same_fine_tune(layout: Layout, method: str) -> None:
 @pytest.mark.parametrize(("layout", "method"), runs(CROSS_SECTION))
 def test_the_fine_tune_does_not_depend_on_the_layout(layout: Layout, method: str) -> None:
     assert_same_fine_tune(layout, method)
+
+
+@pytest.mark.parametrize("layout", CROSS_SECTION[2:4], ids=str)
+def test_the_fine_tune_with_windows_does_not_depend_on_the_layout(layout: Layout) -> None:
+    def make_model(parallel: ModelParallelConfig) -> Decoder:
+        return Decoder(replace(config(), sliding_windows=(3, None)), parallel, dtype=torch.float64)
+
+    one, found = (trace_layout(each, make_model, METHODS["lora"], rows(), steps=2) for each in (Layout(), layout))
+    assert one.losses != one_rank().losses[:2]
+    assert max(compare(one, found).values()) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The adapters themselves, fused and standalone, are checked in tests/peft.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ STATES = {"dp": "P", "tp": "I"}
 @pytest.mark.parametrize("sequence_parallel", (False, True))
 def test_states_of_the_base_are_right_at_4096_ranks(sequence_parallel: bool) -> None:
     assert typecheck_layout(config(**SIZES), tp=8, dp=512, sequence_parallel=sequence_parallel) == STATES
+
+
+def test_states_of_windows_are_right() -> None:
+    windows = replace(config(**SIZES), sliding_windows=(16, None))
+    assert typecheck_layout(windows, METHODS["lora"], tp=8, dp=4, sequence_parallel=True) == STATES
 
 
 def dora_twin(x: Tensor, weight: Tensor, term: Term, magnitude: Tensor, norm: Tensor, _: Any) -> Tensor:
