@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.finetune_jobs import finetuned
 from safetensors.torch import load_file
 
 from meshpeft.cli.main import main
@@ -22,11 +23,7 @@ OPTIONS = ["--seq-length=48", "--batch-size=4", "--micro-batch-size=2", "--rank=
 
 
 def finetune(base: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
-    """The results in the run's record."""
-    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(output), *OPTIONS, *options]
-    assert main(["finetune", *arguments]) == 0
-    results: dict[str, Any] = json.loads((output / "run.json").read_text())["results"]
-    return results
+    return finetuned(base, data, output, *OPTIONS, *options)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +83,11 @@ def test_generate_continues_with_and_without_the_adapter(
 
 
 def test_two_workers_train_the_same_adapter(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
-    """The launch, the loop and the export of real processes; the oracle has the layouts."""
-    options = ["--dtype", "float64", "--steps", "6", "--eval-every", "4"]
-    results = finetune(base, data, tmp_path / "two", *options, "--tp", "2", "--sequence-parallel")
-    expected = json.loads((run / "run.json").read_text())["results"]
+    """The command that launches them; the oracle has the layouts."""
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "two"), *OPTIONS]
+    arguments += ["--dtype", "float64", "--steps", "6", "--eval-every", "4", "--tp", "2", "--sequence-parallel"]
+    assert main(["finetune", *arguments]) == 0
+    results, expected = (json.loads((path / "run.json").read_text())["results"] for path in (tmp_path / "two", run))
     # float64, sums in another order over six steps.
     assert results["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], rel=1e-10)
     assert results["trainable_parameters"] == expected["trainable_parameters"]

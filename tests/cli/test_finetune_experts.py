@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.finetune_jobs import finetuned
 from helpers.peft_files import with_peft
 from helpers.tiny_models import random_ids, reference
 from safetensors.torch import load_file
@@ -27,11 +28,7 @@ ROUTED = ["--no-share-expert-adapters", "--normalize-moe-lora", "--router-aux-lo
 
 
 def finetune(base: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
-    """The results in the run's record."""
-    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(output), *OPTIONS, *options]
-    assert main(["finetune", *arguments]) == 0
-    results: dict[str, Any] = json.loads((output / "run.json").read_text())["results"]
-    return results
+    return finetuned(base, data, output, *OPTIONS, *options)
 
 
 def rows(run: Path, name: str) -> list[float]:

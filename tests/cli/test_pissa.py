@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.finetune_jobs import finetuned
 from safetensors.torch import load_file
 
 from meshpeft.cli.main import main
@@ -81,10 +82,10 @@ def test_checkpoints_are_resumed_exported_and_merged(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_another_layout(run: Path, options: list[str], tmp_path: Path) -> None:
+def test_a_run_goes_on_at_another_layout(run: Path, wide_base: Path, data: Path, tmp_path: Path) -> None:
     """The weights give the same part up again, over 2 processes as over 1."""
-    again = [*RUNS[run.name], "--tp", "2", "--output-dir", str(tmp_path / "run")]
-    assert main([*options, *again, "--resume", str(run / "checkpoints" / "step-00000002")]) == 0
+    again = [*RUNS[run.name], "--tp", "2", "--resume", str(run / "checkpoints" / "step-00000002")]
+    finetuned(wide_base, data, tmp_path / "run", *OPTIONS, *PISSA, *again)
     # float64, sums in another order.
     assert results(tmp_path / "run")["held_out_loss_after"] == pytest.approx(
         results(run)["held_out_loss_after"], rel=1e-10

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.finetune_jobs import finetuned
 from safetensors.torch import load_file
 
 from meshpeft.cli.main import main
@@ -48,9 +49,9 @@ def test_a_run_says_what_it_packed(run: Path) -> None:
     assert (options["quantize"], options["lora_init_method"]) == ("nf4", "svdquant")
 
 
-def test_two_workers_pack_and_train_the_same(run: Path, options: list[str], tmp_path: Path) -> None:
+def test_two_workers_pack_and_train_the_same(run: Path, wide_base: Path, data: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
-    assert main([*options, *SVDQUANT, "--output-dir", str(two), "--tp", "2"]) == 0
+    finetuned(wide_base, data, two, *OPTIONS, *SVDQUANT, "--tp", "2")
     for name in ("held_out_loss_before", "held_out_loss_after"):
         # float64, sums in another order; the packed base is the same bit for bit.
         assert results(two)[name] == pytest.approx(results(run)[name], rel=1e-10)
@@ -134,12 +135,11 @@ def test_bad_combinations_are_refused_with_code_2(
 def test_two_workers_pack_and_train_half_of_the_experts_each(
     start: str | None, wide_experts_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["finetune", "--model", str(wide_experts_base), "--data", str(data), *OPTIONS, "--quantize", "nf4"]
-    arguments += ["--dtype", "float64", "--steps", "3", "--eval-every", "0"]
+    options = [*OPTIONS, "--quantize", "nf4", "--dtype", "float64", "--steps", "3", "--eval-every", "0"]
     if start is not None:
-        arguments += ["--lora-init-method", start, "--no-share-expert-adapters"]
+        options += ["--lora-init-method", start, "--no-share-expert-adapters"]
     for name, layout in (("one", []), ("two", ["--ep", "2"])):
-        assert main([*arguments, *layout, "--output-dir", str(tmp_path / name)]) == 0
+        finetuned(wide_experts_base, data, tmp_path / name, *options, *layout)
     one, two = tmp_path / "one", tmp_path / "two"
     assert results(two)["packed"] == results(one)["packed"]
     assert results(one)["packed"]["bytes"] <= 0.6 * results(one)["packed"]["parameters"]

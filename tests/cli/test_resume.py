@@ -210,6 +210,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+def go_on(options: list[str], *more: str) -> None:
+    """The same command again, on workers that are there already."""
+    run_on_ranks(2, finetune_here, [*options[1:], "--steps", str(LONG), *more])
+
+
 def workers(process: subprocess.Popen[str]) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
@@ -227,7 +232,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_on_ranks(2, finetune_here, [*options[1:], "--steps", str(LONG), "--output-dir", str(run), "--tp", "2"])
+    go_on(options, "--output-dir", str(run), "--tp", "2")
     return run
 
 
@@ -259,8 +264,7 @@ def test_a_signal_saves_and_ends_the_run_and_the_same_command_goes_on(
     assert found == code, output
     assert "Traceback" not in output and "go on by the same command with --resume auto" in output
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    found, output = finish(start(options, *command))
-    assert found == 0, output
+    go_on(options, *command)
     same(run, undisturbed)
 
 
@@ -284,8 +288,7 @@ def killed_and_restarted(options: list[str], run: Path, kills: int, seed: int, *
             os.kill(numbers.choice(alive), signal.SIGKILL)
         code, output = finish(process)
         assert code in (1, -signal.SIGKILL), f"kill {kill + 1} of {kills} came too late: {output}"
-    code, output = finish(start(options, *command))
-    assert code == 0, output
+    go_on(options, *command)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")

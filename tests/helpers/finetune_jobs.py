@@ -1,19 +1,40 @@
-"""Whole runs of `meshpeft finetune` on workers that are there already; in a module of its own for what it imports."""
+"""Whole runs of `meshpeft finetune`, on workers that are there already where a run needs several."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.workers import run_on_ranks
 
 from meshpeft.cli.arguments import parse
+from meshpeft.cli.main import main
 from meshpeft.data.batches import GlobalBatchSlice, PackedRows, RowSampler
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.finetune import finetune
+from meshpeft.training.launch import workers_for
 
-__all__ = ["finetune_here", "rows_of_each_step"]
+__all__ = ["finetune_here", "finetuned", "rows_of_each_step"]
+
+
+def finetuned(base: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
+    """Run `meshpeft finetune`; the results in the run's record.
+
+    Of several workers only the first run of this process starts any: the command would launch its own, and each of them
+    would import everything again.
+    """
+    arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(output), *options]
+    workers = workers_for(parse(FinetuneConfig, arguments, "meshpeft finetune").resolved())
+    if workers == 1:
+        assert main(["finetune", *arguments]) == 0
+    else:
+        run_on_ranks(workers, finetune_here, arguments)
+    results: dict[str, Any] = json.loads((output / "run.json").read_text())["results"]
+    return results
 
 
 def finetune_here(arguments: list[str]) -> None:
