@@ -40,16 +40,20 @@ def save_experts(directory: Path) -> None:
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     import meshpeft
+    from meshpeft.training.streams import plain_warnings
 
+    disable_progress_bar()
     embedded = next(Path(meshpeft.__file__).parent.glob("*/embedded_base"))
     config = json.loads((embedded / "config.json").read_text())
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "moe_intermediate_size": 32}
     torch.manual_seed(0)
     made = AutoConfig.for_model("qwen3_moe", vocab_size=config["vocab_size"], num_experts_per_tok=2, **sizes, **experts)
-    AutoModelForCausalLM.from_config(made).save_pretrained(directory)
+    with plain_warnings("same_numbers"):  # the libraries that transformers looks for speak to their developers
+        AutoModelForCausalLM.from_config(made).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded / name, directory)
 
