@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from helpers.byte_tokenizer import VOCABULARY, with_tokenizer
+from helpers.finetune_jobs import short_samples
 from helpers.tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_samples() -> Iterator[None]:
+    with short_samples():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -187,12 +187,13 @@ def test_generate_refuses_options_that_make_no_text(
     assert sentence in refused(["generate", "--model", str(base), *options], capsys)
 
 
-def test_workers_say_it_once_and_the_code_is_2(base: Path, tmp_path: Path) -> None:
+def test_workers_say_it_once_and_the_code_is_2(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The data is read by the workers: both fail, one sentence is printed."""
     (tmp_path / "empty.jsonl").touch()
-    run = ["--model", str(base), "--data", "empty.jsonl", "--tp", "2", "--output-dir", "run"]
-    command = [sys.executable, "-m", "meshpeft.cli.main", "finetune", *run]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "meshpeft finetune: empty.jsonl: holds no records; at least one is needed.\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", "--model", str(base), "--data", "empty.jsonl", "--tp", "2", "--output-dir", "run"]) == 2
+    expected = "meshpeft finetune: empty.jsonl: holds no records; at least one is needed.\n"
+    assert capfd.readouterr() == ("", expected)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from helpers.workers import run_on_ranks
@@ -14,11 +15,12 @@ from helpers.workers import run_on_ranks
 from meshpeft.cli.arguments import parse
 from meshpeft.cli.main import main
 from meshpeft.data.batches import GlobalBatchSlice, PackedRows, RowSampler
+from meshpeft.training import generate
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.finetune import finetune
 from meshpeft.training.launch import workers_for
 
-__all__ = ["finetune_here", "finetuned", "rows_of_each_step"]
+__all__ = ["finetune_here", "finetuned", "rows_of_each_step", "short_samples"]
 
 
 def finetuned(base: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
@@ -41,7 +43,15 @@ def finetune_here(arguments: list[str]) -> None:
     """What each worker of `meshpeft finetune` does."""
     config = parse(FinetuneConfig, arguments, "meshpeft finetune").resolved()
     config.check()
-    finetune(config)
+    with short_samples():
+        finetune(config)
+
+
+@contextmanager
+def short_samples() -> Iterator[None]:
+    """Samples before and after training of 4 tokens each, which would take longer than a few steps."""
+    with patch.object(generate, "SAMPLE_TOKENS", 4):
+        yield
 
 
 def rows_of_each_step(arguments: list[str]) -> dict[int, list[int]]:

@@ -18,25 +18,22 @@ from meshpeft.parallel.launcher_world import is_joined
 from meshpeft.training.launch import launch, number_of_workers, speaks_for_all
 
 
-def write_sum(directory: Path) -> None:
-    """Each worker leaves the sum over the workers of rank + 1, and its number of threads."""
-    info = init_parallelism(tensor_parallel=2)
-    total = torch.tensor([float(info.tp.rank + 1)])
-    dist.all_reduce(total, group=info.tp.group)
-    (directory / f"{info.tp.rank}").write_text(f"{total.item():g} {torch.get_num_threads()}")
-
-
 def listening(pid: int) -> list[tuple[str, int]]:
     """Addresses and ports at which a process listens."""
     connections = psutil.Process(pid).net_connections("tcp")
     return [tuple(found.laddr) for found in connections if found.status == psutil.CONN_LISTEN]
 
 
-def write_listening(directory: Path, launcher: int) -> None:
-    """Each worker leaves where it listens, and rank 0 also where the launcher does, while they are connected."""
+def look_around(directory: Path, launcher: int) -> None:
+    """Each worker leaves the sum over the workers of rank + 1, its number of threads, and where it listens.
+
+    Rank 0 also leaves where the launcher does. All are connected meanwhile.
+    """
     info = init_parallelism(tensor_parallel=2)
-    dist.all_reduce(torch.ones(1), group=info.tp.group)
-    found = listening(os.getpid()) + (listening(launcher) if info.tp.rank == 0 else [])
+    total = torch.tensor([float(info.tp.rank + 1)])
+    dist.all_reduce(total, group=info.tp.group)
+    places = listening(os.getpid()) + (listening(launcher) if info.tp.rank == 0 else [])
+    found = {"sum": total.item(), "threads": torch.get_num_threads(), "listening": places}
     (directory / f"{info.tp.rank}").write_text(json.dumps(found))
     dist.all_reduce(torch.ones(1), group=info.tp.group)
 

@@ -17,7 +17,7 @@ import torch
 from helpers.adapters import adapted, peft_adapted
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import on_rank, simulate, standing_at
-from helpers.thinned import thinned
+from helpers.thinned import cross_section
 from helpers.tiny_models import MOE_FAMILIES, random_ids, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -116,8 +116,7 @@ def test_a_file_with_a_router_and_separate_q_k_v_is_read(
     torch.testing.assert_close(logits(with_peft(tiny(family), tmp_path / "again")), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
+@cross_section(2, share=(True, False), format=FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_writes_the_same_bytes_and_reads_its_slices(
     layout: dict[str, int], share: bool, format: Any, tiny: Tiny, tmp_path: Path
@@ -178,8 +177,7 @@ UNEQUAL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("case", thinned(UNEQUAL, 2))
+@cross_section(4, case=UNEQUAL, format=FORMATS)
 def test_one_scale_serves_experts_of_another_rank(case: str, format: Any, tiny: Tiny, tmp_path: Path) -> None:
     """Servers read `r` and `lora_alpha` alone; what every expert has of its own is in its factors."""
     options = dict(UNEQUAL[case])
@@ -263,8 +261,7 @@ def test_dora_goes_per_expert_or_merged(share: bool, tiny: Tiny, tmp_path: Path)
     torch.testing.assert_close(logits(reference(tmp_path / "merged")), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@cross_section(2, family=MOE_FAMILIES, share=(True, False))
 def test_a_merged_model_computes_what_the_adapted_one_did(family: str, share: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = experts_adapted(tiny(family), family, share_expert_adapters=share).eval()
     with simulate(tp=2, dp=2, ep=2, etp=1):

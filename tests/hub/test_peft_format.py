@@ -19,7 +19,7 @@ from helpers.checkpoint_jobs import export_and_fail
 from helpers.fsdp_jobs import export_under_fsdp, export_under_fsdp1, made, trained
 from helpers.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, served, with_peft
 from helpers.simulate import simulate, the_same
-from helpers.thinned import thinned
+from helpers.thinned import cross_section, thinned
 from helpers.tiny_models import random_ids, reference
 from helpers.workers import run_on_ranks
 from safetensors import safe_open
@@ -51,8 +51,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return the_same(found)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@cross_section(2, family=["llama", "mistral", "qwen2", "qwen3"], method=METHODS)
 def test_peft_loads_the_export_and_gives_our_logits(family: str, method: str, tiny: Tiny, tmp_path: Path) -> None:
     model, ids = adapted(tiny(family), method=method).eval(), random_ids()
     export_peft_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(tiny(family)))
@@ -118,7 +117,7 @@ def test_an_adapter_that_peft_made_gives_the_same_logits_here(
         load_peft_adapter(ours, tmp_path)
 
 
-@pytest.mark.parametrize("use_rslora", (False, True))
+@pytest.mark.parametrize("use_rslora", thinned((True, False), 2))
 def test_ranks_and_alphas_that_differ_within_a_fused_layer(use_rslora: bool, tiny: Tiny, tmp_path: Path) -> None:
     """peft's patterns speak of modules; q, k and v, or gate and up, are parts of one layer here."""
     patterns = {
@@ -337,8 +336,7 @@ def test_the_files_keep_the_adapters_type(dtype: torch.dtype, tiny: Tiny, tmp_pa
     assert loaded.decoder.layers[0].mlp.linear_fc1.adapter.linear_in.weight.dtype == dtype
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@cross_section(2, method=["lora", "dora"], tp=[1, 2])
 def test_every_parameter_keeps_its_own_type(method: str, tp: int, tiny: Tiny, tmp_path: Path) -> None:
     """DoRA's magnitudes are float32 beside factors of bfloat16; other programs mix as they like."""
     types = {"lora_A": torch.bfloat16, "lora_B": torch.float16, "magnitude": torch.float32, "o_proj": torch.float64}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.simulate import simulate, the_same
+from helpers.thinned import cross_section
 from helpers.tiny_models import FAMILIES, random_ids, reference
 
 from meshpeft.models import Decoder, ModelError, generate, load_pretrained
@@ -26,16 +27,15 @@ def generated(directory: Path, tp: int, sequence_parallel: bool, ids: torch.Tens
         return the_same(generate(decoder, ids, **options))
 
 
-@pytest.mark.parametrize(("tp", "sequence_parallel"), ((1, False), (4, True)))
-@pytest.mark.parametrize("family", FAMILIES)
+@cross_section(2, family=FAMILIES, layout=((1, False), (4, True)))
 def test_greedy_generation_is_that_of_transformers(
-    tiny: Callable[[str], Path], family: str, tp: int, sequence_parallel: bool
+    tiny: Callable[[str], Path], family: str, layout: tuple[int, bool]
 ) -> None:
     ids = random_ids(2, 7)
     model = reference(tiny(family))
     model.generation_config.eos_token_id = None
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(generated(tiny(family), tp, sequence_parallel, ids, max_new_tokens=8), expected)
+    assert torch.equal(generated(tiny(family), *layout, ids, max_new_tokens=8), expected)
 
 
 def test_sampling_draws_the_same_tokens_at_every_layout(tiny: Callable[[str], Path]) -> None:

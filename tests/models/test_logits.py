@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.simulate import on_rank, simulate, the_same
+from helpers.thinned import cross_section
 from helpers.tiny_models import FAMILIES, random_ids, reference, save_tiny
 from torch import Tensor
 from torch.nn import functional
@@ -32,9 +33,7 @@ def parallel(tp: int, sequence_parallel: bool = False) -> ModelParallelConfig:
     return ModelParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-@pytest.mark.parametrize("tp", (1, 2, 4))
-@pytest.mark.parametrize("family", FAMILIES)
+@cross_section(2, family=FAMILIES, tp=(1, 2, 4), dtype=(torch.float32, torch.float64))
 def test_logits_equal_transformers(tiny: Callable[[str], Path], family: str, tp: int, dtype: torch.dtype) -> None:
     ids = random_ids()
     expected = reference(tiny(family), dtype)(ids).logits
@@ -55,8 +54,7 @@ def test_logits_are_divided_along_the_vocabulary(tiny: Callable[[str], Path], tp
             assert relative_error(on_rank(logits, rank), expected[rank]) < 1e-10
 
 
-@pytest.mark.parametrize("length", (1, 12, 13))
-@pytest.mark.parametrize("tp", (2, 4))
+@cross_section(2, tp=(2, 4), length=(1, 12, 13))
 def test_sequence_parallel_pads_any_length(tiny: Callable[[str], Path], tp: int, length: int) -> None:
     ids = random_ids(length=length)
     expected = reference(tiny("qwen3"))(ids).logits
@@ -94,22 +92,21 @@ def test_bfloat16_is_transformers_bfloat16(tiny: Callable[[str], Path]) -> None:
     assert relative_error(ours.float(), exact) < 1.5 * relative_error(theirs, exact)
 
 
-@pytest.mark.parametrize("activation_checkpointing", (False, True))
-@pytest.mark.parametrize(("tp", "sequence_parallel"), ((1, False), (2, False), (2, True)))
-@pytest.mark.parametrize("family", FAMILIES)
+# tp, and sequence parallel.
+@cross_section(2, family=FAMILIES, layout=((1, False), (2, False), (2, True)), activation_checkpointing=(False, True))
 def test_every_gradient_equals_transformers(
-    tiny: Callable[[str], Path], family: str, tp: int, sequence_parallel: bool, activation_checkpointing: bool
+    tiny: Callable[[str], Path], family: str, layout: tuple[int, bool], activation_checkpointing: bool
 ) -> None:
     ids = random_ids()
     model = reference(tiny(family))
     logits = model(ids).logits
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    with simulate(tp=tp):
+    with simulate(tp=layout[0]):
         decoder = load_pretrained(
             tiny(family),
             dtype=torch.float64,
-            parallel=parallel(tp, sequence_parallel),
+            parallel=parallel(*layout),
             activation_checkpointing=activation_checkpointing,
         )
         vocab_parallel_cross_entropy(decoder(ids)[:, :-1], ids[:, 1:]).mean().backward()

@@ -86,7 +86,11 @@ def mesh_of(layout: Layout) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [(family, layout) for family in MOE_FAMILIES for layout in (MANY if family == "qwen2_moe" else FEW)],
+    [
+        pytest.param(family, layout, marks=[pytest.mark.slow] if number % 2 else [])
+        for family in MOE_FAMILIES
+        for number, layout in enumerate(MANY if family == "qwen2_moe" else FEW)
+    ],
     ids=str,
 )
 def test_logits_and_every_gradient_equal_transformers(tiny: Callable[[str], Path], family: str, layout: Layout) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
 from helpers.simulate import simulate, the_same
+from helpers.thinned import cross_section
 from helpers.tiny_models import random_ids, reference, save_tiny
 from torch import Tensor
 
@@ -75,20 +75,18 @@ def our_gradients(
         return the_same(loss).item(), found
 
 
-@pytest.mark.parametrize(
-    ("family", "layout", "sequence_parallel"),
-    (
-        ("llama", {}, False),
-        ("llama", {"tp": 2}, True),
-        ("qwen3", {"tp": 4}, False),
-        ("qwen3", {"tp": 2, "dp": 2}, False),
-    ),
-    ids=str,
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_those_of_peft(
-    method: str, family: str, layout: dict[str, int], sequence_parallel: bool, tmp_path: Path
-) -> None:
+# Family, layout, sequence parallel.
+WHERE: list[tuple[str, dict[str, int], bool]] = [
+    ("llama", {}, False),
+    ("llama", {"tp": 2}, True),
+    ("qwen3", {"tp": 4}, False),
+    ("qwen3", {"tp": 2, "dp": 2}, False),
+]
+
+
+@cross_section(2, method=METHODS, where=WHERE)
+def test_gradients_are_those_of_peft(method: str, where: tuple[str, dict[str, int], bool], tmp_path: Path) -> None:
+    family, layout, sequence_parallel = where
     base = save_tiny(family, tmp_path / "base")
     ids, labels = random_ids(seed=1), random_ids(seed=2)
     adapter = tmp_path / "adapter"

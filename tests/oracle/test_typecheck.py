@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import spmd_types as spmd
 from helpers.oracle_runs import METHODS, config
+from helpers.thinned import cross_section
 from torch import Tensor
 
 import meshpeft.parallel.linear as parallel_linear
@@ -40,8 +41,7 @@ def dora_twin(x: Tensor, weight: Tensor, term: Term, magnitude: Tensor, norm: Te
     return fused_dora_reference(x, weight, term, magnitude, norm)
 
 
-@pytest.mark.parametrize("sequence_parallel", (False, True))
-@pytest.mark.parametrize("method", ("lora", "canonical_lora", "dora"))
+@cross_section(2, method=("lora", "canonical_lora", "dora"), sequence_parallel=(False, True))
 def test_states_of_the_unfused_twins_are_right(
     method: str, sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.adapted_block import BATCH, SEQ, local_input, make_block
 from helpers.simulate import simulate, the_same
+from helpers.thinned import cross_section
 
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import ParallelError, finalize_gradients, layout_of_tensor, mp_reduce
@@ -148,8 +149,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("sequence_parallel", (False, True))
-@pytest.mark.parametrize("method", METHODS)
+@cross_section(2, method=METHODS, sequence_parallel=(False, True))
 def test_states_are_right_at_4096_ranks(method, sequence_parallel):
     states = typecheck_layout(CONFIG, METHODS[method], tp=8, dp=512, sequence_parallel=sequence_parallel)
     assert states == {"tp": "I", "dp": "P"}

@@ -10,6 +10,7 @@ import torch
 from helpers.adapted_block import Outcome, largest_difference, local_input, make_block, outcome
 from helpers.faults import complete_beside
 from helpers.simulate import on_rank, simulate
+from helpers.thinned import cross_section
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor
 
@@ -40,11 +41,10 @@ def one_rank(method: str) -> Outcome:
     return outcome(METHODS[method])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("tp", "dp", "sequence_parallel"), LAYOUTS)
-def test_adapters_train_alike_at_every_layout(method, tp, dp, sequence_parallel):
+@cross_section(2, method=METHODS, layout=LAYOUTS)
+def test_adapters_train_alike_at_every_layout(method, layout):
     # float64 sums in another order: a few thousand roundings of 1e-16.
-    assert largest_difference(outcome(METHODS[method], tp, dp, sequence_parallel), one_rank(method)) < 1e-10
+    assert largest_difference(outcome(METHODS[method], *layout), one_rank(method)) < 1e-10
 
 
 def _gradient_of_a_is_not_summed(patch):

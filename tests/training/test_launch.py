@@ -58,24 +58,23 @@ def test_a_process_of_a_world_that_makes_no_sense_says_so_itself(rank: str, monk
     assert not speaks_for_all()  # rank 0 does
 
 
-def test_workers_are_connected_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    launch(launch_jobs.write_sum, tmp_path, workers=2)
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == [f"3 {threads}", f"3 {threads}"]
-
-
-def test_one_machine_s_processes_listen_on_the_loopback_interface_only(tmp_path: Path) -> None:
+def test_workers_are_connected_share_the_cores_and_listen_on_the_loopback_interface_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The launcher's store has no credentials: whoever reaches it can write what the workers read."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = launch_jobs.listening(os.getpid())
-    launch(launch_jobs.write_listening, tmp_path, os.getpid(), workers=2)
-    found = [tuple(address) for rank in ("0", "1") for address in json.loads((tmp_path / rank).read_text())]
-    ours = [host for host, port in found if (host, port) not in before]
+    launch(launch_jobs.look_around, tmp_path, os.getpid(), workers=2)
+    found = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
+    assert [worker["sum"] for worker in found] == [3, 3]
+    assert [worker["threads"] for worker in found] == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
+    ours = [host for worker in found for host, port in worker["listening"] if (host, port) not in before]
     assert len(ours) >= 3  # the store's, and one of gloo's in each worker
     assert set(ours) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+# That a signal ends a run is seen with one of the command line, too.
+@pytest.mark.parametrize("ignored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_signal_that_the_caller_ignores_ends_no_run(ignored: bool, tmp_path: Path) -> None:
     """A hang-up ends a run, but not under nohup, which ignores it."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
@@ -95,7 +94,8 @@ def test_a_signal_that_the_caller_ignores_ends_no_run(ignored: bool, tmp_path: P
     ("how", "kind", "text"),
     [
         ("error", WorkerDied, r"worker 1 failed:\nTraceback(.|\n)*ZeroDivisionError: this one was first$"),
-        ("bad input", MeshPEFTError, "^the file is truncated$"),
+        # Also from the command line.
+        pytest.param("bad input", MeshPEFTError, "^the file is truncated$", marks=pytest.mark.slow),
         ("kill", WorkerDied, r"^worker 1 was killed \(SIGKILL\)"),
     ],
 )
@@ -108,10 +108,10 @@ def test_a_failing_worker_ends_the_run_with_its_own_report(how: str, kind: type[
 @pytest.mark.parametrize(
     ("how", "codes", "printed"),
     [
-        ("never", [0, 0], ""),
+        pytest.param("never", [0, 0], "", marks=pytest.mark.slow),
         ("before", [2, 2], "no such file\n"),
         ("all", [2, 2], "not divisible\n"),
-        ("after", [0, 2], "the file is truncated\n"),
+        pytest.param("after", [0, 2], "the file is truncated\n", marks=pytest.mark.slow),
     ],
 )
 def test_under_a_launcher_the_process_joins_and_one_worker_speaks(how: str, codes: list[int], printed: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.simulate import simulate
+from helpers.thinned import cross_section
 
 from meshpeft.cli.main import main
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
@@ -33,23 +34,25 @@ def planned(method: LowRankPEFT, **options: Any) -> Any:
     return plan(CONFIG, method, tp=TP, dp=4, micro_batch_size=2, seq_length=TOKENS // 2, dtype=torch.float64, **options)
 
 
-@pytest.mark.parametrize("sequence_parallel", (False, True))
-@pytest.mark.parametrize(
-    "method",
-    (LoRA(**OPTIONS), CanonicalLoRA(**OPTIONS, fused=False), DoRA(**OPTIONS)),
-    ids=("lora", "canonical, beside", "dora"),
-)
-def test_weights_and_collectives_are_those_of_a_simulated_run(method: LowRankPEFT, sequence_parallel: bool) -> None:
-    with simulate(tp=TP, dp=4):
+METHODS: dict[str, LowRankPEFT] = {
+    "lora": LoRA(**OPTIONS),
+    "canonical, standalone": CanonicalLoRA(**OPTIONS, fused=False),
+    "dora": DoRA(**OPTIONS),
+}
+
+
+@cross_section(2, method=METHODS, sequence_parallel=(True, False))
+def test_weights_and_collectives_are_those_of_a_simulated_run(method: str, sequence_parallel: bool) -> None:
+    with simulate(tp=TP, dp=2):
         parallel = ModelParallelConfig(TP, sequence_parallel=sequence_parallel)
         model = Decoder(CONFIG, parallel, dtype=torch.float64).requires_grad_(False)
         base = sum(parameter.nbytes for parameter in model.parameters())
-        method(model)
+        METHODS[method](model)
         adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         ids = torch.zeros((2, TOKENS // 2), dtype=torch.long)
         with count_collectives() as calls:
             vocab_parallel_cross_entropy(model(ids), ids).sum().backward()
-    found = planned(method, sequence_parallel=sequence_parallel)
+    found = planned(METHODS[method], sequence_parallel=sequence_parallel)
     assert (found.base, found.adapter, found.gradients, found.optimizer) == (base, adapter, adapter, 2 * adapter)
     expected: Counter[tuple[str, int]] = Counter()
     for call in calls:
