@@ -1,6 +1,7 @@
 """Attention over packed rows: time and peak memory of one layer, and of one training step, against dense masks.
 
-A row holds documents whose lengths are drawn from the lognormal distribution that fits the embedded data's. Candidates
+Rows hold documents whose lengths are drawn from the lognormal distribution that fits the embedded data's: the same
+documents, 8,192 tokens in all, in rows of 512, 2,048 and 8,192 tokens, and four times over in one of 32,768. Candidates
 are the dense mask, transformers' own attention (its `sdpa`, with the mask that it makes from restarting positions),
 both up to 8,192 tokens, and attention by documents up to 32,768. Forward and backward, float32, 8 heads over 2 groups
 of 64 channels, one thread. Times are those of the process, for the machine may be shared; the masks are made
@@ -43,7 +44,8 @@ from meshpeft.training.inputs import load_inputs
 from meshpeft.training.step import TrainStep, adamw
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 64
-LENGTHS, MOST_DENSE, STEP_LENGTH = (512, 2048, 8192, 32768), 8192, 8192
+TOKENS = 8192
+SHAPES = ((16, 512), (4, 2048), (1, 8192), (1, 32768))  # rows, tokens of a row
 DENSE, THEIRS, OURS = "dense mask", "transformers", "documents"
 
 
@@ -54,17 +56,21 @@ def lognormal() -> tuple[float, float]:
     return float(logs.mean()), float(logs.std())
 
 
-def documents_of(seq: int, mean: float, deviation: float) -> Tensor:
-    """Document ids [1, seq]; the last document is cut."""
-    generator = np.random.default_rng(0)
-    lengths = np.maximum(1, generator.lognormal(mean, deviation, seq).astype(int))
-    return torch.from_numpy(np.repeat(np.arange(seq), lengths)[:seq])[None]
+def documents_of(rows: int, seq: int, mean: float, deviation: float) -> Tensor:
+    """Document ids [rows, seq] of the same documents at every shape: those of 8,192 tokens, as often as there is room.
+
+    A document that is longer than what is left of a row goes on in the next as one of its own.
+    """
+    lengths = np.random.default_rng(0).lognormal(mean, deviation, TOKENS).astype(int) + 1
+    ids = np.repeat(np.arange(TOKENS), lengths)[:TOKENS]
+    again = np.concatenate([ids + copy * TOKENS for copy in range(rows * seq // TOKENS)])
+    return torch.from_numpy(again).view(rows, seq)
 
 
 def layer(name: str, documents: Tensor) -> Callable[[], None]:
     """Forward and backward of one attention."""
-    seq = documents.shape[1]
-    q, k, v = (torch.randn(seq, 1, heads, HEAD_DIM).requires_grad_() for heads in (HEADS, GROUPS, GROUPS))
+    rows, seq = documents.shape
+    q, k, v = (torch.randn(seq, rows, heads, HEAD_DIM).requires_grad_() for heads in (HEADS, GROUPS, GROUPS))
     if name == OURS:
         forward: Callable[[], Any] = partial(attend, q, k, v, Spans.of_documents(documents))
     elif name == DENSE:
@@ -74,7 +80,7 @@ def layer(name: str, documents: Tensor) -> Callable[[], None]:
         config = LlamaConfig(num_attention_heads=HEADS, num_key_value_heads=GROUPS)
         config._attn_implementation = "sdpa"
         positions = positions_in_documents(documents)
-        theirs = create_causal_mask(config, torch.empty(1, seq, 1), None, None, positions)
+        theirs = create_causal_mask(config, torch.empty(rows, seq, 1), None, None, positions)
         module = nn.Module()
         module.num_key_value_groups = HEADS // GROUPS  # type: ignore[assignment]
         by_head = (x.permute(1, 2, 0, 3) for x in (q, k, v))
@@ -137,7 +143,7 @@ def _peak(make: Callable[[str, Tensor], Callable[[], None]], name: str, document
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     make(name, documents)()
-    inputs = documents.shape[1] * HEAD_DIM * (HEADS + 2 * GROUPS) * 4 / 2**20 if make is layer else 0
+    inputs = documents.numel() * HEAD_DIM * (HEADS + 2 * GROUPS) * 4 / 2**20 if make is layer else 0
     return _resident("VmHWM") - before - inputs
 
 
@@ -153,32 +159,33 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     mean, deviation = lognormal()
-    documents = {seq: documents_of(seq, mean, deviation) for seq in LENGTHS}
+    documents = {seq: documents_of(rows, seq, mean, deviation) for rows, seq in SHAPES}
     runs = {
         (seq, name): layer(name, documents[seq])
-        for seq in LENGTHS
+        for _, seq in SHAPES
         for name in (DENSE, THEIRS, OURS)
-        if name == OURS or seq <= MOST_DENSE
+        if name == OURS or seq <= TOKENS
     }
     seconds = measure({f"{seq} {name}": run for (seq, name), run in runs.items()}, repeats, 1, time.process_time)
     rows = []
+    shortest = SHAPES[0][1]
     for seq, name in runs:
-        own, shortest = f"{seq} {name}", f"{LENGTHS[0]} {OURS}"
-        per_token = [a / b * LENGTHS[0] / seq for a, b in zip(seconds[own], seconds[shortest], strict=True)]
+        own, ids = f"{seq} {name}", documents[seq]
         over = str(ratio(seconds, own, f"{seq} {OURS}")) if name != OURS else "1"
-        count = int(documents[seq].max()) + 1
-        memory = f"{peak(layer, name, documents[seq]):,.0f}"
-        rows.append((f"{seq:,}", f"{count}", name, over, str(quartiles(per_token)), memory))
-    header = ("tokens", "documents", "attention", "time over documents'", "time a token over 512's", "peak, MiB")
+        pairs = zip(seconds[own], seconds[f"{shortest} {OURS}"], strict=True)
+        per_token = quartiles([a / ids.numel() / (b / documents[shortest].numel()) for a, b in pairs])
+        shape = f"{len(ids)} x {seq:,}"
+        rows.append((shape, name, over, str(per_token), f"{peak(layer, name, ids) / ids.numel() * 1024:,.1f}"))
+    header = ("tokens", "attention", "time over documents'", "time a token over 512's", "peak, KiB a token")
     described = f"documents of exp(N({mean:.2f}, {deviation:.2f})) tokens"
     print(table(f"One attention layer, {described}", rows, header), flush=True)
-    steps = {name: step(name, documents[STEP_LENGTH]) for name in (DENSE, OURS)}
+    steps = {name: step(name, documents[TOKENS]) for name in (DENSE, OURS)}
     seconds = measure(steps, repeats, 1, time.process_time)
     rows = []
     for name in steps:
         over = str(ratio(seconds, name, OURS)) if name != OURS else "1"
-        rows.append((name, over, f"{peak(step, name, documents[STEP_LENGTH]):,.0f}"))
-    print(table(f"A training step of {STEP_LENGTH:,} tokens", rows, ("attention", "time over documents'", "peak, MiB")))
+        rows.append((name, over, f"{peak(step, name, documents[TOKENS]):,.0f}"))
+    print(table(f"A training step of {TOKENS:,} tokens", rows, ("attention", "time over documents'", "peak, MiB")))
 
 
 if __name__ == "__main__":

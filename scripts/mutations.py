@@ -164,7 +164,7 @@ def mutated_copy(mutation: Mutation, directory: Path) -> Path:
     for name in listed:
         if (ROOT / name).exists():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, directory / name)
+            shutil.copyfile(ROOT / name, directory / name, follow_symlinks=False)  # a link may lead to a directory
     path = directory / SOURCE / mutation.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
     return directory

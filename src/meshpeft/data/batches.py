@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import overload
@@ -124,7 +124,13 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy the micro-batch to another device."""
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), spans=self.spans)
+        return MicroBatch.of((tensor.to(device, non_blocking=True) for tensor in self.tensors), self.spans)
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor], spans: Spans | SpansOfRanks) -> MicroBatch:
+        """Make a micro-batch of its four tensors, in the order of `tensors`."""
+        input_ids, labels, position_ids, document_ids = tensors
+        return cls(input_ids, labels, position_ids, document_ids, spans)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -205,7 +211,7 @@ class PackedRows:
                 column = stop
             if column < width:
                 lengths.append(width - int(column))
-        return MicroBatch(*torch.from_numpy(out), spans=Spans.of_lengths(lengths))
+        return MicroBatch.of(torch.from_numpy(out), Spans.of_lengths(lengths))
 
 
 def pack_documents(

@@ -190,7 +190,7 @@ class Spans:
         members: list[list[tuple[int, int, int]]] = []  # for each pass: block, first and last key
         for number, block in enumerate(self.blocks):
             last = block.first_key + block.keys
-            first = last - min(block.keys, block.queries + _before(window))
+            first = last - int(min(block.keys, block.queries + _before(window)))
             fitting = next((one for one in members if one[-1][2] <= first), None)
             if fitting is None:
                 members.append([(number, first, last)])
@@ -252,7 +252,7 @@ class _Pass:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     pieces: tuple[int, ...]
-    _bounds: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    _bounds: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`cu_seqlens` of queries and keys, int32 [blocks + 1]; made once for all layers, without a wait."""
@@ -262,7 +262,7 @@ class _Pass:
                 for lengths in (self.queries, self.keys)
             )
             self._bounds[device] = queries, keys
-        return self._bounds[device]  # type: ignore[no-any-return]
+        return self._bounds[device]
 
 
 def _before(window: int | None) -> float:
@@ -334,12 +334,12 @@ def attend(
     seq, batch = queries.shape[:2]
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     # Row after row: for one row, views.
-    by_row = [x.transpose(0, 1).flatten(0, 1) for x in (queries, keys, values)]
+    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (queries, keys, values))
     if isinstance(spans, SpansOfRanks):
         rank = parallel_group_info().world.rank
-        out = _OnEachRank.apply(*by_row, sinks, rank, spans, (window, scale, softcap))
+        out = _OnEachRank.apply(q, k, v, sinks, rank, spans, (window, scale, softcap))
     else:
-        out = _attend(*by_row, sinks, spans, (window, scale, softcap))
+        out = _attend(q, k, v, sinks, spans, (window, scale, softcap))
     return out.unflatten(0, (batch, seq)).transpose(0, 1).flatten(2)
 
 
@@ -411,10 +411,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -
         # No memory-efficient CUDA kernel shares keys; the fallback would hold the scores of a document.
         k, v, repeats = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 1
     # The backward pass of a split is one `cat`; that of a slice fills a tensor of the whole batch, for every document.
-    parts = zip(*(x[None].transpose(1, 2).split(lengths, 2) for x in (q, k, v)), strict=True)
+    of_documents = zip(*(x[None].transpose(1, 2).split(lengths, 2) for x in (q, k, v)), strict=True)
     outs = [
-        functional.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=repeats > 1)
-        for part in parts
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+        for q, k, v in of_documents
     ]
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
@@ -438,7 +438,8 @@ class _Tiled(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, dsinks = _tiled_backward(*ctx.saved_tensors, grads[0], ctx.spans, ctx.options)
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv, dsinks = _tiled_backward(q, k, v, sinks, out, lse, grads[0], ctx.spans, ctx.options)
         return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, None, None
 
 
@@ -585,7 +586,8 @@ class _OnEachRank(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, dsinks = _backward_on_rank(*ctx.saved_tensors, grads[0], ctx.rank, ctx.spans, ctx.options)
+        q, k, v, sinks = ctx.saved_tensors
+        dq, dk, dv, dsinks = _backward_on_rank(q, k, v, sinks, grads[0], ctx.rank, ctx.spans, ctx.options)
         return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, None, None, None
 
 
@@ -607,8 +609,10 @@ def _backward_on_rank(
     spans: SpansOfRanks,
     options: _Options,
 ) -> tuple[Tensor, ...]:
-    inputs = [x.detach().requires_grad_() for x in (q, k, v) + (() if sinks is None else (sinks,))]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    sinks = None if sinks is None else sinks.detach().requires_grad_()
     with torch.enable_grad():
-        out = _attend(*inputs[:3], None if sinks is None else inputs[3], spans.of[rank], options)
-    found = torch.autograd.grad(out, inputs, dout)
-    return found if sinks is not None else (*found, dout.new_zeros(0))
+        out = _attend(q, k, v, sinks, spans.of[rank], options)
+    if sinks is None:
+        return *torch.autograd.grad(out, (q, k, v), dout), dout.new_zeros(0)
+    return torch.autograd.grad(out, (q, k, v, sinks), dout)

@@ -80,14 +80,14 @@ class SpansMask(Tensor):
         dense: Callable[[], Tensor | None],
     ) -> SpansMask:
         """Make the mask."""
-        mask: SpansMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            SpansMask, shape, dtype=torch.bool, device=device
-        )
+        mask: SpansMask = torch.Tensor._make_wrapper_subclass(SpansMask, shape, dtype=torch.bool, device=device)
         mask.spans, mask.window, mask.dense = spans, window, dense
         return mask
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(SpansMask, SpansMask._made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -190,7 +190,9 @@ def _attention(
         is_causal = getattr(module, "is_causal", True) if flag is None else flag
         if is_causal and others.get("position_bias") is None and not dropout and key.shape[2] == query.shape[2]:
             out = attend(
-                *(x.permute(2, 0, 1, 3) for x in (query, key, value)),
+                query.permute(2, 0, 1, 3),
+                key.permute(2, 0, 1, 3),
+                value.permute(2, 0, 1, 3),
                 attention_mask.spans,
                 window=attention_mask.window,
                 scale=scaling,

@@ -173,7 +173,8 @@ class ParallelGroupInfo:
         return found
 
 
-_SERIAL = ParallelGroupInfo(**{name: ParallelAxis(name) for name in AXES}, world=ParallelAxis("world"), joined_axes={})
+_ALONE: dict[str, Any] = {name: ParallelAxis(name) for name in (*AXES, "world")}
+_SERIAL = ParallelGroupInfo(**_ALONE, joined_axes={})
 _current: ParallelGroupInfo = _SERIAL
 _providers: list[Callable[[], ParallelGroupInfo | None]] = []
 

@@ -170,9 +170,9 @@ class Run:
         """Join the micro-batches of all data-parallel ranks, for one rank to compute."""
         slices = self._of_every_rank(number)
         batches = [
-            MicroBatch(
-                *(torch.cat(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
-                spans=Spans.joined(*_spans(of_dp)),
+            MicroBatch.of(
+                (torch.cat(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
+                Spans.joined(*_spans(of_dp)),
             )
             for of_dp in zip(*slices, strict=True)
         ]
@@ -192,9 +192,9 @@ class Run:
             return replace(stacked, global_shape=tuple(every.shape)).slice(every)[0]
 
         batches = [
-            MicroBatch(
-                *(own(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
-                spans=_spans_on(self.mesh.dp, _spans(of_dp)),
+            MicroBatch.of(
+                (own(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
+                _spans_on(self.mesh.dp, _spans(of_dp)),
             )
             for of_dp in zip(*slices, strict=True)
         ]

@@ -157,8 +157,7 @@ def _bytes(tensors: Any) -> int:
 
 def _micro_batch(rows: int, width: int) -> MicroBatch:
     tokens = torch.zeros((rows, width), dtype=torch.long)
-    others = (torch.zeros_like(tokens) for _ in range(3))
-    return MicroBatch(tokens, *others, spans=Spans.of_rows(rows, width))
+    return MicroBatch.of((torch.zeros_like(tokens) for _ in range(4)), Spans.of_rows(rows, width))
 
 
 def _forward_and_backward(model: Decoder, batch: MicroBatch) -> tuple[int, _Calls]:
