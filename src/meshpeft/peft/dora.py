@@ -27,10 +27,10 @@ from meshpeft.parallel.states import all_reduce
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
 from meshpeft.peft.experts import GroupedExpertLinearAdapter
-from meshpeft.peft.fused import WeightSource, fused_dora, magnitude_scale, rows_for
+from meshpeft.peft.fused import Term, WeightSource, fused_dora, magnitude_scale, rows_for
 from meshpeft.peft.method import LowRankPEFT
 from meshpeft.peft.standalone import ParallelLinearAdapter, decide_gradient_sum, summed_in_backward
-from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, RowProduct, check_ours
 
 __all__ = [
     "AdapterWithMagnitude",
@@ -339,6 +339,22 @@ class DoRALinear(AdapterWrapper):
         term = adapter.term(x, self.offsets(args, kwargs))
         magnitude = adapter.get_weight_magnitude()
         return fused_dora(x, self.weight_source(), term, magnitude, norm, self._norms.after_backward)
+
+    @property
+    def runs_by_rows(self) -> bool:
+        """Whether the adapter joins the base's GEMM."""
+        return self.joins
+
+    def row_product(self, x: Tensor) -> RowProduct:
+        """See `AdapterWrapper`."""
+        adapter, source, norm = self.adapter, self.weight_source(), self._get_weight_norm()
+        a, b = adapter.linear_in.weight, adapter.linear_out.weight
+
+        def run(rows: Tensor, dropped: Tensor | None) -> Tensor:
+            magnitude, term = adapter.get_weight_magnitude(), Term(a, b, adapter.scale, dropped)
+            return fused_dora(rows, source, term, magnitude, norm, self._norms.after_backward)
+
+        return RowProduct(run, adapter.drop_input(x))
 
     def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """W x + (g - 1) W x' + g s B A x', from the outputs of base and adapter."""

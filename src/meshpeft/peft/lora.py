@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from meshpeft.parallel import mp_gather
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
-from meshpeft.peft.fused import fused_lora, product
+from meshpeft.peft.fused import Term, fused_lora, product
 from meshpeft.peft.method import LowRankPEFT
-from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, check_ours
+from meshpeft.peft.wrapper import AdapterTerm, AdapterWrapper, RowProduct, check_ours
 
 __all__ = ["LoRA", "LoRALinear", "LoRATopKRouter", "LowRankWrapper"]
 
@@ -58,6 +58,20 @@ class LowRankWrapper(AdapterWrapper):
         if adapter.drops_output:
             return product(x, source, offsets) + adapter.delta(x, *self.factors(), offsets)
         return fused_lora(x, source, adapter.term(x, offsets, self.factors()))
+
+    @property
+    def runs_by_rows(self) -> bool:
+        """Whether the adapter joins the base's GEMM, and its output is not dropped: that mask is one of all rows."""
+        return self.joins and not self.one_adapter.drops_output
+
+    def row_product(self, x: Tensor) -> RowProduct:
+        """See `AdapterWrapper`."""
+        adapter, source = self.one_adapter, self.weight_source()
+
+        def run(rows: Tensor, dropped: Tensor | None) -> Tensor:
+            return fused_lora(rows, source, Term(*self.factors(), adapter.scale, dropped))
+
+        return RowProduct(run, adapter.drop_input(x))
 
     def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base and the standalone adapter, and add their outputs."""

@@ -7,7 +7,7 @@ A = [A_1; A_2; ..], B = [B_1 B_2 ..]. It runs as one, in the same fused function
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,10 @@ class NamedLoRALinear(LowRankWrapper):
         """Return the terms of the enabled adapters."""
         return [term for term in self.terms() if term.name not in self._disabled]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return the base layer's output for x, plus that of every enabled adapter."""
-        if not self.active_terms():
-            return self.to_wrap(x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+    @property
+    def is_active(self) -> bool:
+        """Whether `forward` computes an adapter: any of them is enabled, and they are not part of the base's weight."""
+        return super().is_active and bool(self.active_terms())
 
     def merged_weights(self) -> Iterator[Tensor]:
         """Yield W + sum of s B A over the enabled adapters, local, in float32 or wider; one by one for experts."""

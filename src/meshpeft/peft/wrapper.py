@@ -25,6 +25,7 @@ __all__ = [
     "AdapterTerm",
     "AdapterWrapper",
     "BaseOutput",
+    "RowProduct",
     "base_of",
     "check_ours",
     "parameter_like",
@@ -89,6 +90,19 @@ class BaseOutput(NamedTuple):
     bias: Tensor | None
     layernorm: Tensor | None
     rebuild: Callable[[Tensor], Any]
+
+
+class RowProduct(NamedTuple):
+    """An adapted product that can be computed for some rows of the input at a time.
+
+    Attributes:
+        run: Rows of x after the base's `enter`, and the same rows of `dropped` or `None` -> rows of the output before
+            the base's `exit`. Without a collective.
+        dropped: x' [*, in], x after dropout; `None` where the adapter takes x itself.
+    """
+
+    run: Callable[[Tensor, Tensor | None], Tensor]
+    dropped: Tensor | None
 
 
 class AdapterWrapper(nn.Module):
@@ -242,12 +256,17 @@ class AdapterWrapper(nn.Module):
             x: Input of the base, in the state in which the base takes it.
             args, kwargs: Further arguments of the base.
         """
-        if not self._adapter_enabled or self._is_merged:
+        if not self.is_active:
             return self.to_wrap(x, *args, **kwargs)
         layer_type = self.layer_type
         if self.joins and layer_type.enter is not None and layer_type.exit is not None:
             return layer_type.exit(self.to_wrap, self.run_fused(layer_type.enter(self.to_wrap, x), *args, **kwargs))
         return self.run_standalone(x, *args, **kwargs)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether `forward` computes an adapter: one is enabled, and it is not part of the base's weight."""
+        return self._adapter_enabled and not self._is_merged
 
     @property
     def joins(self) -> bool:
@@ -257,6 +276,19 @@ class AdapterWrapper(nn.Module):
     def run_fused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the adapted GEMM: x [*, in] after the base's `enter` -> [*, out] before its `exit`."""
         raise NotImplementedError(f"{type(self).__name__} cannot join its adapter to the base's GEMM")
+
+    @property
+    def runs_by_rows(self) -> bool:
+        """Whether the adapted product of some rows of the input can be had without that of the others."""
+        return False
+
+    def row_product(self, x: Tensor) -> RowProduct:
+        """Return what `run_fused` computes in a form that takes some rows at a time, with dropout of x drawn.
+
+        Args:
+            x: [*, in] after the base's `enter`, of a layer without experts, where `runs_by_rows`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot run on some rows of its input")
 
     def run_standalone(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base and the standalone adapter, where the base's forward hides its collectives."""
