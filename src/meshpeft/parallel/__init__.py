@@ -33,7 +33,14 @@ from meshpeft.parallel.layout import (
     set_layout,
 )
 from meshpeft.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from meshpeft.parallel.loss import vocab_parallel_cross_entropy
+from meshpeft.parallel.loss import (
+    AdaptedHead,
+    FrozenHead,
+    LogitScaling,
+    count_targets,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 from meshpeft.parallel.mesh import (
     ParallelAxis,
     ParallelGroupInfo,
@@ -99,15 +106,18 @@ __all__ = [
     "differs",
     "gradient_state",
     "master_tensor",
+    "AdaptedHead",
     "COMPILED",
     "ColumnParallelLinear",
     "ContainerType",
     "DispatchPlan",
+    "FrozenHead",
     "GroupedColumnParallelLinear",
     "GroupedRowParallelLinear",
     "InitializationType",
     "LayerType",
     "LinearLayout",
+    "LogitScaling",
     "MeshPEFTError",
     "ModelParallelConfig",
     "FusedParts",
@@ -126,6 +136,7 @@ __all__ = [
     "clip_gradients_",
     "combine_tokens",
     "container_type_of",
+    "count_targets",
     "describe_layers",
     "destroy_parallelism",
     "derive_layer_types",
@@ -172,4 +183,5 @@ __all__ = [
     "sp_gather",
     "sp_reduce_scatter",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
