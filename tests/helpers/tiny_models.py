@@ -126,7 +126,7 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
     """Write a small float32 model of `family` whose every parameter is random, biases and norms too."""
     config = AutoConfig.for_model(
-        family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES | FOREIGN_FAMILIES)[family], **overrides}
+        family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES | FOREIGN_FAMILIES).get(family, {}), **overrides}
     )
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)

@@ -12,7 +12,7 @@ from helpers.thinned import cross_section
 
 from meshpeft.cli.main import main
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
-from meshpeft.parallel import ModelParallelConfig, vocab_parallel_cross_entropy
+from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
 from meshpeft.verify import Traffic, plan
 from meshpeft.verify.simulation import count_collectives
@@ -51,7 +51,7 @@ def test_weights_and_collectives_are_those_of_a_simulated_run(method: str, seque
         adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         ids = torch.zeros((2, TOKENS // 2), dtype=torch.long)
         with count_collectives() as calls:
-            vocab_parallel_cross_entropy(model(ids), ids).sum().backward()
+            model.token_losses(ids, ids).sum().backward()
     found = planned(METHODS[method], sequence_parallel=sequence_parallel)
     assert (found.base, found.adapter, found.gradients, found.optimizer) == (base, adapter, adapter, 2 * adapter)
     expected: Counter[tuple[str, int]] = Counter()
@@ -95,6 +95,13 @@ def test_what_is_kept_follows_the_options() -> None:
     # Of two gathered inputs a layer one half each.
     assert plain - shards == 2 * CONFIG.num_layers * TOKENS * CONFIG.hidden_size * 8 // TP
     assert recomputed < plain / 3
+
+
+def test_of_the_loss_a_gradient_for_each_token_is_kept_and_nothing_of_the_vocabulary() -> None:
+    wide, narrow = (DecoderConfig(**{**CONFIG.__dict__, "vocab_size": size}) for size in (4096, 64))
+    found = [plan(config, LoRA(**OPTIONS), seq_length=TOKENS, dtype=torch.float64) for config in (wide, narrow)]
+    assert found[0].activations == found[1].activations
+    assert found[0].base > found[1].base
 
 
 def test_of_a_model_with_experts_the_weights_are_counted() -> None:

@@ -31,6 +31,7 @@ from meshpeft.data.documents import Document
 from meshpeft.data.files import DataError
 from meshpeft.data.records import Record
 from meshpeft.models.spans import Spans, SpansOfRanks
+from meshpeft.parallel.loss import count_targets
 
 __all__ = [
     "IGNORED_LABEL",
@@ -122,9 +123,16 @@ class MicroBatch:
     document_ids: torch.Tensor
     spans: Spans | SpansOfRanks
 
+    @cached_property
+    def target_count(self) -> int:
+        """Number of labels of which a loss is taken; under simulation the largest of any rank."""
+        return count_targets(self.labels, IGNORED_LABEL)
+
     def to(self, device: torch.device | str) -> MicroBatch:
-        """Copy the micro-batch to another device."""
-        return MicroBatch.of((tensor.to(device, non_blocking=True) for tensor in self.tensors), self.spans)
+        """Copy the micro-batch to another device; `target_count` is known there without waiting for it."""
+        moved = MicroBatch.of((tensor.to(device, non_blocking=True) for tensor in self.tensors), self.spans)
+        vars(moved)["target_count"] = self.target_count
+        return moved
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor], spans: Spans | SpansOfRanks) -> MicroBatch:

@@ -8,6 +8,7 @@ Module names are Megatron's.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from meshpeft.models.attention import (
     rotary_tables,
 )
 from meshpeft.models.config import DecoderConfig, ModelError
+from meshpeft.models.head import Labels, check_labels, head_losses
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
@@ -196,8 +198,9 @@ class Decoder(LanguageModel):
         gather_logits: bool = False,
         last_token_only: bool = False,
         return_router_loss: bool = False,
+        labels: Labels | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the logits of the next token at every position.
+        """Compute the logits of the next token at every position, or in their place its losses.
 
         Args:
             input_ids: [batch, seq], the same on every rank of the tensor-parallel axis, like all arguments.
@@ -210,21 +213,24 @@ class Decoder(LanguageModel):
             gather_logits: Return the full vocabulary on every rank.
             last_token_only: Return the logits of the last position only: [batch, 1, ..].
             return_router_loss: Return the load-balancing loss of each row too.
+            labels: Return the loss of each token instead of its logits, see `token_losses`.
 
         Returns:
             [batch, seq, vocab_size / tp], `Shard(-1)` over tensor parallel, in the type of the parameters; or
-            [batch, seq, vocab_size], also where the vocabulary is replicated. With `return_router_loss`, a pair of
-            that and of [batch] in float32 or wider, `I` over tensor parallel: for each row, the mean over the layers
-            with experts of their `load_balancing_loss`; padding does
-            not count.
+            [batch, seq, vocab_size], also where the vocabulary is replicated. With `labels` [batch, seq], `I`, in
+            float32 or wider. With `return_router_loss`, a pair of that and of [batch] in float32 or wider, `I` over
+            tensor parallel: for each row, the mean over the layers with experts of their `load_balancing_loss`; padding
+            does not count.
 
         Raises:
             ModelError: Arguments of different shapes, documents with a cache but without positions, spans with a
-                cache, or the router loss of a model without experts.
+                cache, labels with options of generation, or the router loss of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
         if spans is not None and cache is not None:
             raise ModelError("spans say which tokens of this call see which; with a cache, give document_ids alone")
+        if labels is not None:
+            check_labels(labels, input_ids, cache is not None or gather_logits or last_token_only)
         if return_router_loss and not self.config.expert_layers:
             raise ModelError(f"return_router_loss: this {self.config.model_type} model has no layer with experts")
         length, sharding = input_ids.shape[1], self.sharding
@@ -244,10 +250,22 @@ class Decoder(LanguageModel):
             cache.advance(length, _join(cache.document_ids, document_ids))
         if last_token_only:
             hidden, length = sharding.last_token(hidden, length), 1
-        logits = self.output_layer(sharding.leave_blocks(hidden))[:length].transpose(0, 1)
+        hidden = sharding.leave_blocks(hidden)
+        if labels is None:
+            out = self.output_layer(hidden)
+        else:
+            padded = replace(labels, values=_pad(labels.values, padding, labels.ignore_index).t())
+            out = head_losses(self.output_layer, hidden, padded, self.vocab_axis, self.loss_chunk)
+        out = out[:length].transpose(0, 1)
         if gather_logits:
-            logits = sharding.gather_logits(logits)
-        return logits if router_loss is None else (logits, router_loss)
+            out = sharding.gather_logits(out)
+        return out if router_loss is None else (out, router_loss)
+
+    def token_losses(
+        self, labels: Tensor, *args: Any, ignore_index: int = -100, count: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Compute -log p(label) for each token; see `LanguageModel`. Logits of `loss_chunk` tokens exist at a time."""
+        return self(*args, labels=Labels(labels, ignore_index, count), **kwargs)
 
     def _check_inputs(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from meshpeft.models.config import ModelError
+from meshpeft.models.head import Labels, losses_of_logits
 from meshpeft.parallel import (
     ParallelAxis,
     ShardedStateDict,
@@ -30,17 +31,21 @@ class LanguageModel(nn.Module, ABC):
 
     A call takes `(input_ids, position_ids=None, document_ids=None, cache=None, *, spans=None, gather_logits=False,
     last_token_only=False)`, as `Decoder` has it, and gives logits
-    [batch, seq, vocab_size / vocab_axis.world_size].
+    [batch, seq, vocab_size / vocab_axis.world_size]. `token_losses` gives the loss of each token in their place, with
+    nothing of their size where the model can.
 
     Attributes:
         vocab_axis: Axis that shards the vocabulary of the logits; of one rank where they are replicated.
         name_or_path: Directory that it was loaded from; empty for none.
         stored_names: Name of a parameter -> its name in the files, where they differ.
+        loss_chunk: Tokens whose logits exist at a time in `token_losses`; `None` for a number that follows from the
+            vocabulary (`default_loss_chunk`).
     """
 
     vocab_axis: ParallelAxis
     name_or_path: str = ""
     stored_names: Mapping[str, str] = MappingProxyType({})
+    loss_chunk: int | None = None
 
     @property
     @abstractmethod
@@ -86,6 +91,27 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`; the caller's own."""
+
+    def token_losses(
+        self, labels: Tensor, *args: Any, ignore_index: int = -100, count: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Compute -log p(label), minus the label's log-probability, for each token. Through all logits, by default.
+
+        Args:
+            labels: [batch, seq], label i the token that is to follow token i.
+            args, kwargs: Arguments of the call.
+            ignore_index: Label of tokens whose loss is 0 and that get no gradient.
+            count: Number of the other labels, or a larger one, if the host has it; see
+                `vocab_parallel_linear_cross_entropy`.
+
+        Returns:
+            [batch, seq], `I` over the vocabulary's axis, in float32 or wider; and behind it whatever else the call
+            returns.
+        """
+        found = self(*args, **kwargs)
+        logits, *others = found if isinstance(found, tuple) else (found,)
+        losses = losses_of_logits(logits, Labels(labels, ignore_index, count), self.vocab_axis)
+        return (losses, *others) if others else losses
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """Return parameters and persistent buffers by name, tied ones once: what files hold."""

@@ -10,30 +10,38 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
+from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.spans import Spans, SpansOfRanks, spans_of_documents
 from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_are
 from meshpeft.parallel import (
     ColumnParallelLinear,
+    LogitScaling,
     ParallelAxis,
     ParallelError,
     Shard,
+    does_more_than_its_type,
+    layer_type_of,
     layout_of,
     mp_gather,
     parallel_group_info,
 )
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
+from meshpeft.peft import base_of
 
 __all__ = ["TransformersModel", "make_transformers_model"]
 
@@ -64,6 +72,9 @@ class TransformersCache:
 class TransformersModel(LanguageModel):
     """Base class that is added to the class of a transformers model; made by `make_transformers_model`."""
 
+    _scaling: LogitScaling | None = None
+    _has_tried_scaling: bool = False
+
     def forward(
         self,
         input_ids: Tensor,
@@ -74,13 +85,16 @@ class TransformersModel(LanguageModel):
         spans: Spans | SpansOfRanks | None = None,
         gather_logits: bool = False,
         last_token_only: bool = False,
+        labels: Labels | None = None,
     ) -> Tensor:
-        """Compute the logits of the next token at every position, as `Decoder` does.
+        """Compute the logits of the next token at every position, or in their place its losses, as `Decoder` does.
 
         Spans separate the documents of a row where the architecture hands its mask to a registered attention
         function (see `transformers_attention.py`); elsewhere positions that restart do, as in transformers. Whether
         that is enough is found by `keeps_documents_apart`. With a cache, documents only mark padding.
         """
+        if labels is not None:
+            check_labels(labels, input_ids, cache is not None or gather_logits or last_token_only)
         options: dict[str, Any] = {}
         new = input_ids.shape[1]
         if cache is not None:
@@ -104,11 +118,81 @@ class TransformersModel(LanguageModel):
             options["position_ids"] = position_ids
         if last_token_only and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1
-        theirs: Any = super().forward  # LanguageModel has none
-        with documents_are(None if cache is not None else spans):
-            logits: Tensor = theirs(input_ids=input_ids, use_cache="past_key_values" in options, **options).logits
+        if labels is not None:
+            return self._losses(labels, input_ids, spans, options)
+        seen = None if cache is not None else spans
+        logits = self._logits(input_ids, seen, use_cache="past_key_values" in options, **options)
         logits = logits[:, -1 if last_token_only else -new :]
         return mp_gather(logits, -1, self.vocab_axis) if gather_logits else logits
+
+    def token_losses(
+        self, labels: Tensor, *args: Any, ignore_index: int = -100, count: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Compute -log p(label) for each token; see `LanguageModel`.
+
+        Logits of `loss_chunk` tokens exist at a time where the architecture makes them with a linear layer, and scales
+        or caps them at most, which is found by trying. All logits are made for any other.
+        """
+        return self(*args, labels=Labels(labels, ignore_index, count), **kwargs)
+
+    def _logits(self, input_ids: Tensor, spans: Spans | SpansOfRanks | None, **options: Any) -> Tensor:
+        """Run transformers' own forward."""
+        theirs: Any = super().forward  # LanguageModel has none
+        with documents_are(spans):
+            logits: Tensor = theirs(input_ids=input_ids, **options).logits
+        return logits
+
+    def _losses(
+        self, labels: Labels, input_ids: Tensor, spans: Spans | SpansOfRanks | None, options: dict[str, Any]
+    ) -> Tensor:
+        """Compute the loss of each token, [batch, seq]."""
+        model: Any = self
+        head, scaling = model.get_output_embeddings(), self._logit_scaling()
+        if scaling is None or does_more_than_its_type(head) or does_more_than_its_type(base_of(head)):
+            logits = self._logits(input_ids, spans, use_cache=False, **options)
+            return losses_of_logits(logits, labels, self.vocab_axis)
+        with _in_place_of(head, lambda hidden: hidden.new_zeros((*hidden.shape[:-1], 1))) as inputs:
+            self._logits(input_ids, spans, use_cache=False, **options)
+        (hidden,) = inputs
+        return head_losses(head, hidden, labels, self.vocab_axis, self.loss_chunk, scaling)
+
+    def _logit_scaling(self) -> LogitScaling | None:
+        """Return what the architecture does to its head's output; `None` for anything but factors and soft caps.
+
+        Found once, by handing known numbers to its code in place of the head's output. A collective then.
+        """
+        if not self._has_tried_scaling:
+            self._scaling, self._has_tried_scaling = self._tried_scaling(), True
+        return self._scaling
+
+    @torch.no_grad()
+    def _tried_scaling(self) -> LogitScaling | None:
+        model: Any = self
+        head = model.get_output_embeddings()
+        layer_type = None if head is None else layer_type_of(base_of(head))
+        if layer_type is None:
+            return None
+        tokens = self._probe()[None].to(next(self.parameters()).device)
+        rows = layer_type.layout(base_of(head)).weight().local_shape[0]
+        # Other numbers for every token: what mixes tokens, or treats some of the vocabulary in its own way, is found.
+        z = torch.linspace(-80, 80, tokens.numel() * rows, dtype=torch.float64, device=tokens.device)
+        z = z.view(*tokens.shape, rows)
+        was_training = self.training
+        self.eval()
+        with _in_place_of(head, lambda hidden: z) as inputs:
+            logits = self._logits(tokens, Spans.of_rows(*tokens.shape), use_cache=False)
+        self.train(was_training)
+        if len(inputs) != 1 or inputs[0].shape[:-1] != tokens.shape:
+            return None
+        tried = _scalings(self._text_config())
+        if isinstance(logits, FakeTensor):  # It has no values, and neither has what is scaled by the wrong factor.
+            return next((one for one in tried if one.cap is not None), tried[0])
+        if logits.shape != z.shape:
+            return None
+        # Their code may round to float32.
+        allowed = 1e-6 * logits.abs().max()
+        exact = [bool((one.logits(z) - logits).abs().max() <= allowed) for one in tried]
+        return next((one for one, found in zip(tried, exact, strict=True) if on_every_rank(found)), None)
 
     @property
     def vocab_size(self) -> int:
@@ -228,6 +312,37 @@ class TransformersModel(LanguageModel):
         difference = (logits[0] - logits[1]).abs()
         # Equal sums are rounded alike, or nearly; what leaks is of the order of what the tokens that differ change.
         return on_every_rank(bool(difference[where].max() <= 1e-4 * difference.max()))
+
+
+@contextmanager
+def _in_place_of(head: nn.Module, output: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Let a layer return something else inside the context; gives the list of its inputs."""
+    inputs: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
+        return output(hidden)
+
+    before = vars(head).get("forward")
+    vars(head)["forward"] = forward  # it shadows that of the class
+    try:
+        yield inputs
+    finally:
+        del vars(head)["forward"]
+        if before is not None:
+            vars(head)["forward"] = before
+
+
+def _scalings(config: Any) -> list[LogitScaling]:
+    """List what a configuration's numbers for logits and multipliers can mean: a factor, a divisor, a soft cap."""
+    numbers = [
+        value
+        for name, value in config.to_dict().items()
+        if ("logit" in name or "multiplier" in name) and type(value) in (int, float) and value
+    ]
+    factors = dict.fromkeys([1.0, *(float(number) for number in numbers), *(1 / number for number in numbers)])
+    caps = [None, *dict.fromkeys(float(number) for number in numbers if number > 0)]
+    return [LogitScaling(factor, cap) for cap in caps for factor in factors]
 
 
 @cache

@@ -194,6 +194,9 @@ class FinetuneConfig(LayoutConfig):
     lora_dtype: Annotated[Literal["fp32", "bf16"] | None, OptionalField] = None
     """Type of the adapter's parameters: bf16 halves their memory, and rounds small updates away (float16 would lose
     AdamW's epsilon, and fail). Default: fp32, or float64 with a float64 base."""
+    loss_chunk: Annotated[int | None, OptionalField] = None
+    """Tokens whose logits exist at a time in the loss. Changes memory and speed, no number. Default: as many as make
+    64 MiB of logits on a CPU, 512 MiB on a GPU, and at least 128."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
     eval_every: Annotated[int | None, OptionalField] = None
@@ -223,7 +226,7 @@ class FinetuneConfig(LayoutConfig):
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
         super().check()
-        at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "keep")
+        at_least(self, 1, "rank", "steps", "batch_size", "micro_batch_size", "loss_chunk", "keep")
         at_least(self, 2, "seq_length")
         at_least(
             self,
@@ -474,6 +477,8 @@ class EvaluateConfig(AdapterUse):
     """Rows that one process computes at a time."""
     seq_length: Annotated[int | None, OptionalField] = None
     """Tokens in a row. Default: that of the adapter's run, else 512."""
+    loss_chunk: Annotated[int | None, OptionalField] = None
+    """Tokens whose logits exist at a time in the loss, as for `meshpeft finetune`."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
@@ -482,7 +487,7 @@ class EvaluateConfig(AdapterUse):
             raise ConfigError(
                 f"{self.adapter}: there is no {RECORD} that says what data its training held out; give --data"
             )
-        at_least(self, 1, "micro_batch_size")
+        at_least(self, 1, "micro_batch_size", "loss_chunk")
         at_least(self, 2, "seq_length")
         if self.data == ():
             raise ConfigError("data is empty: name at least one file")

@@ -57,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> float:
         rows, findings = load_rows(run, tokenizer, config.data)
     check_same_inputs(run, directory, tokenizer, {"rows": rows}, config.adapter)
     model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
+    model.loss_chunk = config.loss_chunk
     check_rows(model, rows)
     check_attention(model, run)
     batches = eval_batches(

@@ -246,6 +246,7 @@ def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> 
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
     )
+    model.loss_chunk = config.loss_chunk
     check_attention(model, config)
     add_adapter(model, config)
     start_adapter(model, config)

@@ -1,6 +1,6 @@
 """One optimizer step, and the measured loss: the arithmetic of training, and nothing else.
 
-    micro-batches -> logits -> cross entropy, summed -> / target tokens of the global batch -> backward
+    micro-batches -> loss of each token, summed -> / target tokens of the global batch -> backward
         -> finalize_gradients -> clip -> AdamW
 
 What the loss is divided by: the number of target tokens (labels that are not ignored) in the *global* batch, that of
@@ -34,7 +34,6 @@ from meshpeft.parallel.agreement import gathered
 from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.finite import on_ranks, true_on_all_ranks
 from meshpeft.parallel.gradients import clip_gradients_, finalize_gradients, gradient_norm
-from meshpeft.parallel.loss import vocab_parallel_cross_entropy
 from meshpeft.parallel.mesh import parallel_group_info
 from meshpeft.parallel.states import all_reduce
 from meshpeft.peft import lora_plus_parameter_groups
@@ -75,8 +74,8 @@ def summed_loss(model: LanguageModel, batch: MicroBatch) -> Tensor:
 
     float32, or float64 for a float64 model.
     """
-    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, spans=batch.spans)
-    return vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
+    losses: Tensor = _token_losses(model, batch)
+    return losses.sum()
 
 
 def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
@@ -85,16 +84,23 @@ def summed_losses(model: LanguageModel, batch: MicroBatch) -> Tensor:
     Returns:
         [2]: the cross entropy, and the sum over the rows of (load-balancing loss x target tokens). `I` over tp.
     """
-    logits, balance = model(
+    losses, balance = _token_losses(model, batch, return_router_loss=True)
+    entropy = losses.sum()
+    targets = (batch.labels != IGNORED_LABEL).sum(-1)
+    return torch.stack((entropy, (balance * targets).sum().to(entropy.dtype)))
+
+
+def _token_losses(model: LanguageModel, batch: MicroBatch, **options: bool) -> Any:
+    return model.token_losses(
+        batch.labels,
         batch.input_ids,
         position_ids=batch.position_ids,
         document_ids=batch.document_ids,
         spans=batch.spans,
-        return_router_loss=True,
+        ignore_index=IGNORED_LABEL,
+        count=batch.target_count,
+        **options,
     )
-    entropy = vocab_parallel_cross_entropy(logits, batch.labels, IGNORED_LABEL, model.vocab_axis).sum()
-    targets = (batch.labels != IGNORED_LABEL).sum(-1)
-    return torch.stack((entropy, (balance * targets).sum().to(entropy.dtype)))
 
 
 class TrainStep:

@@ -90,6 +90,7 @@ def plan(
     activation_checkpointing: bool = False,
     micro_batch_size: int = 1,
     seq_length: int = 2048,
+    loss_chunk: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """Count what one rank of `tp * dp` holds and sends.
@@ -100,7 +101,8 @@ def plan(
         tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
         sequence_parallel, activation_checkpointing: Options of the run.
         micro_batch_size: Rows of one forward pass on one rank.
-        seq_length: Tokens of a row.
+        seq_length: Tokens of a row, each of which has a label.
+        loss_chunk: Tokens whose logits exist at a time; by default what a CPU takes (`default_loss_chunk`).
         dtype: Type of the base.
 
     Raises:
@@ -108,6 +110,7 @@ def plan(
     """
     parallel = Layout(tp, dp, ep, etp, sequence_parallel).parallel_config()
     check_divisible(config, parallel)
+    tokens_of_a_pass = micro_batch_size * seq_length
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_world(tp * dp))
         mesh = init_parallelism(tp, 1, ep, etp)
@@ -118,6 +121,7 @@ def plan(
         def make(adapted: bool) -> Decoder:
             model = Decoder(config, parallel, dtype=dtype).requires_grad_(False)
             model.set_activation_checkpointing(activation_checkpointing)
+            model.loss_chunk = tokens_of_a_pass  # what is sent does not depend on chunks, and each takes time
             if adapted:
                 adapt(model)
             return model
@@ -127,7 +131,9 @@ def plan(
             # No step can run; AdamW keeps two numbers for each.
             return _weights(model, 2 * _bytes(p for p in model.parameters() if p.requires_grad))
         batch = _micro_batch(micro_batch_size, seq_length)
+        model.loss_chunk = loss_chunk
         activations, micro_batch = _forward_and_backward(model, batch)
+        model.loss_chunk = tokens_of_a_pass
         adapted, bare = (_with_input_gradient(make(adapters), batch) for adapters in (True, False))
         optimizer = adamw(model, lr=1e-4)
         step = TrainStep(model, optimizer, clip=1.0)

@@ -8,8 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
+from meshpeft.parallel.loss import default_loss_chunk
 from meshpeft.training.adapters import (
     add_adapter,
     base_quantizer,
@@ -20,7 +23,7 @@ from meshpeft.training.adapters import (
 )
 from meshpeft.training.base import BaseModel, find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
-from meshpeft.training.launch import workers_for
+from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
@@ -86,6 +89,7 @@ def plan_run(config: FinetuneConfig) -> str:
         **_layout(config, world),
         micro_batch_size=config.micro_batch_size,
         seq_length=config.seq_length,
+        loss_chunk=config.loss_chunk or _loss_chunk_here(base.config, config.tp, dtype),
         dtype=dtype,
     )
     quantizer = base_quantizer(config)
@@ -93,6 +97,12 @@ def plan_run(config: FinetuneConfig) -> str:
     sizes = {"tp": config.tp, "dp": world // config.tp, "ep": config.ep, "etp": config.etp or config.tp}
     layout = describe_processes(world, sizes, config.sequence_parallel)
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
+
+
+def _loss_chunk_here(config: DecoderConfig, tp: int, dtype: torch.dtype) -> int:
+    """Return the tokens of which a run on this machine's device has logits at a time."""
+    rows = config.vocab_size // tp if config.vocab_size % tp == 0 else config.vocab_size
+    return default_loss_chunk(rows, dtype, device())
 
 
 def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, BaseModel, int]:

@@ -22,7 +22,6 @@ from meshpeft.parallel import (
     ParallelGroupInfo,
     init_parallelism,
     layout_of_tensor,
-    vocab_parallel_cross_entropy,
 )
 from meshpeft.parallel.typing import parameter_type
 from meshpeft.verify.simulation import fake_world
@@ -84,5 +83,5 @@ def loss_states(model: Decoder, tokens: Tensor, labels: Tensor, mesh: ParallelGr
                 raise ParallelError(f"{name} has no layout")
             declared = parameter_type(layout)
             spmd.assert_type(parameter, declared.local, partition_spec=declared.spec)
-        loss = vocab_parallel_cross_entropy(model(tokens), labels, axis=model.vocab_axis).sum()
+        loss = model.token_losses(labels, tokens).sum()
         return {name: spmd.get_axis_local_type(loss, group).value for name, group in axes.items()}
