@@ -28,7 +28,7 @@ from meshpeft.checkpoint.manifest import MANIFEST, Manifest
 from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.parallel import RowParallelLinear, init_parallelism
 
-FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(dp=2, ep=2)]
+FAST = [At(), At(tp=2, ep=2, etp=1, sequence_parallel=True), At(cp=2, ep=2)]
 EVERY = [
     At(),
     At(tp=2),
@@ -38,6 +38,7 @@ EVERY = [
     At(tp=4, sequence_parallel=True),
     At(tp=2, dp=2, ep=2, sequence_parallel=True),
     At(tp=2, dp=2, ep=4, etp=1),
+    At(tp=2, cp=2, ep=2),
 ]
 
 
@@ -72,7 +73,7 @@ def test_what_one_layout_saves_the_others_load(model: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_what_each_of_eight_layouts_saves_every_other_loads(model: str, tmp_path: Path) -> None:
+def test_what_each_of_nine_layouts_saves_every_other_loads(model: str, tmp_path: Path) -> None:
     every_one_loads_every_one(EVERY, model, tmp_path)
 
 

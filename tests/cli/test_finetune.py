@@ -82,10 +82,14 @@ def test_generate_continues_with_and_without_the_adapter(
     assert texts[0] != texts[1]
 
 
-def test_two_workers_train_the_same_adapter(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    ["--tp 2 --sequence-parallel", "--cp 2", pytest.param("--tp 2 --cp 2 --sequence-parallel", marks=pytest.mark.slow)],
+)
+def test_workers_train_the_same_adapter(layout: str, base: Path, data: Path, run: Path, tmp_path: Path) -> None:
     """The command that launches them; the oracle has the layouts."""
     arguments = ["--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "two"), *OPTIONS]
-    arguments += ["--dtype", "float64", "--steps", "6", "--eval-every", "4", "--tp", "2", "--sequence-parallel"]
+    arguments += ["--dtype", "float64", "--steps", "6", "--eval-every", "4", *layout.split()]
     assert main(["finetune", *arguments]) == 0
     results, expected = (json.loads((path / "run.json").read_text())["results"] for path in (tmp_path / "two", run))
     # float64, sums in another order over six steps.

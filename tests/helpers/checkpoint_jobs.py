@@ -43,14 +43,15 @@ class At(NamedTuple):
     ep: int = 1
     etp: int | None = None
     sequence_parallel: bool = False
+    cp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.cp
 
     def __str__(self) -> str:
         sizes = [f"{axis}{size}" for axis, size in zip(("tp", "dp", "ep", "etp"), self, strict=False) if size]
-        return "-".join([*sizes, *["sp"] * self.sequence_parallel])
+        return "-".join([*sizes, *["sp"] * self.sequence_parallel, *[f"cp{self.cp}"] * (self.cp > 1)])
 
 
 def on(at: At, job: Callable[..., Any], *arguments: Any) -> Any:
@@ -98,10 +99,13 @@ def export_and_fail(base: str, folder: str) -> str:
 
 def build(at: At, name: str) -> tuple[Decoder, torch.optim.AdamW]:
     """A model with a fresh adapter and optimizer, at a layout."""
-    init_parallelism(tensor_parallel=at.tp, expert_parallel=at.ep, expert_tensor_parallel=at.etp)
+    init_parallelism(
+        tensor_parallel=at.tp, expert_parallel=at.ep, expert_tensor_parallel=at.etp, context_parallel=at.cp
+    )
     make, adapt = MODELS[name]
     parallel = ModelParallelConfig(
         tensor_model_parallel_size=at.tp,
+        context_parallel_size=at.cp,
         expert_model_parallel_size=at.ep if make is make_moe else 1,
         expert_tensor_parallel_size=at.etp,
         sequence_parallel=at.sequence_parallel,

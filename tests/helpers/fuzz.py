@@ -35,8 +35,8 @@ from meshpeft.parallel.errors import MeshPEFTError
 
 __all__ = ["MANY", "Generator", "Outcome", "generators", "guarded", "json_bytes", "mutated_bytes", "mutated_json"]
 
-MANY = pytest.mark.parametrize("count", (30, pytest.param(2000, marks=pytest.mark.slow)))
-"""30 inputs in `make test`, 2,000 (with the same 30 first) in `make test-all`."""
+MANY = pytest.mark.parametrize("count", (100, pytest.param(2000, marks=pytest.mark.slow)))
+"""100 inputs in `make test`, 2,000 (with the same 100 first) in `make test-all`."""
 
 SECONDS, MEGABYTES = 5.0, 1024
 # By the clock, on a machine with other work.

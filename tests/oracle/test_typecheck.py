@@ -26,6 +26,12 @@ STATES = {"dp": "P", "tp": "I"}
 
 
 @pytest.mark.parametrize("sequence_parallel", (False, True))
+def test_states_under_context_parallel(sequence_parallel: bool) -> None:
+    states = typecheck_layout(config(**SIZES), METHODS["lora"], tp=8, cp=8, dp=4, sequence_parallel=sequence_parallel)
+    assert states == {"dp": "P", "cp": "P", "tp": "I"}
+
+
+@pytest.mark.parametrize("sequence_parallel", (False, True))
 def test_states_of_the_base_are_right_at_4096_ranks(sequence_parallel: bool) -> None:
     assert typecheck_layout(config(**SIZES), tp=8, dp=512, sequence_parallel=sequence_parallel) == STATES
 

@@ -23,37 +23,49 @@ from meshpeft.parallel import (
     on_each_rank,
     parallel_group_info,
 )
+from meshpeft.parallel.mesh import AXES
 
-# world, tp, pp, ep, etp
+# world, tp, pp, ep, etp, cp
 LAYOUTS = [
-    (4, 4, 1, 1, None),
-    (4, 1, 1, 4, 1),
-    (8, 2, 1, 2, 2),
-    (8, 2, 1, 4, 1),
-    (8, 4, 1, 2, 1),
-    (12, 2, 3, 2, 1),
-    (16, 2, 2, 2, None),
-    (16, 4, 2, 4, 2),
+    (4, 4, 1, 1, None, 1),
+    (4, 1, 1, 4, 1, 1),
+    (8, 2, 1, 2, 2, 2),
+    (8, 2, 1, 4, 1, 1),
+    (8, 4, 1, 2, 1, 2),
+    (12, 2, 3, 2, 1, 2),
+    (16, 2, 2, 2, None, 2),
+    (16, 4, 2, 4, 2, 1),
 ]
-JOINED = [("dp", "tp"), ("edp", "ep"), ("edp", "etp"), ("ep", "etp"), ("edp", "ep", "etp")]
+JOINED = [
+    ("dp", "tp"),
+    ("dp", "cp"),
+    ("cp", "tp"),
+    ("dp", "cp", "tp"),
+    ("edp", "ep"),
+    ("edp", "etp"),
+    ("ep", "etp"),
+    ("edp", "ep", "etp"),
+]
 
 
-def factorisations(world: int, tp: int, pp: int, ep: int, etp: int | None) -> tuple[dict[str, int], dict[str, int]]:
+def factorisations(
+    world: int, tp: int, pp: int, ep: int, etp: int | None, cp: int
+) -> tuple[dict[str, int], dict[str, int]]:
     etp = tp if etp is None else etp
     return (
-        {"pp": pp, "dp": world // (pp * tp), "tp": tp},
+        {"pp": pp, "dp": world // (pp * cp * tp), "cp": cp, "tp": tp},
         {"pp": pp, "edp": world // (pp * ep * etp), "ep": ep, "etp": etp},
     )
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "ep", "etp"), LAYOUTS)
-def test_every_rank_finds_its_groups(world: int, tp: int, pp: int, ep: int, etp: int | None) -> None:
-    dense, expert = factorisations(world, tp, pp, ep, etp)
+@pytest.mark.parametrize(("world", "tp", "pp", "ep", "etp", "cp"), LAYOUTS)
+def test_every_rank_finds_its_groups(world: int, tp: int, pp: int, ep: int, etp: int | None, cp: int) -> None:
+    dense, expert = factorisations(world, tp, pp, ep, etp, cp)
     for rank in range(world):
         with standing_at(rank, world):
-            info = init_parallelism(tp, pp, ep, etp)
+            info = init_parallelism(tp, pp, ep, etp, cp)
             assert info is parallel_group_info()
-            for name in ("tp", "pp", "dp", "ep", "etp", "edp"):
+            for name in AXES:
                 sizes = dense if name in dense else expert
                 axis = info.axis(name)
                 assert (axis.name, axis.world_size) == (name, sizes[name])
@@ -62,7 +74,7 @@ def test_every_rank_finds_its_groups(world: int, tp: int, pp: int, ep: int, etp:
             assert dist.get_process_group_ranks(info.world.process_group) == list(range(world))
             assert info.world.rank == rank
             for names in JOINED:
-                sizes = dense if "tp" in names else expert
+                sizes = dense if set(names) <= set(dense) else expert
                 axis = info.joined(names)
                 large = tuple(name for name in names if sizes[name] > 1)
                 assert axis.world_size == math.prod(sizes[name] for name in large)
@@ -72,13 +84,15 @@ def test_every_rank_finds_its_groups(world: int, tp: int, pp: int, ep: int, etp:
                     assert axis.rank == group.index(rank)
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "ep", "etp"), LAYOUTS)
-def test_simulated_ranks_stand_where_real_ones_do(world: int, tp: int, pp: int, ep: int, etp: int | None) -> None:
-    dense, expert = factorisations(world, tp, pp, ep, etp)
+@pytest.mark.parametrize(("world", "tp", "pp", "ep", "etp", "cp"), LAYOUTS)
+def test_simulated_ranks_stand_where_real_ones_do(
+    world: int, tp: int, pp: int, ep: int, etp: int | None, cp: int
+) -> None:
+    dense, expert = factorisations(world, tp, pp, ep, etp, cp)
     number = on_each_rank(lambda rank: torch.tensor(int(rank)))
-    with simulate(tp=tp, dp=dense["dp"], pp=pp, ep=ep, etp=etp) as info:
+    with simulate(tp=tp, dp=dense["dp"], pp=pp, ep=ep, etp=etp, cp=cp) as info:
         assert is_simulated()
-        for sizes, name in [(dense, "tp"), (dense, "dp"), (dense, "pp"), *((expert, name) for name in expert)]:
+        for sizes, name in [*((dense, name) for name in dense), *((expert, name) for name in expert)]:
             ranks = [coordinates(rank, sizes)[name] for rank in range(world)]
             if len(set(ranks)) == 1:
                 assert info.axis(name).rank == 0
@@ -142,6 +156,11 @@ def test_destroying_forgets_the_mesh_but_not_the_process_group() -> None:
         ({"pipeline_parallel": -1}, "pipeline_parallel=-1: expected"),
         ({"expert_parallel": 1.5}, "expert_parallel=1.5: expected"),
         ({"expert_tensor_parallel": 0}, "expert_tensor_parallel=0: expected"),
+        ({"context_parallel": 0}, "context_parallel=0: expected"),
+        (
+            {"tensor_parallel": 2, "context_parallel": 2},
+            "context_parallel=2 x tensor_parallel=2 = 4 does not divide .* 6 .*; start a multiple of 4",
+        ),
         (
             {"tensor_parallel": 4},
             "tensor_parallel=4 = 4 does not divide the world of 6 processes; start a multiple of 4",
@@ -165,7 +184,7 @@ def test_sizes_that_do_not_fit_are_named_with_what_would(arguments: dict[str, in
 def test_axes_that_do_not_exist_or_do_not_join() -> None:
     with standing_at(0, 4):
         info: ParallelGroupInfo = init_parallelism(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=1)
-        with pytest.raises(ParallelError, match="no mesh axis 'xp'; the axes are pp, dp, tp, edp, ep, etp and world"):
+        with pytest.raises(ParallelError, match="no mesh axis 'xp'; the axes are pp, dp, cp, tp, edp,"):
             info.axis("xp")
         with pytest.raises(ParallelError, match="the axes tp, ep cannot be joined"):
             info.joined(("tp", "ep"))

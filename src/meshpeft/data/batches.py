@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from meshpeft.data.context import ContextShard
 from meshpeft.data.documents import Document
 from meshpeft.data.files import DataError
 from meshpeft.data.records import Record
@@ -51,6 +52,8 @@ IGNORED_LABEL = -100
 
 PADDING_DOCUMENT = -1
 """Document id of padding, which is no document's."""
+
+_FULL_ROWS = ContextShard()
 
 # Independent uses of the run's seed.
 _ROWS_STREAM, _STEPS_STREAM = 1, 2
@@ -193,19 +196,23 @@ class PackedRows:
         """The part of all positions that documents fill, up to 1."""
         return len(self.tokens) / (len(self) * self.seq_length)
 
-    def gather(self, rows: NDArray[np.int64], width: int | None = None) -> MicroBatch:
+    def gather(
+        self, rows: NDArray[np.int64], width: int | None = None, context: ContextShard = _FULL_ROWS
+    ) -> MicroBatch:
         """Make tensors of some rows.
 
         Args:
             rows: `[micro]` row numbers; -1 stands for a row of padding.
             width: Positions per row, no fewer than the longest of these rows fills; default `seq_length`.
+            context: The tokens of the rows that are taken.
         """
-        width = self.seq_length if width is None else width
+        width = context.padded(self.seq_length if width is None else width)
         out = np.empty((4, len(rows), width), dtype=np.int64)
         out[:] = np.array([self.pad_token_id, IGNORED_LABEL, 0, PADDING_DOCUMENT]).reshape(4, 1, 1)
-        lengths: list[int] = []
+        lengths: list[list[int]] = []
         for at, row in enumerate(rows):
             column = 0
+            lengths.append([])
             documents = self.row_documents[self.row_starts[row] : self.row_starts[row + 1]] if row >= 0 else ()
             for place, number in enumerate(documents):
                 start, end = self.document_starts[number : number + 2]
@@ -215,11 +222,10 @@ class PackedRows:
                 out[1, at, column : stop - 1] = np.where(targets[1:], tokens[1:], IGNORED_LABEL)
                 out[2, at, column:stop] = np.arange(end - start)
                 out[3, at, column:stop] = place
-                lengths.append(int(end - start))
+                lengths[-1].append(int(end - start))
                 column = stop
-            if column < width:
-                lengths.append(width - int(column))
-        return MicroBatch.of(torch.from_numpy(out), Spans.of_lengths(lengths))
+        places, spans = context.of_rows(lengths, width)
+        return MicroBatch.of(torch.from_numpy(np.take_along_axis(out, places[None], axis=2)), spans)
 
 
 def pack_documents(
@@ -316,6 +322,7 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
         dp_rank: This rank's place on the data-parallel axis.
         dp_size: Size of that axis.
         pad_to_longest: Whether the padding that all rows computed at one time have in common is cut.
+        context: The tokens of each row that this rank computes.
         global_target_tokens: Targets of the *global* batch, which its loss is divided by; the same on every rank.
         global_tokens: Tokens of the *global* batch, without padding.
     """
@@ -326,6 +333,7 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
     dp_rank: int
     dp_size: int
     pad_to_longest: bool
+    context: ContextShard = _FULL_ROWS
     global_target_tokens: int = field(init=False)
     global_tokens: int = field(init=False)
 
@@ -354,7 +362,7 @@ class GlobalBatchSlice(Sequence[MicroBatch]):
         run = self.rows[start : start + together]
         width = int(self.source.row_tokens[run].max()) if self.pad_to_longest else self.source.seq_length
         run = np.concatenate([run, np.full(-len(run) % self.dp_size, -1, dtype=np.int64)])
-        return self.source.gather(run[self.dp_rank :: self.dp_size], width)
+        return self.source.gather(run[self.dp_rank :: self.dp_size], width, self.context)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -388,6 +396,7 @@ class RowSampler:
     dp_size: int = 1
     seed: int = 0
     pad_to_longest: bool = False
+    context: ContextShard = _FULL_ROWS
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -433,6 +442,7 @@ class RowSampler:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             pad_to_longest=self.pad_to_longest,
+            context=self.context,
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
@@ -450,6 +460,7 @@ def eval_batches(
     *,
     pad_to_longest: bool = True,
     most: int = 0,
+    context: ContextShard = _FULL_ROWS,
 ) -> GlobalBatchSlice:
     """Make one global batch of every row, each once; arguments as for `RowSampler`.
 
@@ -460,7 +471,7 @@ def eval_batches(
     _check_split(micro_batch_size, dp_rank, dp_size)
     count = min(most, len(rows)) if most else len(rows)
     taken = np.arange(count, dtype=np.int64) * len(rows) // max(1, count)
-    return GlobalBatchSlice(rows, taken, micro_batch_size, dp_rank, dp_size, pad_to_longest)
+    return GlobalBatchSlice(rows, taken, micro_batch_size, dp_rank, dp_size, pad_to_longest, context)
 
 
 def _check_split(micro_batch_size: int, dp_rank: int, dp_size: int) -> None:

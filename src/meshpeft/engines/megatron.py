@@ -91,7 +91,9 @@ def megatron_mesh() -> ParallelGroupInfo | None:
     return ParallelGroupInfo(
         tp=axis_of_group("tp", parallel_state.get_tensor_model_parallel_group()),
         pp=axis_of_group("pp", parallel_state.get_pipeline_model_parallel_group()),
+        # Megatron's context parallel is part of this axis: it sums gradients over both at once.
         dp=axis_of_group("dp", parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        cp=ParallelAxis("cp"),
         ep=axis_of_group("ep", parallel_state.get_expert_model_parallel_group()),
         etp=axis_of_group("etp", parallel_state.get_expert_tensor_parallel_group()),
         edp=axis_of_group("edp", parallel_state.get_expert_data_parallel_group()),

@@ -17,7 +17,7 @@ from torch.nn import functional
 from meshpeft.models.config import DecoderConfig, RopeConfig
 from meshpeft.models.mlp import RMSNorm
 from meshpeft.models.sharding import ModelSharding
-from meshpeft.models.spans import Spans, SpansOfRanks, attend
+from meshpeft.models.spans import Spans, SpansOfRanks, attend, gather_keys
 from meshpeft.parallel import FusedParts
 from meshpeft.parallel.typing import dims_follow, typed_as
 
@@ -245,6 +245,8 @@ class SelfAttention(nn.Module):
         queries = apply_rotary(queries, context.cosines, context.sines)
         keys = apply_rotary(keys, context.cosines, context.sines)
         if context.spans is not None:
+            if context.spans.is_of_shards:
+                keys, values = gather_keys(keys, values, self.sharding.cp)
             return self.linear_proj(attend(queries, keys, values, context.spans, window=self.window))
         if context.cache is not None:
             keys, values = context.cache.update(self.layer, keys, values)

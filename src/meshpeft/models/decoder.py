@@ -163,6 +163,10 @@ class Decoder(LanguageModel):
         """Whether tokens see nothing of another document in their row: by the attention mask."""
         return True
 
+    def shares_rows(self) -> bool:
+        """Whether the tokens of a row may be on several ranks: in attention alone they meet, and that gathers."""
+        return True
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
         self.decoder.activation_checkpointing = enabled
@@ -209,7 +213,8 @@ class Decoder(LanguageModel):
                 inside a document. -1 is padding.
             cache: Holds the tokens before these; they are added to it.
             spans: What `document_ids` say, on the host, where a micro-batch has it (`MicroBatch.spans`); without,
-                they are made here, which waits for the device. None with a cache.
+                they are made here, which waits for the device. None with a cache. Under context parallel they say
+                that the tokens are this rank's of every row; without, each rank computes full rows.
             gather_logits: Return the full vocabulary on every rank.
             last_token_only: Return the logits of the last position only: [batch, 1, ..].
             return_router_loss: Return the load-balancing loss of each row too.
@@ -224,11 +229,14 @@ class Decoder(LanguageModel):
 
         Raises:
             ModelError: Arguments of different shapes, documents with a cache but without positions, spans with a
-                cache, labels with options of generation, or the router loss of a model without experts.
+                cache or of a part of every row without positions, labels with options of generation, or the router loss
+                of a model without experts.
         """
         self._check_inputs(input_ids, position_ids, document_ids, cache)
         if spans is not None and cache is not None:
             raise ModelError("spans say which tokens of this call see which; with a cache, give document_ids alone")
+        if spans is not None and spans.is_reordered and position_ids is None:
+            raise ModelError("spans of a part of every row need position_ids: give those of the micro-batch")
         if labels is not None:
             check_labels(labels, input_ids, cache is not None or gather_logits or last_token_only)
         if return_router_loss and not self.config.expert_layers:
@@ -256,7 +264,7 @@ class Decoder(LanguageModel):
         else:
             padded = replace(labels, values=_pad(labels.values, padding, labels.ignore_index).t())
             out = head_losses(self.output_layer, hidden, padded, self.vocab_axis, self.loss_chunk)
-        out = out[:length].transpose(0, 1)
+        out = (out[:length] if out.shape[0] > length else out).transpose(0, 1)
         if gather_logits:
             out = sharding.gather_logits(out)
         return out if router_loss is None else (out, router_loss)

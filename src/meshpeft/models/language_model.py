@@ -85,6 +85,13 @@ class LanguageModel(nn.Module, ABC):
         """Whether tokens see nothing of another document in their row. A collective: every rank calls it."""
 
     @abstractmethod
+    def shares_rows(self) -> bool:
+        """Whether the tokens of a row may be on several ranks, as context parallel has them, with `spans` that say so.
+
+        A collective: every rank calls it.
+        """
+
+    @abstractmethod
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
 

@@ -11,6 +11,9 @@ The other files of models/ say what is computed; which part of it a rank holds s
 | tokens at the router and the experts | Shard(0), scattered before and gathered after | Shard(0), as they come |
 | logits | Shard(-1) | Shard(-1) |
 
+Over context parallel, every tensor of tokens is sharded along the sequence, but for the keys and values that attention
+meets, which are gathered: R (`gather_keys` in `spans.py`).
+
 | parameter | sharded | its gradient |
 |---|---|---|
 | `embedding`, `output_layer` | by vocabulary, where tensor parallel divides it; else replicated | complete |
@@ -20,7 +23,8 @@ The other files of models/ say what is computed; which part of it a rank holds s
 | norms, gates | replicated | partial where the hidden stream is sharded |
 | norms of heads, routers | replicated | partial |
 
-Token axes (data parallel) shard the batch before the model has it; `ParallelGroupInfo.token_axes` names them.
+Token axes (data and context parallel) shard the batch before the model has it; `ParallelGroupInfo.token_axes` names
+them.
 
 The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
 meets is not I. The collectives are those of the layers (`parallel/linear.py`, `parallel/embedding.py`), of the token
@@ -74,6 +78,7 @@ class ModelSharding:
 
     Attributes:
         tp, ep, etp: Axes that shard dense layers, the experts of a layer, and each expert.
+        cp: Axis that shards the tokens of every row.
         hidden: State of the hidden stream [seq, batch, hidden] over `tp`: I, or Shard(0) under sequence parallel.
         shards_vocabulary: Whether `tp` divides the vocabulary; otherwise table and head are replicated.
         device: Device of the parameters.
@@ -84,6 +89,7 @@ class ModelSharding:
     tp: ParallelAxis = field(default_factory=lambda: ParallelAxis("tp"))
     ep: ParallelAxis = field(default_factory=lambda: ParallelAxis("ep"))
     etp: ParallelAxis = field(default_factory=lambda: ParallelAxis("etp"))
+    cp: ParallelAxis = field(default_factory=lambda: ParallelAxis("cp"))
     hidden: State = I
     shards_vocabulary: bool = True
     device: torch.device | str | None = None
@@ -108,12 +114,16 @@ class ModelSharding:
         if parallel is None:
             parallel = ModelParallelConfig(
                 tensor_model_parallel_size=tp.world_size,
+                context_parallel_size=info.cp.world_size,
                 expert_model_parallel_size=1 if config.moe is None else info.ep.world_size,
                 expert_tensor_parallel_size=info.etp.world_size,
             )
         check_divisible(config, parallel)
         etp = parallel.expert_tensor_parallel_size
-        sizes = {"tensor_model_parallel_size": (parallel.tensor_model_parallel_size, tp)}
+        sizes = {
+            "tensor_model_parallel_size": (parallel.tensor_model_parallel_size, tp),
+            "context_parallel_size": (parallel.context_parallel_size, info.cp),
+        }
         if config.moe is not None:
             sizes["expert_model_parallel_size"] = (parallel.expert_model_parallel_size, info.ep)
             sizes["expert_tensor_parallel_size"] = (tp.world_size if etp is None else etp, info.etp)
@@ -127,6 +137,7 @@ class ModelSharding:
             tp,
             info.ep,
             info.etp,
+            info.cp,
             hidden=Shard(0) if parallel.sequence_parallel and tp.world_size > 1 else I,
             shards_vocabulary=config.vocab_size % tp.world_size == 0,
             device=torch.get_default_device() if device is None else torch.device(device),
@@ -279,8 +290,11 @@ class ModelSharding:
         return take_slice(self._padded(values.flatten(0, 1)), self.tp, 0)
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """Add up what the ranks have of their own tokens: P -> I."""
-        return convert(values, P, I, self.tp)
+        """Add up what the ranks have of their own tokens: P -> I over tensor parallel, P -> R over context parallel.
+
+        What is made of the sum is weighted with other targets on each rank of context parallel.
+        """
+        return convert(convert(convert(values, P, I, self.tp), P, I, self.cp), I, R, self.cp)
 
     def last_token(self, hidden: Tensor, length: int) -> Tensor:
         """Keep token number `length - 1` of `hidden`, on each rank: [1, batch, hidden]."""

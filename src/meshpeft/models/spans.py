@@ -44,11 +44,11 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 
 from meshpeft.models.config import ModelError
-from meshpeft.parallel import parallel_group_info
+from meshpeft.parallel import ParallelAxis, R, Shard, convert, parallel_group_info
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.typing import dims_follow, typed_as
 
-__all__ = ["Block", "Spans", "SpansOfRanks", "attend", "kernel_for", "spans_of_documents"]
+__all__ = ["Block", "Spans", "SpansOfRanks", "attend", "gather_keys", "kernel_for", "spans_of_documents"]
 
 # Scores that the tiled kernel holds at a time, over all heads: what a core's cache holds, or what fills a GPU.
 _TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -78,12 +78,15 @@ class Spans:
 
     Attributes:
         blocks: Blocks whose queries, one after the other, are all queries of the batch.
+        key_order: Under context parallel, the index of each key among the keys as they are gathered, rank after rank;
+            `None` where queries and keys are of the same tokens.
 
     Raises:
         ModelError: A block without queries, or with fewer keys than queries.
     """
 
     blocks: tuple[Block, ...]
+    key_order: tuple[int, ...] | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,9 +140,34 @@ class Spans:
         ends = accumulate((block.queries for block in self.blocks), initial=0)
         return all(block == (block.queries, end, block.queries) for block, end in zip(self.blocks, ends, strict=False))
 
+    @property
+    def is_of_shards(self) -> bool:
+        """Whether the queries are a context-parallel rank's, and the keys have to be gathered."""
+        return self.key_order is not None and len(self.key_order) > self.queries
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether keys come in another order than that of the batch."""
+        return self.key_order is not None
+
+    def in_order(self, gathered: Tensor) -> Tensor:
+        """Put what was gathered, [keys, ..] rank after rank, in the order of the batch."""
+        if self.key_order is None:
+            return gathered
+        device = gathered.device
+        order = self._once(("order", device), lambda: torch.tensor(self.key_order).to(device, non_blocking=True))
+        return gathered.index_select(0, order)
+
     def joined(self, *others: Spans) -> Spans:
-        """Return the spans of these rows and those of others after them; all of whole documents."""
-        return Spans.of_lengths([block.queries for spans in (self, *others) for block in spans.blocks])
+        """Return the spans of these rows and those of others after them."""
+        blocks: list[Block] = []
+        order: list[int] = []
+        keys = 0
+        for spans in (self, *others):
+            blocks += [block._replace(first_key=keys + block.first_key) for block in spans.blocks]
+            order += [keys + key for key in spans.key_order or range(spans.last_key)]
+            keys = len(order)
+        return Spans(tuple(blocks), None if self.key_order is None else tuple(order))
 
     def padded(self, batch: int, padding: int) -> Spans:
         """Return the spans of the same rows with `padding` tokens more at the end of each, which see one another.
@@ -157,7 +185,7 @@ class Spans:
             taken += block.queries
             if taken % width == 0:
                 lengths.append(padding)
-        if rest or not self.is_square or sum(lengths) != self.queries + batch * padding:
+        if rest or self.is_of_shards or not self.is_square or sum(lengths) != self.queries + batch * padding:
             raise ModelError(f"these spans are not those of {batch} rows of whole documents; pad the rows first")
         return Spans.of_lengths(lengths)
 
@@ -167,7 +195,7 @@ class Spans:
         Args:
             size: Tokens of a chunk; chunks are counted from the first token of each document.
         """
-        return self._once(("chunked", size), lambda: Spans(tuple(self._chunks(size))))
+        return self._once(("chunked", size), lambda: Spans(tuple(self._chunks(size)), self.key_order))
 
     def _chunks(self, size: int) -> Iterator[Block]:
         for block in self.blocks:
@@ -219,6 +247,16 @@ class SpansOfRanks:
     """
 
     of: Mapping[int, Spans]
+
+    @property
+    def is_of_shards(self) -> bool:
+        """See `Spans.is_of_shards`; the same on all ranks."""
+        return any(spans.is_of_shards for spans in self.of.values())
+
+    @property
+    def is_reordered(self) -> bool:
+        """See `Spans.is_reordered`."""
+        return any(spans.is_reordered for spans in self.of.values())
 
     def padded(self, batch: int, padding: int) -> SpansOfRanks:
         """See `Spans.padded`."""
@@ -299,6 +337,20 @@ def kernel_for(
     return "causal" if whole and (is_short or dtype == torch.float32) else "tiled"
 
 
+def gather_keys(keys: Tensor, values: Tensor, axis: ParallelAxis) -> tuple[Tensor, Tensor]:
+    """Gather what attention meets of all tokens of a row, in one collective: Shard(0) -> R; backward P -> Shard(0).
+
+    Args:
+        keys, values: [own seq, batch, groups / tp, ..].
+        axis: Context parallel.
+
+    Returns:
+        [seq, batch, groups / tp, ..], each rank's tokens after those of the rank before (`Spans.key_order`).
+    """
+    gathered = convert(torch.cat((keys, values), -1), Shard(0), R, axis)
+    return gathered[..., : keys.shape[-1]], gathered[..., keys.shape[-1] :]
+
+
 # The checker follows neither the kernels nor the cut into documents.
 @typed_as(lambda queries, keys, values, spans, **options: dims_follow(queries, (0, 1, 2)))
 def attend(
@@ -316,8 +368,8 @@ def attend(
 
     Args:
         queries: [seq, batch, heads / tp, head_dim], `Shard(2)` over tensor parallel.
-        keys: [key seq, batch, groups / tp, head_dim], `Shard(2)`; group g serves heads `g * heads / groups` and those
-            after it. They are never repeated where the kernel can do without.
+        keys: [key seq, batch, groups / tp, head_dim], `Shard(2)`, gathered over context parallel; group g serves heads
+            `g * heads / groups` and those after it. They are never repeated where the kernel can do without.
         values: [key seq, batch, groups / tp, value_dim], `Shard(2)`.
         spans: Which keys each query sees.
         window: Tokens that a query looks back, itself included; `None` for all.
@@ -349,6 +401,7 @@ _Options = tuple[int | None, float, float | None]  # window, scale, softcap
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, spans: Spans, options: _Options) -> Tensor:
     """q [queries, heads, head_dim], k [keys, groups, head_dim], v [keys, groups, value_dim] -> [queries, heads, ..]."""
     window, scale, softcap = options
+    k, v = spans.in_order(k), spans.in_order(v)
     if spans.queries != q.shape[0] or spans.last_key > k.shape[0]:
         raise ModelError(
             f"spans of {spans.queries} queries over {spans.last_key} keys, for {q.shape[0]} queries and {k.shape[0]} "

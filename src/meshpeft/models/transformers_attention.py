@@ -29,7 +29,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from meshpeft.models.spans import Spans, SpansOfRanks, attend
+from meshpeft.models.config import ModelError
+from meshpeft.models.spans import Spans, SpansOfRanks, attend, gather_keys
+from meshpeft.parallel import parallel_group_info
 
 __all__ = ["IMPLEMENTATION", "SpansMask", "attends_by_spans", "documents_are"]
 
@@ -155,10 +157,23 @@ def _mask(**given: Any) -> Tensor | None:
     batch, queries, keys = given["batch_size"], given["q_length"], given["kv_length"]
     is_whole = queries == keys and given.get("attention_mask") is None
     if spans is None or pattern is None or not pattern.is_causal or not is_whole:
-        return dense()
+        return _dense(spans, dense)
     if pattern.chunk is not None:
         spans = spans.chunked(pattern.chunk)
-    return SpansMask.of((batch, 1, queries, keys), given.get("device"), spans, pattern.window, dense)
+    return SpansMask.of(
+        (batch, 1, queries, keys), given.get("device"), spans, pattern.window, partial(_dense, spans, dense)
+    )
+
+
+def _dense(spans: Spans | SpansOfRanks | None, dense: Callable[[], Tensor | None]) -> Tensor | None:
+    """Make the mask of transformers, which knows tokens in their order and all on this rank.
+
+    Raises:
+        ModelError: The tokens are not.
+    """
+    if spans is not None and spans.is_reordered:
+        raise ModelError("attention by a mask cannot have the tokens of a row on several ranks; leave --cp out")
+    return dense()
 
 
 def _attention(
@@ -189,11 +204,15 @@ def _attention(
         flag = others.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if flag is None else flag
         if is_causal and others.get("position_bias") is None and not dropout and key.shape[2] == query.shape[2]:
+            spans = attention_mask.spans
+            queries, keys, values = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+            if spans.is_of_shards:
+                keys, values = gather_keys(keys, values, parallel_group_info().cp)
             out = attend(
-                query.permute(2, 0, 1, 3),
-                key.permute(2, 0, 1, 3),
-                value.permute(2, 0, 1, 3),
-                attention_mask.spans,
+                queries,
+                keys,
+                values,
+                spans,
                 window=attention_mask.window,
                 scale=scaling,
                 softcap=softcap,

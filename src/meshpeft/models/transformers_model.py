@@ -25,7 +25,7 @@ from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
 from meshpeft.models.language_model import LanguageModel
-from meshpeft.models.spans import Spans, SpansOfRanks, spans_of_documents
+from meshpeft.models.spans import Block, Spans, SpansOfRanks, spans_of_documents
 from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_are
 from meshpeft.parallel import (
     ColumnParallelLinear,
@@ -275,6 +275,29 @@ class TransformersModel(LanguageModel):
         tokens = self._probe()
         other = torch.cat((tokens[:4].flip(0), tokens[4:]))
         return self._unchanged(tokens, other, slice(4, 8), torch.tensor([0] * 4 + [1] * 4))
+
+    @torch.no_grad()
+    def shares_rows(self) -> bool:
+        """Whether tokens meet in attention alone: then a row in another order has the same logits, in that order.
+
+        A convolution or a state over the sequence, and positions that are not those given, show. A collective.
+        """
+        if not attends_by_spans(self) or "position_ids" not in _parameters_of(type(self)):
+            return False
+        order = torch.tensor([0, 1, 6, 7, 2, 3, 4, 5])
+        spans = Spans((Block(2, 0, 2), Block(2, 0, 8), Block(4, 0, 6)), key_order=tuple(order.argsort().tolist()))
+        device = next(self.parameters()).device
+        tokens, order = self._probe().to(device), order.to(device)
+        was_training = self.training
+        self.eval()
+        in_order = self(tokens[None], torch.arange(8, device=device)[None], gather_logits=True).float()[0]
+        try:
+            others = self(tokens[order][None], order[None], spans=spans, gather_logits=True).float()[0]
+        except ModelError:  # attention by a mask
+            others = in_order
+        self.train(was_training)
+        difference, all_others = (others - in_order[order]).abs(), (others - in_order).abs()
+        return on_every_rank(bool(difference.max() <= 1e-4 * all_others.max()))
 
     def _probe(self) -> Tensor:
         """Return eight tokens, neither half of which is the same from its end."""

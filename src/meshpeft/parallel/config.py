@@ -18,6 +18,7 @@ class ModelParallelConfig:
     Attributes:
         tensor_model_parallel_size: Ranks that share one dense layer.
         pipeline_model_parallel_size: Stages.
+        context_parallel_size: Ranks that share the tokens of every row.
         expert_model_parallel_size: Ranks that shard the experts.
         expert_tensor_parallel_size: Ranks that share one expert; `None` means the tensor-parallel size.
         sequence_parallel: Shard activations between layers over tensor parallel along the sequence.
@@ -30,6 +31,7 @@ class ModelParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False

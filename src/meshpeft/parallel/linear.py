@@ -16,7 +16,6 @@ An adapter joins between the two, see docs/adapters.md.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshpeft.parallel.errors import ParallelError
@@ -33,6 +32,7 @@ from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.registry import LayerType, register_layer_type
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.states import I, Shard, convert
+from meshpeft.parallel.typing import typed_linear
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear"]
 
@@ -87,7 +87,7 @@ class _ParallelLinear(ShardedTensors, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + b. x [*, in_features] -> y [*, out_features], each sharded as the layer's options say."""
-        return self.exit(F.linear(self.enter(x), self.weight))
+        return self.exit(typed_linear(self.enter(x), self.weight, None))
 
     def extra_repr(self) -> str:
         axis = self.layout.axis
@@ -167,7 +167,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + b; the GEMM itself adds the bias."""
-        return self._collect(F.linear(self.enter(x), self.weight, self.bias))
+        return self._collect(typed_linear(self.enter(x), self.weight, self.bias))
 
     def _collect(self, y: Tensor) -> Tensor:
         layout = self.layout
@@ -234,7 +234,7 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + b; on one rank the GEMM itself adds the bias."""
         if self.layout.axis.world_size == 1:
-            return F.linear(self.enter(x), self.weight, self.bias)
+            return typed_linear(self.enter(x), self.weight, self.bias)
         return super().forward(x)
 
 

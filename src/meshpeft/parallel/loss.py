@@ -43,6 +43,7 @@ from torch.nn import functional
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
 from meshpeft.parallel.states import all_gather, all_reduce
+from meshpeft.parallel.typing import typed_linear
 
 __all__ = [
     "UNSCALED",
@@ -325,8 +326,8 @@ def _in_plain_operations(
 ) -> Tensor:
     """Compute the loss through all logits: the twin for the type checker, which sees inside it."""
     if isinstance(head, FrozenHead):
-        z = x @ (head.weight if isinstance(head.weight, Tensor) else head.weight()).t()
-        z = z if head.bias is None else z + head.bias
+        weight = head.weight if isinstance(head.weight, Tensor) else head.weight()
+        z = typed_linear(x, weight, head.bias)
     else:
         z = head.product(x, head.dropped)
     return vocab_parallel_cross_entropy(head.scaling.logits(z), labels, ignore_index, axis)

@@ -1,9 +1,9 @@
 """The mesh: which process groups exist, and where this rank stands in each.
 
-The world is factored twice. Dense layers see `pp x dp x tp`; expert layers see
+The world is factored twice. Dense layers see `pp x dp x cp x tp`; expert layers see
 `pp x edp x ep x etp`. Both run over the same ranks, the last axis fastest:
 
-    rank = (pp * dp_size + dp) * tp_size + tp
+    rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp
          = ((pp * edp_size + edp) * ep_size + ep) * etp_size + etp
 
 Nothing else in the package asks torch.distributed who it is: layers take a
@@ -17,7 +17,8 @@ To add an axis: its name at its place in `DENSE_AXES` or `EXPERT_AXES`; its fiel
 * if it shards weights, `weight_axes`, and the `LinearLayout` of the layers that it shards (`models/sharding.py`).
 
 Outside of parallel/, the sizes of a layout stand in `LayoutConfig` (`training/config.py`, the command line) and in
-`Layout` (`verify/oracle.py`). Rows of a batch are sharded over `dp` alone (`data/batches.py`).
+`Layout` (`verify/oracle.py`). Rows of a batch are sharded over `dp` alone (`data/batches.py`), and the tokens of
+every row over `cp` (`data/context.py`).
 
 The module also knows that all ranks of a small mesh can be simulated in one process
 (`torch.distributed._local_tensor.LocalTensorMode`): there an axis's rank is a symbolic integer,
@@ -56,7 +57,7 @@ __all__ = [
     "register_mesh_provider",
 ]
 
-DENSE_AXES = ("pp", "dp", "tp")
+DENSE_AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
 AXES = tuple(dict.fromkeys((*DENSE_AXES, *EXPERT_AXES)))
 
@@ -116,6 +117,7 @@ class ParallelGroupInfo:
     tp: ParallelAxis
     pp: ParallelAxis
     dp: ParallelAxis
+    cp: ParallelAxis
     ep: ParallelAxis
     etp: ParallelAxis
     edp: ParallelAxis
@@ -145,7 +147,7 @@ class ParallelGroupInfo:
         Args:
             expert: Whether experts' parameters are meant: they factor the ranks another way.
         """
-        return (self.edp,) if expert else (self.dp,)
+        return (self.edp,) if expert else (self.dp, self.cp)
 
     def token_axis(self, *, expert: bool = False) -> ParallelAxis:
         """One axis over all ranks of `token_axes`."""
@@ -207,6 +209,7 @@ def init_parallelism(
     pipeline_parallel: int = 1,
     expert_parallel: int = 1,
     expert_tensor_parallel: int | None = None,
+    context_parallel: int = 1,
 ) -> ParallelGroupInfo:
     """Factor the world into mesh axes and make their process groups. Every rank calls it, with equal arguments.
 
@@ -218,9 +221,10 @@ def init_parallelism(
         pipeline_parallel: Stages.
         expert_parallel: Ranks that shard the experts of one layer.
         expert_tensor_parallel: Ranks that share one expert; `None` means `tensor_parallel`.
+        context_parallel: Ranks that share the tokens of every row.
 
     Returns:
-        The groups. Data parallel is what is left: `dp = world / (pp * tp)`, `edp = world / (pp * ep * etp)`.
+        The groups. Data parallel is what is left: `dp = world / (pp * cp * tp)`, `edp = world / (pp * ep * etp)`.
 
     Raises:
         ParallelError: a size is below 1, or the world does not factor; the message names the sizes that would.
@@ -232,15 +236,18 @@ def init_parallelism(
         "pipeline_parallel": pipeline_parallel,
         "expert_parallel": expert_parallel,
         "expert_tensor_parallel": etp,
+        "context_parallel": context_parallel,
     }
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ParallelError(f"{name}={size!r}: expected an integer of at least 1")
-    dense, expert = pipeline_parallel * tensor_parallel, pipeline_parallel * expert_parallel * etp
+    dense = pipeline_parallel * context_parallel * tensor_parallel
+    expert = pipeline_parallel * expert_parallel * etp
     world_size = _world_size()
     stages = f"pipeline_parallel={pipeline_parallel}"
+    context = f" x context_parallel={context_parallel}" if context_parallel > 1 else ""
     for product, text in (
-        (dense, f"{stages} x tensor_parallel={tensor_parallel}"),
+        (dense, f"{stages}{context} x tensor_parallel={tensor_parallel}"),
         (expert, f"{stages} x expert_parallel={expert_parallel} x expert_tensor_parallel={etp}"),
     ):
         if world_size % product:
@@ -249,7 +256,9 @@ def init_parallelism(
                 f"start a multiple of {math.lcm(dense, expert)} processes"
             )
     started = start_process_group()
-    _current = _build(world_size, pipeline_parallel, tensor_parallel, expert_parallel, etp) if started else _SERIAL
+    dense_sizes = (pipeline_parallel, world_size // dense, context_parallel, tensor_parallel)
+    expert_sizes = (pipeline_parallel, world_size // expert, expert_parallel, etp)
+    _current = _build(dense_sizes, expert_sizes) if started else _SERIAL
     return _current
 
 
@@ -266,12 +275,12 @@ def _world_size() -> int:
     return 1 if world is None else world.world_size
 
 
-def _build(world_size: int, pp: int, tp: int, ep: int, etp: int) -> ParallelGroupInfo:
+def _build(dense_sizes: tuple[int, ...], expert_sizes: tuple[int, ...]) -> ParallelGroupInfo:
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     # Simulated ranks share the meshes, and differ only in where they stand, which is asked for below.
     with maybe_disable_local_tensor_mode():
-        dense = init_device_mesh(device_type, (pp, world_size // (pp * tp), tp), mesh_dim_names=DENSE_AXES)
-        expert = init_device_mesh(device_type, (pp, world_size // (pp * ep * etp), ep, etp), mesh_dim_names=EXPERT_AXES)
+        dense = init_device_mesh(device_type, dense_sizes, mesh_dim_names=DENSE_AXES)
+        expert = init_device_mesh(device_type, expert_sizes, mesh_dim_names=EXPERT_AXES)
 
         def part(*names: str) -> DeviceMesh:
             mesh = dense if set(names) <= set(DENSE_AXES) else expert

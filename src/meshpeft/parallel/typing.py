@@ -14,13 +14,16 @@ from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import spmd_types as spmd
-from spmd_types.types import I, PartitionSpec, R, V
+from spmd_types import rules
+from spmd_types.types import I, PartitionSpec, R, Shard, V
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
 
 from meshpeft.parallel.layout import TensorLayout
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 
-__all__ = ["SpmdTypeOf", "assert_state", "dims_follow", "parameter_type", "typed_as"]
+__all__ = ["SpmdTypeOf", "assert_state", "dims_follow", "parameter_type", "typed_as", "typed_linear"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,9 +81,17 @@ def dims_follow(source: Tensor, dims: Sequence[int | None] | None = None, **chan
 
 
 def assert_state(x: Tensor, state: Any, axis: ParallelAxis) -> None:
-    """Check the state of x on an axis, where the checker runs; `S(dim)` is checked with its dim."""
-    if axis.world_size > 1 and spmd.is_type_checking():
-        spmd.assert_type(x, {axis.process_group: state})
+    """Check the state of x on an axis, where the checker runs; `S(dim)` is checked with its dim.
+
+    Another axis may shard the same dim: context parallel shards tokens, and sequence parallel each of its parts.
+    """
+    if axis.world_size == 1 or not spmd.is_type_checking():
+        return
+    if isinstance(state, Shard):
+        entry = (spmd.get_partition_spec(x) or PartitionSpec(*[None] * x.dim()))[state.dim]
+        if spmd.normalize_axis(axis.process_group) in (entry if isinstance(entry, tuple) else (entry,)):
+            return
+    spmd.assert_type(x, {axis.process_group: state})
 
 
 def typed_as(rule: Callable[..., SpmdTypeOf]) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -102,3 +113,24 @@ def typed_as(rule: Callable[..., SpmdTypeOf]) -> Callable[[Callable[P, T]], Call
         return call
 
     return decorate
+
+
+class _TypedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight)
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, weight: Tensor) -> Any:
+        return rules.einsum("...k,nk->...n", x, weight, linear_in=(0, 1))
+
+
+def typed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [*, in] Wᵀ + b -> [*, out], also where context parallel shards the first dim of x, as a product of the checker.
+
+    Its own rule for `linear` refuses such an x.
+    """
+    if not spmd.is_type_checking():
+        return functional.linear(x, weight, bias)
+    y: Tensor = _TypedLinear.apply(x, weight)
+    return y if bias is None else y + bias

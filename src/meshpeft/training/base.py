@@ -86,6 +86,7 @@ class BaseModel:
                 self.config,
                 ModelParallelConfig(
                     tensor_model_parallel_size=layout.tp,
+                    context_parallel_size=layout.cp,
                     expert_model_parallel_size=layout.ep,
                     expert_tensor_parallel_size=layout.etp,
                 ),
@@ -155,6 +156,7 @@ class BaseModel:
         info = parallel_group_info()
         parallel = ModelParallelConfig(
             tensor_model_parallel_size=info.tp.world_size,
+            context_parallel_size=info.cp.world_size,
             expert_model_parallel_size=info.ep.world_size,
             expert_tensor_parallel_size=info.etp.world_size,
             sequence_parallel=sequence_parallel,
@@ -193,10 +195,12 @@ def _transformers() -> ModuleType:
 
 
 def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
-    """Check that tokens attend to no later ones, and to no other documents in their row. A collective.
+    """Check that tokens attend to no later ones, and to no other documents in their row, and may be on several ranks.
+
+    A collective.
 
     Raises:
-        ConfigError: They see more.
+        ConfigError: They see more; or with context parallel, they may not.
     """
     if not model.is_causal():
         raise ConfigError(f"{type(model).__name__} is not a causal language model: its tokens see later ones")
@@ -204,4 +208,9 @@ def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
         raise ConfigError(
             f"packing: {type(model).__name__} of transformers does not keep documents apart that share a row; put one "
             "in each with --no-packing"
+        )
+    if parallel_group_info().cp.world_size > 1 and not model.shares_rows():
+        raise ConfigError(
+            f"cp: {type(model).__name__} of transformers cannot have the tokens of a row on several processes: they "
+            "meet elsewhere than in attention, or it computes its attention in another way; leave --cp out"
         )

@@ -36,9 +36,9 @@ __all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_run
 # the data and what a template makes of them are compared by their content.
 _NEUTRAL = frozenset(
     {
-        "tp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "loss_chunk", "activation_checkpointing",
-        "model", "engine", "data", "adapter_format", "output_dir", "overwrite", "eval_every", "eval_rows", "save_every",
-        "save_minutes", "keep", "resume", "config", "template_date",
+        "tp", "cp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "loss_chunk",
+        "activation_checkpointing", "model", "engine", "data", "adapter_format", "output_dir", "overwrite",
+        "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "resume", "config", "template_date",
     }
 )  # fmt: skip
 

@@ -84,6 +84,8 @@ class LayoutConfig:
     """Tensor parallel: processes that share each layer of the model."""
     dp: Annotated[int | None, OptionalField] = None
     """Data parallel: copies of the model that share a batch. Default: the fewest, or what a launcher's world leaves."""
+    cp: int = 1
+    """Context parallel: processes that share the tokens of every row, for long rows."""
     ep: int = 1
     """Expert parallel: processes over which the experts of each layer are sharded."""
     etp: Annotated[int | None, OptionalField] = None
@@ -93,7 +95,7 @@ class LayoutConfig:
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no machine could take."""
-        at_least(self, 1, "tp", "dp", "ep", "etp")
+        at_least(self, 1, "tp", "dp", "cp", "ep", "etp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from meshpeft.data.batches import eval_batches
+from meshpeft.data.context import ContextShard
 from meshpeft.data.tokenizers import load_tokenizer
 from meshpeft.parallel.agreement import all_or_none
 from meshpeft.parallel.finite import finite_everywhere
@@ -65,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> float:
         micro_batch_size=config.micro_batch_size,
         dp_rank=info.dp.rank,
         dp_size=info.dp.world_size,
+        context=ContextShard.here(),
     )
     mean = mean_loss(model, (batch.to(device()) for batch in batches), batches.global_target_tokens)
     if not finite_everywhere(mean):

@@ -98,25 +98,27 @@ def number_of_workers(
     pipeline_parallel: int = 1,
     expert_parallel: int = 1,
     expert_tensor_parallel: int | None = None,
+    context_parallel: int = 1,
 ) -> int:
     """Count the processes that the sizes need; `data_parallel=None` takes the smallest number that fits.
 
     Returns:
-        The world size given by a launcher, else `pp * dp * tp`, else the smallest number that both
-        `pp * tp` and `pp * ep * etp` divide.
+        The world size given by a launcher, else `pp * dp * cp * tp`, else the smallest number that both
+        `pp * cp * tp` and `pp * ep * etp` divide.
 
     Raises:
         LaunchError: The sizes do not fit together, or not the launcher's world; it names what would.
         ParallelError: The launcher's variables make no sense.
     """
     etp = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
-    sizes = {"tp": tensor_parallel, "pp": pipeline_parallel, "ep": expert_parallel, "etp": etp}
+    sizes = {"tp": tensor_parallel, "cp": context_parallel, "pp": pipeline_parallel, "ep": expert_parallel, "etp": etp}
     if data_parallel is not None:
         sizes["dp"] = data_parallel
     for name, size in sizes.items():
         if size < 1:
             raise LaunchError(f"{name}={size}: expected a size of at least 1")
-    dense, expert = pipeline_parallel * tensor_parallel, pipeline_parallel * expert_parallel * etp
+    dense = pipeline_parallel * context_parallel * tensor_parallel
+    expert = pipeline_parallel * expert_parallel * etp
     smallest = math.lcm(dense, expert)
     wanted = smallest if data_parallel is None else dense * data_parallel
     if wanted % smallest:
@@ -455,9 +457,20 @@ def device() -> torch.device:
 
 def workers_for(layout: LayoutConfig) -> int:
     """Count the processes that the options need; see `number_of_workers`."""
-    return number_of_workers(layout.tp, layout.dp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
+    return number_of_workers(
+        layout.tp,
+        layout.dp,
+        expert_parallel=layout.ep,
+        expert_tensor_parallel=layout.etp,
+        context_parallel=layout.cp,
+    )
 
 
 def join_mesh(layout: LayoutConfig) -> ParallelGroupInfo:
     """Make the groups that the options ask for. Every worker calls it."""
-    return init_parallelism(tensor_parallel=layout.tp, expert_parallel=layout.ep, expert_tensor_parallel=layout.etp)
+    return init_parallelism(
+        tensor_parallel=layout.tp,
+        expert_parallel=layout.ep,
+        expert_tensor_parallel=layout.etp,
+        context_parallel=layout.cp,
+    )

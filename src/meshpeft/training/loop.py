@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.data.batches import RowSampler, eval_batches
+from meshpeft.data.context import ContextShard
 from meshpeft.models import LanguageModel
 from meshpeft.parallel.finite import finite_everywhere
 from meshpeft.parallel.mesh import ParallelGroupInfo
@@ -65,6 +66,7 @@ class TrainingLoop:
             dp_size=info.dp.world_size,
             seed=config.seed,
             pad_to_longest=not config.packing,
+            context=ContextShard.here(),
         )
         self._held_out = eval_batches(
             inputs.held_out,
@@ -72,6 +74,7 @@ class TrainingLoop:
             dp_rank=info.dp.rank,
             dp_size=info.dp.world_size,
             most=config.eval_rows,
+            context=ContextShard.here(),
         )
         self.steps = self._sampler.steps(config.epochs or 1.0) if config.steps is None else config.steps
         self.epochs = self.steps / self._sampler.steps(1)

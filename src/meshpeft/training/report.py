@@ -34,7 +34,7 @@ from meshpeft.data.documents import Document, prompt_of
 from meshpeft.data.tokenizers import decoded
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.parallel.errors import MeshPEFTError, shown
-from meshpeft.parallel.mesh import ParallelGroupInfo
+from meshpeft.parallel.mesh import AXES, ParallelGroupInfo
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.training.output import CURVE, METRICS
 
@@ -64,10 +64,10 @@ def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: 
 
     Args:
         count: Number of all processes.
-        sizes: Sizes of `tp dp ep etp`.
+        sizes: Sizes of `tp cp dp ep etp`.
         sequence_parallel: Whether the run uses it.
     """
-    words = [f"{axis}={sizes[axis]}" for axis in ("tp", "dp", "ep") if sizes[axis] > 1]
+    words = [f"{axis}={sizes[axis]}" for axis in ("tp", "cp", "dp", "ep") if sizes[axis] > 1]
     if sizes["etp"] != sizes["tp"]:
         words.append(f"etp={sizes['etp']}")
     if sequence_parallel and sizes["tp"] > 1:
@@ -77,7 +77,7 @@ def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: 
 
 def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
     """Describe the layout: `2 processes (tp=2, sequence parallel) on CPU`."""
-    sizes = {axis: info.axis(axis).world_size for axis in ("tp", "dp", "ep", "etp")}
+    sizes = {axis: info.axis(axis).world_size for axis in ("tp", "cp", "dp", "ep", "etp")}
     processes = describe_processes(info.world.world_size, sizes, sequence_parallel)
     return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
 
@@ -93,7 +93,7 @@ def record_of(config: FinetuneConfig, info: ParallelGroupInfo, results: dict[str
     packages = ("meshpeft", "torch", "transformers", "tokenizers", "safetensors")
     return {
         "options": config.as_json(),
-        "layout": {axis: info.axis(axis).world_size for axis in ("tp", "pp", "dp", "ep", "etp", "edp")},
+        "layout": {axis: info.axis(axis).world_size for axis in AXES},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "results": results,
     }

@@ -80,6 +80,7 @@ def verify_layout(
     dp: int = 1,
     ep: int = 1,
     etp: int | None = None,
+    cp: int = 1,
     sequence_parallel: bool = False,
     activation_checkpointing: bool = False,
     quantizer: BaseQuantizer | None = None,
@@ -95,7 +96,7 @@ def verify_layout(
         config: Configuration of the model, at its real size.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
-        tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
+        tp, dp, ep, etp, cp: Sizes of the axes; `etp=None` means `tp`.
         sequence_parallel, activation_checkpointing: Options of the run.
         quantizer: Packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
         start: Gives the adapters the values that they start from, where these depend on the base.
@@ -107,7 +108,7 @@ def verify_layout(
     Raises:
         MeshPEFTError: The sizes do not divide, or a state is wrong.
     """
-    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing)
+    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp)
     check_divisible(config, asked.parallel_config())
     structure = config if all_layers else first_layers(config, 2)  # two show what any number does
     states = None
@@ -118,7 +119,7 @@ def verify_layout(
             set_dropout(adapted, dropout)
             return adapted
 
-        states = typecheck_layout(structure, adapt_and_drop, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
+        states = typecheck_layout(structure, adapt_and_drop, tp=tp, dp=dp, cp=cp, sequence_parallel=sequence_parallel)
     layout = few_ranks(asked)
     small = scaled_down(structure, layout, blocks=quantizer is not None)
 
@@ -181,12 +182,12 @@ def in_smallest_blocks(quantizer: BaseQuantizer) -> BaseQuantizer:
 
 def few_ranks(layout: Layout) -> Layout:
     """Reduce a layout to as few ranks as show all of its arithmetic, with two rows in a micro-batch."""
-    tp, ep, few_ep = layout.tp, layout.ep, min(layout.ep, 4)
-    ranks = math.lcm(tp, few_ep * (tp if layout.etp is None else layout.etp))
+    tp, ep, few_ep, cp = layout.tp, layout.ep, min(layout.ep, 4), min(layout.cp, 4)
+    ranks = math.lcm(cp * tp, few_ep * (tp if layout.etp is None else layout.etp))
     # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
-    if layout.dp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
+    if layout.dp * cp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
         ranks *= 2
-    return replace(layout, dp=ranks // tp, ep=few_ep, micro_batch_size=2)
+    return replace(layout, dp=ranks // (cp * tp), cp=cp, ep=few_ep, micro_batch_size=2)
 
 
 def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) -> DecoderConfig:

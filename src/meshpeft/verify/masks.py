@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from meshpeft.parallel import ParallelGroupInfo
+from meshpeft.parallel import ParallelAxis, ParallelGroupInfo
 from meshpeft.peft import LowRankAdapter, adapter_wrappers
 from meshpeft.verify.simulation import index_on_rank, on_rank, ranks
 
@@ -57,20 +57,20 @@ class MasksOfALayout:
     Attributes:
         p: Dropout probability.
         mesh: Mesh of the layout.
-        tokens_dim: Dim of activations that counts rows of the micro-batch.
+        rows_dim: Dim of activations, 0 or 1, that counts rows of the micro-batch; the other one counts their tokens.
     """
 
     p: float
     mesh: ParallelGroupInfo
-    tokens_dim: int
+    rows_dim: int
     _drawn: dict[tuple[int, ...], _Drawn] = field(default_factory=dict)
     _order: dict[int, int] = field(default_factory=dict)
-    _places: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _places: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # While the ranks are simulated: their places are not to be had afterwards.
         self._places = {
-            rank: (index_on_rank(self.mesh.dp.rank, rank), index_on_rank(self.mesh.tp.rank, rank)) for rank in ranks()
+            rank: {axis.name: index_on_rank(axis.rank, rank) for axis in self.mesh.weight_axes()} for rank in ranks()
         }
 
     def __len__(self) -> int:
@@ -133,17 +133,16 @@ class MasksOfALayout:
         local = next(iter(masks.values())).shape
         if len(local) != len(shape):
             raise MaskFault(f"a mask of shape {tuple(local)} has its place in {shape} on one rank")
-        dp, tp = (1 + max(place[axis] for place in self._places.values()) for axis in (0, 1))
-        counts = [
-            dp if dim == self.tokens_dim % len(shape) else tp if size < full else 1
-            for dim, (size, full) in enumerate(zip(local, shape, strict=True))
-        ]
+        axes = [self._axes_of(dim, size, of_all) for dim, (size, of_all) in enumerate(zip(local, shape, strict=True))]
+        counts = [math.prod(axis.world_size for axis in sharding) for sharding in axes]
         # Under sequence parallel tokens were added so that they divide: one rank has none of these.
         full = torch.zeros([size * count for size, count in zip(local, counts, strict=True)], dtype=torch.bool)
         for rank, mask in masks.items():
             part = full
-            for dim, (size, count) in enumerate(zip(local, counts, strict=True)):
-                place = self._places[rank][0 if dim == self.tokens_dim % len(shape) else 1] if count > 1 else 0
+            for dim, (size, sharding) in enumerate(zip(local, axes, strict=True)):
+                place = 0
+                for axis in sharding:
+                    place = place * axis.world_size + self._places[rank][axis.name]
                 part = part.narrow(dim, place * size, size)
             part.copy_(mask)
         for dim, size in enumerate(shape):
@@ -151,6 +150,14 @@ class MasksOfALayout:
                 raise MaskFault(f"masks of shape {tuple(local)} do not make up one of {shape}")
             full = full.narrow(dim, 0, size)
         return full
+
+    def _axes_of(self, dim: int, size: int, of_all: int) -> tuple[ParallelAxis, ...]:
+        """Find the axes that shard a dim of an activation, which has `size` here and `of_all` on one rank."""
+        if dim == self.rows_dim:
+            return (self.mesh.dp,)
+        outer = (self.mesh.cp,) if dim == 1 - self.rows_dim else ()
+        is_sharded = size * math.prod(axis.world_size for axis in outer) < of_all
+        return (*outer, self.mesh.tp) if is_sharded else outer
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

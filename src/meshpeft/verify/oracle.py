@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.data.batches import GlobalBatchSlice, MicroBatch, PackedRows, RowSampler
+from meshpeft.data.context import ContextShard
 from meshpeft.models import LanguageModel
 from meshpeft.models.spans import Spans, SpansOfRanks
 from meshpeft.parallel import (
@@ -54,6 +57,7 @@ class Layout:
         sequence_parallel: Token shards between layers.
         activation_checkpointing: Compute each layer again in the backward pass.
         micro_batch_size: Rows of one forward on one data-parallel rank.
+        cp: Size of context parallel.
     """
 
     tp: int = 1
@@ -63,18 +67,24 @@ class Layout:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     micro_batch_size: int = 1
+    cp: int = 1
+
+    def simulated(self) -> AbstractContextManager[ParallelGroupInfo]:
+        """Simulate the ranks of this layout in this process, see `simulate`."""
+        return simulate(self.tp, self.dp, self.ep, self.etp, cp=self.cp)
 
     def parallel_config(self) -> ModelParallelConfig:
         """Make the decoder's configuration of this layout."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.tp,
+            context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
             sequence_parallel=self.sequence_parallel,
         )
 
     def __str__(self) -> str:
-        words = [f"tp={self.tp}", f"dp={self.dp}"]
+        words = [f"tp={self.tp}", *([f"cp={self.cp}"] if self.cp > 1 else []), f"dp={self.dp}"]
         if self.ep > 1 or self.etp is not None:
             words += [f"ep={self.ep}", f"etp={self.tp if self.etp is None else self.etp}"]
         words += ["sequence-parallel"] * self.sequence_parallel
@@ -167,8 +177,8 @@ class Run:
         return self.own(self._of_every_rank(number))
 
     def all_batches(self, number: int) -> tuple[list[MicroBatch], int]:
-        """Join the micro-batches of all data-parallel ranks, for one rank to compute."""
-        slices = self._of_every_rank(number)
+        """Join the micro-batches of all ranks of the token axes, for one rank to compute."""
+        slices = [self._sampler(dp_rank, None).micro_batches(number) for dp_rank in range(self.layout.dp)]
         batches = [
             MicroBatch.of(
                 (torch.cat(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
@@ -179,13 +189,12 @@ class Run:
         return batches, slices[0].global_target_tokens
 
     def _of_every_rank(self, number: int) -> list[GlobalBatchSlice]:
-        return [self._sampler(rank).micro_batches(number) for rank in range(self.layout.dp)]
+        return [self._sampler(*place).micro_batches(number) for place in self.token_places]
 
     def own(self, slices: Sequence[GlobalBatchSlice]) -> tuple[list[MicroBatch], int]:
-        """Take this rank's own from every data-parallel rank's micro-batches; return it with the target tokens of
-        all.
-        """
-        stacked = TensorLayout((self.layout.dp,), ((0, self.mesh.dp),))
+        """Take this rank's own from the micro-batches of all `token_places`; return it with all target tokens."""
+        axis = self.mesh.token_axis()
+        stacked = TensorLayout((axis.world_size,), ((0, axis),))
 
         def own(tensors: Sequence[Tensor]) -> Tensor:
             every = torch.stack(list(tensors))
@@ -194,20 +203,30 @@ class Run:
         batches = [
             MicroBatch.of(
                 (own(tensors) for tensors in zip(*(batch.tensors for batch in of_dp), strict=True)),
-                _spans_on(self.mesh.dp, _spans(of_dp)),
+                _spans_on(axis, _spans(of_dp)),
             )
             for of_dp in zip(*slices, strict=True)
         ]
         return batches, slices[0].global_target_tokens
 
-    def _sampler(self, rank: int) -> RowSampler:
+    @property
+    def token_places(self) -> list[tuple[int, int]]:
+        """Every place on data and context parallel, in the order of the ranks."""
+        return list(product(range(self.layout.dp), range(self.layout.cp)))
+
+    def context(self, rank: int | None) -> ContextShard:
+        """Return the part of every row of one rank of context parallel; `None` for all, see `ContextShard`."""
+        return ContextShard(rank, self.layout.cp, self.layout.tp)
+
+    def _sampler(self, dp_rank: int, cp_rank: int | None) -> RowSampler:
         return RowSampler(
             rows=self.recipe.rows,
             batch_size=self.recipe.batch_size,
             micro_batch_size=self.layout.micro_batch_size,
-            dp_rank=rank,
+            dp_rank=dp_rank,
             dp_size=self.layout.dp,
             seed=self.recipe.seed,
+            context=self.context(cp_rank),
         )
 
     def finish(self, trace: Trace) -> None:
@@ -243,7 +262,7 @@ def trace_layout(
     """
     trace = Trace()
     recipe = Recipe(make_model=make_model, adapt=adapt, rows=rows, **options)
-    with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
+    with layout.simulated() as mesh:
         run = Run(recipe, layout, mesh)
         for number in range(steps):
             run.take(number, trace)

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshpeft.data.batches import MicroBatch
+from meshpeft.data.context import ContextShard
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
-from meshpeft.models.spans import Spans
 from meshpeft.parallel import ParallelGroupInfo, init_parallelism
 from meshpeft.training.step import TrainStep, adamw, summed_loss
 from meshpeft.verify.oracle import Layout
@@ -86,6 +86,7 @@ def plan(
     dp: int = 1,
     ep: int = 1,
     etp: int | None = None,
+    cp: int = 1,
     sequence_parallel: bool = False,
     activation_checkpointing: bool = False,
     micro_batch_size: int = 1,
@@ -93,12 +94,12 @@ def plan(
     loss_chunk: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
-    """Count what one rank of `tp * dp` holds and sends.
+    """Count what one rank of `tp * cp * dp` holds and sends.
 
     Args:
         config: Configuration of the model, at its real size: nothing is allocated.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
-        tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
+        tp, dp, ep, etp, cp: Sizes of the axes; `etp=None` means `tp`.
         sequence_parallel, activation_checkpointing: Options of the run.
         micro_batch_size: Rows of one forward pass on one rank.
         seq_length: Tokens of a row, each of which has a label.
@@ -108,12 +109,12 @@ def plan(
     Raises:
         MeshPEFTError: Sizes that do not divide; the process has a process group already.
     """
-    parallel = Layout(tp, dp, ep, etp, sequence_parallel).parallel_config()
+    parallel = Layout(tp, dp, ep, etp, sequence_parallel, cp=cp).parallel_config()
     check_divisible(config, parallel)
     tokens_of_a_pass = micro_batch_size * seq_length
     with contextlib.ExitStack() as stack:
-        stack.enter_context(fake_world(tp * dp))
-        mesh = init_parallelism(tp, 1, ep, etp)
+        stack.enter_context(fake_world(tp * cp * dp))
+        mesh = init_parallelism(tp, 1, ep, etp, cp)
         stack.enter_context(FakeTensorMode())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked to tell them apart
@@ -130,14 +131,14 @@ def plan(
         if config.moe is not None:
             # No step can run; AdamW keeps two numbers for each.
             return _weights(model, 2 * _bytes(p for p in model.parameters() if p.requires_grad))
-        batch = _micro_batch(micro_batch_size, seq_length)
+        batch = _micro_batch(micro_batch_size, seq_length, ContextShard(0, cp, tp))
         model.loss_chunk = loss_chunk
         activations, micro_batch = _forward_and_backward(model, batch)
         model.loss_chunk = tokens_of_a_pass
         adapted, bare = (_with_input_gradient(make(adapters), batch) for adapters in (True, False))
         optimizer = adamw(model, lr=1e-4)
         step = TrainStep(model, optimizer, clip=1.0)
-        tokens = tp * dp * batch.labels.numel()
+        tokens = tp * cp * dp * batch.labels.numel()
         step([batch], tokens)  # what is computed once is computed now
         with count_collectives() as calls:
             step([batch], tokens)
@@ -161,9 +162,9 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _micro_batch(rows: int, width: int) -> MicroBatch:
-    tokens = torch.zeros((rows, width), dtype=torch.long)
-    return MicroBatch.of((torch.zeros_like(tokens) for _ in range(4)), Spans.of_rows(rows, width))
+def _micro_batch(rows: int, width: int, context: ContextShard) -> MicroBatch:
+    places, spans = context.of_rows([[width]] * rows, context.padded(width))
+    return MicroBatch.of((torch.zeros(places.shape, dtype=torch.long) for _ in range(4)), spans)
 
 
 def _forward_and_backward(model: Decoder, batch: MicroBatch) -> tuple[int, _Calls]:

@@ -164,7 +164,7 @@ def _trained(
     resume: Path | CheckpointError | None = None,
     dropout: bool = False,
 ) -> _Trained:
-    with simulate(layout.tp, layout.dp, layout.ep, layout.etp) as mesh:
+    with layout.simulated() as mesh:
         run, trace = Run(recipe, layout, mesh), Trace()
         packed = _packed(run.model)
         checkpoint: Path | CheckpointError
@@ -187,7 +187,10 @@ def _trained(
 
 
 def _held_out(run: Run, rows: PackedRows) -> float:
-    slices = [eval_batches(rows, run.layout.micro_batch_size, rank, run.layout.dp) for rank in range(run.layout.dp)]
+    size, dp = run.layout.micro_batch_size, run.layout.dp
+    slices = [
+        eval_batches(rows, size, dp_rank, dp, context=run.context(cp_rank)) for dp_rank, cp_rank in run.token_places
+    ]
     return float(agreed(mean_loss(run.model, *run.own(slices))))
 
 

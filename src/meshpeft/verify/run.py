@@ -13,6 +13,7 @@ import torch
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.loss import default_loss_chunk
+from meshpeft.parallel.mesh import AXES
 from meshpeft.training.adapters import (
     add_adapter,
     base_quantizer,
@@ -94,8 +95,8 @@ def plan_run(config: FinetuneConfig) -> str:
     )
     quantizer = base_quantizer(config)
     packed = None if quantizer is None else quantizer.format
-    sizes = {"tp": config.tp, "dp": world // config.tp, "ep": config.ep, "etp": config.etp or config.tp}
-    layout = describe_processes(world, sizes, config.sequence_parallel)
+    sizes = {name: size for name, size in _layout(config, world).items() if name in AXES}
+    layout = describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config.sequence_parallel)
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
@@ -142,7 +143,7 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
     # It takes seconds, and there is something to import: the model is of transformers.
     from meshpeft.verify.transformers_layout import verify_transformers_layout
 
-    return verify_transformers_layout(base.config, adapt, tp=config.tp, dp=layout["dp"], **options)
+    return verify_transformers_layout(base.config, adapt, tp=config.tp, cp=config.cp, dp=layout["dp"], **options)
 
 
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:
@@ -156,7 +157,8 @@ def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
     """Return the layout of the run as arguments of `verify_layout` and `plan`."""
     return {
         "tp": config.tp,
-        "dp": world // config.tp,
+        "cp": config.cp,
+        "dp": world // (config.cp * config.tp),
         "ep": config.ep,
         "etp": config.etp,
         "sequence_parallel": config.sequence_parallel,

@@ -53,14 +53,16 @@ def fake_world(world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def simulate(tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: int = 1) -> Iterator[ParallelGroupInfo]:
-    """Run the body on `pp * dp * tp` simulated ranks; with one rank, without torch.distributed."""
-    world_size = pp * dp * tp
+def simulate(
+    tp: int = 1, dp: int = 1, ep: int = 1, etp: int | None = None, pp: int = 1, cp: int = 1
+) -> Iterator[ParallelGroupInfo]:
+    """Run the body on `pp * dp * cp * tp` simulated ranks; with one rank, without torch.distributed."""
+    world_size = pp * dp * cp * tp
     if world_size == 1:
         yield init_parallelism()
         return
     with fake_world(world_size), LocalTensorMode(world_size):
-        yield init_parallelism(tp, pp, ep, etp)
+        yield init_parallelism(tp, pp, ep, etp, cp)
 
 
 def on_rank(tensor: Tensor, rank: int) -> Tensor:

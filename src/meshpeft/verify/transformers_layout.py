@@ -64,6 +64,7 @@ def verify_transformers_layout(
     *,
     tp: int = 1,
     dp: int = 1,
+    cp: int = 1,
     activation_checkpointing: bool = False,
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
@@ -76,14 +77,14 @@ def verify_transformers_layout(
 
     Args:
         config: Configuration of the model, at its real size.
-        adapt, tp, dp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
+        adapt, tp, dp, cp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
             `verify_layout`.
 
     Raises:
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
         MeshPEFTError: Sizes do not divide; a target matches no layer.
     """
-    layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing))
+    layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing, cp=cp))
     small = _small_model(config, tp, all_layers, blocks=quantizer is not None)
     text = small.config.get_text_config()
 
