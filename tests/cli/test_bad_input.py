@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from meshpeft.cli.main import main
 
@@ -56,6 +57,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--rank", "0"], "rank=0: expected at least 1"),
         (["--tp", "3"], "4 query groups cannot be split over tensor_parallel=3; use 1, 2 or 4"),
         (["--tp", "0"], "tp=0: expected at least 1"),
+        pytest.param(
+            ["--offload-activations"],
+            "offload_activations: there is no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="is done with a GPU"),
+        ),
         (["--lr", "-1"], "lr=-1.0: expected a number above 0"),
         (["--dropout", "1"], "dropout=1.0: expected a probability"),
         (["--steps", "2", "--epochs", "3"], "steps=2 and epochs=3.0 were both given; leave one out"),

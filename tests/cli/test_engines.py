@@ -143,7 +143,8 @@ def test_what_was_trained_is_measured_and_continued(
         ("finetune", ["--tp=3"], "cannot be split over tp=3"),
         ("finetune", ["--router-aux-loss-coef=0.1"], "router_aux_loss_coef: this phi3 model has no layer with experts"),
         ("finetune", ["--target-modules", "q_proj"], "'q_proj' matches no layer; nearest: qkv_proj"),
-        ("plan", ["--tp=2"], "a phi3 model runs on the transformers engine, whose memory and traffic are not counted"),
+        ("plan", ["--tp=3"], "cannot be split over tp=3"),
+        ("plan", ["--activation-checkpointing=selective"], "models of transformers compute layers again as they are"),
     ],
 )
 def test_what_the_engine_cannot_do_is_said_at_once(

@@ -131,6 +131,30 @@ def test_no_data_option_is_lost(argv: list[str], tmp_path: Path) -> None:
     assert parse(FinetuneConfig, config, "x").data == (Path("c"),)
 
 
+@pytest.mark.parametrize(
+    ("argv", "mode"),
+    [
+        ("", "none"),
+        ("--activation-checkpointing", "full"),
+        ("--activation-checkpointing --tp 2", "full"),
+        ("--activation_checkpointing selective --tp 2", "selective"),
+        ("--activation-checkpointing=selective --no-activation-checkpointing", "none"),
+        ("--config {}", "full"),
+        ("--config {} --activation-checkpointing selective", "selective"),
+    ],
+)
+def test_a_switch_with_values_may_stand_alone(argv: str, mode: str, tmp_path: Path) -> None:
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text("activation_checkpointing: true")
+    assert parse(FinetuneConfig, argv.format(yaml).split(), "x").activation_checkpointing == mode
+
+
+def test_a_record_from_before_a_switch_had_values_is_read() -> None:
+    for given, mode in ((True, "full"), (False, "none"), ("selective", "selective")):
+        record = FinetuneConfig().as_json() | {"activation_checkpointing": given}
+        assert FinetuneConfig.from_options(record, Path("run.json")).activation_checkpointing == mode
+
+
 @pytest.mark.parametrize("text", ("hi", "<s>hi", "hi</s>", ""))
 def test_generation_is_asked_as_training_was(text: str) -> None:
     tokenizer = make_tokenizer(PLAIN_TEMPLATE, adds_bos=True)

@@ -9,12 +9,17 @@ import pytest
 import torch
 from helpers.simulate import simulate
 from helpers.thinned import cross_section
+from transformers import Phi3Config
 
 from meshpeft.cli.main import main
+from meshpeft.data.batches import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
+from meshpeft.models.spans import Spans
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
+from meshpeft.training.step import summed_loss
 from meshpeft.verify import Traffic, plan
+from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.simulation import count_collectives
 
 CONFIG = DecoderConfig(
@@ -104,13 +109,83 @@ def test_of_the_loss_a_gradient_for_each_token_is_kept_and_nothing_of_the_vocabu
     assert found[0].base > found[1].base
 
 
-def test_of_a_model_with_experts_the_weights_are_counted() -> None:
-    moe = MoEConfig(num_experts=8, moe_router_topk=2, intermediate_size=16)
-    config = DecoderConfig(**{**CONFIG.__dict__, "moe": moe, "model_type": "mixtral"})
-    one, four = (plan(config, LoRA(**OPTIONS), dp=4, ep=ep, dtype=torch.float64) for ep in (1, 4))
-    experts = CONFIG.num_layers * 8 * 3 * 16 * CONFIG.hidden_size * 8
+MOE = MoEConfig(num_experts=8, moe_router_topk=2, intermediate_size=16)
+EXPERTS = DecoderConfig(**{**CONFIG.__dict__, "moe": MOE, "model_type": "mixtral"})
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [(CONFIG, "none"), (CONFIG, "selective"), (CONFIG, "full"), (EXPERTS, "selective")],
+    ids=("none", "selective", "full", "experts"),
+)
+def test_memory_is_what_tensors_with_values_take(config: DecoderConfig, mode: Any) -> None:
+    found = plan(config, LoRA(**OPTIONS), seq_length=TOKENS, activation_checkpointing=mode, dtype=torch.float64)
+    model = Decoder(config, dtype=torch.float64).requires_grad_(False)
+    model.set_activation_checkpointing(mode)
+    LoRA(**OPTIONS)(model)
+    ids = torch.arange(TOKENS)[None]
+    with MemoryWatch() as memory:
+        loss = summed_loss(model, MicroBatch(ids, ids, ids, torch.zeros_like(ids), spans=Spans.of_rows(*ids.shape)))
+        kept = memory.alive()
+        loss.backward()
+    assert found.activations == kept
+    # With values, sorting the labels holds one index a token longer.
+    assert found.transient + TOKENS * 8 >= memory.peak() - kept >= found.transient > 0
+
+
+def test_what_a_layer_keeps_is_what_its_mode_names() -> None:
+    def of_a_layer(mode: Any) -> int:
+        two, three = (
+            plan(
+                DecoderConfig(**{**CONFIG.__dict__, "num_layers": layers}),
+                LoRA(**OPTIONS),
+                seq_length=TOKENS,
+                activation_checkpointing=mode,
+                dtype=torch.float64,
+            ).activations
+            for layers in (2, 3)
+        )
+        return (three - two) // (TOKENS * 8)
+
+    hidden, heads = CONFIG.hidden_size, CONFIG.num_attention_heads * CONFIG.head_dim
+    assert of_a_layer("full") == hidden
+    # The inputs of its halves and of linear_proj and linear_fc2, and the rank-sized product of each of the two.
+    selective = 2 * hidden + heads + CONFIG.intermediate_size + 2 * RANK
+    assert of_a_layer("none") > 2 * selective == 2 * of_a_layer("selective")
+
+
+def test_experts_are_counted_by_expectation_and_in_the_worst_case() -> None:
+    one, four = (
+        plan(EXPERTS, LoRA(**OPTIONS), dp=4, ep=ep, seq_length=TOKENS, activation_checkpointing="selective",
+             dtype=torch.float64)
+        for ep in (1, 4)
+    )  # fmt: skip
+    experts = CONFIG.num_layers * MOE.num_experts * 3 * MOE.intermediate_size * CONFIG.hidden_size * 8
     assert one.base - four.base == experts * 3 // 4
-    assert four.micro_batch is None and four.activations is None
+    # On one rank nothing depends on the routing. On four, each rank's rows go to two experts of the worst one.
+    assert one.worst_activations == one.activations
+    rows = 4 * TOKENS * MOE.moe_router_topk - TOKENS * MOE.moe_router_topk
+    # As they arrived, between the layers of an expert, rank-sized before the second; and where they came from.
+    a_row = CONFIG.hidden_size + MOE.intermediate_size + RANK + 2
+    assert four.worst_activations - four.activations == CONFIG.num_layers * rows * a_row * 8
+    assert four.worst_transient > four.transient
+    sent = TOKENS * MOE.moe_router_topk * CONFIG.hidden_size * 8
+    (exchanged,) = (traffic for traffic in four.micro_batch if traffic.name == "alltoall")
+    # Rows out and back in both passes; and counts.
+    counts = CONFIG.num_layers * MOE.num_experts * 8
+    assert exchanged.bytes == 4 * CONFIG.num_layers * sent + counts
+
+
+def test_a_model_of_transformers_is_counted_from_its_configuration() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Phi3Config(vocab_size=64, intermediate_size=48, pad_token_id=0, tie_word_embeddings=False, **sizes)
+    two, one = (plan(config, LoRA(["qkv_proj"], dim=RANK), tp=tp, seq_length=TOKENS) for tp in (2, 1))
+    # Norms are on both ranks, and so are the values of a sliced layer's share.
+    norms = 5 * 32 * 2
+    assert one.base - norms == 2 * (two.base - norms)
+    assert one.base == 2 * (2 * 64 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 48 * 32)) + norms
+    assert one.activations > two.activations > 0 and two.transient > 0
+    assert {(traffic.axis, traffic.name) for traffic in two.micro_batch} == {("tp", "allgather"), ("tp", "allreduce")}
 
 
 def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -29,13 +29,15 @@ def parse(options: type[T], argv: Sequence[str], prog: str, description: str | N
     A field called `config` names a YAML file whose values stand before those of the command line, which therefore
     override them. `description` stands above the options in the help; by default the dataclass's docstring does.
 
-    An option that takes several values (`--data`) may be repeated: all are taken. Of any other the last one is.
+    An option that takes several values (`--data`) may be repeated: all are taken. Of any other the last one is. An
+    option that is also a switch (`SWITCHES` of the dataclass) needs no value.
 
     Raises:
         ConfigError: The YAML file cannot be read, or has a key that is no option.
         SystemExit: The command line is wrong (code 2, explained on stderr), or requests help (code 0).
     """
     arguments = [*_yaml_arguments(options, argv), *_joined(options, argv)]
+    arguments = _with_values(getattr(options, "SWITCHES", {}), arguments)
     return tyro.cli(options, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
 
 
@@ -57,6 +59,20 @@ def _joined(options: type[Any], argv: Sequence[str]) -> list[str]:
         else:
             into.append(argument)
     return others + [argument for option, given in values.items() for argument in (option, *given)]
+
+
+def _with_values(switches: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> list[str]:
+    """Give each switch that has no value the one that it means."""
+    meanings: dict[str, tuple[str, str]] = {}
+    for name, (alone, negated) in switches.items():
+        option = "--" + name.replace("_", "-")
+        meanings |= {option: (option, alone), option.replace("--", "--no-", 1): (option, negated)}
+    found = []
+    for argument, following in zip(argv, [*argv, "--"][1:], strict=True):
+        option, value = meanings.get(argument.replace("_", "-"), (argument, None))
+        is_given = option == argument.replace("_", "-") and not following.startswith("--")
+        found += [argument] if value is None or is_given else [option, value]
+    return found
 
 
 def _yaml_arguments(options: type[Any], argv: Sequence[str]) -> list[str]:

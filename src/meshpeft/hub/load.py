@@ -16,6 +16,7 @@ from meshpeft.hub.names import StoredTensors, hf_module_name, stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError
 from meshpeft.models.language_model import layout_or_replicated
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.errors import first_few
 from meshpeft.quantization import BaseQuantizer
@@ -39,7 +40,7 @@ def load_pretrained(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     parallel: ModelParallelConfig | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | ActivationCheckpointing = False,
     *,
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
@@ -55,7 +56,7 @@ def load_pretrained(
         directory: Holds `config.json` and safetensors weights in one or several files.
         dtype: Dtype of the parameters and activations; by default that of the weights in the files.
         parallel: See `Decoder`.
-        activation_checkpointing: Compute each layer again in the backward pass.
+        activation_checkpointing: What is kept of a layer and computed again; `True` is full. See `recompute.py`.
         device: Device of the parameters; torch's default device by default.
         quantize: Pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
             packed share and one tensor more at most, its share of a layer's weight in `dtype`, and the copies of a

@@ -23,6 +23,7 @@ from meshpeft.hub.names import stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
 from meshpeft.models import ModelError
 from meshpeft.models.language_model import layout_or_replicated
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.parallel.errors import blamed_on, first_few
 from meshpeft.quantization import BaseQuantizer
@@ -54,7 +55,7 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
 def load_transformers(
     directory: str | Path,
     dtype: torch.dtype | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | ActivationCheckpointing = False,
     *,
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
@@ -66,7 +67,7 @@ def load_transformers(
     Args:
         directory: Holds `config.json` and safetensors weights in one or several files.
         dtype: Dtype of the parameters and activations; by default that of the weights in the files.
-        activation_checkpointing: Compute each layer again in the backward pass.
+        activation_checkpointing: What is kept of a layer and computed again; `True` is full. See `recompute.py`.
         device: Device of the parameters; torch's default device by default.
         quantize: Pack each layer as soon as it is read.
 
@@ -99,8 +100,7 @@ def load_transformers(
         fill(model, files, stored, dtype, target, quantize)
     own = {name: held for name, held in model.stored_names.items() if found.get(name) == held}
     model.stored_names = {name: own.get(name, name) for name in model.stored_names}
-    if activation_checkpointing:
-        model.set_activation_checkpointing(True)
+    model.set_activation_checkpointing(activation_checkpointing)
     return model
 
 

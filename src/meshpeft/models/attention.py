@@ -236,6 +236,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""
+        out: Tensor = self.linear_proj(self.heads(x, context))
+        return out
+
+    def heads(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """x [seq, batch, hidden] -> what the heads attend to, [seq, batch, heads / tp * head_dim], `Shard(-1)`."""
         queries, keys, values = split_heads(
             self.linear_qkv(x), self.fused_parts, self.sharding.tp.world_size, self.head_dim
         )
@@ -247,10 +252,10 @@ class SelfAttention(nn.Module):
         if context.spans is not None:
             if context.spans.is_of_shards:
                 keys, values = gather_keys(keys, values, self.sharding.cp)
-            return self.linear_proj(attend(queries, keys, values, context.spans, window=self.window))
+            return attend(queries, keys, values, context.spans, window=self.window)
         if context.cache is not None:
             keys, values = context.cache.update(self.layer, keys, values)
-        return self.linear_proj(attend_by_mask(queries, keys, values, context.masks[self.window]))
+        return attend_by_mask(queries, keys, values, context.masks[self.window])
 
 
 @typed_as(lambda qkv, fused_parts, shards, head_dim: dims_follow(qkv, (0, 1, 2, None)))

@@ -7,6 +7,7 @@ Module names are Megatron's.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from meshpeft.models.head import Labels, check_labels, head_losses
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.mlp import MLP, RMSNorm
 from meshpeft.models.moe import MoELayer, rows_of_tokens
+from meshpeft.models.recompute import ActivationCheckpointing, RecomputesParts, checkpointing_mode, kept_on_host
 from meshpeft.models.sharding import ModelSharding
 from meshpeft.models.spans import Spans, SpansOfRanks, spans_of_documents
 from meshpeft.parallel import ModelParallelConfig, named_init_
@@ -36,7 +38,7 @@ from meshpeft.parallel import ModelParallelConfig, named_init_
 __all__ = ["Decoder", "DecoderBlock", "DecoderLayer"]
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(RecomputesParts):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)); the MLP, or experts in its place."""
 
     def __init__(self, config: DecoderConfig, layer: int, sharding: ModelSharding) -> None:
@@ -54,12 +56,14 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """hidden [seq, batch, hidden] -> the same, and the load-balancing loss of experts, [batch]."""
         self.sharding.check(hidden, self.sharding.hidden)
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), context)
-        normed = self.pre_mlp_layernorm(hidden)
-        if isinstance(self.mlp, MoELayer):
-            out, loss = self.mlp(normed, context.rows)
+        attention, mlp = self.self_attention, self.mlp
+        heads = self.part(lambda x: attention.heads(self.input_layernorm(x), context), hidden, context.cache is None)
+        hidden = hidden + attention.linear_proj(heads)
+        if isinstance(mlp, MoELayer):
+            out, loss = mlp(self.part(self.pre_mlp_layernorm, hidden), context.rows)
             return hidden + out, loss
-        return hidden + self.mlp(normed), None
+        channels = self.part(lambda x: mlp.channels(self.pre_mlp_layernorm(x)), hidden)
+        return hidden + mlp.linear_fc2(channels), None
 
 
 class DecoderBlock(nn.Module):
@@ -67,7 +71,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig, sharding: ModelSharding) -> None:
         super().__init__()
-        self.activation_checkpointing = False
+        self.recomputes_layers = False
         self.layers = nn.ModuleList(DecoderLayer(config, layer, sharding) for layer in range(config.num_layers))
         self.final_layernorm = RMSNorm(sharding.norm_weight(config.hidden_size), config.rms_norm_eps)
 
@@ -81,7 +85,7 @@ class DecoderBlock(nn.Module):
         Returns:
             The hidden states; and the mean over the layers with experts of their load-balancing losses, [batch].
         """
-        recompute = self.activation_checkpointing and context.cache is None and torch.is_grad_enabled()
+        recompute = self.recomputes_layers and context.cache is None and torch.is_grad_enabled()
         losses: list[Tensor] = []
         for layer in self.layers:
             if recompute:
@@ -167,9 +171,13 @@ class Decoder(LanguageModel):
         """Whether the tokens of a row may be on several ranks: in attention alone they meet, and that gathers."""
         return True
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
-        self.decoder.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, mode: bool | ActivationCheckpointing) -> None:
+        """Set what training keeps of a layer, and what it computes again in the backward pass: see `recompute.py`."""
+        mode = checkpointing_mode(mode)
+        self.decoder.recomputes_layers = mode == "full"
+        for module in self.decoder.modules():
+            if isinstance(module, RecomputesParts):
+                module.recomputes_parts = mode == "selective"
 
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`."""
@@ -253,7 +261,8 @@ class Decoder(LanguageModel):
             real = torch.ones_like(input_ids, dtype=torch.bool) if document_ids is None else document_ids != -1
             wide = torch.promote_types(hidden.dtype, torch.float32)
             context = replace(context, rows=rows_of_tokens(_pad(real, padding, False).t(), sharding, wide))
-        hidden, router_loss = self.decoder(hidden, context)
+        with kept_on_host(self) if self.offloads_activations else nullcontext():
+            hidden, router_loss = self.decoder(hidden, context)
         if cache is not None:
             cache.advance(length, _join(cache.document_ids, document_ids))
         if last_token_only:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from meshpeft.models.config import ModelError
 from meshpeft.models.head import Labels, losses_of_logits
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import (
     ParallelAxis,
     ShardedStateDict,
@@ -40,12 +41,14 @@ class LanguageModel(nn.Module, ABC):
         stored_names: Name of a parameter -> its name in the files, where they differ.
         loss_chunk: Tokens whose logits exist at a time in `token_losses`; `None` for a number that follows from the
             vocabulary (`default_loss_chunk`).
+        offloads_activations: Whether what layers keep for the backward pass is kept in host memory; see `kept_on_host`.
     """
 
     vocab_axis: ParallelAxis
     name_or_path: str = ""
     stored_names: Mapping[str, str] = MappingProxyType({})
     loss_chunk: int | None = None
+    offloads_activations: bool = False
 
     @property
     @abstractmethod
@@ -92,8 +95,16 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Set whether training keeps only each layer's input and computes the layer again in the backward pass."""
+    def set_activation_checkpointing(self, mode: bool | ActivationCheckpointing) -> None:
+        """Set what training keeps of a layer, and what it computes again in the backward pass.
+
+        Args:
+            mode: Everything that the backward pass reads is kept (`none`, `False`), each layer's input (`full`,
+                `True`), or what is dear to compute again (`selective`).
+
+        Raises:
+            ModelError: The architecture cannot.
+        """
 
     @abstractmethod
     def hub_config(self) -> PretrainedConfig:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig
+from meshpeft.models.recompute import RecomputesParts
 from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel import FusedParts, ShardedTensors
 from meshpeft.parallel.typing import dims_follow, typed_as
@@ -41,7 +42,7 @@ class RMSNorm(ShardedTensors, nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class MLP(nn.Module):
+class MLP(RecomputesParts):
     """linear_fc2(silu(gate) * up), with gate and up from one fused `linear_fc1`.
 
     Args:
@@ -62,7 +63,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [seq, batch, hidden] -> the same, in the state of the hidden stream."""
-        return self.linear_fc2(gated_silu(self.linear_fc1(x), self.fused_parts, self.shards))
+        out: Tensor = self.linear_fc2(self.part(self.channels, x))
+        return out
+
+    def channels(self, x: Tensor) -> Tensor:
+        """x [seq, batch, hidden] -> silu(gate) * up [seq, batch, width / tp], `Shard(-1)`."""
+        return gated_silu(self.linear_fc1(x), self.fused_parts, self.shards)
 
 
 @typed_as(lambda fused, fused_parts, shards: dims_follow(fused))

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from meshpeft.models.config import DecoderConfig, MoEConfig
 from meshpeft.models.mlp import MLP, gated_silu
+from meshpeft.models.recompute import RecomputesParts
 from meshpeft.models.sharding import ModelSharding
 from meshpeft.parallel import (
     FusedParts,
@@ -144,7 +145,7 @@ def load_balancing_loss(routing: Routing, rows: Tensor, sharding: ModelSharding)
     return num_experts * (counts * probability).sum(-1) / tokens.squeeze(-1).clamp(min=1).square()
 
 
-class Experts(nn.Module):
+class Experts(RecomputesParts):
     """linear_fc2(silu(gate) * up) for each expert on its own tokens."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig, sharding: ModelSharding) -> None:
@@ -156,8 +157,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [tokens, hidden], R over etp, sorted by local expert -> [tokens, hidden], P over etp."""
-        fused = self.linear_fc1(x, tokens_per_expert)
-        return self.linear_fc2(gated_silu(fused, self.fused_parts, self.shards), tokens_per_expert)
+
+        def channels(x: Tensor) -> Tensor:
+            return gated_silu(self.linear_fc1(x, tokens_per_expert), self.fused_parts, self.shards)
+
+        out: Tensor = self.linear_fc2(self.part(channels, x), tokens_per_expert)
+        return out
 
 
 class SharedExperts(MLP):

@@ -11,7 +11,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
 from meshpeft.models.language_model import LanguageModel
+from meshpeft.models.recompute import ActivationCheckpointing, checkpointing_mode, kept_on_host
 from meshpeft.models.spans import Block, Spans, SpansOfRanks, spans_of_documents
 from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_are
 from meshpeft.parallel import (
@@ -138,7 +139,8 @@ class TransformersModel(LanguageModel):
     def _logits(self, input_ids: Tensor, spans: Spans | SpansOfRanks | None, **options: Any) -> Tensor:
         """Run transformers' own forward."""
         theirs: Any = super().forward  # LanguageModel has none
-        with documents_are(spans):
+        host = kept_on_host(self) if self.offloads_activations else nullcontext()
+        with host, documents_are(spans):
             logits: Tensor = theirs(input_ids=input_ids, **options).logits
         return logits
 
@@ -237,16 +239,22 @@ class TransformersModel(LanguageModel):
         """Make an empty cache, without keys and values where none are used. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
+    def set_activation_checkpointing(self, mode: bool | ActivationCheckpointing) -> None:
         """Set whether training keeps only each layer's input and computes the layer again in the backward pass.
 
         Raises:
-            ModelError: The architecture cannot.
+            ModelError: The architecture cannot; parts of a layer were asked for.
         """
         model: Any = self
+        mode = checkpointing_mode(mode)
+        if mode == "selective":
+            raise ModelError(
+                "activation_checkpointing=selective: models of transformers compute layers again as they are, not "
+                "parts of them; use full"
+            )
         # The methods' name since transformers 5.23; the old one warns there.
         word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        if not enabled:
+        if mode == "none":
             getattr(model, f"{word}_checkpointing_disable")()
             return
         if not model.supports_gradient_checkpointing:

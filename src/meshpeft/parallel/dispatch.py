@@ -6,25 +6,45 @@ parallel, uneven, carries each to its expert. The way back is the mirror image: 
 experts of a token, reduce-scatter over expert-tensor parallel, which also sums what row-parallel experts left.
 
 Every rank takes part even if no token is routed to it, or it has none.
+
+Tensors that have no values (`FakeTensor`) choose no experts: `assume_load` says how many of their rows go where.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from spmd_types import rules
 from spmd_types.types import V
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed import _functional_collectives as functional
 
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.states import sp_gather, sp_reduce_scatter
 
-__all__ = ["DispatchPlan", "combine_tokens", "dispatch_tokens"]
+__all__ = ["DispatchPlan", "ExpertLoad", "assume_load", "combine_tokens", "dispatch_tokens"]
+
+ExpertLoad = Literal["expected", "worst"]
+"""How many rows reach this rank: its share, as from tokens that choose every expert alike; or all that can."""
+
+_assumed: list[ExpertLoad] = ["expected"]
+
+
+@contextmanager
+def assume_load(load: ExpertLoad) -> Iterator[None]:
+    """Inside, and in backward passes of what runs inside, rows without values are dispatched as `load` says."""
+    _assumed.append(load)
+    try:
+        yield
+    finally:
+        _assumed.pop()
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,8 @@ class DispatchPlan:
         top_k: Experts per token.
         probabilities: [num_tokens, top_k], gathered; multiplies what the experts return.
         rows: [num_tokens * top_k], the row in which each (token, choice) was sent; rows are sorted by expert.
-        local_order: The permutation of received rows that sorts them by local expert; `None` with ep=1.
+        local_order: The permutation of received rows that sorts them by local expert, and its inverse; `None` with
+            ep=1.
         send_splits, receive_splits: Rows to and from each rank of `ep`.
     """
 
@@ -46,7 +67,7 @@ class DispatchPlan:
     top_k: int
     probabilities: Tensor
     rows: Tensor
-    local_order: Tensor | None
+    local_order: tuple[Tensor, Tensor] | None
     send_splits: list[int]
     receive_splits: list[int]
     ep: ParallelAxis
@@ -68,6 +89,20 @@ class _AllToAllRows(Function):
     @staticmethod
     def spmd_typecheck(*, x: Tensor, axis: ParallelAxis) -> Any:
         return rules.all_to_all(x, axis.process_group, src=V, dst=V)
+
+
+class _PermuteRows(Function):
+    """x [N, H] -> x[order]; both passes gather, and no row is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
 
 
 def _all_to_all_rows(x: Tensor, receive: list[int], send: list[int], axis: ParallelAxis) -> Tensor:
@@ -110,14 +145,46 @@ def dispatch_tokens(
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts, group=ep.group)
     received = received.view(ep.world_size, num_experts // ep.world_size)
-    # The one host synchronisation of the layer: the sizes of the all-to-all.
-    splits = torch.cat((counts.view(ep.world_size, -1).sum(1), received.sum(1))).tolist()
-    send, receive = splits[: ep.world_size], splits[ep.world_size :]
+    send, receive = _splits(counts, received, *experts.shape)
     arrived = _AllToAllRows.apply(sent, receive, send, ep)
     local_experts = torch.arange(received.shape[1], device=x.device).repeat(ep.world_size)
-    local_order = local_experts.repeat_interleave(received.reshape(-1)).argsort(stable=True)
-    plan = DispatchPlan(received.sum(0), x.shape[0], top_k, probabilities, rows, local_order, send, receive, ep, etp)
-    return arrived.index_select(0, local_order), plan
+    # With the size of the result, which would be waited for.
+    by_rank = local_experts.repeat_interleave(received.reshape(-1), output_size=arrived.shape[0])
+    order = by_rank.argsort(stable=True)
+    inverse = order.argsort()
+    tokens_per_expert = received.sum(0)
+    plan = DispatchPlan(
+        tokens_per_expert, x.shape[0], top_k, probabilities, rows, (order, inverse), send, receive, ep, etp
+    )
+    return _PermuteRows.apply(arrived, order, inverse), plan
+
+
+def _splits(counts: Tensor, received: Tensor, tokens: int, top_k: int) -> tuple[list[int], list[int]]:
+    """Read the sizes of the all-to-all: the one host synchronisation of the layer.
+
+    Args:
+        counts: [experts], this rank's rows for each.
+        received: [ep, local experts], the rows of each rank for this rank's experts.
+        tokens, top_k: Tokens of this rank, and rows of each.
+
+    Returns:
+        Rows to and from each rank of `ep`.
+    """
+    ranks, local_experts = received.shape
+    if not isinstance(counts, FakeTensor):
+        splits = torch.cat((counts.view(ranks, -1).sum(1), received.sum(1))).tolist()
+        return splits[:ranks], splits[ranks:]
+    rows = tokens * top_k
+    if _assumed[-1] == "expected":
+        shares = _shares(rows, ranks)
+        return shares, shares
+    # Every token of every rank chooses as many experts of this one as it can.
+    here = tokens * min(top_k, local_experts)
+    return [here, *_shares(rows - here, ranks - 1)], [here] * ranks
+
+
+def _shares(rows: int, ranks: int) -> list[int]:
+    return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
 
 
 def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
@@ -131,7 +198,7 @@ def combine_tokens(y: Tensor, plan: DispatchPlan) -> Tensor:
         [T, H], this rank's own tokens.
     """
     if plan.local_order is not None:
-        y = torch.zeros_like(y).index_copy(0, plan.local_order, y)
+        y = _PermuteRows.apply(y, *reversed(plan.local_order))
         y = _AllToAllRows.apply(y, plan.send_splits, plan.receive_splits, plan.ep)
     # One small product per token: quicker than adding weighted rows up by index, and in one order on every device.
     by_token = y.index_select(0, plan.rows).view(plan.num_tokens, plan.top_k, y.shape[-1])

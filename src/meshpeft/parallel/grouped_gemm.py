@@ -4,6 +4,8 @@
 here the first is multiplied per group and the second padded. Groups may be empty, and so may the input.
 
 Shapes: x [T, K] sorted by group, weight [E, N, K], `offsets` [E] int32: the end of each group's rows; offsets[-1] = T.
+
+Tensors that have no values (`FakeTensor`) have no groups either: of them only results are made, in their sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from spmd_types import rules
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from meshpeft.parallel.mesh import on_each_rank
@@ -47,9 +50,11 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -
     `transpose=True`: x [T, K] times weight [E, N, K] transposed -> [T, N], a forward pass. `transpose=False`:
     x [T, N] times weight [E, N, K] -> [T, K], its input gradient.
     """
+    width = weight.shape[-2] if transpose else weight.shape[-1]
+    if isinstance(x, FakeTensor):
+        return x.new_empty((x.shape[0], width))
     if x.dtype not in _GROUPED_TYPES:
         return _per_group(x, weight, offsets, transpose)
-    width = weight.shape[-2] if transpose else weight.shape[-1]
     x, weight = _aligned(x, -1), _aligned(_aligned(weight, -1), -2)
     out = F.grouped_mm(x, weight.transpose(-2, -1) if transpose else weight, offs=offsets)
     return out[:, :width]
@@ -61,6 +66,8 @@ def grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *, tr
     if y.device.type != "cpu":
         y.add_(grouped_mm(x, weight, offsets, transpose=transpose))
         return
+    if isinstance(y, FakeTensor):
+        return
     # Here the kernel is a loop as well, and this one needs no second tensor of y's size.
     for into, rows, matrix in zip(*_split(offsets, y, x), weight.unbind(), strict=True):
         into.addmm_(rows, matrix.t() if transpose else matrix)
@@ -69,6 +76,8 @@ def grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *, tr
 @on_each_rank
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """a [T, N], b [T, K] -> [E, N, K], the sum over each group's rows of a^T b; zero for an empty group."""
+    if isinstance(a, FakeTensor):
+        return a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
     if a.dtype not in _GROUPED_TYPES:
         return _outer_per_group(a, b, offsets)
     rows, columns = a.shape[-1], b.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from meshpeft.models import (
     check_divisible,
     load_pretrained,
 )
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.quantization import BaseQuantizer
@@ -98,7 +100,7 @@ class BaseModel:
                         f"{name}={getattr(layout, name)}: the transformers engine, which a {self.config.model_type} "
                         "model needs, has tensor and data parallel only; leave it out"
                     )
-            with few_modules(tensors, self.directory):
+            with few_modules(tensors, self.directory) if weights else contextlib.nullcontext():
                 self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
 
     def _check_files(self) -> int:
@@ -124,7 +126,7 @@ class BaseModel:
         *,
         quantize: BaseQuantizer | None = None,
         sequence_parallel: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | ActivationCheckpointing = False,
     ) -> LanguageModel:
         """Load this rank's shard, packed layer by layer if asked for.
 
@@ -151,7 +153,7 @@ class BaseModel:
         dtype: torch.dtype,
         quantize: BaseQuantizer | None,
         sequence_parallel: bool,
-        activation_checkpointing: bool,
+        activation_checkpointing: bool | ActivationCheckpointing,
     ) -> Decoder:
         info = parallel_group_info()
         parallel = ModelParallelConfig(

@@ -37,8 +37,9 @@ __all__ = ["RunCheckpoints", "agreed_date", "checkpoints_in", "difference_of_run
 _NEUTRAL = frozenset(
     {
         "tp", "cp", "dp", "ep", "etp", "sequence_parallel", "micro_batch_size", "loss_chunk",
-        "activation_checkpointing", "model", "engine", "data", "adapter_format", "output_dir", "overwrite",
-        "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "resume", "config", "template_date",
+        "activation_checkpointing", "offload_activations", "model", "engine", "data", "adapter_format", "output_dir",
+        "overwrite", "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "resume", "config",
+        "template_date",
     }
 )  # fmt: skip
 

@@ -199,8 +199,11 @@ class FinetuneConfig(LayoutConfig):
     loss_chunk: Annotated[int | None, OptionalField] = None
     """Tokens whose logits exist at a time in the loss. Changes memory and speed, no number. Default: as many as make
     64 MiB of logits on a CPU, 512 MiB on a GPU, and at least 128."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the forward pass does not keep and the backward pass computes again, for less memory: each layer (full, also
+    by --activation-checkpointing alone; about a third slower), or what is wide or cheap in it (selective)."""
+    offload_activations: bool = False
+    """On a GPU: keep in host memory what layers keep for the backward pass. Changes memory and speed, no number."""
     eval_every: Annotated[int | None, OptionalField] = None
     """Steps between measurements of the held-out loss; 0: before and after only. Default: 50, or more in a long run, so
     that measuring takes about a tenth of the time of training."""
@@ -224,6 +227,8 @@ class FinetuneConfig(LayoutConfig):
     GENERAL_LEARNING_RATE: ClassVar[float] = 2e-4
     EMBEDDED_LEARNING_RATE: ClassVar[float] = 5e-3
     EMBEDDED_STEPS: ClassVar[int] = 80
+    SWITCHES: ClassVar[dict[str, tuple[str, str]]] = {"activation_checkpointing": ("full", "none")}
+    """Options that are also a switch: what --NAME alone and --no-NAME mean."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no data could take."""
@@ -339,6 +344,9 @@ class FinetuneConfig(LayoutConfig):
                 values[name] = _listed(values.get(name))
             # A record from before several files could be given has one.
             values["data"] = paths(given if isinstance(given := values["data"], str) else _listed(given)) or None
+            for name, meaning in cls.SWITCHES.items():  # a record may be from before it had more than two values
+                if isinstance(values.get(name), bool):
+                    values[name] = meaning[not values[name]]
             hints = get_type_hints(cls)
             for name, value in values.items():
                 large = isinstance(value, int | float) and abs(value) >= (2**63 if name == "seed" else _LARGEST)

@@ -39,10 +39,10 @@ from meshpeft.training.adapters import (
 )
 from meshpeft.training.base import BaseModel, check_attention, find_base
 from meshpeft.training.checkpoints import difference_of_runs, run_date
-from meshpeft.training.config import RECORD, FinetuneConfig, tensor_type
+from meshpeft.training.config import RECORD, ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.generate import continuation
 from meshpeft.training.inputs import Inputs, check_rows, load_inputs
-from meshpeft.training.launch import Interruption, join_mesh, launch, workers_for
+from meshpeft.training.launch import Interruption, device, join_mesh, launch, workers_for
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.output import CURVE, METRICS, OutputDirectory, OutputError
 from meshpeft.training.report import (
@@ -80,6 +80,10 @@ def start(config: FinetuneConfig) -> None:
             print(_finished_sentence(config))
             return
         output.check()
+    if config.offload_activations and device().type == "cpu":
+        raise ConfigError(
+            "offload_activations: there is no GPU here, so activations are in host memory already; leave it out"
+        )
     base = find_base(config.model, config.engine)
     base.check(config)
     check_adapter(base, config)
@@ -247,6 +251,7 @@ def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> 
         activation_checkpointing=config.activation_checkpointing,
     )
     model.loss_chunk = config.loss_chunk
+    model.offloads_activations = config.offload_activations
     check_attention(model, config)
     add_adapter(model, config)
     start_adapter(model, config)

@@ -26,6 +26,7 @@ from torch import nn
 from meshpeft.data.batches import PackedRows, pack_documents
 from meshpeft.data.documents import Document
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.formats import BLOCK_SIZES
@@ -82,7 +83,7 @@ def verify_layout(
     etp: int | None = None,
     cp: int = 1,
     sequence_parallel: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | ActivationCheckpointing = False,
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
     dropout: float = 0.0,

@@ -23,6 +23,7 @@ from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.data.batches import GlobalBatchSlice, MicroBatch, PackedRows, RowSampler
 from meshpeft.data.context import ContextShard
 from meshpeft.models import LanguageModel
+from meshpeft.models.recompute import ActivationCheckpointing, checkpointing_mode
 from meshpeft.models.spans import Spans, SpansOfRanks
 from meshpeft.parallel import (
     ModelParallelConfig,
@@ -55,7 +56,7 @@ class Layout:
     Attributes:
         tp, dp, ep, etp: Sizes of the axes; `etp=None` means `tp`.
         sequence_parallel: Token shards between layers.
-        activation_checkpointing: Compute each layer again in the backward pass.
+        activation_checkpointing: What is kept of a layer and computed again; `True` is full. See `recompute.py`.
         micro_batch_size: Rows of one forward on one data-parallel rank.
         cp: Size of context parallel.
     """
@@ -65,7 +66,7 @@ class Layout:
     ep: int = 1
     etp: int | None = None
     sequence_parallel: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | ActivationCheckpointing = False
     micro_batch_size: int = 1
     cp: int = 1
 
@@ -83,12 +84,18 @@ class Layout:
             sequence_parallel=self.sequence_parallel,
         )
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether anything is computed again in the backward pass."""
+        return checkpointing_mode(self.activation_checkpointing) != "none"
+
     def __str__(self) -> str:
         words = [f"tp={self.tp}", *([f"cp={self.cp}"] if self.cp > 1 else []), f"dp={self.dp}"]
         if self.ep > 1 or self.etp is not None:
             words += [f"ep={self.ep}", f"etp={self.tp if self.etp is None else self.etp}"]
         words += ["sequence-parallel"] * self.sequence_parallel
-        words += ["recompute"] * self.activation_checkpointing
+        mode = checkpointing_mode(self.activation_checkpointing)
+        words += [] if mode == "none" else ["recompute" if mode == "full" else "recompute-selective"]
         return " ".join([*words, f"micro-batch={self.micro_batch_size}"])
 
 

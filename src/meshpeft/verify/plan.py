@@ -1,10 +1,12 @@
 """`plan`: what one rank of a fine-tune holds and sends, before anything is started.
 
-The model is built at its real size on a process group of the full size, on tensors that have shapes and no memory,
-and one training step runs on them: what is counted is what the code does, not a second formula for it.
+The model is built from its configuration at its real size, on a process group of the full size, on tensors that have
+shapes and no memory, and one training step runs on them: what is counted is what the code does, not a second formula
+for it. Its documents fill their rows, and every token has a label.
 
-In a model with experts the tokens choose where they go, so what waits for the backward pass and what is exchanged
-depends on their values, which such tensors do not have: there only weights, gradients and optimizer are counted.
+In a model with experts the tokens choose where they go, which depends on their values: there every number is counted
+for tokens that choose all experts alike, the expectation of a balanced router, and the memory also for the worst case,
+in which every token of every rank goes to the experts of this one.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import PretrainedConfig
 
 from meshpeft.data.batches import MicroBatch
 from meshpeft.data.context import ContextShard
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
-from meshpeft.parallel import ParallelGroupInfo, init_parallelism
-from meshpeft.training.step import TrainStep, adamw, summed_loss
+from meshpeft.models.recompute import ActivationCheckpointing
+from meshpeft.parallel import MeshPEFTError, ModelParallelConfig, ParallelGroupInfo, init_parallelism
+from meshpeft.parallel.dispatch import assume_load
+from meshpeft.training.step import TrainStep, adamw, summed_loss, summed_losses
+from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.oracle import Layout
 from meshpeft.verify.simulation import Collective, count_collectives, fake_world
 
@@ -61,25 +64,29 @@ class Plan:
     Attributes:
         base, adapter, gradients, optimizer: Frozen parameters, trainable ones, their gradients, their states.
         activations: Alive between the forward and the backward pass of one micro-batch.
+        transient: What is alive besides those at the worst moment of the two passes: the insides of a layer, the loss.
+            Gradients of the adapter are not counted again.
+        worst_activations, worst_transient: The same where all tokens go to this rank's experts.
         micro_batch: Collectives of one forward and backward pass.
         added: Those of them that are the adapter's: without it the frozen base would not make them.
         step: Collectives of an optimizer step besides those of its micro-batches.
-
-    The last four are `None` for a model with experts.
     """
 
     base: int
     adapter: int
     gradients: int
     optimizer: int
-    activations: int | None = None
-    micro_batch: tuple[Traffic, ...] | None = None
-    added: tuple[Traffic, ...] | None = None
-    step: tuple[Traffic, ...] | None = None
+    activations: int
+    transient: int
+    worst_activations: int
+    worst_transient: int
+    micro_batch: tuple[Traffic, ...]
+    added: tuple[Traffic, ...]
+    step: tuple[Traffic, ...]
 
 
 def plan(
-    config: DecoderConfig,
+    config: DecoderConfig | PretrainedConfig,
     adapt: Callable[[LanguageModel], nn.Module],
     *,
     tp: int = 1,
@@ -88,39 +95,46 @@ def plan(
     etp: int | None = None,
     cp: int = 1,
     sequence_parallel: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | ActivationCheckpointing = False,
     micro_batch_size: int = 1,
     seq_length: int = 2048,
     loss_chunk: int | None = None,
+    router_aux_loss_coef: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """Count what one rank of `tp * cp * dp` holds and sends.
 
     Args:
-        config: Configuration of the model, at its real size: nothing is allocated.
+        config: Configuration of the model, at its real size: nothing is allocated. That of transformers stands for a
+            model of transformers.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
         tp, dp, ep, etp, cp: Sizes of the axes; `etp=None` means `tp`.
         sequence_parallel, activation_checkpointing: Options of the run.
         micro_batch_size: Rows of one forward pass on one rank.
         seq_length: Tokens of a row, each of which has a label.
         loss_chunk: Tokens whose logits exist at a time; by default what a CPU takes (`default_loss_chunk`).
+        router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
         dtype: Type of the base.
 
     Raises:
-        MeshPEFTError: Sizes that do not divide; the process has a process group already.
+        MeshPEFTError: Sizes that do not divide; the process has a process group already; the code of a transformers
+            model asks for values.
     """
     parallel = Layout(tp, dp, ep, etp, sequence_parallel, cp=cp).parallel_config()
-    check_divisible(config, parallel)
     tokens_of_a_pass = micro_batch_size * seq_length
+    if isinstance(config, DecoderConfig):
+        check_divisible(config, parallel)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_world(tp * cp * dp))
         mesh = init_parallelism(tp, 1, ep, etp, cp)
-        stack.enter_context(FakeTensorMode())
+        # transformers' constructors make small constants with values.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=not isinstance(config, DecoderConfig)))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked to tell them apart
+        stack.enter_context(_without_values(config))
 
-        def make(adapted: bool) -> Decoder:
-            model = Decoder(config, parallel, dtype=dtype).requires_grad_(False)
+        def make(adapted: bool) -> LanguageModel:
+            model = _without_memory(config, parallel, dtype).requires_grad_(False)
             model.set_activation_checkpointing(activation_checkpointing)
             model.loss_chunk = tokens_of_a_pass  # what is sent does not depend on chunks, and each takes time
             if adapted:
@@ -128,34 +142,74 @@ def plan(
             return model
 
         model = make(True)
-        if config.moe is not None:
-            # No step can run; AdamW keeps two numbers for each.
-            return _weights(model, 2 * _bytes(p for p in model.parameters() if p.requires_grad))
         batch = _micro_batch(micro_batch_size, seq_length, ContextShard(0, cp, tp))
         model.loss_chunk = loss_chunk
-        activations, micro_batch = _forward_and_backward(model, batch)
+        kept, peak, micro_batch = _forward_and_backward(model, batch, router_aux_loss_coef)
+        worst_kept, worst_peak = kept, peak
+        if ep > 1:
+            loaded = make(True)
+            loaded.loss_chunk = loss_chunk
+            with assume_load("worst"):
+                worst_kept, worst_peak, _ = _forward_and_backward(loaded, batch, router_aux_loss_coef)
         model.loss_chunk = tokens_of_a_pass
-        adapted, bare = (_with_input_gradient(make(adapters), batch) for adapters in (True, False))
+        adapted, bare = (
+            _with_input_gradient(make(adapters), batch, router_aux_loss_coef) for adapters in (True, False)
+        )
         optimizer = adamw(model, lr=1e-4)
-        step = TrainStep(model, optimizer, clip=1.0)
+        step = TrainStep(model, optimizer, clip=1.0, router_aux_loss_coef=router_aux_loss_coef)
         tokens = tp * cp * dp * batch.labels.numel()
         step([batch], tokens)  # what is computed once is computed now
         with count_collectives() as calls:
             step([batch], tokens)
         states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-        return _weights(
-            model,
-            _bytes(states),
-            activations,
-            _traffic(micro_batch, mesh),
-            _traffic(adapted - bare, mesh),
-            _traffic(_counted(calls) - micro_batch, mesh),
+        trainable = _bytes(p for p in model.parameters() if p.requires_grad)
+        return Plan(
+            base=_bytes(model.parameters()) - trainable,
+            adapter=trainable,
+            gradients=trainable,
+            optimizer=_bytes(states),
+            activations=kept,
+            transient=peak - kept,
+            worst_activations=worst_kept,
+            worst_transient=worst_peak - worst_kept,
+            micro_batch=_traffic(micro_batch, mesh),
+            added=_traffic(adapted - bare, mesh),
+            step=_traffic(_counted(calls) - micro_batch, mesh),
         )
 
 
-def _weights(model: Decoder, optimizer: int, *counted: Any) -> Plan:
-    trainable = _bytes(p for p in model.parameters() if p.requires_grad)
-    return Plan(_bytes(model.parameters()) - trainable, trainable, trainable, optimizer, *counted)
+@contextlib.contextmanager
+def _without_values(config: DecoderConfig | PretrainedConfig) -> Iterator[None]:
+    """Say in one sentence that code which looks at values cannot be counted."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise MeshPEFTError(
+            f"a {config.model_type} model cannot be counted: its code does what the values of tensors say "
+            f"({error.func}), and here they have none"
+        ) from error
+
+
+def _without_memory(
+    config: DecoderConfig | PretrainedConfig, parallel: ModelParallelConfig, dtype: torch.dtype
+) -> LanguageModel:
+    """Make the model inside a `FakeTensorMode`, on its CPU."""
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, parallel, dtype=dtype)
+    from meshpeft.models.transformers_model import make_transformers_model  # takes seconds
+
+    model = make_transformers_model(config, dtype)
+    made: dict[int, nn.Parameter | Tensor] = {}
+    # Under every name, so that what was tied is again.
+    for name, old in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if old.is_meta:
+            new = made.get(id(old))
+            if new is None:
+                made[id(old)] = model.assign_parameter(name, torch.empty_like(old, device="cpu"))
+            else:
+                module, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(module), attribute, new)
+    return model
 
 
 def _bytes(tensors: Any) -> int:
@@ -167,39 +221,22 @@ def _micro_batch(rows: int, width: int, context: ContextShard) -> MicroBatch:
     return MicroBatch.of((torch.zeros(places.shape, dtype=torch.long) for _ in range(4)), spans)
 
 
-def _forward_and_backward(model: Decoder, batch: MicroBatch) -> tuple[int, _Calls]:
-    with count_collectives() as calls:
-        with _storages() as alive:
-            loss = summed_loss(model, batch)
-        kept = alive()
+def _forward_and_backward(model: LanguageModel, batch: MicroBatch, balance: float) -> tuple[int, int, _Calls]:
+    """Return what is kept between the passes, the most that is alive at a time in both, and the collectives."""
+    with count_collectives() as calls, MemoryWatch() as memory:
+        loss = summed_losses(model, batch).sum() if balance else summed_loss(model, batch)
+        kept = memory.alive()
         loss.backward()
+    peak = memory.peak()
     model.zero_grad(set_to_none=True)
-    return kept, _counted(calls)
+    return kept, peak, _counted(calls)
 
 
-def _with_input_gradient(model: Decoder, batch: MicroBatch) -> _Calls:
+def _with_input_gradient(model: LanguageModel, batch: MicroBatch, balance: float) -> _Calls:
     """Count collectives where the gradient reaches the embedding's output, so that all layers have a backward pass."""
-    model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    return _forward_and_backward(model, batch)[1]
-
-
-@contextlib.contextmanager
-def _storages() -> Iterator[Callable[[], int]]:
-    """Measure how many bytes that operations inside allocate are still in use."""
-    made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-            out = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                    storage = leaf.untyped_storage()
-                    made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            return out
-
-    with Recorder():
-        yield lambda: sum(size for reference, size in made.values() if not reference.expired())
+    embedding: Any = model.embedding if isinstance(model, Decoder) else model.get_input_embeddings()  # type: ignore[operator]
+    embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return _forward_and_backward(model, batch, balance)[2]
 
 
 def _counted(calls: Iterable[Collective]) -> _Calls:

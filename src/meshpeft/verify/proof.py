@@ -215,7 +215,7 @@ def _drop(done: _Trained, run: Run, number: int) -> None:
     if adapters[0].dropout_position != "pre":
         return
     try:
-        masks.check(1 + run.layout.activation_checkpointing + adapters[0].dropout_recompute)
+        masks.check(1 + run.layout.recomputes + adapters[0].dropout_recompute)
     except MaskFault as error:
         done.masks = error
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
@@ -23,7 +24,7 @@ from meshpeft.training.adapters import (
     start_adapter,
 )
 from meshpeft.training.base import BaseModel, find_base
-from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
+from meshpeft.training.config import FinetuneConfig, tensor_type
 from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
@@ -82,7 +83,6 @@ def plan_run(config: FinetuneConfig) -> str:
         MeshPEFTError: Options, model and layout do not fit together.
     """
     config, base, world = _checked(config, weights=False)
-    assert isinstance(base.config, DecoderConfig)
     dtype = tensor_type(config.dtype)
     found = plan(
         base.config,
@@ -91,6 +91,7 @@ def plan_run(config: FinetuneConfig) -> str:
         micro_batch_size=config.micro_batch_size,
         seq_length=config.seq_length,
         loss_chunk=config.loss_chunk or _loss_chunk_here(base.config, config.tp, dtype),
+        router_aux_loss_coef=config.router_aux_loss_coef,
         dtype=dtype,
     )
     quantizer = base_quantizer(config)
@@ -100,9 +101,10 @@ def plan_run(config: FinetuneConfig) -> str:
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
-def _loss_chunk_here(config: DecoderConfig, tp: int, dtype: torch.dtype) -> int:
+def _loss_chunk_here(config: DecoderConfig | PretrainedConfig, tp: int, dtype: torch.dtype) -> int:
     """Return the tokens of which a run on this machine's device has logits at a time."""
-    rows = config.vocab_size // tp if config.vocab_size % tp == 0 else config.vocab_size
+    size = (config if isinstance(config, DecoderConfig) else config.get_text_config()).vocab_size
+    rows = size // tp if size % tp == 0 else size
     return default_loss_chunk(rows, dtype, device())
 
 
@@ -111,17 +113,12 @@ def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, 
 
     Args:
         config: Options of the run.
-        weights: Check the files of the weights, too; otherwise a configuration is enough, of a native model.
+        weights: Check the files of the weights, too; otherwise a configuration is enough.
     """
     config = config.resolved()
     config.check()
     world = workers_for(config)
     base = find_base(config.model, config.engine)
-    if not weights and not isinstance(base.config, DecoderConfig):
-        raise ConfigError(
-            f"a {base.config.model_type} model runs on the transformers engine, whose memory and traffic are not "
-            "counted; plan counts the native one only"
-        )
     base.check(config, weights=weights)
     check_adapter(base, config)
     return config, base, world
@@ -173,15 +170,16 @@ def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]
         "adapter": found.adapter,
         "its gradients": found.gradients,
         "its optimizer states": found.optimizer,
+        f"kept for the backward pass, {rows}": found.activations,
+        "besides that, at the worst moment of a pass": found.transient,
     }
-    if found.activations is not None:
-        held[f"kept for the backward pass, {rows}"] = found.activations
     lines = ["one process holds", *(f"  {name:<58}{_size(size):>12}" for name, size in held.items())]
     lines += [f"  {'together':<58}{_size(sum(held.values())):>12}"]
     if packed is not None:
         lines.append(f"  (the base before it is packed as {packed})")
-    if found.micro_batch is None or found.added is None or found.step is None:
-        return [*lines, "", "what a model with experts keeps and exchanges depends on where its tokens go: not counted"]
+    more = found.worst_activations + found.worst_transient - found.activations - found.transient
+    if more:
+        lines += [f"  {'more if all tokens go to its experts, not an equal share':<58}{_size(more):>12}"]
     parts = {
         f"one process sends, forward and backward of {rows}": found.micro_batch,
         "  of that for the adapter": found.added,

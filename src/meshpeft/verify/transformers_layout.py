@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from meshpeft.models import LanguageModel, ModelError, load_transformers
+from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
@@ -65,7 +66,7 @@ def verify_transformers_layout(
     tp: int = 1,
     dp: int = 1,
     cp: int = 1,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | ActivationCheckpointing = False,
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
     dropout: float = 0.0,
