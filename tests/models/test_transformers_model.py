@@ -168,6 +168,16 @@ def test_an_architecture_that_looks_ahead_is_found_out(tiny: Callable[..., Path]
         assert not model.is_causal()
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
+def test_the_tokens_of_a_row_may_be_on_several_ranks(tiny: Callable[..., Path], family: str) -> None:
+    assert load_transformers(tiny(family), torch.float32).shares_rows()
+
+
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_tokens_that_meet_elsewhere_than_in_attention_are_found_out(tiny: Callable[..., Path], family: str) -> None:
+    assert not load_transformers(tiny(family), torch.float32).shares_rows()
+
+
 def loss_and_kept(model: nn.Module) -> tuple[Tensor, int]:
     """A loss, and how many values are kept for its backward pass."""
     sizes: list[int] = []
