@@ -1,6 +1,7 @@
 """Write adapters in the format of Hugging Face PEFT.
 
-Which tensors hold an adapter's parameters, and how `linear_qkv` becomes `q_proj`, `k_proj` and `v_proj`, is in
+`linear_qkv` becomes `q_proj`, `k_proj` and `v_proj`: the fused rows of B and of DoRA's magnitude are gathered in
+canonical order and cut at the parts; A has no parts, and is written under each name. The tables of names are in
 `meshpeft.hub.names`; the two forms of experts in `meshpeft.hub.adapter_tensors`; one rank and scale for adapters that
 have several in `meshpeft.hub.adapter_scales`.
 """

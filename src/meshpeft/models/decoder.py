@@ -1,8 +1,8 @@
 """The decoder: embedding, layers, final norm and output layer.
 
-Hidden states are [seq, batch, hidden], Megatron's order; which part of them a rank holds, under tensor and sequence
-parallel, stands in the tables of `sharding.py`.
-Module names are Megatron's.
+Hidden states are [seq, batch, hidden], Megatron's order. Sequence parallel makes them Shard(0) between `enter_blocks`
+and `leave_blocks`: columns gather them, rows scatter what they sum. That, and what every other tensor is at a layout,
+stands in the tables of `sharding.py`. Module names are Megatron's.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class ParallelEmbedding(_Embedding):
     def _renormalise(self, x: Tensor, max_norm: float) -> None:
         """Scale the rows named by x so that the norm of the *full* row is at most `max_norm`.
 
-        The rows are those named on any data-parallel rank, so that the tables stay the same on all of them.
+        The rows are those named on any rank of the token axes, so that the tables stay the same on all of them.
         """
         named = torch.zeros(self.num_embeddings, dtype=torch.uint8, device=x.device)
         named[x.reshape(-1)] = 1

@@ -103,7 +103,7 @@ def gradient_norm(source: nn.Module | Iterable[Tensor], *, spoiled_by: Tensor | 
     tp = parallel_group_info().tp
     if tp.world_size > 1 and not any(tp in axes for axes in squares):
         squares[(tp,)] = torch.zeros_like(total)
-    # Replicated gradients, and what the caller knows, are alike over data parallel, and ought to be over tensor
+    # Replicated gradients, and what the caller knows, are alike over token axes, and ought to be over tensor
     # parallel. Where they are not, the sums over shards tell the other ranks: 0 * x is NaN where x is not finite.
     spoiled = total * 0 if spoiled_by is None else total * 0 + (spoiled_by.detach().to(total.device) * 0).sum()
     total = total + spoiled

@@ -145,7 +145,7 @@ class TensorLayout:
         fused_parts: The canonical parts of dim `fused_dim`, if it is fused.
         grad_partial: Model axes on which the gradient of this tensor is partial, so that
             `finalize_gradients` sums it there.
-        expert: The tensor belongs to experts: its data-parallel axis is `edp`, not `dp`.
+        expert: The tensor belongs to experts: its token axis is `edp`, not `dp` and `cp`.
         data_axis: The axis over which gradients of different tokens are summed, where the layer brings its own;
             `None` means the mesh's `edp` (experts) or `dp`.
         mesh_axes: Every axis of the mesh that the layer is on, where it brings its own, data parallel first; on
@@ -479,7 +479,7 @@ class LinearLayout:
     def magnitude(self, *, inside: bool = True) -> TensorLayout:
         """m [out] of DoRA; on grouped experts [experts, out].
 
-        Its gradient is always summed over the axes that shard tokens (dp; edp for experts). Over `axis`, the one that
+        Its gradient is always summed over the axes that shard tokens (dp and cp; edp for experts). Over `axis`, which
         shards W (tp; etp for experts), it is summed where m is replicated and y beside it is not I:
 
         | W | m | fused: y inside the layer | standalone: y outside | summed over `axis` |

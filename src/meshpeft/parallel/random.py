@@ -46,7 +46,7 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
     """The next mask's seed: equal on ranks that differ only on axes not in `varying`.
 
     Args:
-        varying: The axes over which the activation holds different values, data parallel included.
+        varying: The axes over which the activation holds different values, token axes included.
     """
     with spmd.no_typecheck():  # the draw is not part of the model
         seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
@@ -121,7 +121,7 @@ def dropout(
     Args:
         x: [*]; R, I or P on the axes not in `varying`, V on those in it.
         p: The probability that an element is dropped, in [0, 1).
-        varying: The axes over which x holds different values (data parallel; the axis that shards x).
+        varying: The axes over which x holds different values (token axes; the axis that shards x).
         recompute: Make the mask again in the backward pass instead of keeping it.
 
     Raises:

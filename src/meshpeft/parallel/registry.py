@@ -3,6 +3,17 @@
 A class of linear layers enters with one `LayerType`, a class of modules that hold
 layers with one `ContainerType`. A foreign layer does not know that its output fuses
 q, k and v, nor that it belongs to expert 6 of 8: the module around it does.
+
+To add a layer type, call `register_layer_type(cls, LayerType(layout=.., weight=..))`:
+
+* `layout` gives a layer's `LinearLayout`: its sizes, which dim of W which axis shards, and the states of x and y.
+  Slices, initialisation, gradient sums, checkpoint entries and export follow from it;
+* `weight` gives the local weight;
+* with `enter` and `exit`, the collectives before and after its product, adapters join the product; without, they are
+  standalone. The other fields are for what a class does beyond that, and have defaults.
+
+A layer of another package enters in its file of `engines/`; one that can be packed also in `PACKED_CLASSES`
+(`quantization/layers.py`).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class SpmdTypeOf(NamedTuple):
 def parameter_type(layout: TensorLayout) -> SpmdTypeOf:
     """The type that a parameter's layout stands for, on the axes of the dense mesh (or of the expert mesh).
 
-    An axis that shards the parameter: S. One on which its gradient is partial (also data parallel): R. Any other:
+    An axis that shards the parameter: S. One on which its gradient is partial (also token axes): R. Any other:
     I, whose gradient is already the same on every rank.
     """
     info = parallel_group_info()

@@ -1,7 +1,12 @@
 """The adapter methods: applying one to a model, steering the adapters on it, the options of the low-rank ones.
 
-To add a method, derive a wrapper that gives its `terms` (`wrapper.py`), and a `LowRankPEFT` whose `adapt` puts it on a
-layer: one file, of which `lora.py` is the shortest.
+To add a method, write one file like `lora.py`:
+
+* a wrapper derived from `LowRankWrapper`, which runs, exports and merges by its `terms`; or from `AdapterWrapper`, with
+  `terms`, `run_fused`, `run_standalone` and `merged_weights` of its own, where the form is another one;
+* a dataclass of options derived from `LowRankPEFT`, whose `adapt` puts the wrapper on a layer.
+
+For the command line, also its name in `training/adapters.py` (`_METHODS`) and in the `method` of `training/config.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A layer and the adapter on it, in the layer's place.
 
 An `AdapterWrapper` gives the terms of its adapter (`terms`). Export, import, merge, starts from the weight and reports
-read them, never the wrapper's class. So a new adapter method is one file of this package: a wrapper with its terms, and
-the method that puts it on a layer. The command line also lists its methods, in `training/adapters.py` and
-`training/config.py`.
+read them, never the wrapper's class. So a new adapter method is one file of this package; `method.py` says what is in
+it.
 """
 
 from __future__ import annotations

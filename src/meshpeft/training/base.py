@@ -98,7 +98,7 @@ class BaseModel:
                 if getattr(layout, name) != none:
                     raise ConfigError(
                         f"{name}={getattr(layout, name)}: the transformers engine, which a {self.config.model_type} "
-                        "model needs, has tensor and data parallel only; leave it out"
+                        "model needs, has tensor, context and data parallel only; leave it out"
                     )
             with few_modules(tensors, self.directory) if weights else contextlib.nullcontext():
                 self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))

@@ -4,10 +4,10 @@
         -> finalize_gradients -> clip -> AdamW
 
 What the loss is divided by: the number of target tokens (labels that are not ignored) in the *global* batch, that of
-all data-parallel ranks and all micro-batches of the step. Every rank divides its sum by this one number before the
-backward pass, and `finalize_gradients` adds the ranks up without dividing again. So loss and gradients are means over
-the tokens of the global batch, however it is split over ranks and micro-batches; a rank that divided by its own number
-would give more weight to tokens of which it has few. The number comes with the batch
+all ranks of the token axes (dp, cp) and all micro-batches of the step. Every rank divides its sum by this one number
+before the backward pass, and `finalize_gradients` adds the ranks up without dividing again. So loss and gradients are
+means over the tokens of the global batch, however it is split over ranks and micro-batches; a rank that divided by its
+own number would give more weight to tokens of which it has few. The number comes with the batch
 (`GlobalBatchSlice.global_target_tokens`) and costs no communication. A step without a target token divides by 1. Where
 the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the same
 number. float16's loss scale multiplies what is divided, and is taken out of the gradients before they are clipped.
@@ -136,7 +136,7 @@ class TrainStep:
         """Take one step on one global batch. The gradients, final and clipped, stay for the caller to read.
 
         Args:
-            micro_batches: Micro-batches of this data-parallel rank; equally many, of equal shapes, on every rank.
+            micro_batches: Micro-batches of this rank; equally many, of equal shapes, on every rank.
             target_tokens: Target tokens of the *global* batch, over all ranks and micro-batches: the loss is divided
                 by it (`GlobalBatchSlice.global_target_tokens`, which every rank has without communication).
             lr: Learning rate of this step, times each group's own `lr_ratio`; by default the optimizer's as it is.
