@@ -368,13 +368,13 @@ def test_a_rank_reads_its_own_part_of_the_file(tiny: Tiny, tmp_path: Path, monke
             config = PeftConfig.read(tmp_path / format / CONFIG)
             with TensorFiles([tmp_path / format / WEIGHTS]) as file:
                 plan = AdapterPlan(model, config, file)
-                for place in plan.places:
+                for pair in plan.pairs:
                     read.clear()
-                    a, b, _ = plan.read(place)
+                    a, b, _ = plan.read(pair)
                     assert a is not None and b is not None
                     assert sum(box.numel() for box in read) == a.numel() + b.numel()
                     # Half of the experts; and of one factor half of each.
-                    whole = math.prod(place.a.global_shape) + math.prod(place.b.global_shape)
+                    whole = math.prod(pair.a.global_shape) + math.prod(pair.b.global_shape)
                     assert whole / 4 < a.numel() + b.numel() < whole / 2
 
 

@@ -269,8 +269,9 @@ def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:
     """In which transformers' own choice of kernels does not."""
     directory, ids = save_tiny("granitemoe", tmp_path), random_ids()
     theirs: Any = reference(directory, torch.float32)
-    # Float32.
-    torch.testing.assert_close(load_transformers(directory, torch.float64)(ids).float(), theirs(ids).logits)
+    ours = load_transformers(directory, torch.float64)(ids).float()
+    # The reference rounds to float32 in every layer: 1.4e-5 apart on some processors, of logits of about 1.
+    torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layout_is_refused_before_anything_is_read(tiny: Callable[..., Path]) -> None:

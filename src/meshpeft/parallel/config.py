@@ -18,7 +18,6 @@ class ModelParallelConfig:
     Attributes:
         tensor_model_parallel_size: Ranks that share one dense layer.
         pipeline_model_parallel_size: Stages.
-        context_parallel_size: Ranks that share the tokens of every row.
         expert_model_parallel_size: Ranks that shard the experts.
         expert_tensor_parallel_size: Ranks that share one expert; `None` means the tensor-parallel size.
         sequence_parallel: Shard activations between layers over tensor parallel along the sequence.
@@ -27,11 +26,11 @@ class ModelParallelConfig:
         use_cpu_initialization: Draw new parameters on the CPU (this package always does).
         perform_initialization: Draw new parameters at all; `False` leaves them uninitialised, to be loaded.
         cpu_offloading: An engine's layers move activations to the CPU; nothing here reads it.
+        context_parallel_size: Ranks that share the tokens of every row.
     """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
@@ -41,6 +40,7 @@ class ModelParallelConfig:
     use_cpu_initialization: bool = False
     perform_initialization: bool = True
     cpu_offloading: bool = False
+    context_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if self.bf16 and self.fp16:
