@@ -43,7 +43,7 @@ def layout(tp: int = 1, ep: int = 1, etp: int | None = None, **options: Any) -> 
 
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 TWO_RANKS = [layout(), layout(ep=2), layout(tp=2), layout(tp=2, ep=2, etp=1), layout(tp=2, etp=1)]
-# What one adapter for all experts needs, over both axes; and a magnitude whose gradient is a summand.
+# What one adapter for all experts needs, over both axes; and a magnitude whose gradient is partial.
 FAST = [
     ("lora, shared", *layout(tp=2, ep=2, etp=1)),
     ("lora, own", *layout(ep=2)),

@@ -147,7 +147,7 @@ class TensorLayout:
             `finalize_gradients` sums it there.
         expert: The tensor belongs to experts: its token axis is `edp`, not `dp` and `cp`.
         data_axis: The axis over which gradients of different tokens are summed, where the layer brings its own;
-            `None` means the mesh's `edp` (experts) or `dp`.
+            `None` means the token axes of the mesh.
         mesh_axes: Every axis of the mesh that the layer is on, where it brings its own, data parallel first; on
             those that do not shard the tensor, it is replicated. `None` means the mesh's own.
         marks: What the engine of the layer reads on parameters, as attributes: a function of this layout, called
