@@ -137,7 +137,7 @@ def test_what_was_trained_is_measured_and_continued(
         (
             "finetune",
             ["--ep=2"],
-            "ep=2: the transformers engine, which a phi3 model needs, has tensor and data parallel",
+            "ep=2: the transformers engine, which a phi3 model needs, has tensor, context and data",
         ),
         ("finetune", ["--tp=2", "--sequence-parallel"], "sequence_parallel=True: the transformers engine"),
         ("finetune", ["--tp=3"], "cannot be split over tp=3"),
