@@ -20,7 +20,10 @@ class ModelParallelConfig:
         pipeline_model_parallel_size: Stages.
         expert_model_parallel_size: Ranks that shard the experts.
         expert_tensor_parallel_size: Ranks that share one expert; `None` means the tensor-parallel size.
-        sequence_parallel: Shard activations between layers over tensor parallel along the sequence.
+        sequence_parallel: Shard activations over tensor parallel along the sequence, from the end of the embedding to
+            the start of the head. The `enter` of a column-parallel layer gathers them (Shard(0) -> R), the `exit` of
+            a row-parallel layer reduce-scatters (P -> Shard(0)); between layers, norms and dropout have shards. The
+            table of all states is in `models/sharding.py`.
         params_dtype: Type of new parameters; `bf16` and `fp16` override it.
         bf16, fp16: compute in that type. Not both.
         use_cpu_initialization: Draw new parameters on the CPU (this package always does).

@@ -4,6 +4,9 @@
 makes product, softmax and gradient for a chunk of tokens at a time: only one chunk's logits exist, tokens without a
 label never reach the head, and one all-gather of two numbers a token follows the last chunk.
 
+The loss is one number for each token, and nothing here divides it. Training divides the sum by the number of labels
+that are not ignored in the global batch, over dp, cp and all micro-batches (`meshpeft.training.step`).
+
 With the logits z of a token, its label y, and the vocabulary without y in two steps, this rank's part r and all of it,
 
     l_r = log sum over v in r, v != y, of exp(z_v)        l = log sum over r of exp(l_r)
@@ -16,9 +19,6 @@ as those of softmax(z) - onehot(y) and of lse(z) - z_y are: at p_y near 1 they l
 
 The row of the hidden state's gradient depends on its own token alone. So where the head is frozen, the gradient of the
 loss made in the forward pass is exact for any gradient that later arrives for each token, and nothing else is kept.
-
-The loss is one number for each token, and nothing here divides it. What training divides it by is in
-`meshpeft.training.step`.
 """
 
 from __future__ import annotations

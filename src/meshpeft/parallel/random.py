@@ -2,8 +2,13 @@
 
 A mask is a function of one integer. That integer comes from the default CPU generator, which every rank seeds
 alike (`set_seed`) and which activation checkpointing saves and restores, mixed with this rank's index on each axis over
-which the activation varies (a table of which: `LowRankAdapter._drop` in `meshpeft.peft.adapter`). So the mask can also
-be thrown away and made again in the backward pass (`recompute=True`).
+which the activation varies. So the mask can also be thrown away and made again in the backward pass
+(`recompute=True`).
+
+Between ranks, masks differ over the axes that shard tokens (dp, cp; edp of experts), over expert parallel, and over the
+layer's own axis where it shards the activation; over every other axis they agree. `LowRankAdapter._drop` has the table
+by layer. Between layouts, masks agree only where both hold the activation in full: a mask is drawn in the shape that
+the rank holds. So dropout draws other masks at another layout, of the same distribution.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         """Apply dropout to an activation that is in `state` on the layer's axis.
 
         Masks differ exactly where values do: always over the axes that shard tokens and over expert parallel; over the
-        layer's axis where it shards the activation. On ranks that differ over other axes alone, they agree:
+        layer's axis where it shards the activation. Over every other axis they agree:
 
         | layer | adapter | on the input (pre) | on the output (post) |
         |---|---|---|---|

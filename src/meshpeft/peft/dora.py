@@ -110,8 +110,8 @@ class RowNorms:
     * W as it is stored, A or B is another tensor, or has another storage, type, device or version (PyTorch's counter of
       in-place changes); or the scale is another one.
     * W, A or B is a view of a larger buffer: others may write into the buffer, so every call recomputes.
-    * A backward pass ran through the layer, and A and B have no gradient any more: an optimizer stepped and cleared
-      them. Some optimizers and engines write parameters without counting it in the version.
+    * A backward pass ran through the layer, and the gradients of A and B are `None` now: an optimizer stepped and
+      cleared them. Some optimizers and engines write parameters without counting it in the version.
     * The layer went from `train()` to `eval()` or back: trainers swap weights there, for an average or for those of a
       checkpoint.
     * `clear` was called: by `DoRALinear.forget_norms` and `reset_magnitude`, and before a merge. A copied or unpickled
@@ -187,8 +187,9 @@ class AdapterWithMagnitude(LowRankAdapter):
     """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
-    entries follow from that. Its gradient is summed over the axes that shard tokens; on a row, over the axis that
-    shards W as well, unless the adapter is standalone and the base's output is I (`LinearLayout.magnitude`).
+    entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts). On a
+    row it is summed over the axis that shards W as well, unless the adapter is standalone and the base's output is I:
+    there m multiplies the sum, and its gradient is complete (`LinearLayout.magnitude`).
     """
 
     weight_magnitude: nn.Parameter

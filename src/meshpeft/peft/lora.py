@@ -190,8 +190,9 @@ def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
 class LoRA(LowRankPEFT):
     """Low-rank adaptation: one adapter on each target layer, fused layers included.
 
-    On `linear_qkv` and `linear_fc1` the parts (q, k, v; gate, up) share A and have their own rows of B. Routers that
-    are targets get a `LoRATopKRouter`. Options as in `LowRankPEFT`.
+    By default these are `linear_qkv`, `linear_proj`, `linear_fc1` and `linear_fc2` of every block, those of experts
+    included (`ModuleMatcher.target_modules`). On `linear_qkv` and `linear_fc1` the parts (q, k, v; gate, up) share A
+    and have their own rows of B. Routers that are targets get a `LoRATopKRouter`. Options as in `LowRankPEFT`.
 
     Example:
         >>> model = LoRA(target_modules=["*.layers.0.*.linear_qkv"], dim=8)(model)

@@ -149,7 +149,8 @@ class ModuleMatcher:
     (`router`, `*.layers.0.mlp.router`, `*.shared_experts.gate`): not by `*.mlp.*`, and not by exclusions.
 
     Attributes:
-        target_modules: Patterns of the layers to adapt.
+        target_modules: Patterns of the layers to adapt; by default `linear_qkv`, `linear_proj`, `linear_fc1` and
+            `linear_fc2` (Canonical LoRA: their parts).
         exclude_modules: Patterns of the layers to leave alone; every other linear layer that can carry an adapter
             gets one. Not together with `target_modules`.
         canonical_mapping: In methods that adapt the parts of fused layers, pattern of the fused layer -> names of the

@@ -272,7 +272,7 @@ def _call_adapted(chunks: list[nn.Module]) -> None:
 
 @dataclass
 class LowRankPEFT(PEFT, ModuleMatcher):
-    """Options of LoRA, Canonical LoRA and DoRA.
+    """Options of LoRA, Canonical LoRA and DoRA. On which layers they are put: `ModuleMatcher`.
 
     Attributes:
         dim: Rank of the adapters.

@@ -1,17 +1,18 @@
 """The standalone adapter, for a base layer whose forward hides its collectives: its own, on tensors of rank size.
 
-h = x Aᵀ runs on x as it is outside the base, and is converted from (x for a column, P for a row) to (R for a column, y
-for a row); Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`). So:
+h = x Aᵀ runs on x as it is outside the base. A column converts h from the state of x to R, a row from P to the state
+of y; Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`; the states are those of
+`parallel/states.py`). So:
 
 | base | h, forward | h, backward | gradient still partial |
 |---|---|---|---|
 | column | I -> R, nothing | all-reduce | none |
 | column, sequence parallel | Shard(0) -> R, all-gather | reduce-scatter | dA |
-| column whose dx the producer reduces | R | | dA |
+| column whose dx its producer reduces (a dispatcher of tokens) | R, nothing | nothing | dA |
 | row | P -> I, all-reduce | nothing | none |
 | row, sequence parallel | P -> Shard(0), reduce-scatter | all-gather | dB |
 | row, sequence parallel, `a2a_experimental` | P -> I -> R, all-reduce | all-reduce | none |
-| row whose base leaves a partial | P | | dB |
+| row whose base leaves a partial (experts) | P, nothing | nothing | dB |
 
 With `a2a_experimental` B is sharded along the output features, and an all-to-all exchanges Δ, Shard(-1) -> Shard(0).
 

@@ -3,7 +3,7 @@
 `pack_` turns a layer into one of these in place, so that whoever holds the layer holds the packed one. Its weight is
 frozen: no gradient, no weight decay. The layers enter the registry with their base class's entry, except that `weight`
 dequantises and `packed` gives the packed form: adapters, checkpoints and whatever else reads a layout need not know
-the storage. States as for any linear, see docs/parallel.md.
+the storage. States as for any linear, see `parallel/linear.py`.
 
 What happens to an adapter on a packed (NF4) base:
 

@@ -1,5 +1,7 @@
 """Dropout's masks at a layout: seen as they are drawn, held against the rule, and given to one rank.
 
+The rule itself is in `parallel/random.py`:
+
 | activation | masks |
 |---|---|
 | the same on two ranks | agree |
