@@ -46,6 +46,7 @@ KINDS = (
     "quantisation scales",
     "export order",
     "data and loss",
+    "context parallel",
     "resume",
 )
 _BEGIN, _END = "<!-- the table of mutations: scripts/mutations.py writes it -->", "<!-- end of the table -->"

@@ -5,22 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers.oracle_runs import OPTIONS, TOLERANCE, config, moe_config, one_rank, rows, run
+from helpers.oracle_runs import (
+    METHODS,
+    OPTIONS,
+    SEQ_LENGTH,
+    TOLERANCE,
+    config,
+    make_model,
+    moe_config,
+    one_rank,
+    rows,
+    run,
+)
 from helpers.thinned import thinned
+from helpers.tiny_models import save_tiny
+from helpers.transformers_float64 import in_float64
 from torch import Tensor, nn
 
 import meshpeft.models.spans as spans_module
-from meshpeft.data.batches import MicroBatch, PackedRows
+from meshpeft.data.batches import MicroBatch, PackedRows, pack_documents
 from meshpeft.data.context import ContextShard
-from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.data.documents import Document
+from meshpeft.models import Decoder, DecoderConfig, load_transformers
 from meshpeft.models.sharding import ModelSharding
 from meshpeft.models.spans import Spans
 from meshpeft.parallel import I, ModelParallelConfig, P, ParallelAxis, ParallelGroupInfo, R, State, convert
-from meshpeft.peft import LoRA
+from meshpeft.peft import DoRA, LoRA
 from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
 
 CROSS_SECTION = (
@@ -51,7 +67,7 @@ def test_the_fine_tune_is_that_of_one_process(method: str, layout: Layout) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "layout"), MATRIX, ids=str)
 def test_the_fine_tune_is_that_of_one_process_full_matrix(method: str, layout: Layout) -> None:
-    errors = compare(one_rank(method), run(layout, method))
+    errors = compare(one_rank(method, 2), run(layout, method, steps=2))
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -86,6 +102,40 @@ CASES = [(layout, shared) for shared in (True, False) for layout in EXPERTS]
 @pytest.mark.parametrize(("layout", "shared"), thinned(CASES, 3), ids=str)
 def test_experts_and_the_balance_of_their_router(layout: Layout, shared: bool) -> None:
     errors = compare(experts_on_one_rank(shared), fine_tune(layout, moe_config(), share_expert_adapters=shared))
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+MODELS_OF_TRANSFORMERS = (
+    ("gemma", Layout(cp=2, tp=2, activation_checkpointing=True)),  # a tied head
+    ("phi3", Layout(cp=2, micro_batch_size=2)),  # q, k and v in one layer
+    ("gemma2", Layout(cp=4, dp=2)),  # soft caps, and every second layer with a window
+    ("gpt_neox", Layout(cp=4, tp=2, micro_batch_size=2)),  # biases
+)
+
+
+@pytest.mark.parametrize(("family", "layout"), thinned(MODELS_OF_TRANSFORMERS, 4), ids=str)
+def test_models_of_transformers(family: str, layout: Layout, tmp_path: Path) -> None:
+    directory = save_tiny(family, tmp_path, num_hidden_layers=2)
+
+    def make(parallel: ModelParallelConfig) -> nn.Module:
+        return in_float64(load_transformers(directory, torch.float64))
+
+    def trace(layout: Layout) -> Trace:
+        adapt = DoRA(**OPTIONS, target_modules=["*.layers.*"])
+        return trace_layout(layout, make, adapt, rows(), steps=2, clip=0.5, batch_size=4)
+
+    errors = compare(trace(Layout()), trace(layout))
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_rows_of_one_document_each_are_padded_and_divided() -> None:
+    documents = [Document(np.arange(n, dtype=np.int32) % 60, np.arange(n) > 1) for n in (3, 9, 15, 4, 7, 15, 6, 11)]
+    padded = pack_documents(documents, SEQ_LENGTH, seed=0, packing=False)
+
+    def trace(layout: Layout) -> Trace:
+        return trace_layout(layout, make_model, METHODS["lora"], padded, steps=3, clip=0.5, batch_size=4)
+
+    errors = compare(trace(Layout()), trace(Layout(cp=4, tp=2, sequence_parallel=True, micro_batch_size=2)))
     assert max(errors.values()) < TOLERANCE, errors
 
 

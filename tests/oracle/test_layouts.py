@@ -70,7 +70,13 @@ def test_the_fine_tune_with_windows_does_not_depend_on_the_layout(layout: Layout
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "method"), runs(MATRIX), ids=str)
 def test_the_fine_tune_does_not_depend_on_the_layout_full_matrix(layout: Layout, method: str) -> None:
-    assert_same_fine_tune(layout, method, steps=5)
+    assert_same_fine_tune(layout, method, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fine_tune_stays_the_same_over_more_steps(method: str) -> None:
+    assert_same_fine_tune(CROSS_SECTION[2], method, steps=5)
 
 
 def trained_with_its_table(method: type[LowRankPEFT], model: nn.Module) -> nn.Module:

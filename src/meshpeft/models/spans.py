@@ -27,7 +27,7 @@ Three kernels stand behind `attend`; each is exact, and the first that does the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from spmd_types import register_local_autograd_function
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed._local_tensor import LocalTensor
@@ -528,6 +529,14 @@ def _tiles(spans: Spans, most: float, window: int | None) -> Iterator[_Tile]:
             yield _Tile(q_start, stop, k_start, stop + shift, q_start + shift - k_start)
 
 
+def _tiles_of(q: Tensor, spans: Spans, window: int | None) -> Iterable[_Tile]:
+    """Return the tiles of these queries; of queries without values the largest alone, which decides the memory."""
+    tiles = _tiles(spans, _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1], window)
+    if isinstance(q, FakeTensor):
+        return [max(tiles, key=lambda tile: (tile.q_end - tile.q_start) * (tile.k_end - tile.k_start))]
+    return tiles
+
+
 def _by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """[tokens, heads, dim] -> [groups, heads / groups * tokens, dim]: the heads of a group as more tokens."""
     return x.to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
@@ -536,11 +545,6 @@ def _by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def _by_head(x: Tensor, tokens: int) -> Tensor:
     """The inverse of `_by_group`: [groups, heads / groups * tokens, ..] -> [tokens, heads, ..]."""
     return x.unflatten(1, (-1, tokens)).movedim(2, 0).flatten(1, 2)
-
-
-def _most_scores(q: Tensor) -> float:
-    """Scores of a head that a tile holds."""
-    return _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1]
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor, softcap: float | None) -> Tensor:
@@ -561,7 +565,7 @@ def _tiled_forward(
     groups, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=wide)
-    for tile in _tiles(spans, _most_scores(q), window):
+    for tile in _tiles_of(q, spans, window):
         size = tile.q_end - tile.q_start
         own_q = _by_group(q[tile.q_start : tile.q_end], groups, wide) * scale
         own_k, own_v = (_by_group(x[tile.k_start : tile.k_end], groups, wide) for x in (k, v))
@@ -597,7 +601,7 @@ def _tiled_backward(
     groups, wide = k.shape[1], lse.dtype
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     total = (dout.to(wide) * out.to(wide)).sum(-1)  # D, [queries, heads]
-    for tile in _tiles(spans, _most_scores(q), window):
+    for tile in _tiles_of(q, spans, window):
         size = tile.q_end - tile.q_start
         rows, columns = slice(tile.q_start, tile.q_end), slice(tile.k_start, tile.k_end)
         own_q, own_dout = (_by_group(x[rows], groups, wide) for x in (q, dout))
