@@ -160,3 +160,36 @@ def test_what_the_engine_cannot_do_is_said_at_once(
     assert main([command, "--model", str(bases("phi3")), *output, *options]) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        (["--router-aux-loss-coef=0.1"], "router_aux_loss_coef"),
+        (["--no-share-expert-adapters"], "share_expert_adapters=False"),
+        (["--adapter-format=peft-per-expert"], "adapter_format=peft-per-expert"),
+    ],
+)
+def test_options_for_experts_that_no_adapter_is_put_on_are_refused(
+    options: list[str], option: str, bases: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", "--model", str(bases("granitemoe")), "--data", str(data), *options]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"{option}: the experts of this granitemoe model stay as they are" in said
+    assert main(["finetune", "--data", str(data), *options, "--output-dir", str(tmp_path / "run")]) == 2
+    assert f"{option}: this llama model has no layer with experts" in capsys.readouterr().err
+
+
+def test_what_stays_without_an_adapter_is_said(
+    bases: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = bases("granitemoe")
+    finetune(base, data, tmp_path / "run", "--steps=1")
+    # Of each block: q, k, v and o have adapters, the router may; the experts are the rest.
+    weights = {n: p for n, p in reference(base).model.layers.named_parameters() if p.dim() > 1}
+    experts = sum(p.numel() for p in weights.values() if p.dim() == 3)
+    share = experts / sum(p.numel() for p in weights.values())
+    assert share > 0.3
+    said = capsys.readouterr().out
+    assert f"without an adapter: {share:.1%} of the weights of the blocks (model.layers.*.block_sparse_moe" in said

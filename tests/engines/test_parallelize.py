@@ -22,7 +22,7 @@ from helpers.transformers_runs import (
 )
 from helpers.workers import run_on_ranks
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from meshpeft.checkpoint import export_peft_adapter, load_peft_adapter
 from meshpeft.engines.parallelize import parallelize
@@ -165,6 +165,15 @@ def test_heads_that_do_not_divide_are_named_and_the_model_stays(plain: nn.Module
 def test_a_model_without_a_plan_is_refused() -> None:
     with pytest.raises(ParallelError, match="Linear has no tensor-parallel plan"):
         parallelize(nn.Linear(4, 4))
+
+
+def test_a_plan_that_shards_no_block_is_refused() -> None:
+    config = AutoConfig.for_model("gpt_oss", num_hidden_layers=1, hidden_size=16, num_attention_heads=4, head_dim=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ParallelError, match="GptOssForCausalLM: its tensor-parallel plan shards none of its blocks"):
+        parallelize(model, axis=ParallelAxis("tp", world_size=2))
+    parallelize(model, axis=ParallelAxis("tp"))
 
 
 def test_adapters_come_after_it(plain: nn.Module) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from meshpeft.peft import Term, fused_lora, fused_lora_reference
+from meshpeft.parallel import ColumnParallelLinear, RowParallelLinear
+from meshpeft.peft import DoRA, LoRA, Term, fused_lora, fused_lora_reference
 
 NAMES = ("x", "weight", "a", "b", "dropped")
 
@@ -143,3 +145,33 @@ def test_autocast_computes_in_its_type():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert tensors["a"].grad.dtype == tensors["x"].grad.dtype == torch.float32
+
+
+class Doubled(nn.Module):
+    """A layer whose output its caller changes, in place or not, as code of transformers does (Gemma 3n)."""
+
+    def __init__(self, linear: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.linear, self.in_place = linear, in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y.mul_(2) if self.in_place else y * 2
+
+
+@pytest.mark.parametrize("layer", (nn.Linear, ColumnParallelLinear, RowParallelLinear))
+@pytest.mark.parametrize("method", (LoRA, DoRA))
+@pytest.mark.parametrize("fused", (True, False))
+def test_the_output_of_an_adapted_layer_can_be_changed_in_place(layer, method, fused):
+    options = {"dim": 2, "fused": fused, "lora_B_init_method": "normal", "target_modules": ["linear"]}
+    x, gradients = torch.randn(3, 2, 8), []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = method(**options)(Doubled(layer(8, 6, bias=False), in_place))
+        if in_place and fused and method is DoRA:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # it keeps its output
+                model(x).square().sum().backward()
+            return
+        model(x).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -128,8 +128,9 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
         The model itself.
 
     Raises:
-        ParallelError: The model has no plan, or one with a style that has no counterpart here (experts); a layer's
-            size or its attention heads do not divide. The model is unchanged then.
+        ParallelError: The model has no plan, one that shards nothing between the embedding and the head, or one with a
+            style that has no counterpart here (experts); a layer's size or its attention heads do not divide. The
+            model is unchanged then.
     """
     axis = parallel_group_info().tp if axis is None else axis
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
@@ -194,6 +195,13 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             ]
         elif style != "replicate":
             raise _unsupported(name, style)
+    at_the_ends = {name for name, style in styles.items() if style == "embedding_rowwise"}
+    at_the_ends |= {name for name in styles if model.get_submodule(name) is head}
+    if axis.world_size > 1 and changes.layers.keys() <= at_the_ends:
+        raise ParallelError(
+            f"{type(model).__name__}: its tensor-parallel plan shards none of its blocks, so at {axis.name}="
+            f"{axis.world_size} every process would hold and compute all of them; use {axis.name}=1"
+        )
     return changes
 
 

@@ -230,7 +230,7 @@ class _FusedLoRA(Function):
             b,
             offsets,
         )
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return _shaped_like(x, y)
 
     @staticmethod
     @once_differentiable
@@ -309,9 +309,10 @@ class _FusedDoRA(Function):
         _add_times_(z, h, b.to(x.dtype), offsets, transpose=True)
         g = rows_for(_invertible(magnitude_scale(magnitude, norm), x.dtype), z, offsets)
         if dropped is None:
-            y = kept = z.mul_(g)
+            # The output itself is kept: autograd then sees whether anyone changes it.
+            y = kept = _shaped_like(x, z.mul_(g))
         else:
-            y = _times(_flat(x) - _flat(dropped), w, offsets, transpose=True).addcmul_(z, g)
+            y = _shaped_like(x, _times(_flat(x) - _flat(dropped), w, offsets, transpose=True).addcmul_(z, g))
             kept = z
         _, _, need_w, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         ctx.source, ctx.scale, ctx.has_dropout, ctx.after_backward = source, scale, dropped is not None, after_backward
@@ -329,7 +330,7 @@ class _FusedDoRA(Function):
             offsets,
         )
         ctx.x_shape, ctx.token_axis = x.shape, token_axis
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -408,7 +409,7 @@ class _Product(Function):
         ctx.source, ctx.x_shape = source, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)
         y = _times(_flat(x), _read_weight(weight, source).to(x.dtype), offsets, transpose=True)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return _shaped_like(x, y)
 
     @staticmethod
     @once_differentiable
@@ -449,6 +450,14 @@ def _read_weight(
 def _flat(x: Tensor) -> Tensor:
     """[*, n] -> [tokens, n]."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [tokens, n] of x [*, m] -> [*, n]; no view, which autograd would let nobody change in place."""
+    if x.dim() == 2:
+        return y
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return shaped
 
 
 def _tokens_to_keep(x: Tensor, axis: ParallelAxis | None) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +65,13 @@ class DefaultLayers(NamedTuple):
         adapted: Layers that get adapters; `None` for the method's own default: on our decoder `linear_qkv`,
             `linear_proj`, `linear_fc1` and `linear_fc2` (canonical LoRA: their parts).
         in_full: Layers that a packed base keeps in full precision.
+        without_adapter: Modules whose weights no adapter can be put on, for they are not linear layers, and the share
+            of the blocks' weights that these are: at least a percent, the largest first.
     """
 
     adapted: list[str] | None = None
     in_full: tuple[str, ...] = DEFAULT_EXCLUDED
+    without_adapter: Mapping[str, float] = MappingProxyType({})
 
 
 def default_layers(model: LanguageModel) -> DefaultLayers:
@@ -88,12 +92,33 @@ def default_layers(model: LanguageModel) -> DefaultLayers:
         name for name, module in layers.items() if not name.startswith(text) or _stays_in_full(model, name, module)
     ]
     adapted = [name for name in layers if name not in in_full]
-    return DefaultLayers(_patterns(adapted, layers.keys() - adapted), (*DEFAULT_EXCLUDED, *in_full))
+    return DefaultLayers(
+        _patterns(adapted, layers.keys() - adapted),
+        (*DEFAULT_EXCLUDED, *in_full),
+        _without_adapter(model, text),
+    )
 
 
 def default_layers_of(base: BaseModel) -> DefaultLayers:
     """Choose the default layers of a base model whose weights are not loaded."""
     return DefaultLayers() if base.engine == "native" else default_layers(base.empty(torch.float32))
+
+
+def _without_adapter(model: Any, text: str) -> dict[str, float]:
+    ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    of_ends = {id(parameter) for end in ends for parameter in end.parameters()}
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False) if name.startswith(text) else ():
+            if parameter.dim() < 2 or id(parameter) in of_ends:
+                continue
+            total += parameter.numel()
+            if layer_type_of(module) is None:
+                every = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+                sizes[every] = sizes.get(every, 0) + parameter.numel()
+    shares = {name: size / total for name, size in sorted(sizes.items(), key=lambda item: -item[1])}
+    return {name: share for name, share in shares.items() if share >= 0.01}
 
 
 def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
@@ -243,19 +268,22 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
             asked.
         QuantizationError: The base cannot be packed as asked.
     """
+    model = base.empty(torch.float32)
+    layers = default_layers(model)
     if not base.has_experts:
         for name in ("normalize_moe_lora", "router_aux_loss_coef"):
             if getattr(config, name):
-                raise ConfigError(
-                    f"{name}: this {base.config.model_type} model has no layer with experts; leave it out"
-                )
-    model = base.empty(torch.float32)
-    layers = default_layers(model)
+                raise ConfigError(f"{name}: {_why_no_experts(base, layers)}; leave it out")
     quantizer = base_quantizer(config, layers)
     packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapter_method(config, layers.adapted)(model)
+    if not any(wrapper.is_stacked for _, wrapper in adapter_wrappers(model)):
+        for name, value in (("share_expert_adapters", False), ("adapter_format", "peft-per-expert")):
+            if getattr(config, name) == value:
+                reason = "no adapter is on experts" if base.has_experts else _why_no_experts(base, layers)
+                raise ConfigError(f"{name}={value}: {reason}; leave it out")
     try:
         check_exportable(model, config.adapter_format)
     except CheckpointError as error:
@@ -263,6 +291,13 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     _check_started(model, {id(layer) for layer in packed.values()}, config)
     for sentence in _one_of_each_kind([str(warning.message) for warning in caught]):
         warnings.warn(sentence, stacklevel=2)
+
+
+def _why_no_experts(base: BaseModel, layers: DefaultLayers) -> str:
+    """Say why a model that is not our decoder, or has no experts, takes no option for them."""
+    if any(part.endswith("experts") for part in layers.without_adapter):
+        return f"the experts of this {base.config.model_type} model stay as they are: no adapter can be put on them"
+    return f"this {base.config.model_type} model has no layer with experts"
 
 
 def _one_of_each_kind(sentences: list[str]) -> list[str]:

@@ -269,6 +269,9 @@ def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, laye
     if experts is not None:
         yield f"experts: {experts}"
     yield str(trainable_parameters(model))
+    if layers.without_adapter:
+        share = sum(layers.without_adapter.values())
+        yield f"without an adapter: {share:.1%} of the weights of the blocks ({', '.join(layers.without_adapter)})"
     if config.quantize is not None:
         yield f"packed: {packed_size(model)}"
 
