@@ -2,10 +2,11 @@
 
 How optimizer state is resharded: a state of a parameter (`exp_avg`) has the parameter's layout. It is saved as the
 parameter is: each rank writes its own slices of one global tensor, under a key that no layout changes, and the parts of
-a fused parameter apart (`OptimizerContent.slices`). `Incoming` expects, for every slice that this rank holds of a
-parameter, the same slice of each of its states; torch.distributed.checkpoint reads the boxes of the stored slices that
-overlap it, and `_joined` puts the parts of a fused parameter together in this layout's order. A state that is one
-number (`step`) is stored once, under the parameter's name, and every rank reads it.
+a fused parameter are saved separately (`OptimizerContent.slices`, `checkpoint/content.py`). `Incoming` expects, for
+every slice that this rank holds of a parameter, the same slice of each of its states; torch.distributed.checkpoint
+reads those parts of the stored slices that overlap it, and `_joined` puts the parts of a fused parameter together in
+this layout's order. A state that is one number (`step`) is stored once, under the parameter's name, and every rank
+reads it.
 """
 
 from __future__ import annotations

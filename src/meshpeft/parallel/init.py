@@ -1,9 +1,8 @@
 """Initialisation that does not depend on the layout: draw the full tensor, keep this rank's slice.
 
-Two ways to agree on what is drawn. An adapter's parameter knows its name: its values are a function of (seed,
-full name, global shape), see `named_init_`. A primitive layer does not: the
-ranks that hold copies or slices of it agree on a seed first, see
-`initialize_`.
+Two ways to agree on what is drawn. An adapter's parameter knows its name: its values are a function of (seed, full
+name, global shape), see `named_init_`. A primitive layer does not: the ranks that hold copies or slices of it agree on
+a seed first, see `initialize_`. Starts that are made from W instead (PiSSA, SVDQuant) are in `quantization/starts.py`.
 
 Draws are made on the CPU in float64 and rounded once, so that every type and device starts from the same values.
 """

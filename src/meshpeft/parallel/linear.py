@@ -10,9 +10,10 @@ states for x and y outside and those that the product has:
 | row | Shard(-1) as it is, or I -> Shard(-1) | P | P -> I, then + bias |
 | row, sequence parallel | Shard(-1) as it is | P | P -> Shard(0), then + bias |
 
-The states I, R, P and Shard are those of `states.py`. A fused adapter joins between the two (`peft/fused.py`), a
-standalone one around them (`peft/standalone.py`). Sequence parallel also acts where the stream of shards begins and
-ends, at the embedding and the head: `models/sharding.py`.
+The states I, R, P and Shard are those of `states.py`. Under sequence parallel that is an all-gather in `enter` and a
+reduce-scatter in `exit`. A fused adapter joins between the two (`peft/fused.py`); a standalone one takes the layer's x,
+and is added to its y (`peft/standalone.py`). Sequence parallel also acts where the stream of shards begins and ends, at
+the embedding and the head: `models/sharding.py`.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ which the activation varies. So the mask can also be thrown away and made again 
 (`recompute=True`).
 
 Between ranks, masks differ over the axes that shard tokens (dp, cp; edp of experts), over expert parallel, and over the
-layer's own axis where it shards the activation; over every other axis they agree. `LowRankAdapter._drop` has the table
-by layer. Between layouts, masks agree only where both hold the activation in full: a mask is drawn in the shape that
-the rank holds. So dropout draws other masks at another layout, of the same distribution.
+layer's own axis where it shards the activation; over every other axis they agree. `LowRankAdapter._drop`
+(`peft/adapter.py`) has the table by layer. Between layouts, masks agree only where both hold the activation in full: a
+mask is drawn in the shape that the rank holds. So dropout draws other masks at another layout, of the same
+distribution.
 """
 
 from __future__ import annotations

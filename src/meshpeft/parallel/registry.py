@@ -1,8 +1,8 @@
 """What is known about classes of layers and of modules that hold layers, one entry each.
 
-A class of linear layers enters with one `LayerType`, a class of modules that hold
-layers with one `ContainerType`. A foreign layer does not know that its output fuses
-q, k and v, nor that it belongs to expert 6 of 8: the module around it does.
+A class of linear layers enters with one `LayerType`, a class of modules that hold layers with one `ContainerType`. A
+foreign layer does not know that its output fuses q, k and v, nor that it belongs to expert 6 of 8: the module around it
+does.
 
 To add a layer type, call `register_layer_type(cls, LayerType(layout=.., weight=..))`:
 
@@ -12,8 +12,8 @@ To add a layer type, call `register_layer_type(cls, LayerType(layout=.., weight=
 * with `enter` and `exit`, the collectives before and after its product, adapters join the product; without, they are
   standalone. The other fields are for what a class does beyond that, and have defaults.
 
-A layer of another package enters in its file of `engines/`; one that can be packed also in `PACKED_CLASSES`
-(`quantization/layers.py`).
+Register another package's layers in that package's file in `engines/`; one that can be packed also goes into
+`PACKED_CLASSES` (`quantization/layers.py`). To add a method, see `peft/method.py`; a mesh axis, `parallel/mesh.py`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def adapted_row_norms(
 class RowNorms:
     """Row norms |W + s B A| of one adapted layer, kept from one call of the layer to the next.
 
-    A call of the layer (`get`) recomputes them where they may have changed since they were computed:
+    A call of the layer (`get`) recomputes them when they may have changed since they were computed:
 
     * W as it is stored, A or B is another tensor, or has another storage, type, device or version (PyTorch's counter of
       in-place changes); or the scale is another one.
@@ -151,7 +151,7 @@ class RowNorms:
         scale: float,
         axis: ParallelAxis | None,
     ) -> Tensor:
-        """Return the norms [out] of W + s B A, computed where one of the tensors may have changed.
+        """Return the norms [out] of W + s B A, computed when one of the tensors may have changed.
 
         Args:
             weight: W, or a function that makes it.
@@ -187,9 +187,10 @@ class AdapterWithMagnitude(LowRankAdapter):
     """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
-    entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts). On a
-    row it is summed over the axis that shards W as well, unless the adapter is standalone and the base's output is I:
-    there m multiplies the sum, and its gradient is complete (`LinearLayout.magnitude`).
+    entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts). It
+    is summed over the layer's own axis (tp; etp) as well on a row-parallel base, unless the adapter is standalone and
+    the base's output is I (there m multiplies the sum); and on an unsharded base whose output is Shard(0). All cases:
+    `LinearLayout.magnitude` (`parallel/layout.py`).
     """
 
     weight_magnitude: nn.Parameter
@@ -402,7 +403,9 @@ class DoRALinear(AdapterWrapper):
 
 @dataclass
 class DoRA(LowRankPEFT):
-    """Weight-decomposed low-rank adaptation, on the targets of `LoRA`. Options as in `LowRankPEFT`; alpha is 64.
+    """Weight-decomposed low-rank adaptation.
+
+    On the default targets of `ModuleMatcher` (`peft/matching.py`); options as in `LowRankPEFT`, but alpha is 64.
 
     Raises:
         AdapterError: `dropout_position` is not `pre`; `a2a_experimental`.

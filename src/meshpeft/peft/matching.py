@@ -1,6 +1,7 @@
 """Which modules of a model an adapter method adapts: names by patterns, and the walk over a model that gives the names.
 
-No wrapper around a model or a part of it changes a full name.
+By default these are `linear_qkv`, `linear_proj`, `linear_fc1` and `linear_fc2`; a model that has none of them (one with
+`q_proj`, say) needs `target_modules`. Full names leave out the wrappers around a model or its parts.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class ModuleMatcher:
 
     Attributes:
         target_modules: Patterns of the layers to adapt; by default `linear_qkv`, `linear_proj`, `linear_fc1` and
-            `linear_fc2` (Canonical LoRA: their parts).
+            `linear_fc2` (Canonical LoRA: their parts, `peft/canonical.py`).
         exclude_modules: Patterns of the layers to leave alone; every other linear layer that can carry an adapter
             gets one. Not together with `target_modules`.
         canonical_mapping: In methods that adapt the parts of fused layers, pattern of the fused layer -> names of the

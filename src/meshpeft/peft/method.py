@@ -2,8 +2,9 @@
 
 To add a method, write one file like `lora.py`:
 
-* a wrapper derived from `LowRankWrapper`, which runs, exports and merges by its `terms`; or from `AdapterWrapper`, with
-  `terms`, `run_fused`, `run_standalone` and `merged_weights` of its own, where the form is another one;
+* a wrapper derived from `LowRankWrapper` (`peft/wrapper.py`), which runs, exports and merges by its `terms`, the
+  low-rank products that the layer adds; or from `AdapterWrapper`, with `terms`, `run_fused`, `run_standalone` and
+  `merged_weights` of its own, where the form is another one;
 * a dataclass of options derived from `LowRankPEFT`, whose `adapt` puts the wrapper on a layer.
 
 For the command line, also its name in `training/adapters.py` (`_METHODS`) and in the `method` of `training/config.py`.
@@ -73,7 +74,10 @@ class _Found:
 
 @dataclass
 class PEFT(ABC):
-    """Base of the adapter methods. A subclass implements `transform`, which replaces one module.
+    """Base of the adapter methods.
+
+    A subclass implements `transform`, which replaces one module; `LowRankPEFT` does, and asks its own subclasses for
+    `adapt` only.
 
     Called on a model, it freezes every parameter, replaces the modules that `transform` changes, and leaves only the
     adapters' parameters trainable. Calling it again changes nothing.

@@ -1,4 +1,4 @@
-"""The standalone adapter, for a base layer whose forward hides its collectives: its own, on tensors of rank size.
+"""The standalone adapter, for a base layer whose forward hides its collectives: its own, of [tokens, r].
 
 h = x Aᵀ runs on x as it is outside the base. A column converts h from the state of x to R, a row from P to the state
 of y; Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`; the states are those of
@@ -8,7 +8,7 @@ of y; Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`;
 |---|---|---|---|
 | column | I -> R, nothing | all-reduce | none |
 | column, sequence parallel | Shard(0) -> R, all-gather | reduce-scatter | dA |
-| column whose dx its producer reduces (a dispatcher of tokens) | R, nothing | nothing | dA |
+| column after a token dispatcher, which reduces dx itself | R, nothing | nothing | dA |
 | row | P -> I, all-reduce | nothing | none |
 | row, sequence parallel | P -> Shard(0), reduce-scatter | all-gather | dB |
 | row, sequence parallel, `a2a_experimental` | P -> I -> R, all-reduce | all-reduce | none |
@@ -17,8 +17,8 @@ of y; Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`;
 With `a2a_experimental` B is sharded along the output features, and an all-to-all exchanges Δ, Shard(-1) -> Shard(0).
 
 Who sums what is still partial (`decide_gradient_sum`): in a sequence-parallel model the sum after the backward pass,
-`finalize_gradients` or the one of Megatron, which reads a mark on the parameter; in any other model, and in an expert,
-the backward pass.
+`finalize_gradients` (`parallel/gradients.py`) or the one of Megatron, which reads a mark on the parameter; in any other
+model, and in an expert, the backward pass.
 
 Two more cases are outside the rule. Where x and y are both I, the sharded factor is gathered instead of an activation.
 And an activation between the factors is not linear in a partial h: on a row that leaves a partial, h is reduced first,

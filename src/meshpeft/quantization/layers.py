@@ -11,10 +11,12 @@ What happens to an adapter on a packed (NF4) base:
   the layout, which has no storage. Its type is `compute_dtype`, that of the dequantised weight, unless the method names
   another.
 * A fused adapter skips the `forward` of the packed layer. The wrapper runs the layer's `enter`, one function for base
-  and adapter, and `exit`; that function gets `AdapterWrapper.weight_source()`, which dequantises. A standalone adapter
-  calls the `forward`, and is added to its output.
-* Either way W is dequantised in the forward pass and again in the backward pass, and nothing keeps it in between.
-* Merging is refused. `dequantize_base` makes the layers ordinary ones, into which the adapter can be merged.
+  and adapter (such as `fused_dora`, `peft/fused.py`), and `exit`; that function gets `AdapterWrapper.weight_source()`,
+  which dequantises. A standalone adapter calls the `forward`, and is added to its output.
+* Either way W is dequantised in the forward pass and again in the backward pass, and nothing keeps it in between. DoRA
+  dequantises it once more when it computes its row norms, and standalone with dropout calls the `forward` twice.
+* Merging is refused. `dequantize_base` (`quantization/quantize.py`) makes the layers ordinary ones, into which the
+  adapter can be merged.
 
 PyTorch's own `linear` would keep the dequantised weight for the input gradient, which would cost the memory that
 packing saved: so every product here is `meshpeft.peft.fused.product`, with a function for W.
