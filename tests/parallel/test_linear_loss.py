@@ -128,6 +128,42 @@ def test_loss_and_gradients_are_those_of_all_logits(
             assert largest_error(found, expected[scaling]) < TOLERANCE
 
 
+@pytest.mark.parametrize("alike", (True, False))
+@pytest.mark.parametrize("ignored", IGNORED)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_a_sum_of_losses_has_its_gradients_from_the_forward_pass(
+    scaling: LogitScaling, ignored: str, alike: bool
+) -> None:
+    x, labels, upstream = case(1, ignored)
+    w, generator = weights()[0], torch.Generator().manual_seed(3)
+    products = 0
+
+    def factors() -> list[Tensor]:
+        generator.manual_seed(3)
+        return [torch.randn(size, generator=generator).double().requires_grad_() for size in ((2, HIDDEN), (24, 2))]
+
+    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return F.linear(x, w) + x @ a.t() @ b.t()
+
+    def run(through_logits: bool) -> tuple[Tensor, ...]:
+        own, (a, b) = x.clone().requires_grad_(), factors()
+        if through_logits:
+            loss = vocab_parallel_cross_entropy(scaling.logits(product(own, a, b)), labels)
+        else:
+            head = AdaptedHead(lambda rows, _: product(rows, a, b), VOCABULARY, [a, b], scaling=scaling)
+            loss = vocab_parallel_linear_cross_entropy(own, head, labels, chunk=5)
+        (loss.sum() * 0.7 if alike else (loss * upstream).sum()).backward()
+        return loss.detach(), own.grad, a.grad, b.grad
+
+    with simulate():
+        expected, products = run(True), 0
+        assert largest_error(run(False), expected) < TOLERANCE
+    chunks = max(1, math.ceil(int((labels != -100).sum()) / 5))
+    assert products == (chunks if alike else 2 * chunks)
+
+
 @pytest.mark.parametrize("trained", (False, True), ids=("frozen", "trained"))
 @pytest.mark.parametrize(("tp", "dp"), ((2, 2),))
 def test_ranks_with_other_tokens_may_have_other_numbers_of_them(tp: int, dp: int, trained: bool) -> None:

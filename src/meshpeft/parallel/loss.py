@@ -18,7 +18,10 @@ The gathered numbers are l_r and z_y. No term of a confident token is a differen
 as those of softmax(z) - onehot(y) and of lse(z) - z_y are: at p_y near 1 they lose every digit of a narrow type.
 
 The row of the hidden state's gradient depends on its own token alone. So where the head is frozen, the gradient of the
-loss made in the forward pass is exact for any gradient that later arrives for each token, and nothing else is kept.
+loss made in the forward pass is exact for any gradient that later arrives for each token, and nothing else is kept. The
+gradient of an adapter on the head is a sum over tokens: it can be made then only if all get the same gradient, as from
+a sum of the losses, and if the whole vocabulary is on one rank, for l is known after the last chunk. Where that holds
+it is made in the forward pass; else the head's product is made once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -198,7 +201,10 @@ class FrozenHead:
 
 @dataclass(frozen=True, eq=False)
 class AdaptedHead:
-    """A head with an adapter, or one that is trained itself: its product is computed again in the backward pass.
+    """A head with an adapter, or one that is trained itself.
+
+    Its product is computed again in the backward pass, unless gradients could be made in the forward pass: see the
+    module.
 
     Attributes:
         product: Some rows of x, and the same rows of x' or `None` -> z [n, vocab / world_size] of those rows, S(-1), in
@@ -257,8 +263,9 @@ def vocab_parallel_linear_cross_entropy(
     for any gradient per token. One collective, an all-gather of two numbers for each token that counts, none in the
     backward pass, whatever the number of chunks. See the module for the formulas.
 
-    Kept for the backward pass: with a frozen head the gradient of x, [tokens that count, hidden]; else x and two
-    numbers a token. The logits are computed in x's type, everything after them in float32 or wider.
+    Kept for the backward pass: with a frozen head the gradient of x, [tokens that count, hidden]; else x, two numbers a
+    token, and gradients that were made already. The logits are computed in x's type, everything after them in float32
+    or wider.
 
     Args:
         x: [*, hidden], after the head's `enter`.
@@ -412,6 +419,14 @@ class _Chunk:
         self.total = self.exponentials.sum(1, keepdim=True)
         self.others = (largest + self.total.log()).squeeze(1)
 
+    def gradient_(self, scaling: LogitScaling, index: Tensor, counted: Tensor) -> Tensor:
+        """Compute dloss/dz [n, rows] of tokens whose full vocabulary is on this rank, in the memory of the logits."""
+        missing = _loss_of(self.others, self.target)[1].masked_fill(~counted, 0).unsqueeze(1)
+        own = missing * (scaling.scale if self.own_slope is None else self.own_slope.unsqueeze(1))
+        dz = self.exponentials.mul_(missing / self.total.clamp(min=torch.finfo(missing.dtype).tiny))
+        dz.mul_(scaling.scale if self.slope is None else self.slope)
+        return dz.scatter_(1, index.unsqueeze(1), -own)
+
 
 def _over_ranks(others: Tensor, target: Tensor, axis: ParallelAxis) -> tuple[Tensor, Tensor]:
     """l_r and z_y of this rank, both [count] -> l and z_y of all ranks. One all-gather."""
@@ -500,58 +515,110 @@ class _AdaptedHeadLoss(Function):
         ctx: Any, head: AdaptedHead, tokens: _Tokens, x: Tensor, dropped: Tensor | None, *parameters: Tensor
     ) -> Tensor:
         places, labels = tokens.chosen()
+        needed = ctx.needs_input_grad[2:]
+        # Parameters' gradients are sums over tokens: the normalisers of all ranks would have to be known before.
+        # Those of a head that is trained itself would be as large as the head, from here to the backward pass.
+        is_small = 2 * sum(parameter.numel() for parameter in parameters) <= head.rows * x.shape[-1]
+        ahead = _Gradients(x, needed) if any(needed) and tokens.axis.world_size == 1 and is_small else None
         of_chunks = []
         for part in tokens.chunks(head.rows, x):
-            z = head.product(*_rows(x, dropped, places[part]))
-            logits = tokens.logits_(z.to(torch.promote_types(z.dtype, torch.float32)), head)
-            chunk = _Chunk(logits, head.scaling, *tokens.local(labels[part], head.rows, head.vocabulary)[:2])
+            inputs = _rows(x, dropped, places[part])
+            with torch.set_grad_enabled(ahead is not None):
+                z = head.product(*_requiring(inputs, needed))
+            wide = torch.promote_types(z.dtype, torch.float32)
+            logits = tokens.logits_(z.detach().to(wide, copy=ahead is not None), head)
+            index, held, counted = tokens.local(labels[part], head.rows, head.vocabulary)
+            chunk = _Chunk(logits, head.scaling, index, held)
             of_chunks.append((chunk.others, chunk.target))
+            if ahead is not None:
+                ahead.add(
+                    z, chunk.gradient_(head.scaling, index, counted).to(z.dtype), inputs, parameters, places[part]
+                )
         others, target = (torch.cat(parts) for parts in zip(*of_chunks, strict=True))
         others, target = _over_ranks(others, target, tokens.axis)
         loss, missing = _loss_of(others, target)
         counted = labels != tokens.ignore_index
         ctx.head, ctx.tokens, ctx.autocast = head, tokens, _Autocast.now(x.device.type)
-        ctx.save_for_backward(x, dropped, places, labels, others, missing.masked_fill(~counted, 0), *parameters)
+        ctx.made_ahead = None if ahead is None else len(parameters)
+        # The parameters are those that `product` reads: saved, they are checked to be as they were.
+        saved = (x, dropped, places, labels, others, missing.masked_fill(~counted, 0), *parameters)
+        ctx.save_for_backward(*saved, *(() if ahead is None else ahead.sums(x, parameters)))
         return _spread(loss.masked_fill(~counted, 0), places, tokens.labels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        # The parameters are those that `product` reads: saved, they are checked to be as they were.
-        x, dropped, places, labels, others, missing, *parameters = ctx.saved_tensors
-        head, tokens = ctx.head, ctx.tokens
-        needed = ctx.needs_input_grad[2:]
+        x, dropped, places, labels, others, missing, *rest = ctx.saved_tensors
+        head, tokens, needed = ctx.head, ctx.tokens, ctx.needs_input_grad[2:]
+        if ctx.made_ahead is not None:
+            unit = rest[ctx.made_ahead :]
+            if not any(grads[0].stride()):  # one number for all tokens, as the gradient of a sum is
+                one = grads[0][:1].sum()
+                return None, None, *(None if grad is None else (grad * one).to(grad.dtype) for grad in unit)
+            rest = rest[: ctx.made_ahead]
         factor = grads[0].index_select(0, places) * missing
-        of_inputs: list[Tensor | None] = [None, None]
-        of_parameters: list[Tensor | None] = [None] * len(parameters)
+        found = _Gradients(x, needed)
         for part in tokens.chunks(head.rows, x):
+            inputs = _rows(x, dropped, places[part])
             with torch.enable_grad(), ctx.autocast.on():
-                inputs = _rows(x, dropped, places[part])
-                for rows, needs in zip(inputs, needed, strict=False):
-                    if needs and rows is not None:
-                        rows.requires_grad_()
-                z = head.product(*inputs)
+                z = head.product(*_requiring(inputs, needed))
             dz = _gradient_of_logits(z, head, tokens, labels[part], others[part], factor[part])
-            wanted = [tensor for tensor, needs in zip((*inputs, *parameters), needed, strict=True) if needs]
-            found = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
-            every = [next(found) if needs else None for needs in needed]
-            for number, grad in enumerate(every[:2]):
-                if grad is not None:
-                    full = of_inputs[number]
-                    if full is None:
-                        full = of_inputs[number] = grad.new_zeros((x.shape[:-1].numel(), x.shape[-1]))
-                    full.index_copy_(0, places[part], grad)
-            for number, grad in enumerate(every[2:]):
-                if grad is not None:
-                    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                    before = of_parameters[number]
-                    of_parameters[number] = grad if before is None else before + grad
-        shaped = [None if full is None else full.view(x.shape) for full in of_inputs]
-        sums = [
-            None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(of_parameters, parameters, strict=True)
-        ]
-        return None, None, *shaped, *sums
+            found.add(z, dz, inputs, rest, places[part])
+        return None, None, *found.sums(x, rest)
+
+
+class _Gradients:
+    """The gradients of x, x' and the parameters of an `AdaptedHead`, chunk after chunk.
+
+    Attributes:
+        needed: Which of them are wanted.
+    """
+
+    def __init__(self, x: Tensor, needed: Sequence[bool]) -> None:
+        self.needed = needed
+        self._tokens = x.shape[:-1].numel()
+        self._found: list[Tensor | None] = [None] * len(needed)
+
+    def add(
+        self,
+        z: Tensor,
+        dz: Tensor,
+        inputs: tuple[Tensor, Tensor | None],
+        parameters: Sequence[Tensor],
+        places: Tensor,
+    ) -> None:
+        """Add those of one chunk, whose product z [n, rows] has the gradient dz."""
+        wanted = [tensor for tensor, needs in zip((*inputs, *parameters), self.needed, strict=True) if needs]
+        made = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
+        for number, needs in enumerate(self.needed):
+            grad = next(made) if needs else None
+            if grad is None:
+                continue
+            before = self._found[number]
+            if number < 2:
+                if before is None:
+                    before = self._found[number] = grad.new_zeros((self._tokens, grad.shape[-1]))
+                before.index_copy_(0, places, grad)
+            else:
+                grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                self._found[number] = grad if before is None else before + grad
+
+    def sums(self, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return all of them, in the shapes and types of what they are of."""
+        of_inputs = (None if found is None else found.view(x.shape) for found in self._found[:2])
+        of_parameters = (
+            None if found is None else found.to(parameter.dtype)
+            for found, parameter in zip(self._found[2:], parameters, strict=True)
+        )
+        return [*of_inputs, *of_parameters]
+
+
+def _requiring(inputs: tuple[Tensor, Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
+    """Return the rows, after those whose gradient is needed are marked, where gradients are made."""
+    for rows, needs in zip(inputs, needed, strict=False):
+        if needs and rows is not None and torch.is_grad_enabled():
+            rows.requires_grad_()
+    return inputs
 
 
 def _rows(x: Tensor, dropped: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor | None]:
