@@ -164,20 +164,6 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x as it is outside -> R; columns that take one tensor (q, k and v; gate and up) share what they make of it.
-
-        Where x is I nothing is sent, and the gradient is summed in the backward pass: shared, once for all of them.
-        """
-        axis = self.layout.axis
-        is_shared = self.layout.x is I and axis.world_size > 1 and torch.is_grad_enabled() and x.requires_grad
-        if not is_shared or x.is_leaf:  # a leaf would hold itself, through the graph of what is made of it
-            return super().enter(x)
-        made: tuple[ParallelAxis, int, Tensor] | None = getattr(x, "_entered", None)
-        if made is None or made[:2] != (axis, x._version):
-            made = x._entered = (axis, x._version, super().enter(x))  # type: ignore[attr-defined]
-        return made[2]
-
     def exit(self, y: Tensor) -> Tensor:
         """y [*, out / world_size], Shard(-1): add the bias shard, and gather it if the layer does."""
         return self._collect(y if self.bias is None else y + self.bias.to(y.dtype))
