@@ -141,7 +141,11 @@ def test_what_was_trained_is_measured_and_continued(
         ),
         ("finetune", ["--tp=2", "--sequence-parallel"], "sequence_parallel=True: the transformers engine"),
         ("finetune", ["--tp=3"], "cannot be split over tp=3"),
-        ("finetune", ["--router-aux-loss-coef=0.1"], "router_aux_loss_coef: this phi3 model has no layer with experts"),
+        (
+            "finetune",
+            ["--router-aux-loss-coef=0.1"],
+            "router_aux_loss_coef=0.1: the transformers engine, which a phi3 model needs, has no options for experts",
+        ),
         ("finetune", ["--target-modules", "q_proj"], "'q_proj' matches no layer; nearest: qkv_proj"),
         ("plan", ["--tp=3"], "cannot be split over tp=3"),
         ("plan", ["--activation-checkpointing=selective"], "models of transformers compute layers again as they are"),
@@ -165,7 +169,7 @@ def test_what_the_engine_cannot_do_is_said_at_once(
 @pytest.mark.parametrize(
     ("options", "option"),
     [
-        (["--router-aux-loss-coef=0.1"], "router_aux_loss_coef"),
+        (["--router-aux-loss-coef=0.1"], "router_aux_loss_coef=0.1"),
         (["--no-share-expert-adapters"], "share_expert_adapters=False"),
         (["--adapter-format=peft-per-expert"], "adapter_format=peft-per-expert"),
     ],

@@ -189,8 +189,8 @@ def test_a_router_that_chooses_more_experts_than_there_are(
     [
         (["--ep", "2"], "expert_parallel=2: a llama model has no experts; use 1"),
         (["--etp", "2"], "etp=2: a llama model has no experts; leave it out"),
-        (["--normalize-moe-lora"], "normalize_moe_lora: this llama model has no layer with experts; leave it out"),
-        (["--router-aux-loss-coef", "0.1"], "router_aux_loss_coef: this llama model has no layer with experts"),
+        (["--normalize-moe-lora"], "normalize_moe_lora=True: this llama model has no layer with experts; leave it out"),
+        (["--router-aux-loss-coef", "0.1"], "router_aux_loss_coef=0.1: this llama model has no layer with experts"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

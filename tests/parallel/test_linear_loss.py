@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.workers import run_on_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from meshpeft.parallel import (
     AdaptedHead,
@@ -162,6 +164,47 @@ def test_a_sum_of_losses_has_its_gradients_from_the_forward_pass(
         assert largest_error(run(False), expected) < TOLERANCE
     chunks = max(1, math.ceil(int((labels != -100).sum()) / 5))
     assert products == (chunks if alike else 2 * chunks)
+
+
+@pytest.mark.parametrize(
+    ("context", "dtype", "forward", "backward"),
+    [
+        (torch.no_grad, torch.float64, 4, 0),
+        (torch.inference_mode, torch.float64, 4, 0),
+        (torch.enable_grad, torch.float64, 4, 0),
+        (torch.enable_grad, torch.float16, 4, 4),  # whose range needs the scale of the loss
+        (partial(checkpointed, use_reentrant=False), torch.float64, 4, 4),
+        (partial(checkpointed, use_reentrant=True), torch.float64, 4, 4),
+    ],
+    ids=("no_grad", "inference_mode", "grad", "float16", "recomputed", "recomputed, reentrant"),
+)
+def test_how_often_the_product_is_made(context: Any, dtype: torch.dtype, forward: int, backward: int) -> None:
+    x, labels, _ = case(1, "none")
+    w, x = weights()[0].to(dtype), x.to(dtype).requires_grad_()
+    b = torch.zeros(VOCABULARY, HIDDEN, dtype=dtype)[:, :2].clone().requires_grad_()
+    products, with_graph = 0, set[bool]()
+
+    def product(rows: Tensor, _: Any) -> Tensor:
+        nonlocal products
+        products += 1
+        with_graph.add(torch.is_grad_enabled())
+        return F.linear(rows, w) + rows[:, :2] @ b.t()
+
+    def loss(x: Tensor) -> Tensor:
+        head = AdaptedHead(product, VOCABULARY, [b])
+        return vocab_parallel_linear_cross_entropy(x, head, labels, chunk=4).sum()
+
+    with simulate():
+        if context in (torch.no_grad, torch.inference_mode):
+            with context():
+                loss(x)
+            assert with_graph == {False}
+            assert products == forward
+            return
+        value = context()(loss)(x) if context is torch.enable_grad else context(loss, x)
+        made, products = products, 0
+        value.backward()
+    assert (made, products) == (forward, backward)
 
 
 @pytest.mark.parametrize("trained", (False, True), ids=("frozen", "trained"))

@@ -27,7 +27,7 @@ Three kernels stand behind `attend`; each is exact, and the first that does the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -529,11 +529,16 @@ def _tiles(spans: Spans, most: float, window: int | None) -> Iterator[_Tile]:
             yield _Tile(q_start, stop, k_start, stop + shift, q_start + shift - k_start)
 
 
-def _tiles_of(q: Tensor, spans: Spans, window: int | None) -> Iterable[_Tile]:
-    """Return the tiles of these queries; of queries without values the largest alone, which decides the memory."""
-    tiles = _tiles(spans, _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1], window)
+def _tiles_of(q: Tensor, k: Tensor, spans: Spans, window: int | None) -> list[_Tile]:
+    """Return the tiles of these queries; of queries without values the one that takes most memory.
+
+    That one comes twice, for a tile is made while some of the one before is still held.
+    """
+    tiles = [*_tiles(spans, _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1], window)]
     if isinstance(q, FakeTensor):
-        return [max(tiles, key=lambda tile: (tile.q_end - tile.q_start) * (tile.k_end - tile.k_start))]
+        # Its scores, and its copies of keys.
+        largest = max(tiles, key=lambda t: (t.k_end - t.k_start) * ((t.q_end - t.q_start) * q.shape[1] + k[0].numel()))
+        return [largest, largest]
     return tiles
 
 
@@ -565,7 +570,7 @@ def _tiled_forward(
     groups, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=wide)
-    for tile in _tiles_of(q, spans, window):
+    for tile in _tiles_of(q, k, spans, window):
         size = tile.q_end - tile.q_start
         own_q = _by_group(q[tile.q_start : tile.q_end], groups, wide) * scale
         own_k, own_v = (_by_group(x[tile.k_start : tile.k_end], groups, wide) for x in (k, v))
@@ -601,7 +606,7 @@ def _tiled_backward(
     groups, wide = k.shape[1], lse.dtype
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     total = (dout.to(wide) * out.to(wide)).sum(-1)  # D, [queries, heads]
-    for tile in _tiles_of(q, spans, window):
+    for tile in _tiles_of(q, k, spans, window):
         size = tile.q_end - tile.q_start
         rows, columns = slice(tile.q_start, tile.q_end), slice(tile.k_start, tile.k_end)
         own_q, own_dout = (_by_group(x[rows], groups, wide) for x in (q, dout))

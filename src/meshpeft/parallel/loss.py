@@ -210,7 +210,7 @@ class AdaptedHead:
         product: Some rows of x, and the same rows of x' or `None` -> z [n, vocab / world_size] of those rows, S(-1), in
             memory of its own. Every token by itself, without collectives, and twice the same.
         rows: vocab / world_size, the number of rows of W that this rank holds.
-        parameters: What gets a gradient in `product`.
+        parameters: What gets a gradient in `product`. Hooks on one of them run for each chunk, and on the sum.
         dropped: x' [*, hidden], x after dropout, where the product takes it.
         scaling, vocabulary: As in `FrozenHead`.
     """
@@ -312,7 +312,7 @@ def vocab_parallel_linear_cross_entropy(
         with autocast.off():
             loss = _FrozenHeadLoss.apply(x, head, tokens, x.requires_grad and torch.is_grad_enabled())
     else:
-        loss = _AdaptedHeadLoss.apply(head, tokens, x, head.dropped, *head.parameters)
+        loss = _AdaptedHeadLoss.apply(head, tokens, torch.is_grad_enabled(), x, head.dropped, *head.parameters)
     return loss.view(labels.shape)
 
 
@@ -512,18 +512,23 @@ class _FrozenHeadLoss(Function):
 class _AdaptedHeadLoss(Function):
     @staticmethod
     def forward(
-        ctx: Any, head: AdaptedHead, tokens: _Tokens, x: Tensor, dropped: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        head: AdaptedHead,
+        tokens: _Tokens,
+        needs_gradient: bool,
+        x: Tensor,
+        dropped: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         places, labels = tokens.chosen()
-        needed = ctx.needs_input_grad[2:]
-        # Parameters' gradients are sums over tokens: the normalisers of all ranks would have to be known before.
-        # Those of a head that is trained itself would be as large as the head, from here to the backward pass.
-        is_small = 2 * sum(parameter.numel() for parameter in parameters) <= head.rows * x.shape[-1]
-        ahead = _Gradients(x, needed) if any(needed) and tokens.axis.world_size == 1 and is_small else None
+        needed = ctx.needs_input_grad[3:]
+        ahead = None
+        if needs_gradient and any(needed) and _can_be_ahead(head, tokens, x, parameters):
+            ahead = _Gradients(tokens.count, needed)
         of_chunks = []
         for part in tokens.chunks(head.rows, x):
             inputs = _rows(x, dropped, places[part])
-            with torch.set_grad_enabled(ahead is not None):
+            with torch.set_grad_enabled(ahead is not None), _unhooked():
                 z = head.product(*_requiring(inputs, needed))
             wide = torch.promote_types(z.dtype, torch.float32)
             logits = tokens.logits_(z.detach().to(wide, copy=ahead is not None), head)
@@ -531,86 +536,107 @@ class _AdaptedHeadLoss(Function):
             chunk = _Chunk(logits, head.scaling, index, held)
             of_chunks.append((chunk.others, chunk.target))
             if ahead is not None:
-                ahead.add(
-                    z, chunk.gradient_(head.scaling, index, counted).to(z.dtype), inputs, parameters, places[part]
-                )
+                dz = chunk.gradient_(head.scaling, index, counted).to(z.dtype)
+                ahead.add(z, dz, (*inputs, *parameters), part)
         others, target = (torch.cat(parts) for parts in zip(*of_chunks, strict=True))
         others, target = _over_ranks(others, target, tokens.axis)
         loss, missing = _loss_of(others, target)
         counted = labels != tokens.ignore_index
         ctx.head, ctx.tokens, ctx.autocast = head, tokens, _Autocast.now(x.device.type)
-        ctx.made_ahead = None if ahead is None else len(parameters)
         # The parameters are those that `product` reads: saved, they are checked to be as they were.
         saved = (x, dropped, places, labels, others, missing.masked_fill(~counted, 0), *parameters)
-        ctx.save_for_backward(*saved, *(() if ahead is None else ahead.sums(x, parameters)))
+        ctx.save_for_backward(*saved, *(() if ahead is None else ahead.found))
         return _spread(loss.masked_fill(~counted, 0), places, tokens.labels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, dropped, places, labels, others, missing, *rest = ctx.saved_tensors
-        head, tokens, needed = ctx.head, ctx.tokens, ctx.needs_input_grad[2:]
-        if ctx.made_ahead is not None:
-            unit = rest[ctx.made_ahead :]
-            if not any(grads[0].stride()):  # one number for all tokens, as the gradient of a sum is
-                one = grads[0][:1].sum()
-                return None, None, *(None if grad is None else (grad * one).to(grad.dtype) for grad in unit)
-            rest = rest[: ctx.made_ahead]
-        factor = grads[0].index_select(0, places) * missing
-        found = _Gradients(x, needed)
-        for part in tokens.chunks(head.rows, x):
-            inputs = _rows(x, dropped, places[part])
-            with torch.enable_grad(), ctx.autocast.on():
-                z = head.product(*_requiring(inputs, needed))
-            dz = _gradient_of_logits(z, head, tokens, labels[part], others[part], factor[part])
-            found.add(z, dz, inputs, rest, places[part])
-        return None, None, *found.sums(x, rest)
+        head, tokens, needed = ctx.head, ctx.tokens, ctx.needs_input_grad[3:]
+        parameters, unit = rest[: len(head.parameters)], rest[len(head.parameters) :]
+        chunks = list(tokens.chunks(head.rows, x))
+        if unit and not any(grads[0].stride()):  # one number for all tokens, as the gradient of a sum is
+            one = grads[0][:1]
+            of_rows = [None if grad is None else _scaled_rows(grad, one, places, chunks, x) for grad in unit[:2]]
+            of_parameters = [None if total is None else total * one for total in unit[2:]]
+        else:
+            factor = grads[0].index_select(0, places) * missing
+            found = _Gradients(x.shape[:-1].numel(), needed)
+            for part in chunks:
+                inputs = _rows(x, dropped, places[part])
+                with torch.enable_grad(), ctx.autocast.on():
+                    z = head.product(*_requiring(inputs, needed))
+                dz = _gradient_of_logits(z, head, tokens, labels[part], others[part], factor[part])
+                found.add(z, dz, (*inputs, *parameters), places[part])
+            of_rows = [None if grad is None else grad.view(x.shape) for grad in found.found[:2]]
+            of_parameters = found.found[2:]
+        sums = (
+            None if total is None else total.to(parameter.dtype)
+            for total, parameter in zip(of_parameters, parameters, strict=True)
+        )
+        return None, None, None, *of_rows, *sums
+
+
+def _can_be_ahead(head: AdaptedHead, tokens: _Tokens, x: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether gradients can be made in the forward pass, as if the gradient of every loss were 1.
+
+    Not where ranks share the vocabulary: its normalisers are known after the last chunk. Not in float16, whose range
+    needs the scale of the loss. Not of a head that is trained itself: they would be as large, until the backward pass.
+    """
+    size = sum(parameter.numel() for parameter in parameters)
+    return tokens.axis.world_size == 1 and x.dtype != torch.float16 and 2 * size <= head.rows * x.shape[-1]
+
+
+def _unhooked() -> contextlib.AbstractContextManager[Any]:
+    """Keep hooks on saved tensors (recomputation, offload) from a graph that is used up in the forward pass."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _scaled_rows(grad: Tensor, one: Tensor, places: Tensor, chunks: Sequence[slice], x: Tensor) -> Tensor:
+    """grad [count, hidden] times `one` [1], at the places of the tokens, in the shape of x, and zeros elsewhere."""
+    full = grad.new_zeros((x.shape[:-1].numel(), x.shape[-1]))
+    for part in chunks:
+        full.index_copy_(0, places[part], (grad[part] * one).to(grad.dtype))
+    return full.view(x.shape)
 
 
 class _Gradients:
     """The gradients of x, x' and the parameters of an `AdaptedHead`, chunk after chunk.
 
     Attributes:
-        needed: Which of them are wanted.
+        found: Those of x and x', [rows, hidden]; of the parameters, in float32 or wider. `None` for what needs none.
     """
 
-    def __init__(self, x: Tensor, needed: Sequence[bool]) -> None:
-        self.needed = needed
-        self._tokens = x.shape[:-1].numel()
-        self._found: list[Tensor | None] = [None] * len(needed)
+    def __init__(self, rows: int, needed: Sequence[bool]) -> None:
+        self.found: list[Tensor | None] = [None] * len(needed)
+        self._rows, self._needed = rows, needed
 
-    def add(
-        self,
-        z: Tensor,
-        dz: Tensor,
-        inputs: tuple[Tensor, Tensor | None],
-        parameters: Sequence[Tensor],
-        places: Tensor,
-    ) -> None:
-        """Add those of one chunk, whose product z [n, rows] has the gradient dz."""
-        wanted = [tensor for tensor, needs in zip((*inputs, *parameters), self.needed, strict=True) if needs]
+    def add(self, z: Tensor, dz: Tensor, tensors: Sequence[Tensor | None], at: slice | Tensor) -> None:
+        """Add those of one chunk.
+
+        Args:
+            z: Product of the chunk [n, rows].
+            dz: Its gradient.
+            tensors: The chunk's rows of x and x', and the parameters.
+            at: Where these rows are among all.
+        """
+        wanted = [tensor for tensor, needs in zip(tensors, self._needed, strict=True) if needs and tensor is not None]
         made = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
-        for number, needs in enumerate(self.needed):
-            grad = next(made) if needs else None
+        for number, (tensor, needs) in enumerate(zip(tensors, self._needed, strict=True)):
+            grad = next(made) if needs and tensor is not None else None
             if grad is None:
                 continue
-            before = self._found[number]
-            if number < 2:
-                if before is None:
-                    before = self._found[number] = grad.new_zeros((self._tokens, grad.shape[-1]))
-                before.index_copy_(0, places, grad)
-            else:
+            before = self.found[number]
+            if number >= 2:
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                self._found[number] = grad if before is None else before + grad
-
-    def sums(self, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return all of them, in the shapes and types of what they are of."""
-        of_inputs = (None if found is None else found.view(x.shape) for found in self._found[:2])
-        of_parameters = (
-            None if found is None else found.to(parameter.dtype)
-            for found, parameter in zip(self._found[2:], parameters, strict=True)
-        )
-        return [*of_inputs, *of_parameters]
+                self.found[number] = grad if before is None else before + grad
+                continue
+            if before is None:
+                before = self.found[number] = grad.new_zeros((self._rows, grad.shape[-1]))
+            if isinstance(at, slice):
+                before[at].copy_(grad)
+            else:
+                before.index_copy_(0, at, grad)
 
 
 def _requiring(inputs: tuple[Tensor, Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, Tensor | None]:

@@ -270,20 +270,12 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     """
     model = base.empty(torch.float32)
     layers = default_layers(model)
-    if not base.has_experts:
-        for name in ("normalize_moe_lora", "router_aux_loss_coef"):
-            if getattr(config, name):
-                raise ConfigError(f"{name}: {_why_no_experts(base, layers)}; leave it out")
+    _check_options_for_experts(base, layers, config)
     quantizer = base_quantizer(config, layers)
     packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapter_method(config, layers.adapted)(model)
-    if not any(wrapper.is_stacked for _, wrapper in adapter_wrappers(model)):
-        for name, value in (("share_expert_adapters", False), ("adapter_format", "peft-per-expert")):
-            if getattr(config, name) == value:
-                reason = "no adapter is on experts" if base.has_experts else _why_no_experts(base, layers)
-                raise ConfigError(f"{name}={value}: {reason}; leave it out")
     try:
         check_exportable(model, config.adapter_format)
     except CheckpointError as error:
@@ -293,11 +285,25 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
         warnings.warn(sentence, stacklevel=2)
 
 
-def _why_no_experts(base: BaseModel, layers: DefaultLayers) -> str:
-    """Say why a model that is not our decoder, or has no experts, takes no option for them."""
+def _check_options_for_experts(base: BaseModel, layers: DefaultLayers, config: FinetuneConfig) -> None:
+    """Refuse options that only experts have where no adapter can be on experts."""
+    if base.has_experts:
+        return
+    kind = base.config.model_type
+    reason = f"this {kind} model has no layer with experts"
+    if base.engine == "transformers":
+        reason = f"the transformers engine, which a {kind} model needs, has no options for experts"
     if any(part.endswith("experts") for part in layers.without_adapter):
-        return f"the experts of this {base.config.model_type} model stay as they are: no adapter can be put on them"
-    return f"this {base.config.model_type} model has no layer with experts"
+        reason = f"the experts of this {kind} model stay as they are: no adapter can be put on them"
+    plain = {
+        "normalize_moe_lora": False,
+        "router_aux_loss_coef": 0.0,
+        "share_expert_adapters": True,
+        "adapter_format": "peft",
+    }
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise ConfigError(f"{name}={getattr(config, name)}: {reason}; leave it out")
 
 
 def _one_of_each_kind(sentences: list[str]) -> list[str]:
