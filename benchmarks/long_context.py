@@ -2,8 +2,9 @@
 
 The document is made by joining the embedded data's: 32,768 tokens by default, far beyond the positions that the
 embedded model was trained for, so the run is for its numbers only. Measured is, for each process, by how much its
-resident size grew at most over the value just before the model is made (Linux). The allocator takes blocks of 16 MiB
-and more from the system and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`): what it keeps would count.
+resident size grew at most over the value just before the model is made (Linux). The allocator takes blocks of a MiB and
+more from the system, and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`): by itself it keeps freed blocks
+of up to 32 MiB, which come to some 200 MiB here.
 
     python benchmarks/long_context.py [--tokens 32768] [--checkpointing none|selective|full]
 """
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     arguments = parser.parse_args()
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(16 * MIB), "MALLOC_TRIM_THRESHOLD_": str(16 * MIB)}
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
