@@ -59,6 +59,9 @@ def test_no_record_of_a_run_ends_in_a_traceback(count: int, tmp_path: Path) -> N
         ("quantize", "nf5"),
         ("data", {"a": 1}),
         ("model", 3),
+        ("model", "a\0b"),
+        ("output_dir", "\ud800"),
+        ("data", ["a", "a\0b"]),
         ("seed", Raw("9" * 5000)),
     ],
 )

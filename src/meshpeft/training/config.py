@@ -8,6 +8,7 @@ where it is used: help on options needs none of it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -380,7 +381,15 @@ def _is_of(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         right = isinstance(value, int) if hint is int else isinstance(value, int | float)
         return right and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, hint) and (hint is not Path or _may_exist(value))
+
+
+def _may_exist(path: Path) -> bool:
+    """Return whether a path is one that a file system can have: Python refuses others late, and not as `OSError`."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def paths(given: Path | str | Sequence[Path | str] | None) -> tuple[Path, ...]:
