@@ -115,10 +115,15 @@ def _without_adapter(model: Any, text: str) -> dict[str, float]:
                 continue
             total += parameter.numel()
             if layer_type_of(module) is None:
-                every = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+                every = _in_every_block(name)
                 sizes[every] = sizes.get(every, 0) + parameter.numel()
     shares = {name: size / total for name, size in sorted(sizes.items(), key=lambda item: -item[1])}
     return {name: share for name, share in shares.items() if share >= 0.01}
+
+
+def _in_every_block(name: str) -> str:
+    """Return the pattern of a full name with any numbers in it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
@@ -156,7 +161,7 @@ def _patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
 
     found = set()
     for name in names:
-        candidates = (name.rpartition(".")[2], re.sub(r"\.\d+(?=\.)", ".*", name), name)
+        candidates = (name.rpartition(".")[2], _in_every_block(name), name)
         found.add(next(filter(fits, candidates), name))
     return sorted(found)
 
@@ -295,14 +300,8 @@ def _check_options_for_experts(base: BaseModel, layers: DefaultLayers, config: F
         reason = f"the transformers engine, which a {kind} model needs, has no options for experts"
     if any(part.endswith("experts") for part in layers.without_adapter):
         reason = f"the experts of this {kind} model stay as they are: no adapter can be put on them"
-    plain = {
-        "normalize_moe_lora": False,
-        "router_aux_loss_coef": 0.0,
-        "share_expert_adapters": True,
-        "adapter_format": "peft",
-    }
-    for name, value in plain.items():
-        if getattr(config, name) != value:
+    for name in ("normalize_moe_lora", "router_aux_loss_coef", "share_expert_adapters", "adapter_format"):
+        if getattr(config, name) != getattr(FinetuneConfig, name):  # its default
             raise ConfigError(f"{name}={getattr(config, name)}: {reason}; leave it out")
 
 
