@@ -88,6 +88,8 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     # Stacked experts in files that hold them so.
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    # Stacked experts of a class with a contract of its own.
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "kv_channels": 8},
     # Norms with a weight for each head, on queries and keys.
     "cohere": {"num_hidden_layers": 2, "use_qk_norm": True, "logit_scale": 0.3, "tie_word_embeddings": True},
     # Cross-attention that text alone does not pass through.
@@ -122,13 +124,122 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "num_key_value_heads": 8,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+_GROUPED = {
+    **_EXPERTS,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+_MIXED = ["linear_attention", "full_attention"]
+# Families whose experts are transformers' own code. Between them: files with experts one by one, also under names of
+# their own, and stacked; transposed, with gate and up in turns, biases and a clamped gate; without a gate; routers of
+# every kind; shared experts; experts beside latent attention, sinks, states and convolutions, and beside an MLP.
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {**_GROUPED, **_LATENT},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "eos_token_id": 1,
+    },
+    "nemotron_h": {
+        **_EXPERTS,
+        "layers_block_type": ["attention", "moe", "mamba"],
+        "num_hidden_layers": 3,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 4,
+    },
+    "granitemoe": FOREIGN_FAMILIES["granitemoe"],
+    "mixtral": MOE_FAMILIES["mixtral"],
+    "qwen3_next": {
+        **_EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": _MIXED,
+    },
+    "gemma4_text": {
+        **_EXPERTS,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "num_kv_shared_layers": 0,
+    },
+    "deepseek_v2": {**_GROUPED, **_LATENT, "topk_method": "greedy"},
+    "glm4_moe": {**_GROUPED, "head_dim": 4},
+    "glm4_moe_lite": {**_GROUPED, **_LATENT},
+    "dots1": {**_GROUPED, "head_dim": 4},
+    "mimo_v2_flash": {**_GROUPED, "head_dim": 8, "v_head_dim": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "eos_token_id": 1},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "num_hidden_layers": 2},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 2,
+    },
+    "phimoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.0,
+        "input_jitter_noise": 0.0,
+        "num_hidden_layers": 2,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 4, "num_hidden_layers": 2},
+    "lfm2_moe": {**_EXPERTS, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
+    "granitemoehybrid": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "layer_types": ["attention", "mamba"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 4,
+        "shared_intermediate_size": 16,
+    },
+}
+
+
+def config_of(family: str, **overrides: Any) -> Any:
+    """Configuration of a small model of any family."""
+    families = {**FAMILIES, **MOE_FAMILIES, **FOREIGN_FAMILIES, **EXPERT_FAMILIES}
+    return AutoConfig.for_model(family, **{**_SIZES, **families.get(family, {}), **overrides})
+
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:
     """Write a small float32 model of `family` whose every parameter is random, biases and norms too."""
-    config = AutoConfig.for_model(
-        family, **{**_SIZES, **(FAMILIES | MOE_FAMILIES | FOREIGN_FAMILIES).get(family, {}), **overrides}
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config_of(family, **overrides))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from meshpeft.checkpoint import merge_adapter
 from meshpeft.engines.parallelize import parallelize
+from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.parallel import I, LinearLayout, Shard, finalize_gradients, init_parallelism, layout_of_tensor, set_seed
 from meshpeft.peft import PEFT, LoRA, adapter_wrappers
 from meshpeft.verify.simulation import Collective, count_collectives
@@ -180,3 +184,17 @@ def collectives_of(directory: Path, division: Division, method: PEFT) -> tuple[l
     adapted = run()
     with method.disable_adapter(model):
         return adapted, run()
+
+
+@contextmanager
+def count_read() -> Iterator[list[int]]:
+    """Count the values that are read from files, of weights; a list of one number."""
+    numbers, read = [0], TensorFiles.read_into
+
+    def counted(self: TensorFiles, *arguments: Any) -> Tensor:
+        box = read(self, *arguments)
+        numbers[0] += box.numel()
+        return box
+
+    with mock.patch.object(TensorFiles, "read_into", counted):
+        yield numbers

@@ -14,12 +14,12 @@ import pytest
 import torch
 from helpers.tiny_models import random_ids, reference, save_tiny
 from helpers.transformers_float64 import in_float64
+from helpers.transformers_runs import count_read
 from helpers.workers import run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from meshpeft.hub.tensor_files import TensorFiles
 from meshpeft.models import (
     ModelError,
     generate,
@@ -56,15 +56,7 @@ def exact(directory: Path) -> Any:
 def everything(directory: Path, tp: int, saved: Path) -> dict[str, Any]:
     """What a model at `tp` gives, how many values this rank read and holds, and the model written to `saved`."""
     init_parallelism(tensor_parallel=tp)
-    numbers = [0]
-    read = TensorFiles.read_into
-
-    def counted(self: TensorFiles, *arguments: Any) -> Tensor:
-        box = read(self, *arguments)
-        numbers[0] += box.numel()
-        return box
-
-    with mock.patch.object(TensorFiles, "read_into", counted):
+    with count_read() as read:
         model = exact(directory)
     ids = random_ids()
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -77,7 +69,7 @@ def everything(directory: Path, tp: int, saved: Path) -> dict[str, Any]:
         "loss": vocab_parallel_cross_entropy(model(ids)[:, :-1], labels, axis=model.vocab_axis).mean().item(),
         "continued": generate(model, ids, 6),
         "padded": generate(model, padded, 6, attention_mask=mask)[:, ids.shape[1] :],
-        "read": numbers[0],
+        "read": read[0],
         "held": held,
     }
 
@@ -258,11 +250,6 @@ def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) ->
         pytest.raises(ModelError, match=rf"model\.{key}=0\.1: the base model's own dropout"),
     ):
         load_transformers(tiny("gemma"))
-
-
-def test_experts_in_another_form_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"experts.* in another form than the mixtral model has it"):
-        load_transformers(save_tiny("mixtral", tmp_path))
 
 
 def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:

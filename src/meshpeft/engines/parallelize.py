@@ -10,29 +10,37 @@ does not have are fine-tuned like those that it has: gradients are partial until
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, stacks_of_experts
 from meshpeft.parallel import (
     ColumnParallelLinear,
     FusedParts,
+    LayerType,
+    LinearLayout,
     ParallelAxis,
     ParallelError,
     RowParallelLinear,
     TensorLayout,
     VocabParallelEmbedding,
-    layout_of_tensor,
+    layer_type_of,
+    mp_copy,
     parallel_group_info,
+    register_layer_type,
     set_layout,
 )
 
-__all__ = ["FusedLayer", "fused_layers", "parallelize"]
+__all__ = ["FusedLayer", "SharedKeyLinear", "fused_layers", "parallelize"]
 
 
 @dataclass(frozen=True)
@@ -110,17 +118,25 @@ class _Changes:
     local: list[tuple[FusedLayer, nn.Module]] = field(default_factory=list)
 
 
-def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits: bool = True) -> Model:
-    """Shard a transformers model over tensor parallel, in place. No collective.
+def parallelize(
+    model: Model,
+    *,
+    axis: ParallelAxis | None = None,
+    expert_axes: ExpertAxes | None = None,
+    gather_logits: bool = True,
+) -> Model:
+    """Shard a transformers model over tensor parallel, and its experts over expert parallel, in place. No collective.
 
     Linear layers and the embedding that the model's `tp_plan` names become `ColumnParallelLinear`,
-    `RowParallelLinear` and `VocabParallelEmbedding`; each rank keeps its slices, and the rest is freed. Tied weights
-    stay tied. An embedding and head whose vocabulary does not divide stay replicated. The model takes the same inputs
-    on every rank and gives the same outputs. Apply adapters afterwards.
+    `RowParallelLinear` and `VocabParallelEmbedding`; stacked experts become grouped layers, whatever the plan says of
+    them (`group_experts`). Each rank keeps its slices, and the rest is freed. Tied weights stay tied. An embedding and
+    head whose vocabulary does not divide stay replicated. The model takes the same inputs on every rank and gives the
+    same outputs. Apply adapters afterwards.
 
     Args:
         model: Model as `from_pretrained` returns it, or on the meta device, the same on every rank.
         axis: Axis to shard it over; tensor parallel by default.
+        expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
         gather_logits: Return full logits; otherwise the model returns its rank's slice of the vocabulary
             [*, vocab / world_size], for `vocab_parallel_cross_entropy`, where the vocabulary divides.
 
@@ -129,7 +145,7 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
 
     Raises:
         ParallelError: The model has no plan, one that shards nothing between the embedding and the head, or one with a
-            style that has no counterpart here (experts); a layer's size or its attention heads do not divide. The
+            style that has no counterpart here; a layer's size, its attention heads or its experts do not divide. The
             model is unchanged then.
     """
     axis = parallel_group_info().tp if axis is None else axis
@@ -139,6 +155,7 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
             f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be sharded is not known"
         )
     changes = _planned(model, plan, axis, gather_logits)
+    group_experts(model, ExpertAxes.of_mesh(axis) if expert_axes is None else expert_axes)
     for fused, holder in changes.local:
         fused.localise(holder, axis.world_size)
     for name, layer in changes.layers.items():
@@ -154,14 +171,24 @@ def parallelize(model: Model, *, axis: ParallelAxis | None = None, gather_logits
 
 def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gather_logits: bool) -> _Changes:
     changes, made = _Changes(), dict[int, nn.Parameter]()
-    styles = {name: style for name, _ in model.named_modules() if (style := _style_of(name, plan)) is not None}
+    stacks = stacks_of_experts(model)
+    styles = {
+        name: style
+        for name, _ in model.named_modules()
+        if name not in stacks and (style := _style_of(name, plan)) is not None
+    }
+    styles |= _completed(model, styles)
     for name, module in model.named_modules():
         # Plans leave out an embedding that is not called embed_tokens.
         if module is getattr(model, "get_input_embeddings", lambda: None)():
             styles[name] = "embedding_rowwise"
-    for name, _ in model.named_parameters():
-        if (style := _style_of(name, plan)) is not None:
+    for name, parameter in model.named_parameters():
+        style = styles.pop(name, None) or _style_of(name, plan)
+        if style is None or name.rpartition(".")[0] in stacks:
+            continue
+        if style != "colwise":
             raise _unsupported(name, style)
+        changes.parameters[name] = _sharded(parameter, name, axis, made)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     fused = fused_layers(model, styles)
     partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in fused.items()}
@@ -193,11 +220,14 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
                 (parameter, TensorLayout(tuple(parameter.shape), grad_partial=(axis,) if axis.world_size > 1 else ()))
                 for parameter in module.parameters()
             ]
+        elif style == "mla_kv_a_proj":
+            rotary: int = model.get_submodule(name.rpartition(".")[0]).qk_rope_head_dim  # type: ignore[assignment]
+            changes.layers[name] = SharedKeyLinear(_linear(module, name, style), rotary, axis)
         elif style != "replicate":
             raise _unsupported(name, style)
     at_the_ends = {name for name, style in styles.items() if style == "embedding_rowwise"}
     at_the_ends |= {name for name in styles if model.get_submodule(name) is head}
-    if axis.world_size > 1 and changes.layers.keys() <= at_the_ends:
+    if axis.world_size > 1 and not stacks and changes.layers.keys() <= at_the_ends:
         raise ParallelError(
             f"{type(model).__name__}: its tensor-parallel plan shards none of its blocks, so at {axis.name}="
             f"{axis.world_size} every process would hold and compute all of them; use {axis.name}=1"
@@ -214,8 +244,8 @@ def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
 
 def _unsupported(name: str, style: str) -> ParallelError:
     return ParallelError(
-        f"{name}: the plan's style {style!r} has no counterpart among this package's layers; let transformers shard "
-        "the model (tp_plan='auto'), or use meshpeft.models for the architectures with experts that it reads"
+        f"{name}: the style {style!r} of the model's tensor-parallel plan has no counterpart among this package's "
+        "layers; use tp=1 (in Python, transformers' own tp_plan='auto' shards it, for one adapter a rank)"
     )
 
 
@@ -233,7 +263,10 @@ def _check_heads(
 ) -> None:
     """Check that every rank gets full heads: code between a column and a row counts them."""
     holder: Any = model.get_submodule(name.rpartition(".")[0])
-    head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
+    if isinstance(getattr(holder, "qk_rope_head_dim", None), int):  # latent attention: heads of several widths
+        head_dim: Any = linear.out_features // holder.num_heads
+    else:
+        head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
     if not isinstance(head_dim, int):
         return
     parts = fused_parts.sizes if fused_parts is not None else (linear.out_features,)
@@ -254,11 +287,82 @@ def _norms_of_heads(
     prefix, found = name.rpartition(".")[0], {}
     for own, weight in model.get_submodule(prefix).named_parameters():
         if own.endswith("norm.weight") and weight.dim() == 2 and weight.numel() == linear.out_features:
-            layout = TensorLayout(tuple(weight.shape), ((0, axis),))
-            new = nn.Parameter(weight.new_empty(layout.local_shape))
-            set_layout(new, layout)
-            found[f"{prefix}.{own}"] = _kept(new, weight, made)
+            found[f"{prefix}.{own}"] = _sharded(weight, f"{prefix}.{own}", axis, made)
     return found
+
+
+def _sharded(full: nn.Parameter, name: str, axis: ParallelAxis, made: dict[int, nn.Parameter]) -> nn.Parameter:
+    """Make a parameter that is sharded along its first dim, which counts heads or their channels."""
+    with _naming(name):
+        layout = TensorLayout(tuple(full.shape), ((0, axis),))
+    new = nn.Parameter(full.new_empty(layout.local_shape))
+    set_layout(new, layout)
+    return _kept(new, full, made)
+
+
+# The layers of a block whose plan says nothing of it.
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_OUTPUTS = ("o_proj", "out_proj", "dense")
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+def _completed(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
+    """Find the styles of blocks that a plan leaves out, by their structure; of modules, and of parameters.
+
+    transformers has plans for the experts alone of many architectures. What is taken for granted of a block's code,
+    that it counts its heads by the sizes that it finds and treats channels one by one, `meshpeft verify` shows.
+
+    Args:
+        model: The model.
+        styles: Those of the plan, by full name: blocks with any of these are left alone.
+    """
+    planned = {name.rpartition(".")[0] for name in styles}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name not in planned:
+            found |= {f"{name}.{own}": style for own, style in _styles_of_block(module).items()}
+    return found
+
+
+def _styles_of_block(block: Any) -> dict[str, str]:
+    linears = {name: child for name, child in block.named_children() if type(child) is nn.Linear}
+    others = [child for child in block.children() if child not in linears.values()]
+    for gate, up, down in _GATED_MLPS:
+        sizes = {linears[name].out_features for name in (gate, up) if name in linears}
+        if linears.keys() == {gate, up, down} and sizes == {linears[down].in_features}:
+            return {gate: "colwise", up: "colwise", down: "rowwise"}
+    if not linears or any(layer_type_of(module) is not None for child in others for module in child.modules()):
+        return {}
+    own = [name for name, _ in block.named_parameters(recurse=False)]
+    if "num_heads" in _code_of_call(type(block)) or not set(own) <= {"sinks"}:
+        return {}
+    outputs = [name for name in _OUTPUTS if name in linears]
+    if linears.keys() == {*_ATTENTION, *outputs} and len(outputs) == 1 and isinstance(block.head_dim, int):
+        # A norm of all heads needs them all; one of each head serves any.
+        if any(tuple(weight.shape) != (block.head_dim,) for child in others for weight in child.parameters()):
+            return {}
+        norms = [name for name, child in block.named_children() if child in others and [*child.parameters()]]
+        styles = dict.fromkeys(_ATTENTION, "colwise") | {outputs[0]: "rowwise"} | dict.fromkeys(own, "colwise")
+        return styles | dict.fromkeys(norms, "replicated_with_grad_allreduce")
+    query = "q_b_proj" if "q_b_proj" in linears else "q_proj"
+    needed = {query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    if needed <= linears.keys() <= set(_LATENT) and isinstance(getattr(block, "qk_rope_head_dim", None), int):
+        return {
+            query: "colwise",
+            "kv_a_proj_with_mqa": "mla_kv_a_proj",
+            "kv_b_proj": "colwise",
+            "o_proj": "rowwise",
+        }
+    return {}
+
+
+@cache
+def _code_of_call(cls: Any) -> str:
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
@@ -309,6 +413,50 @@ def _row(
     return _filled(layer, module, made)
 
 
+class SharedKeyLinear(nn.Linear):
+    """The replicated layer of latent attention whose last outputs are the rotary part of every head's key.
+
+    y [*, latent + rotary]. What is made of the latent part, the same on every rank, goes into columns, which sum its
+    gradient. The rotary part meets the heads of each rank as it is, so its gradient is summed here.
+
+    Args:
+        module: Layer that it takes the place of, whose parameters it keeps.
+        rotary: Width of the rotary part.
+        axis: Axis that shards the heads.
+    """
+
+    def __init__(self, module: nn.Linear, rotary: int, axis: ParallelAxis) -> None:
+        super().__init__(module.in_features, module.out_features, module.bias is not None, device="meta")
+        self.weight, self.bias = module.weight, module.bias
+        self.rotary, self.axis = rotary, axis
+
+    @property
+    def layout(self) -> LinearLayout:
+        """Layout of a replicated layer."""
+        return LinearLayout(self.in_features, self.out_features, axis=self.axis)
+
+    def exit(self, y: Tensor) -> Tensor:
+        """Add the bias; y [*, out] stays the same on every rank, and so does its gradient."""
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        latent, rotary = y.split([self.out_features - self.rotary, self.rotary], -1)
+        return torch.cat((latent, mp_copy(rotary, axis=self.axis)), -1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [*, in] -> [*, out], I over the axis."""
+        return self.exit(functional.linear(input, self.weight))
+
+
+register_layer_type(
+    SharedKeyLinear,
+    LayerType(
+        layout=lambda module: module.layout,
+        weight=lambda module: module.weight,
+        enter=lambda module, x: x,
+        exit=lambda module, y: module.exit(y),
+    ),
+)
+
+
 class _ScaledEmbedding(VocabParallelEmbedding):
     """Embeddings times a number that the architecture fixes (Gemma)."""
 
@@ -340,19 +488,11 @@ def _embedding(module: Any, axis: ParallelAxis, made: dict[int, nn.Parameter]) -
     return layer
 
 
-@torch.no_grad()
 def _kept(new: nn.Parameter, full: Tensor, made: dict[int, nn.Parameter]) -> nn.Parameter:
     """Fill `new` with this rank's slice of a full parameter; return the one that was made of a tied one before."""
     if id(full) in made:
         return made[id(full)]
-    layout = layout_of_tensor(new)
-    assert layout is not None
-    if not new.is_meta:
-        canonical = full
-        if layout.fused_parts is not None and layout.fused_dim == 0:
-            canonical = torch.cat(layout.fused_parts.split(full, 0, 1))
-        new.copy_(layout.slice(canonical))
-    new.requires_grad_(full.requires_grad)
+    keep_slice(new, full)
     made[id(full)] = new
     return new
 

@@ -37,7 +37,7 @@ from meshpeft.hub.adapter_tensors import (
 from meshpeft.hub.names import Stored, plain
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.hub.tensor_files import CheckpointError, Declared, TensorFileWriter
-from meshpeft.models import Decoder, LanguageModel
+from meshpeft.models import LanguageModel
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.finite import check_finite
 from meshpeft.parallel.registry import layer_type_of
@@ -197,7 +197,7 @@ def _described(
 def _names(model: nn.Module, adapted: list[AdaptedLinear], format: AdapterFormat) -> WrittenNames:
     linears = {linear.name: linear for linear in hub_linears(model)}
     stacks = {linear.names[0]: linears[linear.names[0]] for linear in adapted if linear.is_stacked}
-    return WrittenNames(format, linears, stacks, model.config.model_type if isinstance(model, Decoder) else None)
+    return WrittenNames(format, linears, stacks, model)
 
 
 def _check_alike(adapted: list[AdaptedLinear]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,12 +42,13 @@ from meshpeft.hub.adapter_tensors import (
     adapted_linears,
     has_our_names,
     hub_linears,
+    name_in_checkpoints,
     parts_of,
     peft_container,
     reshard,
     stored_factors,
 )
-from meshpeft.hub.names import SeparateA, SeparateB, Stored, hf_module_name, our_module_name
+from meshpeft.hub.names import SeparateA, SeparateB, Stored, expert_module_name, hf_module_name, our_module_name
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models import ModelError
 from meshpeft.parallel.agreement import all_or_none
@@ -396,8 +398,15 @@ class FoundNames:
     def __init__(
         self, model: nn.Module, config: PeftConfig, file: TensorFiles, linears: Mapping[str, HubLinear]
     ) -> None:
-        self._linears, self._config, self._file = linears, config, file
+        self._model, self._linears, self._config, self._file = model, linears, config, file
         self._has_our_names = has_our_names(model)
+        self._of_experts = {} if self._has_our_names else _names_of_experts(model, linears)
+        # The names of the family's checkpoints.
+        self._of_modules = {
+            name_in_checkpoints(model, linear): name
+            for name, linear in linears.items()
+            if not (self._has_our_names or linear.is_stacked)
+        }
         self._modules: dict[str, str] = {}
         self.base_copies: dict[str, str] = {}
         self._experts: dict[tuple[str, str | None, int], str] = {}
@@ -442,6 +451,12 @@ class FoundNames:
         for stack in self._stacks:
             if peft_container(stack, self._stacks) == path:
                 return stack
+        if path in self._of_modules:
+            self._modules[self._of_modules[path]] = path
+            return self._of_modules[path]
+        if path in self._of_experts:
+            self._experts[self._of_experts[path]] = path
+            return self._of_experts[path][0]
         if self._has_our_names:
             try:
                 ours = our_module_name(path)
@@ -473,7 +488,8 @@ class FoundNames:
         for expert in range(linear.experts):
             for part in parts_of(linear.layout):
                 if (name, part, expert) not in self._experts:
-                    missing = hf_module_name(linear.module, part, expert=expert)
+                    name_of = hf_module_name if self._has_our_names else partial(expert_module_name, self._model)
+                    missing = name_of(linear.module, part, expert=expert)
                     raise CheckpointError(f"{self._file.path} lacks {PREFIX}{missing}.{FACTOR_A}")
         for other, part, expert in self._experts:
             if other == name and expert >= linear.experts:
@@ -524,6 +540,17 @@ class FoundNames:
                 targeted = self._config.parameters([name])
             found |= {name} if targeted else set()
         return found
+
+
+def _names_of_experts(model: nn.Module, linears: Mapping[str, HubLinear]) -> dict[str, tuple[str, str | None, int]]:
+    """Map the name that each expert's parts have in files to the parameter, part and expert in transformers."""
+    return {
+        expert_module_name(model, linear.module, part, expert): (name, part, expert)
+        for name, linear in linears.items()
+        if linear.is_stacked
+        for part in parts_of(linear.layout)
+        for expert in range(linear.experts)
+    }
 
 
 BASE_COPY = "base_layer.weight"

@@ -28,9 +28,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from meshpeft.engines.transformers_experts import StackedExperts
 from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
 from meshpeft.hub.adapter_scales import AS_THEY_ARE, Written
-from meshpeft.hub.names import StackedA, StackedB, Stored, StoredTensor, StoredTensors, hf_module_name
+from meshpeft.hub.names import (
+    StackedA,
+    StackedB,
+    Stored,
+    StoredTensor,
+    StoredTensors,
+    expert_module_name,
+    hf_module_name,
+)
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.models import Decoder, DecoderConfig, ModelError
 from meshpeft.parallel import describe_layers, parallel_group_info
@@ -51,6 +60,7 @@ __all__ = [
     "has_our_names",
     "hub_linears",
     "is_adapted_as_parameter",
+    "name_in_checkpoints",
     "parts_of",
     "peft_container",
     "refuse_sharded",
@@ -62,7 +72,7 @@ __all__ = [
 AdapterFormat = Literal["peft", "peft-per-expert"]
 
 # peft wraps a module with two adapted parameters twice; the one that the module lists first is inside.
-_INNER, _NESTED = "gate_up_proj", "base_layer"
+_INNER, _NESTED = ("gate_up_proj", "up_proj"), "base_layer"
 
 _RANK_DIMS = {FACTOR_A: -2, FACTOR_B: -1}
 
@@ -411,14 +421,13 @@ class WrittenNames:
         format: Format of the file.
         linears: Every layer of the model, by name.
         stacks: The stacked experts that have an adapter.
-        model_type: The family, whose checkpoints have names of their own, which the per-expert form uses; `None` of
-            a model that is not a decoder.
+        model: The model.
     """
 
     format: AdapterFormat
     linears: Mapping[str, HubLinear]
     stacks: Mapping[str, HubLinear]
-    model_type: str | None
+    model: nn.Module
 
     @property
     def per_expert(self) -> bool:
@@ -427,9 +436,9 @@ class WrittenNames:
 
     def of_module(self, name: str) -> str:
         """Name in the file of the layer with this name in transformers."""
-        if not self.per_expert or self.model_type is None:
+        if not self.per_expert:
             return name
-        return hf_module_name(self.linears[name].module, self.linears[name].part, model_type=self.model_type)
+        return name_in_checkpoints(self.model, self.linears[name])
 
     def of_stack(self, name: str) -> str:
         """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
@@ -437,7 +446,7 @@ class WrittenNames:
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
         """Name in the file of one expert's part of such a parameter."""
-        return hf_module_name(self.linears[name].module, part, expert=expert, model_type=self.model_type)
+        return expert_module_name(self.model, self.linears[name].module, part, expert)
 
     def of_experts(self, name: str) -> list[str]:
         """List the names of all parts of all experts of such a parameter."""
@@ -461,31 +470,44 @@ class WrittenNames:
         return found
 
 
+def name_in_checkpoints(model: nn.Module, linear: HubLinear) -> str:
+    """Name a layer that is no stack of experts as the family's checkpoints on the hub do."""
+    if isinstance(model, Decoder):
+        return hf_module_name(linear.module, linear.part, model_type=model.config.model_type)
+    stored: Mapping[str, str] = getattr(model, "stored_names", {})
+    return stored.get(f"{linear.name}.weight", linear.name).removesuffix(".weight")
+
+
 def peft_container(name: str, adapted: Collection[str]) -> str:
     """Name peft's module for a parameter of stacked experts: `..mlp.experts`, or `..mlp.experts.base_layer`.
 
     Args:
-        name: `..mlp.experts.gate_up_proj` or `..mlp.experts.down_proj`.
+        name: `..mlp.experts.gate_up_proj` (`up_proj` without a gate) or `..mlp.experts.down_proj`.
         adapted: All such parameters that have an adapter.
     """
     container, _, leaf = name.rpartition(".")
     both = any(other != name and other.rpartition(".")[0] == container for other in adapted)
-    return f"{container}.{_NESTED}" if both and leaf == _INNER else container
+    return f"{container}.{_NESTED}" if both and leaf in _INNER else container
 
 
 def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
     """Whether peft reaches a layer of a model with experts only by its parameter `{name}.weight`.
 
     Routers are no linear layers in transformers; and peft (0.21) takes any target that ends like a projection of the
-    experts for the experts themselves.
+    experts for the experts themselves, in the families whose files have these one by one as those of Qwen2-MoE or
+    Mixtral have them.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    if name.rpartition(".")[2] not in ("gate", "gate_proj", "up_proj", "down_proj"):
+        return False
     if isinstance(config, DecoderConfig):
-        has_experts = config.moe is not None
-    else:  # a model of transformers, or of Megatron
-        counts = ("num_experts", "num_local_experts", "num_moe_experts")
-        has_experts = any(getattr(config, count, None) for count in counts)
-    return has_experts and name.rpartition(".")[2] in ("gate", "gate_proj", "up_proj", "down_proj")
+        return config.moe is not None
+    if any(isinstance(module, StackedExperts) for module in model.modules()):
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # heavy, and loaded with the model
+
+        return _MODEL_TO_CONVERSION_PATTERN.get(config.model_type) in ("mixtral", "qwen2_moe")
+    counts = ("num_experts", "num_local_experts", "num_moe_experts")  # of transformers, and of Megatron
+    return any(getattr(config, count, None) for count in counts)
 
 
 def parts_of(layout: LinearLayout) -> tuple[str | None, ...]:

@@ -87,7 +87,7 @@ def fill(
     model: LanguageModel,
     files: TensorFiles,
     stored: Mapping[str, StoredTensors],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str | None,
     quantize: BaseQuantizer | None,
 ) -> None:
@@ -97,7 +97,7 @@ def fill(
         model: Model on the meta device; tied parameters stay tied.
         files: Files that hold them.
         stored: Tensors that hold each of them.
-        dtype: Dtype of those that are of a floating type.
+        dtype: Dtype of those that are of a floating type; `None` for what the empty ones have.
         device: Their device; torch's default device by default.
         quantize: Packs each layer as soon as its weight is read.
 
@@ -111,7 +111,7 @@ def fill(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
     for name, empty in model.stored_tensors().items():
-        kind = dtype if empty.is_floating_point() else empty.dtype
+        kind = dtype if dtype is not None and empty.is_floating_point() else empty.dtype
         if kind.is_floating_point:
             for key in stored[name].keys:
                 files.dtype(key, floating=True)

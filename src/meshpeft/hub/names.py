@@ -28,18 +28,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
 
+from meshpeft.engines.transformers_experts import StackedExperts
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models import Decoder, LanguageModel, ModelError
-from meshpeft.parallel.layout import TensorLayout
+from meshpeft.models.language_model import PartsInFiles
+from meshpeft.parallel.layout import FusedParts, TensorLayout
 from meshpeft.parallel.mesh import on_each_rank
 
 __all__ = [
@@ -51,8 +53,10 @@ __all__ = [
     "Stored",
     "StoredTensor",
     "StoredTensors",
+    "expert_module_name",
     "hf_module_name",
     "hf_tensor_names",
+    "name_in_transformers",
     "our_module_name",
     "plain",
     "stored_forms",
@@ -194,8 +198,75 @@ def stored_forms(model: LanguageModel, parameter: str, layout: TensorLayout) -> 
     """
     if isinstance(model, Decoder):
         return _forms_of_family(parameter, layout, model.config.model_type)
+    parts = model.stored_parts.get(parameter)
+    if parts is not None:
+        return [_in_parts(layout, parts)]
     # The models of transformers have the form of their files.
-    return [StoredTensors(layout, [StoredTensor(model.stored_names.get(parameter, parameter))])]
+    key = model.stored_names.get(parameter, name_in_transformers(model, parameter))
+    return [StoredTensors(layout, [StoredTensor(key)], transposed=_is_transposed(model, parameter))]
+
+
+def _in_parts(layout: TensorLayout, parts: PartsInFiles) -> StoredTensors:
+    if parts.sizes is not None:
+        names = tuple(f"part {number}" for number in range(len(parts.sizes)))
+        layout = replace(layout, fused_parts=FusedParts(names, parts.sizes), fused_dim=0)
+    stacked = layout.is_stacked
+    tensors = [
+        StoredTensor(key, None if layout.fused_parts is None else part, expert if stacked else None)
+        for part, keys in enumerate(parts.tensors)
+        for expert, key in enumerate(keys)
+    ]
+    return StoredTensors(layout, tensors, stacked)
+
+
+def _stack_of(model: nn.Module, layer: str) -> StackedExperts | None:
+    """Return the module of stacked experts that a layer of a transformers model is of."""
+    holder, _, own = layer.rpartition(".")
+    try:
+        stack = model.get_submodule(holder)
+    except AttributeError:  # a name that leaves out the wrapper around a block
+        return None
+    return stack if isinstance(stack, StackedExperts) and own in (stack.first, "down_proj") else None
+
+
+def name_in_transformers(model: nn.Module, parameter: str) -> str:
+    """Return transformers' name of a parameter of one of its models.
+
+    The weight of stacked experts' layer `..experts.down_proj` is a parameter `..experts.down_proj` there.
+    """
+    layer, _, attribute = parameter.rpartition(".")
+    return layer if attribute == "weight" and _stack_of(model, layer) is not None else parameter
+
+
+def _is_transposed(model: nn.Module, parameter: str) -> bool:
+    """Whether transformers has the weight of stacked experts as [experts, in, out]."""
+    layer, _, attribute = parameter.rpartition(".")
+    stack: Any = _stack_of(model, layer) if attribute == "weight" else None
+    return stack is not None and bool(stack.is_transposed)
+
+
+def expert_module_name(model: nn.Module, layer: str, part: str | None, expert: int) -> str:
+    """Name one expert's part of a layer of stacked experts, of any model, as checkpoints on the hub name it.
+
+    Those of a transformers model that was read from such a checkpoint have its names; others get
+    `..experts.7.gate_proj`, `up_proj` and `down_proj`.
+
+    Args:
+        model: Decoder of ours or of Megatron's, or a model of transformers.
+        layer: Full name of the layer there.
+        part: `gate` or `up`; `None` for a layer that is not fused.
+        expert: Its number over all ranks.
+    """
+    if isinstance(model, Decoder):
+        return hf_module_name(layer, part, expert=expert, model_type=model.config.model_type)
+    if _stack_of(model, layer) is None:
+        return hf_module_name(layer, part, expert=expert)
+    held = getattr(model, "stored_parts", {}).get(f"{layer}.weight")
+    if held is not None:
+        name: str = held.tensors[{"gate": 0, "up": 1, None: 0}[part]][expert]
+        return name.removesuffix(".weight")
+    container, _, own = layer.rpartition(".")
+    return f"{container}.{expert}.{own if part is None else f'{part}_proj'}"
 
 
 def _forms_of_family(parameter: str, layout: TensorLayout, model_type: str) -> list[StoredTensors]:
@@ -293,6 +364,7 @@ class StoredTensors(Stored):
             differs only in `expert` are copies.
         rank_dim: The dim of a matrix that is the rank: -2 of A, -1 of B; `None` for no such dim.
         rank: R, the rank in the file; `None` for the parameter's own.
+        transposed: The last two dims are the other way round in the file.
     """
 
     layout: TensorLayout
@@ -300,6 +372,7 @@ class StoredTensors(Stored):
     stacked: bool = False
     rank_dim: int | None = None
     rank: int | None = None
+    transposed: bool = False
 
     def declared(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of each tensor."""
@@ -309,6 +382,8 @@ class StoredTensors(Stored):
         return [(tensor.key, full if tensor.part is None else parts[tensor.part]) for tensor in self.tensors]
 
     def _in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.transposed:
+            return (*shape[:-2], shape[-1], shape[-2])
         if self.rank is None or self.rank_dim is None:
             return shape
         sizes = list(shape)
@@ -324,6 +399,7 @@ class StoredTensors(Stored):
         for tensor in self.tensors:
             values = parts[tensor.part or 0]
             values = values[tensor.expert] if self.stacked and tensor.expert is not None else values
+            values = values.transpose(-2, -1).contiguous() if self.transposed else values
             yield values if self.rank_dim is None else _padded(values, self.rank_dim, self.rank)
 
     def _copies(self) -> dict[tuple[int | None, int | None], list[str]]:
@@ -354,13 +430,18 @@ class StoredTensors(Stored):
         kind = _common_dtype(files, keys.values()) if dtype is None else dtype
         local = _empty(list(layout.local_shape), kind, torch.device("cpu") if device is None else device)
         fused = self.tensors[0].part is None
+        if fused and layout.fused_parts is not None and layout.fused_parts.blocks is not None:
+            # Whole blocks of all parts, which lie in the file as they do here.
+            offset, shape = list(replace(layout, fused_parts=None).pieces()[0].offset), list(layout.local_shape)
+            _read_piece(files, [keys[None, None]], False, offset, shape, 0, list(_ONE_RUN), local, self.transposed)
+            return local
         for number, (piece, place) in enumerate(zip(layout.pieces(), layout.part_views(local), strict=True)):
             part = None if fused else number
             experts = range(layout.global_shape[0]) if self.stacked else (None,)
             names = [keys[part, expert] for expert in experts]
             runs = _runs(layout, number) if fused else _ONE_RUN
             offset, shape = list(piece.offset), list(piece.shape)
-            _read_piece(files, names, self.stacked, offset, shape, layout.fused_dim, list(runs), place)
+            _read_piece(files, names, self.stacked, offset, shape, layout.fused_dim, list(runs), place, self.transposed)
         return local
 
 
@@ -424,6 +505,9 @@ class StackedB(Stored):
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """Write the experts out in one matrix."""
+        fused = self.layout.fused_parts
+        if fused is not None:
+            full = fused.fuse(full.split(list(fused.sizes), -2), -2, 1)
         full = _padded(full, -1, self.rank)
         yield full.expand(self.experts, *full.shape[-2:]).permute(1, 2, 0).reshape(full.shape[-2], -1)
 
@@ -435,10 +519,12 @@ class StackedB(Stored):
 
     def read(self, files: TensorFiles) -> Tensor:
         """Read this rank's slice."""
-        fused = self.layout.fused_parts
+        layout, fused = self.layout, self.layout.fused_parts
+        if fused is not None and fused.blocks is not None:  # whole blocks lie in the file as they do here
+            layout, fused = replace(layout, fused_parts=None), None
         starts = accumulate((0,) if fused is None else fused.sizes, initial=0)
         parts = []
-        for piece, start in zip(self.layout.pieces(), starts, strict=False):
+        for piece, start in zip(layout.pieces(), starts, strict=False):
             *lead, features, rank = piece.shape
             first_expert = piece.offset[0] if self.stacked else 0
             experts = lead[0] if lead else 1
@@ -449,7 +535,7 @@ class StackedB(Stored):
                 for column in range(rank)
             ]
             parts.append(torch.stack(columns, -1).transpose(0, 1).reshape(piece.shape))
-        return self.layout.join_parts(parts)
+        return layout.join_parts(parts)
 
 
 @dataclass(frozen=True)
@@ -555,7 +641,7 @@ def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor
 def _read_stack(files: TensorFiles, keys: Sequence[str], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Read a box [matrices, ..] of the stack of these tensors, of which only those in the box are read."""
     local = _empty(list(shape), _common_dtype(files, keys), torch.device("cpu"))
-    _read_piece(files, list(keys), True, list(offset), list(shape), 1, list(_ONE_RUN), local)
+    _read_piece(files, list(keys), True, list(offset), list(shape), 1, list(_ONE_RUN), local, False)
     return local
 
 
@@ -569,8 +655,12 @@ def _read_piece(
     dim: int,
     runs: list[int],
     place: Tensor,
+    transposed: bool,
 ) -> None:
     """Copy a box of a part into `place`: from its tensor, or from the tensor of each expert in the box."""
+    if transposed:  # in terms of the file
+        offset, shape = ([*sizes[:-2], sizes[-1], sizes[-2]] for sizes in (offset, shape))
+        dim, place = {len(shape) - 2: len(shape) - 1}.get(dim, dim), place.transpose(-2, -1)
     if not stacked:
         _read_runs(files, keys[0], offset, shape, dim, runs, place)
         return

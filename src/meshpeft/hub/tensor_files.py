@@ -13,6 +13,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
 from meshpeft.models import ModelError
-from meshpeft.parallel.errors import MeshPEFTError, blamed_on, reason_of, shown
+from meshpeft.parallel.errors import MeshPEFTError, blamed_on, first_few, reason_of, shown
 from meshpeft.parallel.finite import finite_flag
 from meshpeft.parallel.mesh import on_each_rank
 
@@ -205,7 +206,7 @@ class TensorFileWriter:
         error_type: Error that is raised.
 
     Raises:
-        MeshPEFTError: A type that the format does not have.
+        MeshPEFTError: A type that the format does not have; two tensors of one name.
     """
 
     def __init__(
@@ -223,6 +224,9 @@ class TensorFileWriter:
         for name, dtype, _ in self._expected:
             if dtype not in _NAMES:
                 raise error_type(f"{name} has type {dtype}, which safetensors files do not hold")
+        twice = [name for name, count in Counter(tensor.name for tensor in self._expected).items() if count > 1]
+        if twice:
+            raise error_type(f"{path.name} would hold {first_few(twice)} twice; names in a file are unique")
         self._in_file = self._expected
         if as_safetensors:
             self._in_file = sorted(self._expected, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from meshpeft.hub.config import check_fields, few_modules
 from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
-from meshpeft.hub.names import stored_forms
+from meshpeft.hub.names import name_in_transformers, stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
 from meshpeft.models import ModelError
-from meshpeft.models.language_model import layout_or_replicated
+from meshpeft.models.language_model import PartsInFiles, layout_or_replicated
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.parallel.errors import blamed_on, first_few
@@ -87,19 +88,21 @@ def load_transformers(
             model = make_transformers_model(config, dtype, device=target)
         found = _found(model, files)
         groups = _tied_names(model)
-        if any(has_two_values(files, [found[name] for name in names if name in found]) for names in groups):
+        if any(has_two_values(files, [found.whole[name] for name in names if name in found.whole]) for names in groups):
             model = make_transformers_model(_untied(config), dtype, device=target)
         # What is tied beside the head, such as its bias, has one value in the files then, and two places in the model.
         tied = {name: names for names in groups for name in names}
+        model.stored_parts = _stored_parts(model, files, found)
         model.stored_names = _stored_names(model, files, found, tied)
         stored = {
             name: stored_forms(model, name, layout_or_replicated(tensor))[0]
             for name, tensor in model.stored_tensors().items()
         }
         check_shapes(files, stored)
-        fill(model, files, stored, dtype, target, quantize)
-    own = {name: held for name, held in model.stored_names.items() if found.get(name) == held}
-    model.stored_names = {name: own.get(name, name) for name in model.stored_names}
+        fill(model, files, stored, None, target, quantize)
+    # A tied parameter that the files hold under another's name is written under its own.
+    theirs = {name: name_in_transformers(model, name) for name in model.stored_names}
+    model.stored_names = {name: found.whole.get(own, own) for name, own in theirs.items()}
     model.set_activation_checkpointing(activation_checkpointing)
     return model
 
@@ -119,53 +122,128 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _found(model: Any, files: TensorFiles) -> dict[str, str]:
-    """Map each parameter and persistent buffer in the files to its name there, by transformers' table of old names.
+@dataclass
+class _Found:
+    """What the files hold of a model, by the names of transformers' parameters and persistent buffers.
+
+    Attributes:
+        whole: Name of the one tensor that is the parameter.
+        parts: For each part of the parameter (gate, up; one for a parameter without parts) the names of its tensors:
+            one for each expert, or one.
+    """
+
+    whole: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[dict[int, str]]] = field(default_factory=dict)
+
+
+def _found(model: Any, files: TensorFiles) -> _Found:
+    """Find each parameter and persistent buffer in the files, by transformers' table of conversions.
 
     Raises:
-        ModelError: The files hold one twice, with different values; in another form; or one that the model has not.
+        ModelError: The files hold one twice, with different values; in a form that cannot be read; or one that the
+            model has not.
     """
-    own = set(model.state_dict())
+    own = {name_in_transformers(model, name) for name in model.state_dict()}
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     conversions: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-    found: dict[str, str] = {}
+    found = _Found()
     for name in sorted(files.names()):
-        ours, conversion = rename_source_key(
+        theirs, pattern = rename_source_key(
             name, renamings, conversions, model.base_model_prefix, dict.fromkeys(own, True)
         )
-        if conversion is not None:
+        if pattern is not None:
+            _add_part(model, files, found, name, theirs, _source(conversions, pattern))
+            continue
+        if theirs in found.whole and not files.same(found.whole[theirs], name):
             raise ModelError(
-                f"{files.path} holds {name} in another form than the {model.config.model_type} model has it, "
-                "which is not implemented"
-            )
-        if ours in found and not files.same(found[ours], name):
-            raise ModelError(
-                f"{files.path} holds {found[ours]} and {name}, two names of the model's {ours}, with other "
+                f"{files.path} holds {found.whole[theirs]} and {name}, two names of the model's {theirs}, with other "
                 "values; take one of them out"
             )
-        found[ours] = name
+        found.whole[theirs] = name
+    twice = sorted(found.whole.keys() & found.parts.keys())
+    if twice:
+        raise ModelError(f"{files.path} holds {first_few(twice)} both whole and in parts; take one of them out")
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    extra = [name for name in found if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
+    held = [*found.whole, *found.parts]
+    extra = [name for name in held if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
     if extra:
         raise ModelError(f"{files.path} holds {first_few(extra)}, which a {model.config.model_type} model has not")
     return found
 
 
-def _stored_names(
-    model: Any, files: TensorFiles, found: Mapping[str, str], tied: Mapping[str, list[str]]
-) -> dict[str, str]:
-    """Map each parameter and persistent buffer of the model to its name in the files.
+def _source(conversions: list[Any], pattern: str) -> tuple[Any, int]:
+    """Find the conversion that a pattern of source names belongs to, and the pattern's number in it."""
+    conversion = next(one for one in conversions if pattern in one.source_patterns)
+    return conversion, conversion.source_patterns.index(pattern)
+
+
+def _add_part(model: Any, files: TensorFiles, found: _Found, name: str, theirs: str, source: tuple[Any, int]) -> None:
+    """Note a tensor that is a part of a parameter, or one expert's slice of it.
+
+    Raises:
+        ModelError: The conversion does something else than to stack experts and to put parts behind each other.
+    """
+    conversion, part = source
+    done = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in conversion.operations]
+    stacks = ("MergeModulelist", 0) in done
+    joins = [("MergeModulelist", 0), ("Concatenate", 1)] if stacks else [("Concatenate", 0)]
+    if len(conversion.target_patterns) > 1 or done not in (joins, [("MergeModulelist", 0)]):
+        raise ModelError(
+            f"{files.path} holds {name} in another form than the {model.config.model_type} model has it "
+            f"({', '.join(kind for kind, _ in done)}), which is not implemented"
+        )
+    parts = found.parts.setdefault(theirs, [{} for _ in conversion.source_patterns])
+    # The last number in `model.layers.3.mlp.experts.7.gate_proj.weight`.
+    parts[part][int(re.findall(r"\.(\d+)(?=\.)", name)[-1]) if stacks else 0] = name
+
+
+def _stored_parts(model: Any, files: TensorFiles, found: _Found) -> dict[str, PartsInFiles]:
+    """Map each parameter of the model that the files hold in parts, or expert by expert, to their names.
+
+    Raises:
+        ModelError: A part is missing, or there are more experts than the model has.
+    """
+    stored = {}
+    for name, tensor in model.stored_tensors().items():
+        parts = found.parts.get(name_in_transformers(model, name))
+        if parts is None:
+            continue
+        layout = layout_or_replicated(tensor)
+        numbers = range(layout.global_shape[0]) if layout.is_stacked else range(1)
+        for part in parts:
+            if part.keys() != set(numbers):
+                wrong = sorted(part.keys() ^ set(numbers))
+                raise ModelError(
+                    f"{files.path} holds {len(part):,} experts of {name}; its config says {len(numbers):,} (the first "
+                    f"that differs is number {wrong[0]})"
+                )
+        tensors = [[part[number] for number in numbers] for part in parts]
+        sizes = None if layout.is_stacked else tuple(files.shape(names[0])[0] for names in tensors)
+        if sizes is not None and sum(sizes) != layout.global_shape[0]:
+            raise ModelError(
+                f"{files.path}: the parts of {name} have sizes {sizes}; its config says {layout.global_shape[0]} "
+                "together"
+            )
+        stored[name] = PartsInFiles(tensors, sizes)
+    return stored
+
+
+def _stored_names(model: Any, files: TensorFiles, found: _Found, tied: Mapping[str, list[str]]) -> dict[str, str]:
+    """Map each other parameter and persistent buffer of the model to its name in the files.
 
     Args:
-        found: Name of a parameter -> the files', for those that have one of their own.
+        found: What the files hold.
         tied: Name of a parameter -> all names by which the configuration ties it.
     """
     names, missing = {}, []
     for name in model.stored_tensors():
-        held = next((found[other] for other in (name, *tied.get(name, ())) if other in found), None)
+        if name in model.stored_parts:
+            continue
+        theirs = [name_in_transformers(model, other) for other in (name, *tied.get(name, ()))]
+        held = next((found.whole[other] for other in theirs if other in found.whole), None)
         if held is None:
-            missing.append(name)
+            missing.append(theirs[0])
         else:
             names[name] = held
     if missing:

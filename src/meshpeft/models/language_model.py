@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -24,7 +24,20 @@ from meshpeft.parallel import (
 )
 from meshpeft.parallel.sharded_tensor import ShardedOffset
 
-__all__ = ["LanguageModel", "check_tokens", "layout_or_replicated"]
+__all__ = ["LanguageModel", "PartsInFiles", "check_tokens", "layout_or_replicated"]
+
+
+class PartsInFiles(NamedTuple):
+    """The tensors of the files that make up one parameter.
+
+    Attributes:
+        tensors: For each part of the parameter (gate, up; one for a parameter without parts) their names: one for each
+            expert of a stack, or one.
+        sizes: Sizes of the parts along the parameter's first dim, where its layout does not state them.
+    """
+
+    tensors: Sequence[Sequence[str]]
+    sizes: tuple[int, ...] | None = None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -39,6 +52,7 @@ class LanguageModel(nn.Module, ABC):
         vocab_axis: Axis that shards the vocabulary of the logits; of one rank where they are replicated.
         name_or_path: Directory that it was loaded from; empty for none.
         stored_names: Name of a parameter -> its name in the files, where they differ.
+        stored_parts: Name of a parameter -> the names of its parts, or of its experts, which the files hold one by one.
         loss_chunk: Tokens whose logits exist at a time in `token_losses`; `None` for a number that follows from the
             vocabulary (`default_loss_chunk`).
         offloads_activations: Whether what layers keep for the backward pass is kept in host memory; see `kept_on_host`.
@@ -47,6 +61,7 @@ class LanguageModel(nn.Module, ABC):
     vocab_axis: ParallelAxis
     name_or_path: str = ""
     stored_names: Mapping[str, str] = MappingProxyType({})
+    stored_parts: Mapping[str, PartsInFiles] = MappingProxyType({})
     loss_chunk: int | None = None
     offloads_activations: bool = False
 

@@ -1,14 +1,15 @@
 """Models of transformers, of any architecture, in the place of the decoder.
 
-The layers are sharded by the plan of their architecture, see `parallelize`;
-the call is the decoder's; everything else, names too, stays as transformers has it. At one rank an architecture whose
-plan cannot be followed here, or that has none, keeps its own layers.
+The layers are sharded by the plan of their architecture, see `parallelize`, and its experts over expert parallel, see
+`group_experts`; the call is the decoder's; everything else, names too, stays as transformers has it. At one rank of
+tensor parallel an architecture whose plan cannot be followed here, or that has none, keeps its own layers.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,9 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from meshpeft.engines.parallelize import parallelize
+from meshpeft.engines.transformers_experts import ExpertAxes, StackedExperts, group_experts
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
@@ -44,7 +54,7 @@ from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.peft import base_of
 
-__all__ = ["TransformersModel", "make_transformers_model"]
+__all__ = ["TransformersModel", "auto_class_of", "make_transformers_model"]
 
 _TABLE_BYTES = 256 << 20
 _MORE_POSITIONS = 8
@@ -392,12 +402,29 @@ def _with_our_call(cls: type[Any]) -> type[Any]:
     return made
 
 
+def auto_class_of(config: PretrainedConfig) -> Any:
+    """Choose the class of transformers whose `from_config` makes the model that a configuration names.
+
+    Of a model of images and text that is the whole one, where `architectures` says so: adapters have its names, and a
+    merged model keeps its other parts.
+    """
+    classes = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    held = {auto: mapping[type(config)] for auto, mapping in classes.items() if type(config) in mapping}
+    named = (getattr(config, "architectures", None) or [None])[0]
+    found = [auto for auto, cls in held.items() if getattr(cls, "__name__", None) == named]
+    return next(iter([*found, *held]), AutoModelForCausalLM)
+
+
 def make_transformers_model(
     config: PretrainedConfig,
     dtype: torch.dtype,
     *,
     device: torch.device | str = "cpu",
     axis: ParallelAxis | None = None,
+    expert_axes: ExpertAxes | None = None,
 ) -> TransformersModel:
     """Make a model without values in its parameters, sharded over tensor parallel; its other buffers have theirs.
 
@@ -406,54 +433,84 @@ def make_transformers_model(
         dtype: Type of the parameters and activations.
         device: Device of those buffers.
         axis: Axis that shards it; tensor parallel by default. Nothing is communicated.
+        expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
 
     Raises:
         ModelError: transformers has no such model; the model has dropout of its own.
         ParallelError: It cannot be sharded over so many ranks.
     """
     axis = parallel_group_info().tp if axis is None else axis
+    expert_axes = ExpertAxes.of_mesh(axis) if expert_axes is None else expert_axes
     subject = f"transformers makes no model of this {config.model_type} configuration"
     with blamed_on(subject, ModelError), torch.device("meta"):
         # No other implementation of experts takes float64.
         options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = auto_class_of(config).from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **options
         )
-    _check(model, dtype)
+    _check(model)
     with blamed_on(subject, ModelError):
         _compute_buffers(model, device)
+    _keep_wide(model, dtype)
     if attends_by_spans(model):
         model.set_attn_implementation(IMPLEMENTATION)  # before layers get configurations of their own
     try:
-        parallelize(model, axis=axis, gather_logits=False)
+        parallelize(model, axis=axis, expert_axes=expert_axes, gather_logits=False)
     except ParallelError:
         if axis.world_size > 1:
             raise
+        group_experts(model, expert_axes)
     head = model.get_output_embeddings()
     sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
     made: TransformersModel = model
     made.vocab_axis = axis if sharded else ParallelAxis("none")
     made.stored_names = {}
+    if expert_axes.ep.world_size > 1 and not any(isinstance(module, StackedExperts) for module in model.modules()):
+        raise ParallelError(
+            f"{type(model).__name__} has no experts that can be divided over {expert_axes.ep.name}="
+            f"{expert_axes.ep.world_size}; use {expert_axes.ep.name}=1"
+        )
     return made
 
 
-def _check(model: Any, dtype: torch.dtype) -> None:
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Give parameters and persistent buffers on the meta device their types.
+
+    That is `dtype`, or float32 for those that the architecture names (`_keep_in_fp32_modules`) or makes so itself, if
+    that is wider; as in `from_pretrained`.
+    """
+    plan = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point():
+            continue
+        kept = next((kept for pattern, kept in plan.items() if pattern.search(name)), tensor.dtype)
+        kept = torch.promote_types(dtype, kept)
+        if kept == tensor.dtype:
+            continue
+        module, _, attribute = name.rpartition(".")
+        holder = model.get_submodule(module)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(tensor.detach().to(kept), requires_grad=tensor.requires_grad)
+            holder._parameters[attribute] = made.setdefault(id(tensor), new)
+        else:
+            holder._buffers[attribute] = tensor.to(kept)
+
+
+def _check(model: Any) -> None:
     for name, module in model.named_modules():
         rates = {"p": module.p} if isinstance(module, nn.Dropout) else {}
-        rates |= {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
-        for key, rate in rates.items():
+        own = {key: value for key, value in vars(module).items() if isinstance(value, float)}
+        rates |= {key: value for key, value in own.items() if "drop" in key}
+        noise = {key: value for key, value in own.items() if "jitter" in key}
+        for key, rate in (rates | noise).items():
             if rate:
+                what = "dropout" if key in rates else "noise"
                 raise ModelError(
-                    f"{name}.{key}={rate}: the base model's own dropout differs from layout to layout; set it to 0 in "
+                    f"{name}.{key}={rate}: the base model's own {what} differs from layout to layout; set it to 0 in "
                     "its config.json"
                 )
-    kept = model._get_dtype_plan(dtype)
-    if kept:
-        raise ModelError(
-            f"a {model.config.model_type} model keeps {', '.join(sorted(kept))} in float32, which is not implemented "
-            f"for a model in {str(dtype).removeprefix('torch.')}; use float32"
-        )
 
 
 def _compute_buffers(model: Any, device: torch.device | str) -> None:

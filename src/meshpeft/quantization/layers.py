@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from meshpeft.engines.parallelize import SharedKeyLinear
 from meshpeft.parallel import (
     ColumnParallelLinear,
     GroupedColumnParallelLinear,
@@ -200,6 +201,14 @@ class PackedLinear(PackedLayer, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class PackedSharedKeyLinear(PackedLayer, SharedKeyLinear):
+    """`SharedKeyLinear` with a packed weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [*, in] -> [*, out], in the states of the layer's own forward."""
+        return self.exit(product(input, self.dequantized_weight))
+
+
 class PackedColumnParallelLinear(PackedLayer, ColumnParallelLinear):
     """`ColumnParallelLinear` with a packed weight."""
 
@@ -235,6 +244,7 @@ class PackedGroupedRowParallelLinear(PackedLayer, GroupedRowParallelLinear):
 # Exactly these classes: a subclass may use its weight in ways of its own.
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
+    SharedKeyLinear: PackedSharedKeyLinear,
     ColumnParallelLinear: PackedColumnParallelLinear,
     RowParallelLinear: PackedRowParallelLinear,
     GroupedColumnParallelLinear: PackedGroupedColumnParallelLinear,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, check_exportable, load_peft_adapter
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.parallel import layer_type_of
+from meshpeft.parallel import layer_type_of, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.peft import (
     CanonicalLoRA,
     DoRA,
@@ -67,11 +67,13 @@ class DefaultLayers(NamedTuple):
         in_full: Layers that a packed base keeps in full precision.
         without_adapter: Modules whose weights no adapter can be put on, for they are not linear layers, and the share
             of the blocks' weights that these are: at least a percent, the largest first.
+        replicated: Modules whose weights every rank of tensor parallel holds in full, likewise.
     """
 
     adapted: list[str] | None = None
     in_full: tuple[str, ...] = DEFAULT_EXCLUDED
     without_adapter: Mapping[str, float] = MappingProxyType({})
+    replicated: Mapping[str, float] = MappingProxyType({})
 
 
 def default_layers(model: LanguageModel) -> DefaultLayers:
@@ -96,6 +98,7 @@ def default_layers(model: LanguageModel) -> DefaultLayers:
         _patterns(adapted, layers.keys() - adapted),
         (*DEFAULT_EXCLUDED, *in_full),
         _without_adapter(model, text),
+        _replicated(model, text),
     )
 
 
@@ -104,7 +107,29 @@ def default_layers_of(base: BaseModel) -> DefaultLayers:
     return DefaultLayers() if base.engine == "native" else default_layers(base.empty(torch.float32))
 
 
+def _replicated(model: Any, text: str) -> dict[str, float]:
+    if parallel_group_info().tp.world_size == 1:
+        return {}
+
+    def is_whole(module: nn.Module, parameter: Tensor) -> bool:
+        layout = layout_of_tensor(parameter)
+        return layout is None or not layout.shard_axes
+
+    return _shares_of_blocks(model, text, is_whole)
+
+
 def _without_adapter(model: Any, text: str) -> dict[str, float]:
+    return _shares_of_blocks(model, text, lambda module, parameter: layer_type_of(module) is None)
+
+
+def _shares_of_blocks(model: Any, text: str, counts: Callable[[nn.Module, Tensor], bool]) -> dict[str, float]:
+    """Add up the matrices that count, module by module, as shares of all of the blocks; at least a percent.
+
+    Args:
+        model: The model; its embedding and head are not counted.
+        text: Prefix of the part that is.
+        counts: Whether a matrix of a module does.
+    """
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     of_ends = {id(parameter) for end in ends for parameter in end.parameters()}
     sizes: dict[str, int] = {}
@@ -113,10 +138,12 @@ def _without_adapter(model: Any, text: str) -> dict[str, float]:
         for parameter in module.parameters(recurse=False) if name.startswith(text) else ():
             if parameter.dim() < 2 or id(parameter) in of_ends:
                 continue
-            total += parameter.numel()
-            if layer_type_of(module) is None:
+            layout = layout_of_tensor(parameter)
+            size = parameter.numel() if layout is None else layout.size
+            total += size
+            if counts(module, parameter):
                 every = _in_every_block(name)
-                sizes[every] = sizes.get(every, 0) + parameter.numel()
+                sizes[every] = sizes.get(every, 0) + size
     shares = {name: size / total for name, size in sorted(sizes.items(), key=lambda item: -item[1])}
     return {name: share for name, share in shares.items() if share >= 0.01}
 
@@ -292,14 +319,19 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
 
 def _check_options_for_experts(base: BaseModel, layers: DefaultLayers, config: FinetuneConfig) -> None:
     """Refuse options that only experts have where no adapter can be on experts."""
+    if base.engine == "transformers" and config.router_aux_loss_coef != FinetuneConfig.router_aux_loss_coef:
+        raise ConfigError(
+            f"router_aux_loss_coef={config.router_aux_loss_coef}: the transformers engine, which a "
+            f"{base.config.model_type} model needs, has no load-balancing loss; leave it out"
+        )
     if base.has_experts:
         return
     kind = base.config.model_type
     reason = f"this {kind} model has no layer with experts"
     if base.engine == "transformers":
-        reason = f"the transformers engine, which a {kind} model needs, has no options for experts"
-    if any(part.endswith("experts") for part in layers.without_adapter):
-        reason = f"the experts of this {kind} model stay as they are: no adapter can be put on them"
+        reason = f"this {kind} model has no experts that the transformers engine knows"
+    if layers.without_adapter:
+        reason += f"; {', '.join(layers.without_adapter)} stay as they are, for no adapter can be put on them"
     for name in ("normalize_moe_lora", "router_aux_loss_coef", "share_expert_adapters", "adapter_format"):
         if getattr(config, name) != getattr(FinetuneConfig, name):  # its default
             raise ConfigError(f"{name}={getattr(config, name)}: {reason}; leave it out")
@@ -369,10 +401,12 @@ def describe_targets(config: FinetuneConfig, targets: Sequence[str] | None = Non
 
 def describe_experts(model: LanguageModel) -> str | None:
     """Describe the adapters of a model's experts, for the report of a run; `None` where they have none."""
-    moe = model.config.moe if isinstance(model, Decoder) else None
-    terms = (term for _, wrapper in adapter_wrappers(model) if wrapper.is_stacked for term in wrapper.terms())
-    found = next((term.adapter for term in terms), None)
-    if moe is None or found is None:
+    stacked = (wrapper for _, wrapper in adapter_wrappers(model) if wrapper.is_stacked)
+    found = next(((wrapper.to_wrap, term.adapter) for wrapper in stacked for term in wrapper.terms()), None)
+    if found is None:
         return None
-    adapters = "one adapter for all" if found.share_expert_adapters else "an adapter each"
-    return f"{moe.num_experts} a layer, {moe.moe_router_topk} a token; {adapters}, rank {found.dim}"
+    layer, adapter = found
+    adapters = "one adapter for all" if adapter.share_expert_adapters else "an adapter each"
+    top_k = getattr(getattr(layer, "config", None), "moe_router_topk", None)
+    of_a_token = "" if top_k is None else f", {top_k} a token"
+    return f"{layout_of(layer).experts} a layer{of_a_token}; {adapters}, rank {adapter.dim}"

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.engines.transformers_experts import ExpertAxes, StackedExperts
 from meshpeft.hub.config import few_modules
 from meshpeft.hub.load import check_layers
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, model_files, read_json
@@ -66,8 +67,10 @@ class BaseModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether the native engine finds layers with experts in it."""
-        return isinstance(self.config, DecoderConfig) and bool(self.config.expert_layers)
+        """Whether it has experts that can be divided, and have adapters."""
+        if isinstance(self.config, DecoderConfig):
+            return bool(self.config.expert_layers)
+        return any(isinstance(module, StackedExperts) for module in self.empty(torch.float32).modules())
 
     def check(self, layout: LayoutConfig, *, weights: bool = True) -> None:
         """Check everything that can be known without reading weights; starts no process.
@@ -94,14 +97,21 @@ class BaseModel:
                 ),
             )
         else:
-            for name, none in (("ep", 1), ("etp", None), ("sequence_parallel", False)):
-                if getattr(layout, name) != none:
-                    raise ConfigError(
-                        f"{name}={getattr(layout, name)}: the transformers engine, which a {self.config.model_type} "
-                        "model needs, has tensor, context and data parallel only; leave it out"
-                    )
+            if layout.sequence_parallel:
+                raise ConfigError(
+                    f"sequence_parallel=True: the transformers engine, which a {self.config.model_type} model needs, "
+                    "does not have it; leave it out"
+                )
+            sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp or layout.tp}
+            axes = ExpertAxes(*(ParallelAxis(name, world_size=size) for name, size in sizes.items()))
             with few_modules(tensors, self.directory) if weights else contextlib.nullcontext():
-                self._empty_transformers(torch.float32, ParallelAxis("tp", world_size=layout.tp))
+                model = self._empty_transformers(torch.float32, axes)
+            has_experts = any(isinstance(module, StackedExperts) for module in model.modules())
+            if not has_experts and layout.etp not in (None, layout.tp):
+                raise ConfigError(
+                    f"etp={layout.etp}: a {self.config.model_type} model has no experts that can be divided; leave it "
+                    "out"
+                )
 
     def _check_files(self) -> int:
         """Count the tensors in the files; compare them with the layers of a decoder."""
@@ -116,9 +126,11 @@ class BaseModel:
             return Decoder(self.config, device="meta", dtype=dtype)
         return self._empty_transformers(dtype, None)
 
-    def _empty_transformers(self, dtype: torch.dtype, axis: ParallelAxis | None) -> LanguageModel:
+    def _empty_transformers(self, dtype: torch.dtype, axes: ExpertAxes | None) -> LanguageModel:
         assert isinstance(self.config, PretrainedConfig)
-        return _transformers().make_transformers_model(self.config, dtype, axis=axis)
+        tp = None if axes is None else axes.tp
+        made: LanguageModel = _transformers().make_transformers_model(self.config, dtype, axis=tp, expert_axes=axes)
+        return made
 
     def load(
         self,

@@ -38,10 +38,10 @@ from meshpeft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorR
 from meshpeft.checkpoint.storage import Reader, Slice, SliceId, SliceLoadPlanner, SliceSavePlanner, Writer, labelled
 from meshpeft.data.batches import MicroBatch, PackedRows, eval_batches
 from meshpeft.models import Decoder, LanguageModel
-from meshpeft.parallel import is_simulated, layout_of_tensor
+from meshpeft.parallel import is_simulated, layer_type_of, layout_of_tensor
 from meshpeft.parallel.random import masks_seen_by
 from meshpeft.parallel.sharded_tensor import ShardedTensor
-from meshpeft.peft import AdapterError, adapter_wrappers
+from meshpeft.peft import AdapterError, adapter_wrappers, base_of
 from meshpeft.quantization import dequantize_base, packed_form
 from meshpeft.training.step import mean_loss
 from meshpeft.verify.masks import MaskFault, MasksOfALayout, set_dropout
@@ -333,7 +333,11 @@ def _compare_dropped(proof: Proof, found: _Trained, run: Run) -> None:
     if adapters[0].dropout_position != "pre":
         proof.unchecked.append("masks of dropped outputs: their states are followed, their values are not compared")
         return
-    experts = isinstance(run.model, Decoder) and run.model.config.moe is not None
+    experts = any(
+        layer_type.layout(layer).is_stacked
+        for layer in map(base_of, run.model.modules())
+        if (layer_type := layer_type_of(layer)) is not None
+    )
     if experts:
         proof.unchecked.append(
             "numbers with dropout: a layout has experts' tokens in another order; masks are compared between its ranks"

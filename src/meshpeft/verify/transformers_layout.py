@@ -12,6 +12,7 @@ So a float64 model of theirs is exact to 1e-7 only, which is more than the error
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -24,10 +25,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from meshpeft.engines.transformers_experts import TOP_K
 from meshpeft.models import LanguageModel, ModelError, load_transformers
 from meshpeft.models.recompute import ActivationCheckpointing
+from meshpeft.models.transformers_model import auto_class_of
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
@@ -45,6 +48,7 @@ __all__ = [
 _HEAD_DIM = 16
 # A model of a structure that cannot be made narrower is taken as it is, if it has no more parameters.
 _MOST_PARAMETERS = 30_000_000
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What the code of an architecture raises for sizes that do not fit together, or where tensors of all ranks stand in the
 # place of one.
 _OF_THEIR_CODE = (
@@ -66,6 +70,8 @@ def verify_transformers_layout(
     tp: int = 1,
     dp: int = 1,
     cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
     activation_checkpointing: bool | ActivationCheckpointing = False,
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
@@ -78,15 +84,15 @@ def verify_transformers_layout(
 
     Args:
         config: Configuration of the model, at its real size.
-        adapt, tp, dp, cp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
+        adapt, tp, dp, cp, ep, etp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
             `verify_layout`.
 
     Raises:
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
         MeshPEFTError: Sizes do not divide; a target matches no layer.
     """
-    layout = few_ranks(Layout(tp, dp, activation_checkpointing=activation_checkpointing, cp=cp))
-    small = _small_model(config, tp, all_layers, blocks=quantizer is not None)
+    layout = few_ranks(Layout(tp, dp, ep, etp, activation_checkpointing=activation_checkpointing, cp=cp))
+    small = _small_model(config, layout, all_layers, blocks=quantizer is not None)
     text = small.config.get_text_config()
 
     with tempfile.TemporaryDirectory() as directory:
@@ -119,12 +125,14 @@ def verify_transformers_layout(
     return Verdict(None, tuple(proof.checks), tuple(proof.unchecked), layout, text.num_hidden_layers, text.hidden_size)
 
 
-def _small_model(config: PretrainedConfig, tp: int, all_layers: bool, *, blocks: bool) -> Any:
+def _small_model(config: PretrainedConfig, layout: Layout, all_layers: bool, *, blocks: bool) -> Any:
     """Make a random model of the same structure that takes seconds, of two layers or one of each kind."""
     reasons = []
-    for narrow in (True, False):
+    # Of a model of images and text the text model alone, if the whole one cannot be made small.
+    wholes = list({id(one): one for one in (config, config.get_text_config())}.values())
+    for whole, narrow in itertools.product(wholes, (True, False)):
         try:
-            model = _random_model(_scaled_down(config, tp, all_layers, narrow, blocks))
+            model = _random_model(_scaled_down(whole, layout, all_layers, narrow, blocks))
             with torch.no_grad():
                 model(torch.arange(8)[None])
             return model
@@ -136,7 +144,9 @@ def _small_model(config: PretrainedConfig, tp: int, all_layers: bool, *, blocks:
     )
 
 
-def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bool, blocks: bool) -> PretrainedConfig:
+def _scaled_down(
+    config: PretrainedConfig, layout: Layout, all_layers: bool, narrow: bool, blocks: bool
+) -> PretrainedConfig:
     """Reduce layers and vocabulary of a configuration, and its widths if asked for; the result may not fit together.
 
     Raises:
@@ -146,11 +156,12 @@ def _scaled_down(config: PretrainedConfig, tp: int, all_layers: bool, narrow: bo
     text: Any = small.get_text_config()
     if not all_layers:
         _keep_layers(text)
-    _shrink_vocabulary(text, tp)
+    _shrink_vocabulary(text, layout.tp)
     if narrow:
-        _narrow(text, tp, blocks)
+        _narrow(text, layout.tp, blocks)
+        _narrow_experts(text, layout, blocks)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small, trust_remote_code=False).parameters())
+        size = sum(p.numel() for p in auto_class_of(small).from_config(small, trust_remote_code=False).parameters())
     if size > _MOST_PARAMETERS:
         raise ModelError(f"{size:,} parameters are too many")
     return small
@@ -190,11 +201,30 @@ def _narrow(text: Any, tp: int, blocks: bool) -> None:
         text.sliding_window = 4
 
 
+def _narrow_experts(text: Any, layout: Layout, blocks: bool) -> None:
+    """Narrow experts, and leave so few of them that some get no token."""
+    etp = layout.tp if layout.etp is None else layout.etp
+    for name in ("moe_intermediate_size", "expert_ffn_hidden_size"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, straddling_width(etp) if blocks else 8 * etp)
+    top_k = next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), None)
+    counts = [name for name in _NUMBERS_OF_EXPERTS if isinstance(getattr(text, name, None), int)]
+    if top_k is None or not counts:
+        return
+    groups, chosen_groups = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
+    count = groups * max(2, math.ceil((top_k + 1) / chosen_groups))
+    while count % layout.ep:
+        count += groups
+    for name in counts:
+        setattr(text, name, min(count, getattr(text, name)))
+
+
 def _random_model(config: PretrainedConfig) -> Any:
     """Make a float64 model, with values far enough from the initial ones that nothing is linear and no bias is zero."""
     # No other implementation of experts takes float64.
     options = {"dtype": torch.float64, "experts_implementation": "eager"}
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options).eval()
+    own = copy.deepcopy(config)
+    model: Any = auto_class_of(own).from_config(own, trust_remote_code=False, **options).double().eval()
     lift_float32(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

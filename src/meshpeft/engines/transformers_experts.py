@@ -1,0 +1,229 @@
+"""Experts of transformers' models on grouped layers: sharded over expert parallel, each with an adapter.
+
+Nearly every architecture with experts has one class for them, made with transformers' `use_experts_implementation`.
+Its contract is all that is read here:
+
+* parameters `gate_up_proj` [experts, 2 width, hidden], or `up_proj` [experts, width, hidden] without a gate, and
+  `down_proj` [experts, hidden, width]; where the class says so transposed, with gate and up in turns, or with biases;
+* `_apply_gate`, or `act_fn` without a gate: from the first product to the second's input, channel by channel;
+* a call `(tokens [T, hidden], experts [T, k], weights [T, k]) -> [T, hidden]`.
+
+`group_experts` gives such a module layers in the place of the parameters, under the same names, and a call that sends
+each token to the rank of its expert. The router, shared experts and all else stay the model's own code: a router runs
+on every token of a tensor-parallel rank, and each of these ranks then sends its share of the tokens on.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meshpeft.parallel import (
+    FusedParts,
+    GroupedColumnParallelLinear,
+    GroupedRowParallelLinear,
+    ParallelAxis,
+    combine_tokens,
+    dispatch_tokens,
+    group_offsets,
+    layout_of_tensor,
+    mp_gather,
+    mp_scatter,
+    parallel_group_info,
+    set_layout,
+)
+from meshpeft.parallel.grouped_gemm import group_of_rows
+from meshpeft.parallel.sharded_tensor import ShardedTensors
+from meshpeft.parallel.states import take_slice
+
+__all__ = ["ExpertAxes", "TOP_K", "StackedExperts", "group_experts", "keep_slice", "stacks_of_experts"]
+
+# How configurations call the number of experts of a token.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_top_k")
+
+
+@dataclass(frozen=True)
+class ExpertAxes:
+    """Axes of a layer of experts.
+
+    Attributes:
+        tp: Axis that shards the layers around it: their tokens are the same on its ranks.
+        ep, etp: Axes that shard the experts, and each of them.
+    """
+
+    tp: ParallelAxis
+    ep: ParallelAxis
+    etp: ParallelAxis
+
+    @classmethod
+    def of_mesh(cls, tp: ParallelAxis | None = None) -> ExpertAxes:
+        """Axes of the mesh; with another in the place of tensor parallel, if one is given."""
+        info = parallel_group_info()
+        return cls(info.tp if tp is None else tp, info.ep, info.etp)
+
+
+def stacks_of_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the modules that `group_experts` takes, by full name.
+
+    Left out are classes with a norm behind each expert, which needs the full output, and those without this contract.
+    """
+    return {name: module for name, module in model.named_modules() if _has_contract(module)}
+
+
+def _has_contract(module: nn.Module) -> bool:
+    flags = vars(module)
+    if not {"has_gate", "has_bias", "is_transposed", "is_concatenated"} <= flags.keys():
+        return False
+    held = module._parameters
+    expected = [_first_of(module), "down_proj"]
+    expected += [f"{name}_bias" for name in expected] if flags["has_bias"] else []
+    return set(expected) == held.keys() and not flags.get("has_post_expert_norm")
+
+
+def _first_of(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+class StackedExperts(ShardedTensors, nn.Module):
+    """Base class that is added to a class of experts of transformers; see `group_experts`.
+
+    Attributes:
+        axes: Axes that it is on.
+        num_stacked: Number of experts, over all ranks.
+        first: Name of the layer before the gate: `gate_up_proj` or `up_proj`. The one behind it is `down_proj`.
+    """
+
+    axes: ExpertAxes
+    num_stacked: int
+    first: str
+
+    def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Send tokens through their experts.
+
+        Args:
+            hidden_states: [T, hidden], I over `axes.tp`.
+            experts: [T, k] of expert numbers, the same on these ranks.
+            weights: [T, k], multiplies what the experts return; I over `axes.tp`.
+
+        Returns:
+            [T, hidden], I over `axes.tp`.
+        """
+        theirs: Any = self
+        tp, count = self.axes.tp, hidden_states.shape[0]
+        missing = -count % tp.world_size
+
+        def padded(x: Tensor) -> Tensor:
+            return functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+        arrived, plan = dispatch_tokens(
+            mp_scatter(padded(hidden_states), 0, tp),
+            take_slice(padded(experts), tp, 0),
+            mp_scatter(padded(weights), 0, tp),
+            self.num_stacked,
+            self.axes.ep,
+            self.axes.etp,
+        )
+        first = self._product(self.first, arrived, plan.tokens_per_expert)
+        channels = theirs._apply_gate(first) if theirs.has_gate else theirs.act_fn(first)
+        out = combine_tokens(self._product("down_proj", channels, plan.tokens_per_expert), plan)
+        return mp_gather(out, 0, tp)[:count].to(hidden_states.dtype)
+
+    def _product(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Multiply each row by its expert's weight, and add its bias where there is one."""
+        y: Tensor = getattr(self, name)(x, tokens_per_expert)
+        bias: Tensor | None = getattr(self, f"{name}_bias", None)
+        if bias is None:
+            return y
+        if name != self.first:
+            # What a row gives is summed over etp, and its bias with it: each rank adds its share.
+            bias = bias / self.axes.etp.world_size
+        return y + bias.index_select(0, group_of_rows(x, group_offsets(tokens_per_expert)))
+
+
+def group_experts(model: Any, axes: ExpertAxes | None = None) -> None:
+    """Give the stacked experts of a model of transformers grouped layers, each rank its slices, in place.
+
+    No collective. Parameters `..experts.gate_up_proj` become layers of that name, whose weights are
+    [experts, out, in] with gate above up, or in turns with it, as the class has them.
+
+    Args:
+        model: Model as `from_pretrained` returns it, or on the meta device.
+        axes: Axes that shard it; those of the mesh by default.
+
+    Raises:
+        ParallelError: The experts, or their channels, do not divide. The model is unchanged then.
+    """
+    axes = ExpertAxes.of_mesh() if axes is None else axes
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    top_k = next((value for name in TOP_K if isinstance(value := getattr(config, name, None), int)), None)
+    made = {name: _layers_of(module, axes, top_k) for name, module in stacks_of_experts(model).items()}
+    for name, layers in made.items():
+        _replace(model.get_submodule(name), layers, axes)
+
+
+def _layers_of(theirs: Any, axes: ExpertAxes, top_k: int | None) -> dict[str, nn.Module]:
+    first = _first_of(theirs)
+    weight, down = theirs._parameters[first], theirs._parameters["down_proj"]
+    experts, packed, hidden = _in_our_order(theirs, weight).shape
+    width = _in_our_order(theirs, down).shape[-1]
+    parts = None
+    if theirs.has_gate:
+        parts = FusedParts(("gate", "up"), (width, width), blocks=None if theirs.is_concatenated else width)
+    options: dict[str, Any] = {
+        "expert_axis": axes.ep,
+        "axis": axes.etp,
+        "device": weight.device,
+        "dtype": weight.dtype,
+        "perform_initialization": False,
+        "config": SimpleNamespace(moe_router_topk=top_k),
+    }
+    return {
+        first: GroupedColumnParallelLinear(experts, hidden, packed, fused_parts=parts, **options),
+        "down_proj": GroupedRowParallelLinear(experts, width, hidden, **options),
+    }
+
+
+def _in_our_order(theirs: Any, weight: Tensor) -> Tensor:
+    """[experts, out, in] of a weight that may be transposed."""
+    return weight.transpose(-2, -1) if theirs.is_transposed else weight
+
+
+def _replace(theirs: Any, layers: Mapping[str, Any], axes: ExpertAxes) -> None:
+    for name, layer in layers.items():
+        keep_slice(layer.weight, _in_our_order(theirs, theirs._parameters.pop(name)))
+        theirs.add_module(name, layer)
+        bias = theirs._parameters.get(f"{name}_bias")
+        if bias is not None:
+            layout = layer.layout.bias()
+            local = nn.Parameter(bias.new_empty(layout.local_shape))
+            set_layout(local, layout)
+            keep_slice(local, bias)
+            theirs._parameters[f"{name}_bias"] = local
+    theirs.__class__ = _with_our_call(type(theirs))
+    theirs.axes, theirs.num_stacked, theirs.first = axes, layers["down_proj"].num_experts, next(iter(layers))
+
+
+@torch.no_grad()
+def keep_slice(new: nn.Parameter, full: Tensor) -> None:
+    """Give a parameter with a layout its slice of the full one, whose parts are fused as on one rank."""
+    layout = layout_of_tensor(new)
+    assert layout is not None
+    if not new.is_meta:
+        if layout.fused_parts is not None:
+            full = torch.cat(layout.fused_parts.split(full, layout.fused_dim, 1), layout.fused_dim)
+        new.copy_(layout.slice(full))
+    new.requires_grad_(full.requires_grad)
+
+
+def _with_our_call(cls: type[Any]) -> type[Any]:
+    """Derive a class with our call, under the same name."""
+    made = types.new_class(cls.__name__, (StackedExperts, cls))
+    made.__module__ = cls.__module__
+    return made

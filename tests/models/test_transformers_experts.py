@@ -1,0 +1,175 @@
+"""Experts of transformers' architectures on grouped layers: read, computed, trained and written at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import EXPERT_FAMILIES, config_of, random_ids, reference, save_tiny
+from helpers.transformers_float64 import in_float64
+from helpers.transformers_runs import count_read
+from helpers.workers import run_on_ranks
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from meshpeft.engines.transformers_experts import ExpertAxes, stacks_of_experts
+from meshpeft.hub.names import name_in_transformers
+from meshpeft.models import ModelError, load_transformers, make_transformers_model, save_pretrained
+from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism
+from meshpeft.training.adapters import add_adapter
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.verify.transformers_layout import verify_transformers_layout
+
+Tiny = Callable[[str], Path]
+# Float64, sums in another order.
+TOLERANCE = 1e-10
+# One for each mechanism; `make test-all` has every row.
+ONE_EACH = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
+ROWS = [family if family in ONE_EACH else pytest.param(family, marks=pytest.mark.slow) for family in EXPERT_FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return cache(lambda family: save_tiny(family, tmp_path_factory.mktemp(family)))
+
+
+def loaded(directory: Path, tp: int, ep: int, etp: int, saved: Path) -> dict[str, Any]:
+    """Logits of a model at a layout, how many values this rank read and holds, and the model written to `saved`."""
+    init_parallelism(tensor_parallel=tp, expert_parallel=ep, expert_tensor_parallel=etp)
+    with count_read() as read:
+        model: Any = in_float64(load_transformers(directory, torch.float64))
+    save_pretrained(model, saved)
+    return {
+        "logits": model(random_ids(), gather_logits=True).detach(),
+        "read": read[0],
+        "held": sum(tensor.numel() for tensor in model.state_dict().values()),
+        "experts": sum(p.numel() for name, p in model.named_parameters() if "experts" in name and p.dim() == 3),
+    }
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("family", ROWS)
+def test_it_computes_and_writes_what_transformers_does(
+    family: str, layout: tuple[int, int, int], tiny: Tiny, tmp_path: Path
+) -> None:
+    directory, (tp, ep, etp) = tiny(family), layout
+    theirs: Any = reference(directory)
+    logits = theirs(random_ids()).logits.detach()
+    experts = sum(p.numel() for name, p in theirs.named_parameters() if "experts" in name and p.dim() == 3)
+    for found in run_on_ranks(max(tp, ep), loaded, directory, tp, ep, etp, tmp_path / "saved"):
+        torch.testing.assert_close(found["logits"], logits, rtol=TOLERANCE, atol=TOLERANCE)
+        assert found["experts"] == experts // (ep * etp)
+        # Each rank reads its slices, and nothing else: of experts one by one, its own.
+        assert found["read"] == found["held"]
+    before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].double(), after[name]) for name in before)
+
+
+def verified(family: str, method: str = "lora", **layout: Any) -> Any:
+    run = FinetuneConfig(
+        method=method,  # type: ignore[arg-type]
+        rank=4,
+        alpha=8,
+        dtype="float64",
+        share_expert_adapters=False,
+        adapter_format="peft" if method == "lora" else "peft-per-expert",
+        lora_b_init_method="normal",
+    )
+    return verify_transformers_layout(config_of(family), partial(add_adapter, config=run), steps=2, **layout)
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_adapters_of_experts_train_alike_at_every_layout(family: str) -> None:
+    verdict = verified(family, tp=2, dp=1, ep=2, etp=1)
+    assert verdict.is_exact, verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"dp": 2, "ep": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_every_row_at_every_other_layout(family: str, layout: dict[str, int]) -> None:
+    verdict = verified(family, **layout)
+    assert verdict.is_exact, verdict
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_dora_on_experts_trains_alike(family: str) -> None:
+    assert verified(family, "dora", tp=2, dp=1, ep=2, etp=1).is_exact
+
+
+def test_latent_attention_divides_by_heads(tiny: Tiny) -> None:
+    model: Any = load_transformers(tiny("deepseek_v3"))
+    attention = model.model.layers[0].self_attn
+    classes = {name: type(child).__name__ for name, child in attention.named_children() if "_proj" in name}
+    column, row = "ColumnParallelLinear", "RowParallelLinear"
+    assert classes.pop("kv_a_proj_with_mqa") == "SharedKeyLinear"
+    assert classes.pop("q_a_proj") == "Linear"
+    assert classes == {"q_b_proj": column, "kv_b_proj": column, "o_proj": row}
+
+
+def test_parameters_that_stay_in_float32_do_so_in_a_bfloat16_model(tiny: Tiny) -> None:
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tiny("deepseek_v3"), dtype=torch.bfloat16)
+    ours: Any = load_transformers(tiny("deepseek_v3"), torch.bfloat16)
+    types = {name_in_transformers(ours, name): tensor.dtype for name, tensor in ours.state_dict().items()}
+    assert types == {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
+    assert torch.float32 in types.values()
+    ids = random_ids()
+    # Products of the experts are added up in another order, and rounded to 8 bits.
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_experts_that_do_not_divide_are_refused(tiny: Tiny) -> None:
+    init_parallelism()
+    with pytest.raises(ParallelError, match="4 experts cannot be divided over expert_parallel=3"):
+        made(config_of("gpt_oss"), ep=3)
+    with pytest.raises(ParallelError, match="has no experts that can be divided over ep=2; use ep=1"):
+        made(config_of("gemma"), ep=2)
+
+
+def made(config: Any, **sizes: int) -> Any:
+    axes = ExpertAxes(*(ParallelAxis(name, world_size=sizes.get(name, 1)) for name in ("tp", "ep", "etp")))
+    return make_transformers_model(config, torch.float32, axis=axes.tp, expert_axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda held: held.pop("model.layers.1.mlp.experts.7.up_proj.weight"), "holds 7 experts of .*number 7"),
+        (
+            lambda held: held.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(16, 32)}),
+            "holds 9 experts of .*gate_up_proj.weight; its config says 8 .*number 8",
+        ),
+        (lambda held: held.update({"model.layers.1.mlp.experts.7.up_proj.weight": torch.zeros(16, 31)}), r"\(16, 31\)"),
+        (
+            lambda held: held.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 32, 16)}),
+            "experts.down_proj both whole and in parts",
+        ),
+    ],
+)
+def test_files_with_other_experts_are_refused(change: Any, sentence: str, tiny: Tiny, tmp_path: Path) -> None:
+    directory = save_tiny("deepseek_v3", tmp_path)
+    held = load_file(directory / "model.safetensors")
+    change(held)
+    save_file(held, directory / "model.safetensors")
+    with pytest.raises(ModelError, match=sentence):
+        load_transformers(directory)
+
+
+def test_a_norm_behind_each_expert_keeps_its_experts_as_they_are() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 8, 4))
+            self.down_proj = torch.nn.Parameter(torch.zeros(2, 4, 4))
+            self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, False, False, True
+            self.has_post_expert_norm = False
+
+    experts = Experts()
+    assert stacks_of_experts(experts) == {"": experts}
+    experts.has_post_expert_norm = True
+    assert stacks_of_experts(experts) == {}
