@@ -7,7 +7,11 @@ A command imports what it needs when it is run, and what does the work behind th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from meshpeft.training.base import BaseModel
+    from meshpeft.training.config import FinetuneConfig
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -34,7 +38,13 @@ def _finetune(argv: Sequence[str]) -> None:
 
     from meshpeft.training.finetune import start
 
-    start(options)
+    start(options, _prove)
+
+
+def _prove(config: FinetuneConfig, base: BaseModel) -> None:
+    from meshpeft.verify.run import prove_run
+
+    prove_run(config, base)
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from meshpeft.training.checkpoints import difference_of_runs, run_date
 from meshpeft.training.config import RECORD, ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.generate import continuation
 from meshpeft.training.inputs import Inputs, check_rows, load_inputs
-from meshpeft.training.launch import Interruption, device, join_mesh, launch, workers_for
+from meshpeft.training.launch import Interruption, device, join_mesh, launch, speaks_for_all, workers_for
 from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.output import CURVE, METRICS, OutputDirectory, OutputError
 from meshpeft.training.report import (
@@ -63,8 +63,13 @@ __all__ = ["finetune", "start"]
 SAVING_SECONDS = 600
 
 
-def start(config: FinetuneConfig) -> None:
+def start(config: FinetuneConfig, prove: Callable[[FinetuneConfig, BaseModel], None] | None = None) -> None:
     """Check the options, then run `finetune` on the workers they need.
+
+    Args:
+        config: Options of the run.
+        prove: Called once with the checked options before several workers start on a model whose code is not ours;
+            raises what keeps them from it.
 
     Raises:
         MeshPEFTError: The options, the model, the data or the output directory are at fault; nothing is written.
@@ -87,6 +92,8 @@ def start(config: FinetuneConfig) -> None:
     base = find_base(config.model, config.engine)
     base.check(config)
     check_adapter(base, config)
+    if prove is not None and base.engine == "transformers" and workers > 1 and speaks_for_all():
+        prove(config, base)
     try:
         launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:
@@ -269,9 +276,12 @@ def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, laye
     if experts is not None:
         yield f"experts: {experts}"
     yield str(trainable_parameters(model))
-    if layers.without_adapter:
-        share = sum(layers.without_adapter.values())
-        yield f"without an adapter: {share:.1%} of the weights of the blocks ({', '.join(layers.without_adapter)})"
+    for what, shares in {
+        "without an adapter": layers.without_adapter,
+        "held in full by every process": layers.replicated,
+    }.items():
+        if shares:
+            yield f"{what}: {sum(shares.values()):.1%} of the weights of the blocks ({', '.join(shares)})"
     if config.quantize is not None:
         yield f"packed: {packed_size(model)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from meshpeft.models import DecoderConfig
+from meshpeft.models import DecoderConfig, ModelError
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.loss import default_loss_chunk
 from meshpeft.parallel.mesh import AXES
@@ -30,7 +31,7 @@ from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
 
-__all__ = ["NotExact", "plan_run", "verify_run"]
+__all__ = ["NotExact", "plan_run", "prove_run", "verify_run"]
 
 
 # Starts that depend on the base's weights; the others are drawn.
@@ -68,6 +69,35 @@ def verify_run(config: FinetuneConfig) -> str:
     if not verdict.is_exact:
         raise NotExact("\n".join(["this layout does not train the adapter of one process", *lines]))
     return "\n".join([*lines, "exact: this layout trains the adapter of one process"])
+
+
+def prove_run(config: FinetuneConfig, base: BaseModel) -> None:
+    """Check the layout of a run on a model of transformers as `verify_run` does, before it starts; print what it found.
+
+    Nobody knows beforehand what their code does at a layout: it may take statistics over channels that are sharded, or
+    draw noise that differs from rank to rank. The decoder's code is ours, and proven by its tests.
+
+    Args:
+        config: Options of the run, checked and `resolved`.
+        base: Its base model.
+
+    Raises:
+        NotExact: The layout trains another adapter than one process.
+    """
+    world, start = workers_for(config), time.perf_counter()
+    try:
+        verdict = _verdict(config, base, world)
+    except ModelError as error:
+        warnings.warn(f"the layout is not proven before the run: {error}", stacklevel=2)
+        return
+    if not verdict.is_exact:
+        findings = _findings(verdict, world, base, _left_out(config))
+        raise NotExact("\n".join(["this layout does not train the adapter of one process", *findings]))
+    worst = max(check.error for check in verdict.checks)
+    print(
+        f"checked: {verdict.layout} trains the adapter of one process (scaled down, float64, largest error "
+        f"{worst:.0e}, {time.perf_counter() - start:.0f} s)"
+    )
 
 
 def plan_run(config: FinetuneConfig) -> str:
@@ -140,7 +170,8 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
     # It takes seconds, and there is something to import: the model is of transformers.
     from meshpeft.verify.transformers_layout import verify_transformers_layout
 
-    return verify_transformers_layout(base.config, adapt, tp=config.tp, cp=config.cp, dp=layout["dp"], **options)
+    sizes = {name: layout[name] for name in ("tp", "cp", "dp", "ep", "etp")}
+    return verify_transformers_layout(base.config, adapt, **sizes, **options)
 
 
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:

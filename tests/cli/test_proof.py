@@ -1,0 +1,90 @@
+"""What a run on a model of transformers proves of its layout before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from helpers.byte_tokenizer import VOCABULARY, with_tokenizer
+from helpers.tiny_models import save_tiny
+
+from meshpeft.cli import commands
+from meshpeft.cli.main import main
+from meshpeft.training import finetune as finetune_module
+from meshpeft.training.base import find_base
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.verify.run import NotExact, prove_run
+
+Base = Callable[[str], Path]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Statistics over channels of the MLP, which tensor parallel shards.
+SPARSE = {
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.9, 0.9],
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    @cache
+    def directory(family: str) -> Path:
+        options = SPARSE if family == "gemma3n_text" else {}
+        return with_tokenizer(save_tiny(family, tmp_path_factory.mktemp(family), vocab_size=VOCABULARY, **options))
+
+    return directory
+
+
+def test_a_layout_at_which_their_code_computes_something_else_does_not_start(
+    bases: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", "--model", str(bases("gemma3n_text")), "--data", str(data), "--tp=2", "--rank=4"]
+    command += ["--target-modules", *TARGETS, "--output-dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "this layout does not train the adapter of one process" in said
+    assert "<- wrong" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exact_layout_is_said_to_be_so(bases: Base, capsys: pytest.CaptureFixture[str]) -> None:
+    config = FinetuneConfig(model=bases("granitemoe"), tp=2, ep=2, etp=1, rank=4).resolved()
+    prove_run(config, find_base(config.model))
+    assert "checked: tp=2 dp=1 ep=2 etp=1 micro-batch=2 trains the adapter of one process" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "proven"),
+    [
+        ("phi3", ["--dp=2"], True),
+        ("phi3", [], False),
+        ("llama", ["--tp=2"], False),
+    ],
+)
+def test_which_runs_are_proven_before_they_start(
+    family: str, options: list[str], proven: bool, bases: Base, data: Path, tmp_path: Path
+) -> None:
+    with (
+        mock.patch.object(commands, "_prove", side_effect=NotExact("not so")) as prove,
+        mock.patch.object(finetune_module, "launch") as launch,
+    ):
+        output = ["--output-dir", str(tmp_path / "run")]
+        code = main(["finetune", "--model", str(bases(family)), "--data", str(data), *output, *options])
+    assert (code, prove.called, launch.called) == ((2, True, False) if proven else (0, False, True))
+
+
+def test_noise_of_routers_is_refused(
+    bases: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy = save_tiny("phimoe", tmp_path / "model", vocab_size=VOCABULARY, router_jitter_noise=0.01)
+    command = ["finetune", "--model", str(with_tokenizer(noisy)), "--data", str(data)]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "router_jitter_noise=0.01: the base model's own noise differs" in capsys.readouterr().err
