@@ -335,7 +335,7 @@ def _styles_of_block(block: Any) -> dict[str, str]:
     if not linears or any(layer_type_of(module) is not None for child in others for module in child.modules()):
         return {}
     own = [name for name, _ in block.named_parameters(recurse=False)]
-    if "num_heads" in _code_of_call(type(block)) or not set(own) <= {"sinks"}:
+    if "num_heads" in _code_of_call(block.__class__) or not set(own) <= {"sinks"}:
         return {}
     outputs = [name for name in _OUTPUTS if name in linears]
     if linears.keys() == {*_ATTENTION, *outputs} and len(outputs) == 1 and isinstance(block.head_dim, int):
@@ -358,7 +358,7 @@ def _styles_of_block(block: Any) -> dict[str, str]:
 
 
 @cache
-def _code_of_call(cls: Any) -> str:
+def _code_of_call(cls: type[nn.Module]) -> str:
     try:
         return inspect.getsource(cls.forward)
     except (OSError, TypeError):
