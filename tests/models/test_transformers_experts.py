@@ -20,6 +20,7 @@ from meshpeft.engines.transformers_experts import ExpertAxes, stacks_of_experts
 from meshpeft.hub.names import name_in_transformers
 from meshpeft.models import ModelError, load_transformers, make_transformers_model, save_pretrained
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism
+from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.verify.transformers_layout import verify_transformers_layout
@@ -100,6 +101,13 @@ def test_every_row_at_every_other_layout(family: str, layout: dict[str, int]) ->
 @pytest.mark.parametrize("family", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_dora_on_experts_trains_alike(family: str) -> None:
     assert verified(family, "dora", tp=2, dp=1, ep=2, etp=1).is_exact
+
+
+def test_a_packed_base_trains_alike() -> None:
+    """Transformers' code computes in float64 there, and the kernels that unpack weights in their own types."""
+    verdict = verified("gpt_oss", tp=2, dp=1, ep=2, etp=1, quantizer=BaseQuantizer("nf4"))
+    assert verdict.is_exact, verdict
+    assert "packed" in {check.name for check in verdict.checks}
 
 
 def test_latent_attention_divides_by_heads(tiny: Tiny) -> None:

@@ -132,13 +132,16 @@ class PackedLayer(ShardedTensors):
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
         """Dequantise the local weight: [out, in], or [experts, out, in], in `compute_dtype`."""
-        packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
-        if principal is None:
-            return self.blocks.unpack(packed, self.compute_dtype)
-        wide = torch.promote_types(self.compute_dtype, torch.float32)
-        weight = self.blocks.unpack(packed, wide)
-        a, b = (factor.to(wide) for factor in principal)
-        return (weight.baddbmm_ if weight.dim() == 3 else weight.addmm_)(b, a).to(self.compute_dtype)
+        # A mode of the caller's that changes types (`lift_float32`) would change those that kernels are handed
+        # addresses of.
+        with torch._C.DisableTorchFunction():
+            packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
+            if principal is None:
+                return self.blocks.unpack(packed, self.compute_dtype)
+            wide = torch.promote_types(self.compute_dtype, torch.float32)
+            weight = self.blocks.unpack(packed, wide)
+            a, b = (factor.to(wide) for factor in principal)
+            return (weight.baddbmm_ if weight.dim() == 3 else weight.addmm_)(b, a).to(self.compute_dtype)
 
     @property
     def blocks(self) -> Blocks:
