@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-all lint format docs bench clean
+.PHONY: help finetune test test-all lint format docs bench models clean
 
 help:
 	@echo "make finetune   set up .venv and fine-tune the embedded model on 2 processes"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint       ruff, mypy, imports; make format mends what can be mended"
 	@echo "make docs       the pages of docs/ and the API reference, as a site in site/"
 	@echo "make bench      the benchmarks, each against its peer"
+	@echo "make models     every architecture at every layout, into docs/models.md; an hour or two, goes on where it was"
 
 # torch comes first and alone, so that its index can differ; the constraints keep everything else off it.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -68,6 +69,9 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+models: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

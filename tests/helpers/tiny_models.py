@@ -124,6 +124,55 @@ FOREIGN_FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Dense families of transformers' own code, in whose table of docs/models.md each has a row.
+DENSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": FOREIGN_FAMILIES["gemma"],
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 9},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4},
+    "gemma3n_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.9, 0.9],
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
+    "phi": {},
+    "phi3": FOREIGN_FAMILIES["phi3"],
+    "gpt_neox": FOREIGN_FAMILIES["gpt_neox"],
+    "cohere": FOREIGN_FAMILIES["cohere"],
+    "cohere2": {"sliding_window": 4},
+    "glm": {"head_dim": 8, "eos_token_id": 1},
+    "glm4": {"head_dim": 8, "eos_token_id": 1},
+    "granite": {},
+    "olmo": {"eos_token_id": 1},
+    "olmo2": {"eos_token_id": 1},
+    "olmo3": {"eos_token_id": 1, "sliding_window": 4},
+    "starcoder2": {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "smollm3": {"bos_token_id": 1, "eos_token_id": 2},
+    "exaone4": {"head_dim": 8, "sliding_window": 4},
+    "nemotron": {"head_dim": 8},
+    "ministral3": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "ernie4_5": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "helium": {"head_dim": 4},
+    "arcee": {},
+    "apertus": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "falcon_h1": {"head_dim": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 4},
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 _LATENT = {
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
@@ -194,7 +243,41 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "num_kv_shared_layers": 0,
     },
-    "deepseek_v2": {**_GROUPED, **_LATENT, "topk_method": "greedy"},
+    "deepseek_v2 with experts": {**_GROUPED, **_LATENT, "topk_method": "greedy"},
+    # A sparse index chooses which keys are seen; here it chooses all.
+    "deepseek_v32": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64},
+    "glm_moe_dsa": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64},
+    "kimi_linear": {
+        **_GROUPED,
+        **_LATENT,
+        "q_lora_rank": None,
+        "num_experts": 8,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "bailing_hybrid": {**_GROUPED, **_LATENT, "num_experts": 8, "head_dim": 8},
+    "qwen3_5_moe_text": {
+        **_EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": _MIXED,
+    },
+    # Experts of a class of its own, on inputs that their scores have scaled.
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 5,
+        "use_qk_norm": False,
+    },
     "glm4_moe": {**_GROUPED, "head_dim": 4},
     "glm4_moe_lite": {**_GROUPED, **_LATENT},
     "dots1": {**_GROUPED, "head_dim": 4},
@@ -233,8 +316,9 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
 
 def config_of(family: str, **overrides: Any) -> Any:
     """Configuration of a small model of any family."""
-    families = {**FAMILIES, **MOE_FAMILIES, **FOREIGN_FAMILIES, **EXPERT_FAMILIES}
-    return AutoConfig.for_model(family, **{**_SIZES, **families.get(family, {}), **overrides})
+    # A row may be a variant of a family, and has a longer name then.
+    families = {**FAMILIES, **MOE_FAMILIES, **FOREIGN_FAMILIES, **DENSE_FAMILIES, **EXPERT_FAMILIES}
+    return AutoConfig.for_model(family.partition(" ")[0], **{**_SIZES, **families.get(family, {}), **overrides})
 
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:

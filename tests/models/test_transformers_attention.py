@@ -38,7 +38,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
     },
 }
-ALIKE = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "cohere", "deepseek_v2", *OTHERS)
+ALIKE = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "cohere", "deepseek_v2", "mimo_v2_flash", *OTHERS)
 DOCUMENTS = torch.tensor([[0] * 3 + [1] * 10, [0] * 6 + [1] * 7])
 BOUNDS = ((0, 3, 13), (0, 6, 13))
 POSITIONS = torch.tensor([[*range(3), *range(10)], [*range(6), *range(7)]])

@@ -223,7 +223,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
         elif style == "mla_kv_a_proj":
             rotary: int = model.get_submodule(name.rpartition(".")[0]).qk_rope_head_dim  # type: ignore[assignment]
             changes.layers[name] = SharedKeyLinear(_linear(module, name, style), rotary, axis)
-        elif style != "replicate":
+        elif style not in ("replicate", "local_params"):  # the second is of hooks that hand DTensors' slices on
             raise _unsupported(name, style)
     at_the_ends = {name for name, style in styles.items() if style == "embedding_rowwise"}
     at_the_ends |= {name for name in styles if model.get_submodule(name) is head}
@@ -266,7 +266,8 @@ def _check_heads(
     if isinstance(getattr(holder, "qk_rope_head_dim", None), int):  # latent attention: heads of several widths
         head_dim: Any = linear.out_features // holder.num_heads
     else:
-        head_dim = getattr(holder, "head_dim", None) or getattr(holder, "head_size", None)
+        own = "v_head_dim" if name.endswith("v_proj") else "head_dim"
+        head_dim = next((size for key in (own, "head_dim", "head_size") if (size := getattr(holder, key, None))), None)
     if not isinstance(head_dim, int):
         return
     parts = fused_parts.sizes if fused_parts is not None else (linear.out_features,)

@@ -40,7 +40,7 @@ IMPLEMENTATION = "documents"
 
 # Architectures whose layers hand their soft cap or sinks to the attention function, as `softcap` and `s_aux`;
 # transformers' own kernel has neither, and it runs them eagerly.
-_CAPS_OR_SINKS = ("gemma2", "gpt_oss", "granite_swa", "vaultgemma")
+_CAPS_OR_SINKS = ("gemma2", "gpt_oss", "granite_swa", "mimo_v2_flash", "vaultgemma")
 
 _SPANS: ContextVar[Spans | SpansOfRanks | None] = ContextVar("spans of this call", default=None)
 

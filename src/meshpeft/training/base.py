@@ -37,6 +37,7 @@ __all__ = [
     "BaseModel",
     "base_directory",
     "check_attention",
+    "check_shares_rows",
     "find_base",
 ]
 
@@ -223,7 +224,17 @@ def check_attention(model: LanguageModel, run: FinetuneConfig) -> None:
             f"packing: {type(model).__name__} of transformers does not keep documents apart that share a row; put one "
             "in each with --no-packing"
         )
-    if parallel_group_info().cp.world_size > 1 and not model.shares_rows():
+    if parallel_group_info().cp.world_size > 1:
+        check_shares_rows(model)
+
+
+def check_shares_rows(model: LanguageModel) -> None:
+    """Check that the tokens of a row may be on several ranks of context parallel. A collective.
+
+    Raises:
+        ConfigError: They may not.
+    """
+    if not model.shares_rows():
         raise ConfigError(
             f"cp: {type(model).__name__} of transformers cannot have the tokens of a row on several processes: they "
             "meet elsewhere than in attention, or it computes its attention in another way; leave --cp out"

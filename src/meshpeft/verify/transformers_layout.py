@@ -35,6 +35,7 @@ from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.formats import BLOCK_SIZES
+from meshpeft.training.base import check_shares_rows
 from meshpeft.verify.layout import Verdict, few_ranks, in_smallest_blocks, prove_adapter, started, straddling_width
 from meshpeft.verify.oracle import Layout
 
@@ -78,6 +79,7 @@ def verify_transformers_layout(
     dropout: float = 0.0,
     all_layers: bool = False,
     steps: int = 3,
+    lift: bool = True,
     **options: Any,
 ) -> Verdict:
     """Check a model, an adapter and a layout together.
@@ -86,10 +88,12 @@ def verify_transformers_layout(
         config: Configuration of the model, at its real size.
         adapt, tp, dp, cp, ep, etp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
             `verify_layout`.
+        lift: Compute in float64 what their code computes in float32; otherwise the errors are of the size of its
+            rounding.
 
     Raises:
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
-        MeshPEFTError: Sizes do not divide; a target matches no layer.
+        MeshPEFTError: Sizes do not divide; a target matches no layer; the tokens of a row cannot be on several ranks.
     """
     layout = few_ranks(Layout(tp, dp, ep, etp, activation_checkpointing=activation_checkpointing, cp=cp))
     small = _small_model(config, layout, all_layers, blocks=quantizer is not None)
@@ -98,11 +102,14 @@ def verify_transformers_layout(
     with tempfile.TemporaryDirectory() as directory:
         small.config.save_pretrained(directory)
         save_model(small, str(Path(directory) / "model.safetensors"))
+        if layout.cp > 1:
+            check_shares_rows(load_transformers(directory, torch.float64))
 
         def load(parallel: Any) -> LanguageModel:
             few = None if quantizer is None else in_smallest_blocks(quantizer)
             model = load_transformers(directory, torch.float64, quantize=few)
-            lift_float32(model)
+            if lift:
+                lift_float32(model)
             return model
 
         try:
