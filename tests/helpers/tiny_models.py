@@ -255,7 +255,14 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "bailing_hybrid": {**_GROUPED, **_LATENT, "num_experts": 8, "head_dim": 8},
+    "bailing_hybrid": {
+        **_GROUPED,
+        **_LATENT,
+        "num_local_experts": 8,
+        "head_dim": 8,
+        "layer_group_size": 2,
+        "num_mtp_layers": 0,
+    },
     "qwen3_5_moe_text": {
         **_EXPERTS,
         "num_experts": 4,
