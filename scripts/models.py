@@ -5,8 +5,9 @@
     python scripts/models.py --table               # write the page of what is known
 
 A cell is the largest relative error between a layout and one process, or between MeshPEFT and transformers or peft; or
-it is a number, and the sentence of a refusal stands below the table. What was found is kept in `models.json`, with a
-checksum of the sources and of the architecture's configuration, so a run that was cut off goes on.
+`R` and a number for a refusal, `F` and a number for a check that did not hold or code that failed: their sentences
+stand below the table. What was found is kept in `models.json`, with a checksum of all that a row depends on, so a run
+that was cut off goes on, and a row of other sources is not written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import fnmatch
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -44,14 +46,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 FILES = ("peft", "merged", "generate")
 COUNTS = ("share at tp 2", "collectives")
 Cell = float | str
+NOTHING = "·"
 
 
 def families() -> dict[str, bool]:
     """Every architecture of the table, and whether it has experts."""
-    from helpers.tiny_models import DENSE_FAMILIES, EXPERT_FAMILIES, FAMILIES, MOE_FAMILIES
+    from helpers.tiny_models import DENSE_FAMILIES, EXPERT_FAMILIES, FAMILIES, MOE_FAMILIES, OWN_EXPERTS
 
     dense = dict.fromkeys((*FAMILIES, *DENSE_FAMILIES), False)
-    return dense | dict.fromkeys((*MOE_FAMILIES, *EXPERT_FAMILIES), True)
+    return dense | dict.fromkeys((*MOE_FAMILIES, *EXPERT_FAMILIES, *OWN_EXPERTS), True)
 
 
 def run_of(**options: Any) -> Any:
@@ -61,7 +64,7 @@ def run_of(**options: Any) -> Any:
     return FinetuneConfig(**{**named, **options})
 
 
-def trained(family: str, method: str = "lora", quantize: str | None = None, **layout: Any) -> float:
+def trained(family: str, method: str = "lora", quantize: str | None = None, **layout: Any) -> Cell:
     """The largest error of a few steps at a layout against one rank."""
     import torch
     from helpers.tiny_models import config_of
@@ -86,13 +89,17 @@ def trained(family: str, method: str = "lora", quantize: str | None = None, **la
             made = make_transformers_model(config, torch.float32)
             in_full = {"exclude_modules": default_layers(made).in_full}
         quantizer = BaseQuantizer(quantize, **in_full)
+    if native is not None and "lift" in layout:
+        return NOTHING  # its own code has no float32 islands
     if native is not None:
-        layout.pop("lift", None)
         verdict = verify_layout(native, adapt, quantizer=quantizer, steps=2, **layout)
-    elif layout.pop("sequence_parallel", False):
-        raise ModelError("the transformers engine has no sequence parallel")
+    elif "sequence_parallel" in layout:
+        raise ModelError("the transformers engine has no sequence parallel; leave it out")
     else:
         verdict = verify_transformers_layout(config, adapt, quantizer=quantizer, steps=2, **layout)
+    wrong = [check for check in verdict.checks if not check.error < math.inf]
+    if wrong:
+        return f"F {wrong[0].name}: {wrong[0].did}"
     return max(check.error for check in verdict.checks)
 
 
@@ -108,28 +115,36 @@ def files_of(family: str) -> dict[str, Cell]:
     from meshpeft.training.adapters import add_adapter
     from meshpeft.training.base import find_base
 
-    ids, found = random_ids(), {}
+    ids = random_ids()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         directory, adapter, merged = (Path(folder) / name for name in ("base", "adapter", "merged"))
         save_tiny(family, directory)
         base = find_base(directory)
         model: Any = base.load(torch.float64)
         model = model if base.engine == "native" else in_float64(model)
-        theirs: Any = reference(directory)
-        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        same = torch.equal(generate(model, ids, 6), theirs.generate(ids, **options))
-        found["generate"] = 0.0 if same else 1.0
+
+        def generated() -> float:
+            theirs: Any = reference(directory)
+            options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            return 0.0 if torch.equal(generate(model, ids, 6), theirs.generate(ids, **options)) else 1.0
+
+        found = _tried(["generate"], lambda: {"generate": generated()})
         model = add_adapter(model, run_of()).eval()
-        export_peft_adapter(model, adapter, base_model_name_or_path=str(directory))
         logits = model(ids, gather_logits=True)
 
         def error(others: Any) -> float:
-            return float((others.logits - logits).abs().max() / logits.abs().max())
+            return float((others(ids).logits - logits).abs().max() / logits.abs().max())
 
-        found["peft"] = error(with_peft(directory, adapter)(ids))
-        merge_adapter(model, merged)
-        found["merged"] = error(reference(merged)(ids))
-    return found
+        def exported() -> float:
+            export_peft_adapter(model, adapter, base_model_name_or_path=str(directory))
+            return error(with_peft(directory, adapter))
+
+        def into_merged() -> float:
+            merge_adapter(model, merged)
+            return error(reference(merged))
+
+        found |= _tried(["peft"], lambda: {"peft": exported()})
+        return found | _tried(["merged"], lambda: {"merged": into_merged()})
 
 
 def counts_of(family: str) -> dict[str, Cell]:
@@ -173,7 +188,7 @@ def row_of(family: str) -> dict[str, Cell]:
     row: dict[str, Cell] = {}
     for name, layout in LAYOUTS.items():
         if "ep" in layout and not families()[family]:
-            row[name] = "·"
+            row[name] = NOTHING
             continue
         row |= _tried([name], lambda layout=layout, name=name: {name: trained(family, **layout)})
     init_parallelism()
@@ -183,43 +198,48 @@ def row_of(family: str) -> dict[str, Cell]:
 
 
 def _tried(cells: Any, work: Callable[[], dict[str, Cell]]) -> dict[str, Cell]:
+    """Run what gives these cells; those that it did not come to have its refusal (R), or its failure (F)."""
+    from meshpeft.parallel import MeshPEFTError
+
     try:
         return work()
-    except Exception as error:  # whatever it is, it is what the table says
-        return dict.fromkeys(cells, f"{type(error).__name__}: {' '.join(str(error).split())}"[:400])
+    except Exception as error:
+        kind = "R" if isinstance(error, MeshPEFTError) else f"F {type(error).__name__}:"
+        return dict.fromkeys(cells, f"{kind} {' '.join(str(error).split())}"[:400])
 
 
 def checksum(family: str) -> str:
-    """Of everything that a row depends on."""
+    """Hash the sources, this script, the configuration, and the versions of what computes beside them."""
+    import peft
+    import torch
     import transformers
     from helpers.tiny_models import config_of
 
     digest = hashlib.sha256(json.dumps(config_of(family).to_dict(), sort_keys=True, default=str).encode())
-    digest.update(transformers.__version__.encode())
-    for path in sorted((ROOT / "src" / "meshpeft").rglob("*.py")):
+    digest.update(" ".join(package.__version__ for package in (peft, torch, transformers)).encode())
+    for path in (Path(__file__), *sorted((ROOT / "src" / "meshpeft").rglob("*.py"))):
         if not path.is_relative_to(ROOT / "src" / "meshpeft" / "cli"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def write_page(results: dict[str, Any]) -> None:
+def write_page(rows: dict[str, dict[str, Cell]]) -> None:
     columns = [*LAYOUTS, *FILES, *COUNTS]
-    reasons: dict[str, int] = {}
+    reasons: dict[str, str] = {}
 
     def text(cell: Cell) -> str:
-        if cell == "·":
-            return cell
+        if cell == NOTHING:
+            return NOTHING
         if isinstance(cell, str):
-            # One sentence, whatever layer or size it names, has one number.
-            return f"R{reasons.setdefault(cell, len(reasons) + 1)}"
+            kind, _, sentence = cell.partition(" ")
+            return reasons.setdefault(sentence, f"{kind}{len(reasons) + 1}")
         return f"{cell:.0e}" if 0 < cell < 0.01 else f"{cell:g}"
 
     lines = [f"| architecture | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for family in families():
-        if family in results:
-            row = results[family]["row"]
-            lines.append(f"| {family} | {' | '.join(text(row.get(column, '·')) for column in columns)} |")
-    notes = [f"* R{number}: {sentence}" for sentence, number in reasons.items()]
+        if family in rows:
+            lines.append(f"| {family} | {' | '.join(text(rows[family].get(column, NOTHING)) for column in columns)} |")
+    notes = [f"* {number}: {sentence}" for sentence, number in reasons.items()]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(_BEGIN)
     after = rest.partition(_END)[2]
@@ -234,8 +254,12 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="write the page, and run nothing")
     given = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    sums = {family: checksum(family) for family in families() if fnmatch.fnmatch(family, given.only)}
-    wanted = [family for family, key in sums.items() if results.get(family, {}).get("key") != key]
+    sums = {family: checksum(family) for family in families()}
+    wanted = [
+        family
+        for family, key in sums.items()
+        if fnmatch.fnmatch(family, given.only) and results.get(family, {}).get("key") != key
+    ]
     if not given.table:
         print(f"{len(wanted)} of {len(sums)} architectures to run", flush=True)
         # Each row in a process of its own: what one does to the libraries, the next does not see.
@@ -249,8 +273,11 @@ def main() -> int:
                 worst = max((cell for cell in done.result().values() if isinstance(cell, float)), default=0.0)
                 refused = sum(isinstance(cell, str) and cell != "·" for cell in done.result().values())
                 print(f"{number:3}/{len(wanted)} {family:20} worst {worst:.0e}, {refused} refused", flush=True)
-    write_page(results)
-    return 0
+    current = {family: results[family]["row"] for family in sums if results.get(family, {}).get("key") == sums[family]}
+    write_page(current)
+    failed = [family for family, row in current.items() if any(str(cell).startswith("F") for cell in row.values())]
+    print(f"{len(current)} rows in {PAGE.name}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

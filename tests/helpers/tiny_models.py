@@ -274,17 +274,6 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
         "layer_types": _MIXED,
     },
-    # Experts of a class of its own, on inputs that their scores have scaled.
-    "llama4_text": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "intermediate_size_mlp": 48,
-        "interleave_moe_layer_step": 1,
-        "attention_chunk_size": 5,
-        "use_qk_norm": False,
-    },
     "glm4_moe": {**_GROUPED, "head_dim": 4},
     "glm4_moe_lite": {**_GROUPED, **_LATENT},
     "dots1": {**_GROUPED, "head_dim": 4},
@@ -321,11 +310,32 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Experts of classes with contracts of their own, which stay as they are.
+OWN_EXPERTS: dict[str, dict[str, Any]] = {
+    "jetmoe": FOREIGN_FAMILIES["jetmoe"],
+    # Experts of a class of its own, on inputs that their scores have scaled.
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 5,
+        "use_qk_norm": False,
+    },
+}
+
+
 def config_of(family: str, **overrides: Any) -> Any:
     """Configuration of a small model of any family."""
     # A row may be a variant of a family, and has a longer name then.
-    families = {**FAMILIES, **MOE_FAMILIES, **FOREIGN_FAMILIES, **DENSE_FAMILIES, **EXPERT_FAMILIES}
+    families = {**FAMILIES, **MOE_FAMILIES, **FOREIGN_FAMILIES, **DENSE_FAMILIES, **OWN_EXPERTS, **EXPERT_FAMILIES}
     return AutoConfig.for_model(family.partition(" ")[0], **{**_SIZES, **families.get(family, {}), **overrides})
+
+
+# Of `EXPERT_FAMILIES`, one for each mechanism.
+ONE_OF_EACH_KIND = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
 
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.peft_files import WEIGHTS, with_peft
-from helpers.tiny_models import EXPERT_FAMILIES, random_ids, reference, save_tiny
+from helpers.tiny_models import EXPERT_FAMILIES, ONE_OF_EACH_KIND, random_ids, reference, save_tiny
 from helpers.transformers_float64 import in_float64
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ Tiny = Callable[[str], Path]
 # Both models compute in float64; sums are taken in another order.
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 IDS = random_ids()
-# One by one, of a family that peft converts; transposed, with biases; without a gate; names of the family's own.
-ONE_EACH = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
-ROWS = [family if family in ONE_EACH else pytest.param(family, marks=pytest.mark.slow) for family in EXPERT_FAMILIES]
+FAMILIES = [
+    name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in EXPERT_FAMILIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("share", (True, False), ids=["shared", "one each"])
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_the_export_and_gives_our_logits(family: str, share: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = adapted(tiny(family), share_expert_adapters=share)
     export_peft_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(tiny(family)))
@@ -66,7 +66,7 @@ def test_peft_loads_the_export_and_gives_our_logits(family: str, share: bool, ti
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_per_expert_form_goes_there_and_back(family: str, method: type[LoRA], tiny: Tiny, tmp_path: Path) -> None:
     model = adapted(tiny(family), method, share_expert_adapters=False)
     export_peft_adapter(model, tmp_path / "adapter", format="peft-per-expert")
@@ -90,7 +90,7 @@ def test_the_per_expert_form_has_the_names_of_the_files(family: str, name: str, 
     assert f"base_model.model.{name}.lora_A.weight" in load_file(tmp_path / WEIGHTS)
 
 
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_is_transformers(family: str, tiny: Tiny, tmp_path: Path) -> None:
     model = adapted(tiny(family), share_expert_adapters=False)
     expected = logits(model)

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import EXPERT_FAMILIES, config_of, random_ids, reference, save_tiny
+from helpers.tiny_models import (
+    EXPERT_FAMILIES,
+    ONE_OF_EACH_KIND,
+    OWN_EXPERTS,
+    config_of,
+    random_ids,
+    reference,
+    save_tiny,
+)
 from helpers.transformers_float64 import in_float64
 from helpers.transformers_runs import count_read
 from helpers.workers import run_on_ranks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.moe import use_experts_implementation
 
-from meshpeft.engines.transformers_experts import ExpertAxes, stacks_of_experts
+from meshpeft.engines.transformers_experts import ExpertAxes, has_grouped_experts, stacks_of_experts
 from meshpeft.hub.names import name_in_transformers
 from meshpeft.models import ModelError, load_transformers, make_transformers_model, save_pretrained
+from meshpeft.models.transformers_model import auto_class_of
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.adapters import add_adapter
@@ -28,9 +38,8 @@ from meshpeft.verify.transformers_layout import verify_transformers_layout
 Tiny = Callable[[str], Path]
 # Float64, sums in another order.
 TOLERANCE = 1e-10
-# One for each mechanism; `make test-all` has every row.
-ONE_EACH = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
-ROWS = [family if family in ONE_EACH else pytest.param(family, marks=pytest.mark.slow) for family in EXPERT_FAMILIES]
+SLOW = pytest.mark.slow
+FAMILIES = [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=SLOW) for name in EXPERT_FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def loaded(directory: Path, tp: int, ep: int, etp: int, saved: Path) -> dict[str
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1)], ids=str)
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_and_writes_what_transformers_does(
     family: str, layout: tuple[int, int, int], tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -78,14 +87,13 @@ def verified(family: str, method: str = "lora", **layout: Any) -> Any:
         alpha=8,
         dtype="float64",
         share_expert_adapters=False,
-        adapter_format="peft" if method == "lora" else "peft-per-expert",
         lora_b_init_method="normal",
     )
     return verify_transformers_layout(config_of(family), partial(add_adapter, config=run), steps=2, **layout)
 
 
-@pytest.mark.parametrize("family", ROWS)
-def test_adapters_of_experts_train_alike_at_every_layout(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_experts_train_alike_at_tp_2_and_ep_2(family: str) -> None:
     verdict = verified(family, tp=2, dp=1, ep=2, etp=1)
     assert verdict.is_exact, verdict
 
@@ -93,12 +101,13 @@ def test_adapters_of_experts_train_alike_at_every_layout(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"dp": 2, "ep": 2}, {"tp": 2}], ids=str)
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)
-def test_every_row_at_every_other_layout(family: str, layout: dict[str, int]) -> None:
+def test_every_family_at_ep_2_and_at_tp_2(family: str, layout: dict[str, int]) -> None:
     verdict = verified(family, **layout)
     assert verdict.is_exact, verdict
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_dora_on_experts_trains_alike(family: str) -> None:
     assert verified(family, "dora", tp=2, dp=1, ep=2, etp=1).is_exact
 
@@ -133,10 +142,21 @@ def test_parameters_that_stay_in_float32_do_so_in_a_bfloat16_model(tiny: Tiny) -
 
 def test_experts_that_do_not_divide_are_refused(tiny: Tiny) -> None:
     init_parallelism()
-    with pytest.raises(ParallelError, match="4 experts cannot be divided over expert_parallel=3"):
+    with pytest.raises(ParallelError, match=r"mlp\.experts: .*4 experts cannot be divided over expert_parallel=3"):
         made(config_of("gpt_oss"), ep=3)
-    with pytest.raises(ParallelError, match="has no experts that can be divided over ep=2; use ep=1"):
-        made(config_of("gemma"), ep=2)
+    for family in ("gemma", *OWN_EXPERTS):
+        with pytest.raises(ParallelError, match=r"has no experts that can be sharded over ep=2 \(none, or of a class"):
+            made(config_of(family), ep=2)
+
+
+def test_experts_of_a_class_of_their_own_stay_as_they_are(tmp_path: Path) -> None:
+    directory = save_tiny("llama4_text", tmp_path)
+    model: Any = in_float64(load_transformers(directory, torch.float64))
+    assert not has_grouped_experts(model)
+    logits = reference(directory)(random_ids()).logits
+    torch.testing.assert_close(model(random_ids()), logits, rtol=TOLERANCE, atol=TOLERANCE)
+    with pytest.raises(ParallelError, match="'packed_rowwise' of the model's tensor-parallel plan has no counterpart"):
+        made(config_of("llama4_text"), tp=2)
 
 
 def made(config: Any, **sizes: int) -> Any:
@@ -155,7 +175,7 @@ def made(config: Any, **sizes: int) -> Any:
         (lambda held: held.update({"model.layers.1.mlp.experts.7.up_proj.weight": torch.zeros(16, 31)}), r"\(16, 31\)"),
         (
             lambda held: held.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 32, 16)}),
-            "experts.down_proj both whole and in parts",
+            "experts.down_proj both as one tensor and in parts",
         ),
     ],
 )
@@ -168,16 +188,34 @@ def test_files_with_other_experts_are_refused(change: Any, sentence: str, tiny: 
         load_transformers(directory)
 
 
-def test_a_norm_behind_each_expert_keeps_its_experts_as_they_are() -> None:
+@pytest.mark.parametrize(("norm", "taken"), [(False, True), (True, False)])
+def test_a_norm_behind_each_expert_keeps_its_experts_as_they_are(norm: bool, taken: bool) -> None:
+    """It needs the full output of an expert, which is a sum over expert-tensor parallel there."""
+
+    @use_experts_implementation(has_post_expert_norm=norm)
     class Experts(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, config: Any) -> None:
             super().__init__()
             self.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 8, 4))
             self.down_proj = torch.nn.Parameter(torch.zeros(2, 4, 4))
-            self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, False, False, True
-            self.has_post_expert_norm = False
 
-    experts = Experts()
-    assert stacks_of_experts(experts) == {"": experts}
-    experts.has_post_expert_norm = True
-    assert stacks_of_experts(experts) == {}
+        def forward(self, *args: Any) -> None: ...
+
+    assert bool(stacks_of_experts(Experts(None))) is taken
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("Qwen3_5ForConditionalGeneration", AutoModelForImageTextToText),
+        ("Qwen3_5ForCausalLM", AutoModelForCausalLM),
+        (None, AutoModelForCausalLM),
+    ],
+)
+def test_the_class_that_architectures_names_is_made(architecture: str | None, expected: Any) -> None:
+    config = AutoConfig.for_model("qwen3_5", architectures=None if architecture is None else [architecture])
+    assert auto_class_of(config) is expected
+
+
+def test_a_model_of_images_and_text_alone_has_one_class() -> None:
+    assert auto_class_of(AutoConfig.for_model("qwen3_vl")) is AutoModelForImageTextToText

@@ -252,6 +252,11 @@ def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) ->
         load_transformers(tiny("gemma"))
 
 
+def test_noise_of_routers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"router_jitter_noise=0\.01: the base model's own noise differs"):
+        load_transformers(save_tiny("phimoe", tmp_path, router_jitter_noise=0.01))
+
+
 def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:
     """In which transformers' own choice of kernels does not."""
     directory, ids = save_tiny("granitemoe", tmp_path), random_ids()

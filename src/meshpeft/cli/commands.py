@@ -41,10 +41,10 @@ def _finetune(argv: Sequence[str]) -> None:
     start(options, _prove)
 
 
-def _prove(config: FinetuneConfig, base: BaseModel) -> None:
+def _prove(config: FinetuneConfig, base: BaseModel) -> str:
     from meshpeft.verify.run import prove_run
 
-    prove_run(config, base)
+    return prove_run(config, base)
 
 
 def _evaluate(argv: Sequence[str]) -> None:

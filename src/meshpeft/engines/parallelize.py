@@ -1,6 +1,7 @@
 """transformers models with our parallel layers in the place of their linear ones.
 
-Their own tensor-parallel plan states which linear layer is sharded how. Unlike layers that transformers shards itself
+Their own tensor-parallel plan states which linear layer is sharded how; blocks that it leaves out are sharded by their
+structure, and stacked experts over expert parallel. Unlike layers that transformers shards itself
 (`tp_plan="auto"`, see `engines.transformers`) these let adapters join between their collectives, and add none; and
 layers that fuse q, k, v or gate and up are sharded part by part, where the plan gathers their full output: each rank's
 output holds its slice of every part, and the code after it finds them there. So architectures that `meshpeft.models`
@@ -12,8 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, stacks_of_experts
+from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, naming, stacks_of_experts
 from meshpeft.parallel import (
     ColumnParallelLinear,
     FusedParts,
@@ -40,7 +40,7 @@ from meshpeft.parallel import (
     set_layout,
 )
 
-__all__ = ["FusedLayer", "SharedKeyLinear", "fused_layers", "parallelize"]
+__all__ = ["FusedLayer", "SharedKeyLinear", "fused_layers", "parallelize", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,13 @@ def parallelize(
     """Shard a transformers model over tensor parallel, and its experts over expert parallel, in place. No collective.
 
     Linear layers and the embedding that the model's `tp_plan` names become `ColumnParallelLinear`,
-    `RowParallelLinear` and `VocabParallelEmbedding`; stacked experts become grouped layers, whatever the plan says of
-    them (`group_experts`). Each rank keeps its slices, and the rest is freed. Tied weights stay tied. An embedding and
-    head whose vocabulary does not divide stay replicated. The model takes the same inputs on every rank and gives the
-    same outputs. Apply adapters afterwards.
+    `RowParallelLinear` and `VocabParallelEmbedding`. So do the projections of attention (latent attention too, with
+    its `SharedKeyLinear`) and of gated MLPs that it does not name; parameters of one value a head, such as sinks, are
+    sharded with them. Stacked experts become grouped layers, whatever the plan says of them (`group_experts`).
+
+    Each rank keeps its slices, and the rest is freed. Tied weights stay tied. An embedding and head whose vocabulary
+    does not divide stay replicated. The model takes the same inputs on every rank and gives the same outputs. Apply
+    adapters afterwards.
 
     Args:
         model: Model as `from_pretrained` returns it, or on the meta device, the same on every rank.
@@ -144,9 +147,9 @@ def parallelize(
         The model itself.
 
     Raises:
-        ParallelError: The model has no plan, one that shards nothing between the embedding and the head, or one with a
-            style that has no counterpart here; a layer's size, its attention heads or its experts do not divide. The
-            model is unchanged then.
+        ParallelError: The model has no plan, or one with a style that has no counterpart here; neither plan nor
+            structure shards anything between the embedding and the head; a layer's size, its attention heads or its
+            experts do not divide. The model is unchanged then.
     """
     axis = parallel_group_info().tp if axis is None else axis
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
@@ -186,7 +189,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
         style = styles.pop(name, None) or _style_of(name, plan)
         if style is None or name.rpartition(".")[0] in stacks:
             continue
-        if style != "colwise":
+        if style != "colwise" or parameter.dim() != 1:
             raise _unsupported(name, style)
         changes.parameters[name] = _sharded(parameter, name, axis, made)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -229,8 +232,9 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
     at_the_ends |= {name for name in styles if model.get_submodule(name) is head}
     if axis.world_size > 1 and not stacks and changes.layers.keys() <= at_the_ends:
         raise ParallelError(
-            f"{type(model).__name__}: its tensor-parallel plan shards none of its blocks, so at {axis.name}="
-            f"{axis.world_size} every process would hold and compute all of them; use {axis.name}=1"
+            f"{type(model).__name__}: neither its tensor-parallel plan nor the structure of its blocks says how to "
+            f"shard them, so at {axis.name}={axis.world_size} every process would hold and compute all of them; use "
+            f"{axis.name}=1"
         )
     return changes
 
@@ -245,7 +249,7 @@ def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
 def _unsupported(name: str, style: str) -> ParallelError:
     return ParallelError(
         f"{name}: the style {style!r} of the model's tensor-parallel plan has no counterpart among this package's "
-        "layers; use tp=1 (in Python, transformers' own tp_plan='auto' shards it, for one adapter a rank)"
+        "layers; use tp=1, or in Python load the model with tp_plan='auto' (docs/engines.md)"
     )
 
 
@@ -293,8 +297,8 @@ def _norms_of_heads(
 
 
 def _sharded(full: nn.Parameter, name: str, axis: ParallelAxis, made: dict[int, nn.Parameter]) -> nn.Parameter:
-    """Make a parameter that is sharded along its first dim, which counts heads or their channels."""
-    with _naming(name):
+    """Make [heads, ..], or [heads, head_dim], of a full parameter: sharded along its first dim, as q, k and v are."""
+    with naming(name):
         layout = TensorLayout(tuple(full.shape), ((0, axis),))
     new = nn.Parameter(full.new_empty(layout.local_shape))
     set_layout(new, layout)
@@ -311,8 +315,9 @@ _GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 def _completed(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
     """Find the styles of blocks that a plan leaves out, by their structure; of modules, and of parameters.
 
-    transformers has plans for the experts alone of many architectures. What is taken for granted of a block's code,
-    that it counts its heads by the sizes that it finds and treats channels one by one, `meshpeft verify` shows.
+    transformers' plans of many architectures name the experts alone. Taken for granted of a block's code is that it
+    takes the number of heads from the sizes of its tensors (its `forward` does not read `num_heads`), and that it
+    treats channels one by one; the second is not looked at here, but shows in the numbers of `meshpeft verify`.
 
     Args:
         model: The model.
@@ -327,6 +332,7 @@ def _completed(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
 
 
 def _styles_of_block(block: Any) -> dict[str, str]:
+    """Return the styles of a block's layers and parameters, by their own names; none for an unknown structure."""
     linears = {name: child for name, child in block.named_children() if type(child) is nn.Linear}
     others = [child for child in block.children() if child not in linears.values()]
     for gate, up, down in _GATED_MLPS:
@@ -336,7 +342,7 @@ def _styles_of_block(block: Any) -> dict[str, str]:
     if not linears or any(layer_type_of(module) is not None for child in others for module in child.modules()):
         return {}
     own = [name for name, _ in block.named_parameters(recurse=False)]
-    if "num_heads" in _code_of_call(block.__class__) or not set(own) <= {"sinks"}:
+    if "num_heads" in source_of(block.__class__.forward) or not set(own) <= {"sinks"}:
         return {}
     outputs = [name for name in _OUTPUTS if name in linears]
     if linears.keys() == {*_ATTENTION, *outputs} and len(outputs) == 1 and isinstance(block.head_dim, int):
@@ -359,9 +365,10 @@ def _styles_of_block(block: Any) -> dict[str, str]:
 
 
 @cache
-def _code_of_call(cls: type[nn.Module]) -> str:
+def source_of(code: Any) -> str:
+    """Return the source of a class or function; empty where there is none. Cached: finding it in its file is slow."""
     try:
-        return inspect.getsource(cls.forward)
+        return inspect.getsource(code)
     except (OSError, TypeError):
         return ""
 
@@ -386,7 +393,7 @@ def _column(
     axis: ParallelAxis,
     made: dict[int, nn.Parameter],
 ) -> ColumnParallelLinear:
-    with _naming(name):
+    with naming(name):
         layer = ColumnParallelLinear(
             module.in_features,
             module.out_features,
@@ -402,7 +409,7 @@ def _column(
 def _row(
     module: nn.Linear, name: str, input_is_parallel: bool, axis: ParallelAxis, made: dict[int, nn.Parameter]
 ) -> RowParallelLinear:
-    with _naming(name):
+    with naming(name):
         layer = RowParallelLinear(
             module.in_features,
             module.out_features,
@@ -415,10 +422,11 @@ def _row(
 
 
 class SharedKeyLinear(nn.Linear):
-    """The replicated layer of latent attention whose last outputs are the rotary part of every head's key.
+    """Replicated down-projection of latent attention: y = x Wᵀ + b, [*, in] -> [*, latent + rotary].
 
-    y [*, latent + rotary]. What is made of the latent part, the same on every rank, goes into columns, which sum its
-    gradient. The rotary part meets the heads of each rank as it is, so its gradient is summed here.
+    Over `axis` x is I, and so is the latent part of y: the column behind it (`kv_b_proj`) sums its gradient. The rotary
+    part, which is the key of every head, is R: each rank's heads take it as it is, and its gradient, P, is summed here,
+    in an all-reduce of [*, rotary]. So an adapter inside, beside x and y, has no partial gradient.
 
     Args:
         module: Layer that it takes the place of, whose parameters it keeps.
@@ -437,13 +445,13 @@ class SharedKeyLinear(nn.Linear):
         return LinearLayout(self.in_features, self.out_features, axis=self.axis)
 
     def exit(self, y: Tensor) -> Tensor:
-        """Add the bias; y [*, out] stays the same on every rank, and so does its gradient."""
+        """Add the bias; y [*, out], I -> the latent part I, the rotary part R."""
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         latent, rotary = y.split([self.out_features - self.rotary, self.rotary], -1)
         return torch.cat((latent, mp_copy(rotary, axis=self.axis)), -1)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [*, in] -> [*, out], I over the axis."""
+        """input [*, in], I -> [*, out], the latent part I and the rotary part R."""
         return self.exit(functional.linear(input, self.weight))
 
 
@@ -496,12 +504,3 @@ def _kept(new: nn.Parameter, full: Tensor, made: dict[int, nn.Parameter]) -> nn.
     keep_slice(new, full)
     made[id(full)] = new
     return new
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Name the layer in an error."""
-    try:
-        yield
-    except ParallelError as error:
-        raise ParallelError(f"{name}: {error}") from error

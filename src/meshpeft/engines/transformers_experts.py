@@ -4,7 +4,7 @@ Nearly every architecture with experts has one class for them, made with transfo
 Its contract is all that is read here:
 
 * parameters `gate_up_proj` [experts, 2 width, hidden], or `up_proj` [experts, width, hidden] without a gate, and
-  `down_proj` [experts, hidden, width]; where the class says so transposed, with gate and up in turns, or with biases;
+  `down_proj` [experts, hidden, width]; where the class says so transposed, gate and up interleaved, or with biases;
 * `_apply_gate`, or `act_fn` without a gate: from the first product to the second's input, channel by channel;
 * a call `(tokens [T, hidden], experts [T, k], weights [T, k]) -> [T, hidden]`.
 
@@ -16,7 +16,8 @@ on every token of a tensor-parallel rank, and each of these ranks then sends its
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from meshpeft.parallel import (
     GroupedColumnParallelLinear,
     GroupedRowParallelLinear,
     ParallelAxis,
+    ParallelError,
     combine_tokens,
     dispatch_tokens,
     group_offsets,
@@ -43,10 +45,23 @@ from meshpeft.parallel.grouped_gemm import group_of_rows
 from meshpeft.parallel.sharded_tensor import ShardedTensors
 from meshpeft.parallel.states import take_slice
 
-__all__ = ["ExpertAxes", "TOP_K", "StackedExperts", "group_experts", "keep_slice", "stacks_of_experts"]
+__all__ = [
+    "NO_EXPERTS",
+    "ExpertAxes",
+    "StackedExperts",
+    "experts_per_token",
+    "group_experts",
+    "has_grouped_experts",
+    "keep_slice",
+    "naming",
+    "stacks_of_experts",
+]
+
+NO_EXPERTS = "none, or of a class without transformers' use_experts_implementation"
+"""Why a model of transformers has no experts that can be sharded and adapted."""
 
 # How configurations call the number of experts of a token.
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_top_k")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_top_k")
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,9 @@ class ExpertAxes:
     """Axes of a layer of experts.
 
     Attributes:
-        tp: Axis that shards the layers around it: their tokens are the same on its ranks.
-        ep, etp: Axes that shard the experts, and each of them.
+        tp: Shards the layers around it, whose tokens are the same on its ranks.
+        ep: Shards the stack: [experts / ep, ..].
+        etp: Shards the width of each expert.
     """
 
     tp: ParallelAxis
@@ -79,12 +95,22 @@ def stacks_of_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _has_contract(module: nn.Module) -> bool:
     flags = vars(module)
-    if not {"has_gate", "has_bias", "is_transposed", "is_concatenated"} <= flags.keys():
+    if not {"has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"} <= flags.keys():
         return False
     held = module._parameters
     expected = [_first_of(module), "down_proj"]
     expected += [f"{name}_bias" for name in expected] if flags["has_bias"] else []
-    return set(expected) == held.keys() and not flags.get("has_post_expert_norm")
+    return set(expected) == held.keys() and not flags["has_post_expert_norm"]
+
+
+def has_grouped_experts(model: nn.Module) -> bool:
+    """Whether a model has experts that `group_experts` gave layers."""
+    return any(isinstance(module, StackedExperts) for module in model.modules())
+
+
+def experts_per_token(config: Any) -> int | None:
+    """Read how many experts a token has from a configuration of transformers; `None` where it is not said."""
+    return next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _first_of(module: Any) -> str:
@@ -136,13 +162,22 @@ class StackedExperts(ShardedTensors, nn.Module):
         return mp_gather(out, 0, tp)[:count].to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Multiply each row by its expert's weight, and add its bias where there is one."""
+        """Multiply each row by its expert's weight, and add its bias where there is one.
+
+        Args:
+            name: `first`: x is R over etp, the result Shard(-1). `down_proj`: x is Shard(-1), the result P.
+            x: [tokens, in], sorted by local expert.
+            tokens_per_expert: [local experts] of counts.
+
+        Returns:
+            [tokens, out].
+        """
         y: Tensor = getattr(self, name)(x, tokens_per_expert)
         bias: Tensor | None = getattr(self, f"{name}_bias", None)
         if bias is None:
             return y
         if name != self.first:
-            # What a row gives is summed over etp, and its bias with it: each rank adds its share.
+            # What a row gives is P over etp: each rank adds its share of the bias.
             bias = bias / self.axes.etp.world_size
         return y + bias.index_select(0, group_of_rows(x, group_offsets(tokens_per_expert)))
 
@@ -151,7 +186,7 @@ def group_experts(model: Any, axes: ExpertAxes | None = None) -> None:
     """Give the stacked experts of a model of transformers grouped layers, each rank its slices, in place.
 
     No collective. Parameters `..experts.gate_up_proj` become layers of that name, whose weights are
-    [experts, out, in] with gate above up, or in turns with it, as the class has them.
+    [experts, out, in] with gate above up, or interleaved with it, as the class has them.
 
     Args:
         model: Model as `from_pretrained` returns it, or on the meta device.
@@ -162,13 +197,15 @@ def group_experts(model: Any, axes: ExpertAxes | None = None) -> None:
     """
     axes = ExpertAxes.of_mesh() if axes is None else axes
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    top_k = next((value for name in TOP_K if isinstance(value := getattr(config, name, None), int)), None)
-    made = {name: _layers_of(module, axes, top_k) for name, module in stacks_of_experts(model).items()}
+    made = {
+        name: _layers_of(module, name, axes, experts_per_token(config))
+        for name, module in stacks_of_experts(model).items()
+    }
     for name, layers in made.items():
         _replace(model.get_submodule(name), layers, axes)
 
 
-def _layers_of(theirs: Any, axes: ExpertAxes, top_k: int | None) -> dict[str, nn.Module]:
+def _layers_of(theirs: Any, name: str, axes: ExpertAxes, top_k: int | None) -> dict[str, nn.Module]:
     first = _first_of(theirs)
     weight, down = theirs._parameters[first], theirs._parameters["down_proj"]
     experts, packed, hidden = _in_our_order(theirs, weight).shape
@@ -184,10 +221,11 @@ def _layers_of(theirs: Any, axes: ExpertAxes, top_k: int | None) -> dict[str, nn
         "perform_initialization": False,
         "config": SimpleNamespace(moe_router_topk=top_k),
     }
-    return {
-        first: GroupedColumnParallelLinear(experts, hidden, packed, fused_parts=parts, **options),
-        "down_proj": GroupedRowParallelLinear(experts, width, hidden, **options),
-    }
+    with naming(name):
+        return {
+            first: GroupedColumnParallelLinear(experts, hidden, packed, fused_parts=parts, **options),
+            "down_proj": GroupedRowParallelLinear(experts, width, hidden, **options),
+        }
 
 
 def _in_our_order(theirs: Any, weight: Tensor) -> Tensor:
@@ -208,6 +246,15 @@ def _replace(theirs: Any, layers: Mapping[str, Any], axes: ExpertAxes) -> None:
             theirs._parameters[f"{name}_bias"] = local
     theirs.__class__ = _with_our_call(type(theirs))
     theirs.axes, theirs.num_stacked, theirs.first = axes, layers["down_proj"].num_experts, next(iter(layers))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the layer in an error."""
+    try:
+        yield
+    except ParallelError as error:
+        raise ParallelError(f"{name}: {error}") from error
 
 
 @torch.no_grad()

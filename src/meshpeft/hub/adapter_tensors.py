@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from meshpeft.engines.transformers_experts import StackedExperts
+from meshpeft.engines.transformers_experts import has_grouped_experts
 from meshpeft.hub.adapter_config import FACTOR_A, FACTOR_B, MAGNITUDE, PREFIX, AdapterShape
 from meshpeft.hub.adapter_scales import AS_THEY_ARE, Written
 from meshpeft.hub.names import (
@@ -502,7 +502,7 @@ def is_adapted_as_parameter(model: nn.Module, name: str) -> bool:
         return False
     if isinstance(config, DecoderConfig):
         return config.moe is not None
-    if any(isinstance(module, StackedExperts) for module in model.modules()):
+    if has_grouped_experts(model):
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # heavy, and loaded with the model
 
         return _MODEL_TO_CONVERSION_PATTERN.get(config.model_type) in ("mixtral", "qwen2_moe")

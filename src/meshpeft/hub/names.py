@@ -26,7 +26,6 @@ matrices of a larger rank R than the parameter's r: A's rows, and B's columns, f
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -220,7 +219,7 @@ def _in_parts(layout: TensorLayout, parts: PartsInFiles) -> StoredTensors:
 
 
 def _stack_of(model: nn.Module, layer: str) -> StackedExperts | None:
-    """Return the module of stacked experts that a layer of a transformers model is of."""
+    """Return the `StackedExperts` that hold a layer of a transformers model; `None` for any other layer."""
     holder, _, own = layer.rpartition(".")
     try:
         stack = model.get_submodule(holder)
@@ -430,18 +429,17 @@ class StoredTensors(Stored):
         kind = _common_dtype(files, keys.values()) if dtype is None else dtype
         local = _empty(list(layout.local_shape), kind, torch.device("cpu") if device is None else device)
         fused = self.tensors[0].part is None
+        starts: Iterator[int] = accumulate(() if layout.fused_parts is None else layout.fused_parts.sizes, initial=0)
         if fused and layout.fused_parts is not None and layout.fused_parts.blocks is not None:
-            # Whole blocks of all parts, which lie in the file as they do here.
-            offset, shape = list(replace(layout, fused_parts=None).pieces()[0].offset), list(layout.local_shape)
-            _read_piece(files, [keys[None, None]], False, offset, shape, 0, list(_ONE_RUN), local, self.transposed)
-            return local
+            # Whole blocks of all parts lie in the file as they do here.
+            layout, starts = replace(layout, fused_parts=None), iter((0,))
         for number, (piece, place) in enumerate(zip(layout.pieces(), layout.part_views(local), strict=True)):
-            part = None if fused else number
+            part, start = (None, next(starts)) if fused else (number, 0)
             experts = range(layout.global_shape[0]) if self.stacked else (None,)
             names = [keys[part, expert] for expert in experts]
-            runs = _runs(layout, number) if fused else _ONE_RUN
-            offset, shape = list(piece.offset), list(piece.shape)
-            _read_piece(files, names, self.stacked, offset, shape, layout.fused_dim, list(runs), place, self.transposed)
+            offset, dim = list(piece.offset), layout.fused_dim
+            offset[dim] += start
+            _read_piece(files, names, self.stacked, offset, list(piece.shape), dim, place, transposed=self.transposed)
         return local
 
 
@@ -621,18 +619,6 @@ def _common_dtype(files: TensorFiles, keys: Iterable[str]) -> torch.dtype:
     return reduce(torch.promote_types, {files.dtype(key) for key in keys})
 
 
-_ONE_RUN = (0, sys.maxsize, 0)
-"""Of a part that has a tensor of its own."""
-
-
-def _runs(layout: TensorLayout, part: int) -> tuple[int, int, int]:
-    """Start, length and distance of the runs in which a part lies along the fused dim of a global, fused tensor."""
-    if layout.fused_parts is None:
-        return _ONE_RUN
-    chunks = layout.fused_parts.chunks(1)
-    return sum(chunks[:part]), chunks[part], sum(chunks)
-
-
 @on_each_rank
 def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
@@ -641,7 +627,7 @@ def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor
 def _read_stack(files: TensorFiles, keys: Sequence[str], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Read a box [matrices, ..] of the stack of these tensors, of which only those in the box are read."""
     local = _empty(list(shape), _common_dtype(files, keys), torch.device("cpu"))
-    _read_piece(files, list(keys), True, list(offset), list(shape), 1, list(_ONE_RUN), local, False)
+    _read_piece(files, list(keys), True, list(offset), list(shape), 1, local, transposed=False)
     return local
 
 
@@ -653,40 +639,38 @@ def _read_piece(
     offset: list[int],
     shape: list[int],
     dim: int,
-    runs: list[int],
     place: Tensor,
+    *,
     transposed: bool,
 ) -> None:
-    """Copy a box of a part into `place`: from its tensor, or from the tensor of each expert in the box."""
-    if transposed:  # in terms of the file
+    """Copy a box of a part into `place`: from its tensor, or from the tensor of each expert in the box.
+
+    Args:
+        files: Files that hold them.
+        keys: Name of the tensor, or of each expert's.
+        stacked: Whether there is one for each expert, along the first dim of the box.
+        offset, shape: The box.
+        dim: Dim of the box along which parts are fused.
+        place: [*shape], or `dim` of it unflattened into [blocks, chunk].
+        transposed: The tensors have the last two dims the other way round.
+    """
+    if transposed:  # in terms of the files; `place` has no blocks then
         offset, shape = ([*sizes[:-2], sizes[-1], sizes[-2]] for sizes in (offset, shape))
-        dim, place = {len(shape) - 2: len(shape) - 1}.get(dim, dim), place.transpose(-2, -1)
+        place = place.transpose(-2, -1)
     if not stacked:
-        _read_runs(files, keys[0], offset, shape, dim, runs, place)
+        _read_blocks(files, keys[0], offset, shape, dim, place)
         return
     for index in range(shape[0]):
-        _read_runs(files, keys[offset[0] + index], offset[1:], shape[1:], dim - 1, runs, place[index])
+        _read_blocks(files, keys[offset[0] + index], offset[1:], shape[1:], dim - 1, place[index])
 
 
-def _read_runs(
-    files: TensorFiles, key: str, offset: list[int], shape: list[int], dim: int, runs: list[int], place: Tensor
-) -> None:
-    """Copy a box of a part from the runs in which the part lies in a tensor.
-
-    `place` has the box's shape, or `dim` of it unflattened into [blocks, chunk].
-    """
-    start, length, distance = runs
-    if place.dim() == len(shape) and length == sys.maxsize:
+def _read_blocks(files: TensorFiles, key: str, offset: list[int], shape: list[int], dim: int, place: Tensor) -> None:
+    """Copy a box of a tensor into `place`, which has its shape, or `dim` of it unflattened into [blocks, chunk]."""
+    if place.dim() == len(shape):
         files.read_into(place, key, offset, shape)
         return
     at = offset[dim]
-    for block in place.unbind(dim) if place.dim() > len(shape) else (place,):
-        done = 0
-        while done < block.shape[dim]:
-            number, within = divmod(at, length)
-            count = min(length - within, block.shape[dim] - done)
-            first = [*offset[:dim], number * distance + start + within, *offset[dim + 1 :]]
-            box = [*shape[:dim], count, *shape[dim + 1 :]]
-            files.read_into(block.narrow(dim, done, count), key, first, box)
-            done += count
-            at += count
+    for block in place.unbind(dim):
+        count = block.shape[dim]
+        files.read_into(block, key, [*offset[:dim], at, *offset[dim + 1 :]], [*shape[:dim], count, *shape[dim + 1 :]])
+        at += count

@@ -88,7 +88,9 @@ def load_transformers(
             model = make_transformers_model(config, dtype, device=target)
         found = _found(model, files)
         groups = _tied_names(model)
-        if any(has_two_values(files, [found.whole[name] for name in names if name in found.whole]) for names in groups):
+        if any(
+            has_two_values(files, [found.single[name] for name in names if name in found.single]) for names in groups
+        ):
             model = make_transformers_model(_untied(config), dtype, device=target)
         # What is tied beside the head, such as its bias, has one value in the files then, and two places in the model.
         tied = {name: names for names in groups for name in names}
@@ -102,7 +104,7 @@ def load_transformers(
         fill(model, files, stored, None, target, quantize)
     # A tied parameter that the files hold under another's name is written under its own.
     theirs = {name: name_in_transformers(model, name) for name in model.stored_names}
-    model.stored_names = {name: found.whole.get(own, own) for name, own in theirs.items()}
+    model.stored_names = {name: found.single.get(own, own) for name, own in theirs.items()}
     model.set_activation_checkpointing(activation_checkpointing)
     return model
 
@@ -127,12 +129,12 @@ class _Found:
     """What the files hold of a model, by the names of transformers' parameters and persistent buffers.
 
     Attributes:
-        whole: Name of the one tensor that is the parameter.
+        single: Name of the one tensor that is the parameter.
         parts: For each part of the parameter (gate, up; one for a parameter without parts) the names of its tensors:
             one for each expert, or one.
     """
 
-    whole: dict[str, str] = field(default_factory=dict)
+    single: dict[str, str] = field(default_factory=dict)
     parts: dict[str, list[dict[int, str]]] = field(default_factory=dict)
 
 
@@ -155,17 +157,17 @@ def _found(model: Any, files: TensorFiles) -> _Found:
         if pattern is not None:
             _add_part(model, files, found, name, theirs, _source(conversions, pattern))
             continue
-        if theirs in found.whole and not files.same(found.whole[theirs], name):
+        if theirs in found.single and not files.same(found.single[theirs], name):
             raise ModelError(
-                f"{files.path} holds {found.whole[theirs]} and {name}, two names of the model's {theirs}, with other "
+                f"{files.path} holds {found.single[theirs]} and {name}, two names of the model's {theirs}, with other "
                 "values; take one of them out"
             )
-        found.whole[theirs] = name
-    twice = sorted(found.whole.keys() & found.parts.keys())
+        found.single[theirs] = name
+    twice = sorted(found.single.keys() & found.parts.keys())
     if twice:
-        raise ModelError(f"{files.path} holds {first_few(twice)} both whole and in parts; take one of them out")
+        raise ModelError(f"{files.path} holds {first_few(twice)} both as one tensor and in parts; take one of them out")
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    held = [*found.whole, *found.parts]
+    held = [*found.single, *found.parts]
     extra = [name for name in held if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
     if extra:
         raise ModelError(f"{files.path} holds {first_few(extra)}, which a {model.config.model_type} model has not")
@@ -211,7 +213,9 @@ def _stored_parts(model: Any, files: TensorFiles, found: _Found) -> dict[str, Pa
             continue
         layout = layout_or_replicated(tensor)
         numbers = range(layout.global_shape[0]) if layout.is_stacked else range(1)
-        for part in parts:
+        for position, part in enumerate(parts, 1):
+            if not layout.is_stacked and not part:
+                raise ModelError(f"{files.path} lacks part {position} of {len(parts)} of {name}, and holds the others")
             if part.keys() != set(numbers):
                 wrong = sorted(part.keys() ^ set(numbers))
                 raise ModelError(
@@ -241,7 +245,7 @@ def _stored_names(model: Any, files: TensorFiles, found: _Found, tied: Mapping[s
         if name in model.stored_parts:
             continue
         theirs = [name_in_transformers(model, other) for other in (name, *tied.get(name, ()))]
-        held = next((found.whole[other] for other in theirs if other in found.whole), None)
+        held = next((found.single[other] for other in theirs if other in found.single), None)
         if held is None:
             missing.append(theirs[0])
         else:

@@ -2,7 +2,8 @@
 
 The layers are sharded by the plan of their architecture, see `parallelize`, and its experts over expert parallel, see
 `group_experts`; the call is the decoder's; everything else, names too, stays as transformers has it. At one rank of
-tensor parallel an architecture whose plan cannot be followed here, or that has none, keeps its own layers.
+tensor parallel an architecture whose plan cannot be followed here, or that has none, keeps its own layers but for these
+experts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from meshpeft.engines.parallelize import parallelize
-from meshpeft.engines.transformers_experts import ExpertAxes, StackedExperts, group_experts
+from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, group_experts, has_grouped_experts
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
@@ -405,8 +406,8 @@ def _with_our_call(cls: type[Any]) -> type[Any]:
 def auto_class_of(config: PretrainedConfig) -> Any:
     """Choose the class of transformers whose `from_config` makes the model that a configuration names.
 
-    Of a model of images and text that is the whole one, where `architectures` says so: adapters have its names, and a
-    merged model keeps its other parts.
+    That is `AutoModelForImageTextToText` where `architectures` names its class, or there is no other: the full model,
+    whose part for images a merged model keeps, and whose names adapters have. Else `AutoModelForCausalLM`.
     """
     classes = {
         AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -436,8 +437,8 @@ def make_transformers_model(
         expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
 
     Raises:
-        ModelError: transformers has no such model; the model has dropout of its own.
-        ParallelError: It cannot be sharded over so many ranks.
+        ModelError: transformers has no such model; the model has dropout, or noise in its routers, of its own.
+        ParallelError: It cannot be sharded over so many ranks; expert parallel, and no experts for it.
     """
     axis = parallel_group_info().tp if axis is None else axis
     expert_axes = ExpertAxes.of_mesh(axis) if expert_axes is None else expert_axes
@@ -466,10 +467,10 @@ def make_transformers_model(
     made: TransformersModel = model
     made.vocab_axis = axis if sharded else ParallelAxis("none")
     made.stored_names = {}
-    if expert_axes.ep.world_size > 1 and not any(isinstance(module, StackedExperts) for module in model.modules()):
+    if expert_axes.ep.world_size > 1 and not has_grouped_experts(model):
         raise ParallelError(
-            f"{type(model).__name__} has no experts that can be divided over {expert_axes.ep.name}="
-            f"{expert_axes.ep.world_size}; use {expert_axes.ep.name}=1"
+            f"{type(model).__name__} has no experts that can be sharded over {expert_axes.ep.name}="
+            f"{expert_axes.ep.world_size} ({NO_EXPERTS}); use {expert_axes.ep.name}=1"
         )
     return made
 

@@ -464,7 +464,10 @@ class LinearLayout:
         return self._tensor(shape, self.shard, self.states(inside=True)[0], out_fused=True, in_fused=True)
 
     def bias(self) -> TensorLayout:
-        """b [out]: sharded like the output of a column; replicated for a row, which adds it after `exit`."""
+        """b [out], or [experts, out]: sharded like the output of a column; replicated for a row.
+
+        A row adds it after `exit`; one of stacked experts, whose output stays P, a share of it on each rank.
+        """
         return self._of_output((self.out_features,), self.states(inside=False)[1])
 
     def factor_a(self, rank: int, *, inside: bool = True) -> TensorLayout:

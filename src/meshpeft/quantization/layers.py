@@ -132,8 +132,8 @@ class PackedLayer(ShardedTensors):
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
         """Dequantise the local weight: [out, in], or [experts, out, in], in `compute_dtype`."""
-        # A mode of the caller's that changes types (`lift_float32`) would change those that kernels are handed
-        # addresses of.
+        # Under `lift_float32` a mode of torch's turns float32 into float64. The kernels that unpack are given raw
+        # pointers, and need the types that are stated here.
         with torch._C.DisableTorchFunction():
             packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
             if principal is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, check_exportable, load_peft_adapter
+from meshpeft.engines.parallelize import source_of
+from meshpeft.engines.transformers_experts import NO_EXPERTS
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel import layer_type_of, layout_of, layout_of_tensor, parallel_group_info
 from meshpeft.peft import (
@@ -33,7 +34,7 @@ from meshpeft.quantization import (
     pissa_init,
     svdquant_init,
 )
-from meshpeft.training.base import BaseModel, find_base
+from meshpeft.training.base import BaseModel, find_base, has_experts
 from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 
 __all__ = [
@@ -67,7 +68,8 @@ class DefaultLayers(NamedTuple):
         in_full: Layers that a packed base keeps in full precision.
         without_adapter: Modules whose weights no adapter can be put on, for they are not linear layers, and the share
             of the blocks' weights that these are: at least a percent, the largest first.
-        replicated: Modules whose weights every rank of tensor parallel holds in full, likewise.
+        replicated: Modules whose weights every rank of tensor parallel holds in full, and their share of the blocks'
+            weights: at least a percent, the largest first. Empty at one rank.
     """
 
     adapted: list[str] | None = None
@@ -111,11 +113,11 @@ def _replicated(model: Any, text: str) -> dict[str, float]:
     if parallel_group_info().tp.world_size == 1:
         return {}
 
-    def is_whole(module: nn.Module, parameter: Tensor) -> bool:
+    def is_replicated(module: nn.Module, parameter: Tensor) -> bool:
         layout = layout_of_tensor(parameter)
         return layout is None or not layout.shard_axes
 
-    return _shares_of_blocks(model, text, is_whole)
+    return _shares_of_blocks(model, text, is_replicated)
 
 
 def _without_adapter(model: Any, text: str) -> dict[str, float]:
@@ -157,18 +159,9 @@ def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
     if module is model.get_output_embeddings() or not set(name.split(".")).isdisjoint(DEFAULT_EXCLUDED):
         return True
     holder, _, own_name = name.rpartition(".")
-    code = _source(model.get_submodule(holder).__class__)
+    code = source_of(model.get_submodule(holder).__class__)
     # Not a part of the weight: Bloom multiplies by one where its pretraining was sharded, and by all of it elsewhere.
     return re.search(rf"\bself\.{re.escape(own_name)}\.weight\b(?!\[)", code) is not None
-
-
-@cache
-def _source(cls: type[nn.Module]) -> str:
-    """Return the source code of a class; empty where there is none. Cached: finding it in its file takes long."""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
 
 
 def _text_model(model: Any) -> str:
@@ -302,7 +295,7 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
     """
     model = base.empty(torch.float32)
     layers = default_layers(model)
-    _check_options_for_experts(base, layers, config)
+    _check_options_for_experts(base, model, config)
     quantizer = base_quantizer(config, layers)
     packed = {} if quantizer is None else quantizer.layers_of(model)
     with warnings.catch_warnings(record=True) as caught:
@@ -317,21 +310,19 @@ def check_adapter(base: BaseModel, config: FinetuneConfig) -> None:
         warnings.warn(sentence, stacklevel=2)
 
 
-def _check_options_for_experts(base: BaseModel, layers: DefaultLayers, config: FinetuneConfig) -> None:
+def _check_options_for_experts(base: BaseModel, model: LanguageModel, config: FinetuneConfig) -> None:
     """Refuse options that only experts have where no adapter can be on experts."""
     if base.engine == "transformers" and config.router_aux_loss_coef != FinetuneConfig.router_aux_loss_coef:
         raise ConfigError(
             f"router_aux_loss_coef={config.router_aux_loss_coef}: the transformers engine, which a "
             f"{base.config.model_type} model needs, has no load-balancing loss; leave it out"
         )
-    if base.has_experts:
+    if has_experts(base, model):
         return
     kind = base.config.model_type
     reason = f"this {kind} model has no layer with experts"
     if base.engine == "transformers":
-        reason = f"this {kind} model has no experts that the transformers engine knows"
-    if layers.without_adapter:
-        reason += f"; {', '.join(layers.without_adapter)} stay as they are, for no adapter can be put on them"
+        reason = f"this {kind} model has no experts that can be sharded or adapted ({NO_EXPERTS})"
     for name in ("normalize_moe_lora", "router_aux_loss_coef", "share_expert_adapters", "adapter_format"):
         if getattr(config, name) != getattr(FinetuneConfig, name):  # its default
             raise ConfigError(f"{name}={getattr(config, name)}: {reason}; leave it out")

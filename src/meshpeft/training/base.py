@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
-from meshpeft.engines.transformers_experts import ExpertAxes, StackedExperts
+from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, has_grouped_experts
 from meshpeft.hub.config import few_modules
 from meshpeft.hub.load import check_layers
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, model_files, read_json
@@ -39,6 +39,7 @@ __all__ = [
     "check_attention",
     "check_shares_rows",
     "find_base",
+    "has_experts",
 ]
 
 
@@ -65,13 +66,6 @@ class BaseModel:
     def engine(self) -> EngineName:
         """Whose layers the model is made of."""
         return "native" if isinstance(self.config, DecoderConfig) else "transformers"
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether it has experts that can be divided, and have adapters."""
-        if isinstance(self.config, DecoderConfig):
-            return bool(self.config.expert_layers)
-        return any(isinstance(module, StackedExperts) for module in self.empty(torch.float32).modules())
 
     def check(self, layout: LayoutConfig, *, weights: bool = True) -> None:
         """Check everything that can be known without reading weights; starts no process.
@@ -107,11 +101,10 @@ class BaseModel:
             axes = ExpertAxes(*(ParallelAxis(name, world_size=size) for name, size in sizes.items()))
             with few_modules(tensors, self.directory) if weights else contextlib.nullcontext():
                 model = self._empty_transformers(torch.float32, axes)
-            has_experts = any(isinstance(module, StackedExperts) for module in model.modules())
-            if not has_experts and layout.etp not in (None, layout.tp):
+            if layout.etp not in (None, layout.tp) and not has_grouped_experts(model):
                 raise ConfigError(
-                    f"etp={layout.etp}: a {self.config.model_type} model has no experts that can be divided; leave it "
-                    "out"
+                    f"etp={layout.etp}: a {self.config.model_type} model has no experts that can be sharded "
+                    f"({NO_EXPERTS}); leave it out"
                 )
 
     def _check_files(self) -> int:
@@ -179,6 +172,18 @@ class BaseModel:
         return load_pretrained(
             self.directory, dtype, parallel, activation_checkpointing, device=device(), quantize=quantize
         )
+
+
+def has_experts(base: BaseModel, model: LanguageModel) -> bool:
+    """Whether a base model has experts that can be sharded and adapted.
+
+    Args:
+        base: The base.
+        model: The same without weights, as `BaseModel.empty` makes it.
+    """
+    if isinstance(base.config, DecoderConfig):
+        return bool(base.config.expert_layers)
+    return has_grouped_experts(model)
 
 
 def find_base(model: Path | None, engine: EngineName | None = None) -> BaseModel:

@@ -63,13 +63,13 @@ __all__ = ["finetune", "start"]
 SAVING_SECONDS = 600
 
 
-def start(config: FinetuneConfig, prove: Callable[[FinetuneConfig, BaseModel], None] | None = None) -> None:
+def start(config: FinetuneConfig, prove: Callable[[FinetuneConfig, BaseModel], str] | None = None) -> None:
     """Check the options, then run `finetune` on the workers they need.
 
     Args:
         config: Options of the run.
-        prove: Called once with the checked options before several workers start on a model whose code is not ours;
-            raises what keeps them from it.
+        prove: Called with the checked options before several workers compute with a model whose code is not ours.
+            Returns a line that is printed, or raises a `MeshPEFTError`, which ends the run.
 
     Raises:
         MeshPEFTError: The options, the model, the data or the output directory are at fault; nothing is written.
@@ -92,8 +92,10 @@ def start(config: FinetuneConfig, prove: Callable[[FinetuneConfig, BaseModel], N
     base = find_base(config.model, config.engine)
     base.check(config)
     check_adapter(base, config)
-    if prove is not None and base.engine == "transformers" and workers > 1 and speaks_for_all():
-        prove(config, base)
+    if prove is not None and base.engine == "transformers" and workers > 1:
+        found = prove(config, base)  # where a launcher started the ranks, each finds the same
+        if speaks_for_all():
+            print(found)
     try:
         launch(finetune, config, workers=workers, shutdown_seconds=SAVING_SECONDS)
     finally:

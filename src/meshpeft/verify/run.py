@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -71,30 +70,34 @@ def verify_run(config: FinetuneConfig) -> str:
     return "\n".join([*lines, "exact: this layout trains the adapter of one process"])
 
 
-def prove_run(config: FinetuneConfig, base: BaseModel) -> None:
-    """Check the layout of a run on a model of transformers as `verify_run` does, before it starts; print what it found.
+def prove_run(config: FinetuneConfig, base: BaseModel) -> str:
+    """Check the layout of a run on a model of transformers as `verify_run` does, before it starts.
 
-    Nobody knows beforehand what their code does at a layout: it may take statistics over channels that are sharded, or
-    draw noise that differs from rank to rank. The decoder's code is ours, and proven by its tests.
+    Transformers' code may take statistics over sharded channels, or draw noise on each rank; only a comparison shows
+    it. The decoder's code is this package's, and proven by its tests.
 
     Args:
         config: Options of the run, checked and `resolved`.
         base: Its base model.
 
+    Returns:
+        What was found, in a line; also where no small model can be made or simulated, so that nothing was.
+
     Raises:
         NotExact: The layout trains another adapter than one process.
+        MeshPEFTError: Model and layout do not fit together.
     """
     world, start = workers_for(config), time.perf_counter()
     try:
         verdict = _verdict(config, base, world)
     except ModelError as error:
-        warnings.warn(f"the layout is not proven before the run: {error}", stacklevel=2)
-        return
+        return f"not checked before the run: {error}"
     if not verdict.is_exact:
         findings = _findings(verdict, world, base, _left_out(config))
-        raise NotExact("\n".join(["this layout does not train the adapter of one process", *findings]))
+        advice = "use another layout, such as one process; meshpeft verify with these options repeats the check"
+        raise NotExact("\n".join(["this layout does not train the adapter of one process", *findings, advice]))
     worst = max(check.error for check in verdict.checks)
-    print(
+    return (
         f"checked: {verdict.layout} trains the adapter of one process (scaled down, float64, largest error "
         f"{worst:.0e}, {time.perf_counter() - start:.0f} s)"
     )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
-from meshpeft.engines.transformers_experts import TOP_K
+from meshpeft.engines.transformers_experts import experts_per_token
 from meshpeft.models import LanguageModel, ModelError, load_transformers
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.models.transformers_model import auto_class_of
@@ -214,7 +214,7 @@ def _narrow_experts(text: Any, layout: Layout, blocks: bool) -> None:
     for name in ("moe_intermediate_size", "expert_ffn_hidden_size"):
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, straddling_width(etp) if blocks else 8 * etp)
-    top_k = next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), None)
+    top_k = experts_per_token(text)
     counts = [name for name in _NUMBERS_OF_EXPERTS if isinstance(getattr(text, name, None), int)]
     if top_k is None or not counts:
         return
