@@ -244,9 +244,9 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
     },
     "deepseek_v2 with experts": {**_GROUPED, **_LATENT, "topk_method": "greedy"},
-    # A sparse index chooses which keys are seen; here it chooses all.
-    "deepseek_v32": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64},
-    "glm_moe_dsa": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64},
+    # A sparse index chooses which keys are seen: fewer than a test's sequence has.
+    "deepseek_v32": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4},
+    "glm_moe_dsa": {**_GROUPED, **_LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4},
     "kimi_linear": {
         **_GROUPED,
         **_LATENT,

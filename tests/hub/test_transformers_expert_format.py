@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meshpeft.checkpoint import CheckpointError, export_peft_adapter, load_peft_adapter, merge_adapter
 from meshpeft.hub.tensor_files import Declared, TensorFileWriter
 from meshpeft.models import load_transformers
-from meshpeft.parallel import init_parallelism
+from meshpeft.parallel import GroupedColumnParallelLinear, init_parallelism
 from meshpeft.peft import DoRA, LoRA
 from meshpeft.training.adapters import default_layers
 
@@ -98,6 +98,25 @@ def test_a_merged_model_is_transformers(family: str, tiny: Tiny, tmp_path: Path)
     torch.testing.assert_close(logits(reference(tmp_path / "merged")), expected, **CLOSE)
     before, after = load_file(tiny(family) / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+
+
+class Blocks(nn.Module):
+    """Grouped experts in a model that is nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        init_parallelism()
+        self.experts = nn.Module()
+        self.experts.fc1 = GroupedColumnParallelLinear(3, 8, 4)
+
+
+def test_grouped_experts_of_another_model_go_there_and_back(tmp_path: Path) -> None:
+    model = LoRA(target_modules=["fc1"], dim=2, lora_B_init_method="normal", share_expert_adapters=False)(Blocks())
+    export_peft_adapter(model, tmp_path)
+    again = load_peft_adapter(Blocks(), tmp_path)
+    for name, tensor in model.state_dict().items():
+        if "adapter" in name:
+            assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_a_file_holds_no_two_tensors_of_one_name(tmp_path: Path) -> None:

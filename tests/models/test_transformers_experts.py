@@ -25,15 +25,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.moe import use_experts_implementation
 
+from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.engines.transformers_experts import ExpertAxes, has_grouped_experts, stacks_of_experts
 from meshpeft.hub.names import name_in_transformers
 from meshpeft.models import ModelError, load_transformers, make_transformers_model, save_pretrained
 from meshpeft.models.transformers_model import auto_class_of
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism
 from meshpeft.quantization import BaseQuantizer
-from meshpeft.training.adapters import add_adapter
-from meshpeft.training.config import FinetuneConfig
-from meshpeft.verify.transformers_layout import verify_transformers_layout
+from meshpeft.training.adapters import add_adapter, default_layers
+from meshpeft.training.base import find_base
+from meshpeft.training.config import FinetuneConfig, MergeConfig
+from meshpeft.training.export import merge
+from meshpeft.verify.oracle import Layout
+from meshpeft.verify.transformers_layout import _small_model, verify_transformers_layout
 
 Tiny = Callable[[str], Path]
 # Float64, sums in another order.
@@ -138,6 +142,46 @@ def test_parameters_that_stay_in_float32_do_so_in_a_bfloat16_model(tiny: Tiny) -
     ids = random_ids()
     # Products of the experts are added up in another order, and rounded to 8 bits.
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_keys_that_an_index_chooses_are_seen_alone(tiny: Tiny) -> None:
+    """Its mask is transformers' own; only their eager and sdpa attention is given it."""
+    model: Any = in_float64(load_transformers(tiny("deepseek_v32"), torch.float64))
+    logits = reference(tiny("deepseek_v32"))(random_ids()).logits
+    torch.testing.assert_close(model(random_ids()), logits, rtol=TOLERANCE, atol=TOLERANCE)
+    assert not [name for name in default_layers(model).adapted or () if "index" in name]
+
+
+def test_a_merge_keeps_what_stays_in_float32(tiny: Tiny, tmp_path: Path) -> None:
+    """Routers compare these values; those of a merged model have to be the base's."""
+    base = AutoModelForCausalLM.from_pretrained(tiny("deepseek_v3"), dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    model = add_adapter(load_transformers(tmp_path / "base", torch.float32), FinetuneConfig(rank=2))
+    export_peft_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    merge(MergeConfig(adapter=tmp_path / "adapter", to=tmp_path / "merged"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert before[bias].dtype == torch.float32
+    assert torch.equal(before[bias], after[bias])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
+def test_a_model_without_weights_knows_the_names_of_its_files(family: str, tiny: Tiny) -> None:
+    found = find_base(tiny(family), "transformers")
+    empty, read = found.empty(torch.float32, as_in_files=True), load_transformers(tiny(family))
+    assert empty.stored_names == read.stored_names
+    assert empty.stored_parts == read.stored_parts
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "lfm2_moe", "gpt_oss", "qwen3_next", "minimax_m2"])
+def test_a_model_of_real_size_is_proven_with_experts_in_it(family: str) -> None:
+    """Scaled down: layers without experts come first in many, and latent attention has sizes of its own."""
+    kinds = {"layer_types": ["conv", "full_attention"] * 16} if family == "lfm2_moe" else {}
+    config = AutoConfig.for_model(family, **kinds)
+    small = _small_model(config, Layout(tp=2, dp=2, ep=2, etp=1), False, blocks=False)
+    assert stacks_of_experts(small)
+    assert small.config.hidden_size < config.hidden_size
 
 
 def test_experts_that_do_not_divide_are_refused(tiny: Tiny) -> None:

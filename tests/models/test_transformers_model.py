@@ -252,9 +252,12 @@ def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) ->
         load_transformers(tiny("gemma"))
 
 
-def test_noise_of_routers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"router_jitter_noise=0\.01: the base model's own noise differs"):
-        load_transformers(save_tiny("phimoe", tmp_path, router_jitter_noise=0.01))
+def test_noise_of_routers_is_left_out_in_training(tmp_path: Path) -> None:
+    directory = save_tiny("phimoe", tmp_path, router_jitter_noise=0.01, input_jitter_noise=0.01)
+    model: Any = in_float64(load_transformers(directory, torch.float64)).train()
+    assert model.left_out == ("input_jitter_noise", "router_jitter_noise")
+    assert model.training and model.model.layers[0].mlp.experts.training
+    torch.testing.assert_close(model(random_ids()), reference(directory)(random_ids()).logits, rtol=0, atol=TOLERANCE)
 
 
 def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:

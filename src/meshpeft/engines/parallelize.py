@@ -354,7 +354,9 @@ def _styles_of_block(block: Any) -> dict[str, str]:
         return styles | dict.fromkeys(norms, "replicated_with_grad_allreduce")
     query = "q_b_proj" if "q_b_proj" in linears else "q_proj"
     needed = {query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
-    if needed <= linears.keys() <= set(_LATENT) and isinstance(getattr(block, "qk_rope_head_dim", None), int):
+    latents = {name for name, child in block.named_children() if child in others and [*child.parameters()]}
+    is_latent = needed <= linears.keys() <= set(_LATENT) and latents <= {"q_a_layernorm", "kv_a_layernorm"}
+    if is_latent and isinstance(getattr(block, "qk_rope_head_dim", None), int):
         return {
             query: "colwise",
             "kv_a_proj_with_mqa": "mla_kv_a_proj",

@@ -48,7 +48,15 @@ from meshpeft.hub.adapter_tensors import (
     reshard,
     stored_factors,
 )
-from meshpeft.hub.names import SeparateA, SeparateB, Stored, expert_module_name, hf_module_name, our_module_name
+from meshpeft.hub.names import (
+    SeparateA,
+    SeparateB,
+    Stored,
+    expert_module_name,
+    has_expert_names,
+    hf_module_name,
+    our_module_name,
+)
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
 from meshpeft.models import ModelError
 from meshpeft.parallel.agreement import all_or_none
@@ -547,7 +555,7 @@ def _names_of_experts(model: nn.Module, linears: Mapping[str, HubLinear]) -> dic
     return {
         expert_module_name(model, linear.module, part, expert): (name, part, expert)
         for name, linear in linears.items()
-        if linear.is_stacked
+        if linear.is_stacked and has_expert_names(model, linear.module)
         for part in parts_of(linear.layout)
         for expert in range(linear.experts)
     }

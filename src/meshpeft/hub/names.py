@@ -53,6 +53,7 @@ __all__ = [
     "StoredTensor",
     "StoredTensors",
     "expert_module_name",
+    "has_expert_names",
     "hf_module_name",
     "hf_tensor_names",
     "name_in_transformers",
@@ -242,6 +243,11 @@ def _is_transposed(model: nn.Module, parameter: str) -> bool:
     layer, _, attribute = parameter.rpartition(".")
     stack: Any = _stack_of(model, layer) if attribute == "weight" else None
     return stack is not None and bool(stack.is_transposed)
+
+
+def has_expert_names(model: nn.Module, layer: str) -> bool:
+    """Whether each expert of a layer of stacked experts, not of a decoder, has a name in checkpoints on the hub."""
+    return _stack_of(model, layer) is not None
 
 
 def expert_module_name(model: nn.Module, layer: str, part: str | None, expert: int) -> str:

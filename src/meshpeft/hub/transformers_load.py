@@ -29,7 +29,7 @@ from meshpeft.models.transformers_model import TransformersModel, make_transform
 from meshpeft.parallel.errors import blamed_on, first_few
 from meshpeft.quantization import BaseQuantizer
 
-__all__ = ["load_transformers", "transformers_config"]
+__all__ = ["load_transformers", "name_as_in_files", "transformers_config"]
 
 
 def transformers_config(directory: str | Path) -> PretrainedConfig:
@@ -92,21 +92,41 @@ def load_transformers(
             has_two_values(files, [found.single[name] for name in names if name in found.single]) for names in groups
         ):
             model = make_transformers_model(_untied(config), dtype, device=target)
-        # What is tied beside the head, such as its bias, has one value in the files then, and two places in the model.
-        tied = {name: names for names in groups for name in names}
-        model.stored_parts = _stored_parts(model, files, found)
-        model.stored_names = _stored_names(model, files, found, tied)
+        _set_names(model, files, found, groups)
         stored = {
             name: stored_forms(model, name, layout_or_replicated(tensor))[0]
             for name, tensor in model.stored_tensors().items()
         }
         check_shapes(files, stored)
         fill(model, files, stored, None, target, quantize)
-    # A tied parameter that the files hold under another's name is written under its own.
-    theirs = {name: name_in_transformers(model, name) for name in model.stored_names}
-    model.stored_names = {name: found.single.get(own, own) for name, own in theirs.items()}
+    _name_tied_by_own(model, found)
     model.set_activation_checkpointing(activation_checkpointing)
     return model
+
+
+def name_as_in_files(model: TransformersModel, directory: str | Path) -> None:
+    """Give a model without weights the names that the files of a directory have for its parameters.
+
+    Raises:
+        ModelError: See `load_transformers`.
+    """
+    with model_files(Path(directory)) as files:
+        found = _found(model, files)
+        _set_names(model, files, found, _tied_names(model))
+    _name_tied_by_own(model, found)
+
+
+def _set_names(model: TransformersModel, files: TensorFiles, found: _Found, groups: list[list[str]]) -> None:
+    # What is tied beside the head, such as its bias, has one value in the files then, and two places in the model.
+    tied = {name: names for names in groups for name in names}
+    model.stored_parts = _stored_parts(model, files, found)
+    model.stored_names = _stored_names(model, files, found, tied)
+
+
+def _name_tied_by_own(model: TransformersModel, found: _Found) -> None:
+    """Let a tied parameter that the files hold under another's name be written under its own."""
+    theirs = {name: name_in_transformers(model, name) for name in model.stored_names}
+    model.stored_names = {name: found.single.get(own, own) for name, own in theirs.items()}
 
 
 def _untied(config: PretrainedConfig) -> PretrainedConfig:
@@ -212,6 +232,11 @@ def _stored_parts(model: Any, files: TensorFiles, found: _Found) -> dict[str, Pa
         if parts is None:
             continue
         layout = layout_or_replicated(tensor)
+        if not layout.is_stacked and any(len(part) > 1 for part in parts):
+            raise ModelError(
+                f"{files.path} holds {name} expert by expert, and a {model.config.model_type} model stacks them in a "
+                "class without transformers' use_experts_implementation, which is not implemented"
+            )
         numbers = range(layout.global_shape[0]) if layout.is_stacked else range(1)
         for position, part in enumerate(parts, 1):
             if not layout.is_stacked and not part:

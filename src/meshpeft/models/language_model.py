@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -53,6 +54,8 @@ class LanguageModel(nn.Module, ABC):
         name_or_path: Directory that it was loaded from; empty for none.
         stored_names: Name of a parameter -> its name in the files, where they differ.
         stored_parts: Name of a parameter -> the names of its parts, or of its experts, which the files hold one by one.
+        kept_wide: Names of the parameters and buffers that the architecture keeps in float32 in a bfloat16 model.
+        left_out: What of the architecture's own is not done in training, such as noise in routers, by its names.
         loss_chunk: Tokens whose logits exist at a time in `token_losses`; `None` for a number that follows from the
             vocabulary (`default_loss_chunk`).
         offloads_activations: Whether what layers keep for the backward pass is kept in host memory; see `kept_on_host`.
@@ -62,6 +65,8 @@ class LanguageModel(nn.Module, ABC):
     name_or_path: str = ""
     stored_names: Mapping[str, str] = MappingProxyType({})
     stored_parts: Mapping[str, PartsInFiles] = MappingProxyType({})
+    kept_wide: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
     loss_chunk: int | None = None
     offloads_activations: bool = False
 
@@ -164,6 +169,10 @@ class LanguageModel(nn.Module, ABC):
     ) -> ShardedStateDict:
         """See `sharded_state_dict`."""
         return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    def cast(self, dtype: torch.dtype) -> LanguageModel:
+        """Cast parameters and buffers, in place, but for those that the architecture keeps in a wider type."""
+        return self.to(dtype)
 
     def assign_parameter(self, name: str, value: Tensor) -> Tensor:
         """Replace a parameter or buffer, on whatever device it is, by this rank's slice `value`; its layout is kept.

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from meshpeft.engines.parallelize import source_of
 from meshpeft.models.config import ModelError
 from meshpeft.models.spans import Spans, SpansOfRanks, attend, gather_keys
 from meshpeft.parallel import parallel_group_info
@@ -41,6 +42,8 @@ IMPLEMENTATION = "documents"
 # Architectures whose layers hand their soft cap or sinks to the attention function, as `softcap` and `s_aux`;
 # transformers' own kernel has neither, and it runs them eagerly.
 _CAPS_OR_SINKS = ("gemma2", "gpt_oss", "granite_swa", "mimo_v2_flash", "vaultgemma")
+
+_BY_NAME = "_attn_implementation in ("
 
 _SPANS: ContextVar[Spans | SpansOfRanks | None] = ContextVar("spans of this call", default=None)
 
@@ -56,8 +59,15 @@ def documents_are(spans: Spans | SpansOfRanks | None) -> Iterator[None]:
 
 
 def attends_by_spans(model: Any) -> bool:
-    """Whether an architecture calls a registered attention function, and computes what `attend` does."""
-    return model._supports_attention_backend and (model._supports_sdpa or model.config.model_type in _CAPS_OR_SINKS)
+    """Whether an architecture calls a registered attention function, and computes what `attend` does.
+
+    Not one whose code does something else for implementations that it does not know by name, such as to leave a mask of
+    chosen keys to them (DeepSeek V3.2's index).
+    """
+    if not model._supports_attention_backend:
+        return False
+    by_name = any(_BY_NAME in source_of(module.__class__) for module in model.modules())
+    return not by_name and (model._supports_sdpa or model.config.model_type in _CAPS_OR_SINKS)
 
 
 class SpansMask(Tensor):
@@ -200,6 +210,9 @@ def _attention(
     Returns:
         [batch, seq, heads, value_dim].
     """
+    chosen = next((name for name in ("indices", "block_indices") if others.get(name) is not None), None)
+    if chosen is not None:
+        raise ModelError(f"{type(module).__name__} chooses keys by {chosen}, which this attention does not know")
     if isinstance(attention_mask, SpansMask):
         flag = others.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if flag is None else flag

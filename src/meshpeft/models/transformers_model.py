@@ -55,7 +55,7 @@ from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.peft import base_of
 
-__all__ = ["TransformersModel", "auto_class_of", "make_transformers_model"]
+__all__ = ["TransformersModel", "auto_class_of", "make_transformers_model", "noise_of"]
 
 _TABLE_BYTES = 256 << 20
 _MORE_POSITIONS = 8
@@ -128,6 +128,8 @@ class TransformersModel(LanguageModel):
         accepted = _parameters_of(type(self))
         if position_ids is not None and "position_ids" in accepted:
             options["position_ids"] = position_ids
+        if "mm_token_type_ids" in accepted:  # asked for in training: text alone
+            options["mm_token_type_ids"] = torch.zeros_like(input_ids)
         if last_token_only and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1
         if labels is not None:
@@ -249,6 +251,22 @@ class TransformersModel(LanguageModel):
     def new_cache(self) -> TransformersCache:
         """Make an empty cache, without keys and values where none are used. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
+
+    def cast(self, dtype: torch.dtype) -> Any:
+        """Cast parameters and buffers, in place, but for those that are float32 in a bfloat16 model."""
+        kept = {name: tensor.detach() for name, tensor in self.stored_tensors().items() if name in self.kept_wide}
+        self.to(dtype)
+        for name, tensor in kept.items():
+            self.assign_parameter(name, tensor.to(torch.promote_types(dtype, torch.float32)))
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode; modules that draw noise in it (routers with jitter) compute as they do for users."""
+        super().train(mode)
+        for module in self.modules():
+            if noise_of(module):
+                module.training = False
+        return self
 
     def set_activation_checkpointing(self, mode: bool | ActivationCheckpointing) -> None:
         """Set whether training keeps only each layer's input and computes the layer again in the backward pass.
@@ -437,7 +455,7 @@ def make_transformers_model(
         expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
 
     Raises:
-        ModelError: transformers has no such model; the model has dropout, or noise in its routers, of its own.
+        ModelError: transformers has no such model; the model has dropout of its own.
         ParallelError: It cannot be sharded over so many ranks; expert parallel, and no experts for it.
     """
     axis = parallel_group_info().tp if axis is None else axis
@@ -452,7 +470,7 @@ def make_transformers_model(
     _check(model)
     with blamed_on(subject, ModelError):
         _compute_buffers(model, device)
-    _keep_wide(model, dtype)
+    kept_wide = _keep_wide(model, dtype)
     if attends_by_spans(model):
         model.set_attn_implementation(IMPLEMENTATION)  # before layers get configurations of their own
     try:
@@ -467,6 +485,8 @@ def make_transformers_model(
     made: TransformersModel = model
     made.vocab_axis = axis if sharded else ParallelAxis("none")
     made.stored_names = {}
+    made.kept_wide = kept_wide
+    made.left_out = tuple(sorted({key for module in model.modules() for key in noise_of(module)}))
     if expert_axes.ep.world_size > 1 and not has_grouped_experts(model):
         raise ParallelError(
             f"{type(model).__name__} has no experts that can be sharded over {expert_axes.ep.name}="
@@ -475,17 +495,29 @@ def make_transformers_model(
     return made
 
 
-def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+def noise_of(module: nn.Module) -> dict[str, float]:
+    """Rates of the noise that a module of transformers draws in training, by the names of its attributes."""
+    return {key: value for key, value in vars(module).items() if "jitter" in key and isinstance(value, float) and value}
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> frozenset[str]:
     """Give parameters and persistent buffers on the meta device their types.
 
     That is `dtype`, or float32 for those that the architecture names (`_keep_in_fp32_modules`) or makes so itself, if
     that is wider; as in `from_pretrained`.
+
+    Returns:
+        The names of those that are float32 in a bfloat16 model.
     """
     plan = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
+    narrow = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(torch.bfloat16)]
     made: dict[int, nn.Parameter] = {}
+    wide = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point():
             continue
+        if any(pattern.search(name) for pattern in narrow) or tensor.dtype not in (dtype, torch.bfloat16):
+            wide.add(name)
         kept = next((kept for pattern, kept in plan.items() if pattern.search(name)), tensor.dtype)
         kept = torch.promote_types(dtype, kept)
         if kept == tensor.dtype:
@@ -497,19 +529,17 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
             holder._parameters[attribute] = made.setdefault(id(tensor), new)
         else:
             holder._buffers[attribute] = tensor.to(kept)
+    return frozenset(wide)
 
 
 def _check(model: Any) -> None:
     for name, module in model.named_modules():
         rates = {"p": module.p} if isinstance(module, nn.Dropout) else {}
-        own = {key: value for key, value in vars(module).items() if isinstance(value, float)}
-        rates |= {key: value for key, value in own.items() if "drop" in key}
-        noise = {key: value for key, value in own.items() if "jitter" in key}
-        for key, rate in (rates | noise).items():
+        rates |= {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
+        for key, rate in rates.items():
             if rate:
-                what = "dropout" if key in rates else "noise"
                 raise ModelError(
-                    f"{name}.{key}={rate}: the base model's own {what} differs from layout to layout; set it to 0 in "
+                    f"{name}.{key}={rate}: the base model's own dropout differs from layout to layout; set it to 0 in "
                     "its config.json"
                 )
 

@@ -81,9 +81,9 @@ class DefaultLayers(NamedTuple):
 def default_layers(model: LanguageModel) -> DefaultLayers:
     """Choose the layers that get adapters, and those that a packed base keeps in full precision.
 
-    Of a model of transformers, every linear layer of its text model gets an adapter but the vocabulary head, routers,
-    and layers whose weight the code around them multiplies by itself, which would leave an adapter out. These, and all
-    that sees no text, stay in full precision.
+    Of a model of transformers, every linear layer and stack of experts of its text model gets an adapter but the
+    vocabulary head, routers, indexers of sparse attention, and layers whose weight the code around them multiplies by
+    itself, which would leave an adapter out. These, and all that sees no text, stay in full precision.
 
     Args:
         model: Model without adapters; may be on the meta device.
@@ -156,7 +156,8 @@ def _in_every_block(name: str) -> str:
 
 
 def _stays_in_full(model: Any, name: str, module: nn.Module) -> bool:
-    if module is model.get_output_embeddings() or not set(name.split(".")).isdisjoint(DEFAULT_EXCLUDED):
+    # What an indexer computes are numbers of keys, through which nothing is learned.
+    if module is model.get_output_embeddings() or not set(name.split(".")).isdisjoint((*DEFAULT_EXCLUDED, "indexer")):
         return True
     holder, _, own_name = name.rpartition(".")
     code = source_of(model.get_submodule(holder).__class__)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from meshpeft.data.embedded import embedded_model_dir
 from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, has_grouped_experts
 from meshpeft.hub.config import few_modules
-from meshpeft.hub.load import check_layers
+from meshpeft.hub.load import check_layers, stored_dtype
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, model_files, read_json
 from meshpeft.models import (
     Decoder,
@@ -114,11 +114,39 @@ class BaseModel:
                 check_layers(self.config, files)
             return len(files.names())
 
-    def empty(self, dtype: torch.dtype) -> LanguageModel:
-        """Build the model without weights, on the meta device."""
+    def empty(self, dtype: torch.dtype, *, as_in_files: bool = False) -> LanguageModel:
+        """Build the model without weights, on the meta device.
+
+        Args:
+            dtype: Type of its parameters.
+            as_in_files: Look up the names that its files have for its parameters, which the files must hold then.
+        """
         if isinstance(self.config, DecoderConfig):
             return Decoder(self.config, device="meta", dtype=dtype)
-        return self._empty_transformers(dtype, None)
+        model = self._empty_transformers(dtype, None)
+        if as_in_files:
+            _transformers().name_as_in_files(model, self.directory)
+        return model
+
+    def stored_dtype(self, *, widest: bool = False) -> torch.dtype:
+        """Find the type of the weights in the files.
+
+        Args:
+            widest: Where they are of several types, the narrowest that holds the values of all.
+
+        Raises:
+            ModelError: A file is missing or truncated; the weights are of several types, and nothing says which is the
+                model's.
+        """
+        stated = getattr(self.config, "dtype", None)
+        if not isinstance(self.config, DecoderConfig) and isinstance(stated, torch.dtype):
+            try:
+                return stored_dtype(self.directory)
+            except ModelError:
+                # Some parameters are kept in a wider type than the model's.
+                if self.empty(stated).kept_wide:
+                    return stated
+        return stored_dtype(self.directory, widest=widest)
 
     def _empty_transformers(self, dtype: torch.dtype, axes: ExpertAxes | None) -> LanguageModel:
         assert isinstance(self.config, PretrainedConfig)

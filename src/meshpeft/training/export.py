@@ -23,16 +23,15 @@ from meshpeft.hub.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from meshpeft.hub.save import held_model, refuse_adapter_directory
 from meshpeft.hub.staging import StagedFiles, write_flushed
 from meshpeft.hub.tensor_files import files_to_copy
-from meshpeft.models import LanguageModel, save_pretrained, stored_dtype
+from meshpeft.models import LanguageModel, save_pretrained
 from meshpeft.peft import adapter_wrappers
 from meshpeft.quantization import dequantize_base
 from meshpeft.training.adapters import add_adapter, base_quantizer, default_layers_of, reserve_start, start_adapter
-from meshpeft.training.base import base_directory, find_base
+from meshpeft.training.base import BaseModel, base_directory, find_base
 from meshpeft.training.checkpoints import checkpoints_in
 from meshpeft.training.config import (
     RECORD,
     ConfigError,
-    EngineName,
     ExportConfig,
     FinetuneConfig,
     MergeConfig,
@@ -81,21 +80,21 @@ def merge(config: MergeConfig) -> str:
     _check_not_the_base(config.to, base)
     _check_free_for_model(config.to, config.overwrite)
     files_to_copy(base, _COMPANIONS)  # before the work, not after it
-    wanted = stored_dtype(base) if config.dtype is None else tensor_type(config.dtype)
-    model = _base_as_used(base, run, config.engine)
+    found = find_base(base, run.engine if config.engine is None and run is not None else config.engine)
+    wanted = found.stored_dtype() if config.dtype is None else tensor_type(config.dtype)
+    model = _base_as_used(found, run)
     # Wider first, narrower last: the sum is made in the wider type and rounded once.
     used = next(model.parameters()).dtype
-    model = load_peft_adapter(model.to(torch.promote_types(used, wanted)), config.adapter)
+    model = load_peft_adapter(model.cast(torch.promote_types(used, wanted)), config.adapter)
     _write_merged(model, wanted, base, config.to, config.overwrite)
     return f"wrote {config.to}: {base} with {config.adapter} merged into it, {str(wanted).removeprefix('torch.')}"
 
 
-def _base_as_used(base: Path, run: FinetuneConfig | None, engine: EngineName | None) -> LanguageModel:
+def _base_as_used(found: BaseModel, run: FinetuneConfig | None) -> LanguageModel:
     """Load the base that an adapter was trained on: as its files have it, or dequantised where it was packed."""
-    found = find_base(base, run.engine if engine is None and run is not None else engine)
     quantizer = None if run is None else base_quantizer(run, default_layers_of(found))
     if run is None or quantizer is None:
-        return found.load(stored_dtype(base, widest=True))
+        return found.load(found.stored_dtype(widest=True))
     return dequantize_base(found.load(tensor_type(run.dtype), quantize=quantizer))
 
 
@@ -160,7 +159,7 @@ def _given_checkpoints(given: Path) -> Path:
 
 def _without_base(base: Path, run: FinetuneConfig) -> LanguageModel:
     """Build the run's model with memory for its adapters and none for its base."""
-    model = find_base(base, run.engine).empty(tensor_type(run.dtype))
+    model = find_base(base, run.engine).empty(tensor_type(run.dtype), as_in_files=True)
     add_adapter(model, run)
     reserve_start(model, run)
     for _, wrapper in adapter_wrappers(model):
@@ -206,7 +205,7 @@ def _check_not_the_base(to: Path, base: Path) -> None:
 
 def _write_merged(model: LanguageModel, dtype: torch.dtype, base: Path, to: Path, overwrite: bool) -> None:
     companions = files_to_copy(base, _COMPANIONS)
-    save_pretrained(merge_adapter(model).to(dtype), to, overwrite=overwrite, companions=companions)
+    save_pretrained(merge_adapter(model).cast(dtype), to, overwrite=overwrite, companions=companions)
 
 
 @contextmanager

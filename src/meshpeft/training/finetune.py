@@ -278,6 +278,8 @@ def _subject(config: FinetuneConfig, base: BaseModel, model: LanguageModel, laye
     if experts is not None:
         yield f"experts: {experts}"
     yield str(trainable_parameters(model))
+    if model.left_out:
+        yield f"left out in training: {', '.join(model.left_out)}, which differs from layout to layout"
     for what, shares in {
         "without an adapter": layers.without_adapter,
         "held in full by every process": layers.replicated,

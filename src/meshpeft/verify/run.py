@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from meshpeft.models import DecoderConfig, ModelError
+from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.loss import default_loss_chunk
 from meshpeft.parallel.mesh import AXES
@@ -24,7 +24,7 @@ from meshpeft.training.adapters import (
     start_adapter,
 )
 from meshpeft.training.base import BaseModel, find_base
-from meshpeft.training.config import FinetuneConfig, tensor_type
+from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
 from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
@@ -85,12 +85,14 @@ def prove_run(config: FinetuneConfig, base: BaseModel) -> str:
 
     Raises:
         NotExact: The layout trains another adapter than one process.
-        MeshPEFTError: Model and layout do not fit together.
+        ConfigError: The tokens of a row cannot be on several processes, as `--cp` asks.
     """
     world, start = workers_for(config), time.perf_counter()
     try:
         verdict = _verdict(config, base, world)
-    except ModelError as error:
+    except ConfigError:
+        raise
+    except MeshPEFTError as error:  # of the small model: the real one passed the same checks
         return f"not checked before the run: {error}"
     if not verdict.is_exact:
         findings = _findings(verdict, world, base, _left_out(config))

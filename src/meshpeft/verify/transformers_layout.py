@@ -49,6 +49,8 @@ __all__ = [
 _HEAD_DIM = 16
 # A model of a structure that cannot be made narrower is taken as it is, if it has no more parameters.
 _MOST_PARAMETERS = 30_000_000
+# Layers without experts, before those with.
+_DENSE_BEFORE_EXPERTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What the code of an architecture raises for sizes that do not fit together, or where tensors of all ranks stand in the
 # place of one.
@@ -142,6 +144,9 @@ def _small_model(config: PretrainedConfig, layout: Layout, all_layers: bool, *, 
             model = _random_model(_scaled_down(whole, layout, all_layers, narrow, blocks))
             with torch.no_grad():
                 model(torch.arange(8)[None])
+            text = model.config.get_text_config()
+            if any(getattr(text, name, None) for name in _NUMBERS_OF_EXPERTS) and not _has_experts(model):
+                raise ValueError("no layer with experts is among those that were kept")
             return model
         except _OF_THEIR_CODE as error:
             reasons.append(first_line(error))
@@ -149,6 +154,10 @@ def _small_model(config: PretrainedConfig, layout: Layout, all_layers: bool, *, 
         f"no small {config.model_type} model of this structure could be made to check ({reasons[0]}); compare a few "
         "steps of finetune at two layouts instead"
     )
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any("experts" in name.split(".") for name, _ in model.named_modules())
 
 
 def _scaled_down(
@@ -185,6 +194,9 @@ def _keep_layers(text: Any) -> None:
     for name, value in lists.items():
         setattr(text, name, [value[layer] for layer in kept])
     text.num_hidden_layers = len(kept)
+    for name in _DENSE_BEFORE_EXPERTS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(getattr(text, name), len(kept) - 1))
 
 
 def _shrink_vocabulary(text: Any, tp: int) -> None:
@@ -202,10 +214,21 @@ def _narrow(text: Any, tp: int, blocks: bool) -> None:
     text.hidden_size = heads * width * (1 if square else 2)
     if head_dim is not None:
         text.head_dim = width
+    if isinstance(getattr(text, "qk_rope_head_dim", None), int):
+        _narrow_latents(text, blocks)
     if isinstance(getattr(text, "intermediate_size", None), int):
         text.intermediate_size = straddling_width(tp) if blocks else 8 * tp
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4
+
+
+def _narrow_latents(text: Any, blocks: bool) -> None:
+    """Narrow latent attention: its ranks, and the parts of its heads; `head_dim` is the rotary part there."""
+    rank = BLOCK_SIZES[0] if blocks else _HEAD_DIM
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": rank, "q_lora_rank": rank}
+    for name, size in (sizes | {"head_dim": 8, "index_head_dim": _HEAD_DIM}).items():
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(size, getattr(text, name)))
 
 
 def _narrow_experts(text: Any, layout: Layout, blocks: bool) -> None:
