@@ -249,7 +249,7 @@ def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
 def _unsupported(name: str, style: str) -> ParallelError:
     return ParallelError(
         f"{name}: the style {style!r} of the model's tensor-parallel plan has no counterpart among this package's "
-        "layers; use tp=1, or in Python load the model with tp_plan='auto' (docs/engines.md)"
+        "layers; use tp=1, or in Python let transformers shard the model (docs/engines.md)"
     )
 
 
