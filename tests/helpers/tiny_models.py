@@ -190,7 +190,17 @@ _GROUPED = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
-_MIXED = ["linear_attention", "full_attention"]
+_WITH_DELTA_NETS = {
+    **_EXPERTS,
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 16,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 # Families whose experts are transformers' own code. Between them: files with experts one by one, also under names of
 # their own, and stacked; transposed, with gate and up in turns, biases and a clamped gate; without a gate; routers of
 # every kind; shared experts; experts beside latent attention, sinks, states and convolutions, and beside an MLP.
@@ -220,17 +230,7 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": FOREIGN_FAMILIES["granitemoe"],
     "mixtral": MOE_FAMILIES["mixtral"],
-    "qwen3_next": {
-        **_EXPERTS,
-        "num_experts": 4,
-        "shared_expert_intermediate_size": 16,
-        "head_dim": 8,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": _MIXED,
-    },
+    "qwen3_next": _WITH_DELTA_NETS,
     "gemma4_text": {
         **_EXPERTS,
         "head_dim": 8,
@@ -263,17 +263,7 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "layer_group_size": 2,
         "num_mtp_layers": 0,
     },
-    "qwen3_5_moe_text": {
-        **_EXPERTS,
-        "num_experts": 4,
-        "shared_expert_intermediate_size": 16,
-        "head_dim": 8,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": _MIXED,
-    },
+    "qwen3_5_moe_text": _WITH_DELTA_NETS,
     "glm4_moe": {**_GROUPED, "head_dim": 4},
     "glm4_moe_lite": {**_GROUPED, **_LATENT},
     "dots1": {**_GROUPED, "head_dim": 4},

@@ -345,7 +345,11 @@ def _styles_of_block(block: Any) -> dict[str, str]:
     if "num_heads" in source_of(block.__class__.forward) or not set(own) <= {"sinks"}:
         return {}
     outputs = [name for name in _OUTPUTS if name in linears]
-    if linears.keys() == {*_ATTENTION, *outputs} and len(outputs) == 1 and isinstance(block.head_dim, int):
+    if (
+        linears.keys() == {*_ATTENTION, *outputs}
+        and len(outputs) == 1
+        and isinstance(getattr(block, "head_dim", None), int)
+    ):
         # A norm of all heads needs them all; one of each head serves any.
         if any(tuple(weight.shape) != (block.head_dim,) for child in others for weight in child.parameters()):
             return {}
