@@ -177,6 +177,22 @@ def test_a_plan_that_shards_no_block_is_refused() -> None:
     parallelize(model, axis=ParallelAxis("tp"))
 
 
+def test_a_block_that_does_not_say_how_wide_its_heads_are_is_left_alone(plain: nn.Module) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                self.add_module(name, nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model: Any = copy.deepcopy(plain)
+    model.model.another = Attention()
+    parallelize(model)
+    assert type(model.model.another.o_proj) is nn.Linear
+
+
 def test_adapters_come_after_it(plain: nn.Module) -> None:
     model = LoRA(target_modules=["q_proj"], dim=2)(copy.deepcopy(plain))
     with pytest.raises(ParallelError, match=r"q_proj: .* found a LoRALinear"):
