@@ -69,7 +69,7 @@ def trained(family: str, method: str = "lora", quantize: str | None = None, **la
     import torch
     from helpers.tiny_models import config_of
 
-    from meshpeft.models import DecoderConfig, ModelError, make_transformers_model
+    from meshpeft.models import DecoderConfig, make_transformers_model
     from meshpeft.models.config import UnsupportedModelError
     from meshpeft.quantization import BaseQuantizer
     from meshpeft.training.adapters import add_adapter, default_layers
@@ -93,8 +93,6 @@ def trained(family: str, method: str = "lora", quantize: str | None = None, **la
         return NOTHING  # its own code has no float32 islands
     if native is not None:
         verdict = verify_layout(native, adapt, quantizer=quantizer, steps=2, **layout)
-    elif "sequence_parallel" in layout:
-        raise ModelError("the transformers engine has no sequence parallel; leave it out")
     else:
         verdict = verify_transformers_layout(config, adapt, quantizer=quantizer, steps=2, **layout)
     wrong = [check for check in verdict.checks if not check.error < math.inf]

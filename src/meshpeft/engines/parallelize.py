@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meshpeft.engines.hidden_stream import attach_stream, layers_of_stream
 from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, naming, stacks_of_experts
 from meshpeft.parallel import (
     ColumnParallelLinear,
@@ -115,6 +116,7 @@ class _Changes:
     layers: dict[str, nn.Module] = field(default_factory=dict)
     layouts: list[tuple[nn.Parameter, TensorLayout]] = field(default_factory=list)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
     local: list[tuple[FusedLayer, nn.Module]] = field(default_factory=list)
 
 
@@ -124,6 +126,7 @@ def parallelize(
     axis: ParallelAxis | None = None,
     expert_axes: ExpertAxes | None = None,
     gather_logits: bool = True,
+    sequence_parallel: bool = False,
 ) -> Model:
     """Shard a transformers model over tensor parallel, and its experts over expert parallel, in place. No collective.
 
@@ -142,6 +145,7 @@ def parallelize(
         expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
         gather_logits: Return full logits; otherwise the model returns its rank's slice of the vocabulary
             [*, vocab / world_size], for `vocab_parallel_cross_entropy`, where the vocabulary divides.
+        sequence_parallel: Shard the tokens of a row between blocks; see `hidden_stream.py`.
 
     Returns:
         The model itself.
@@ -149,7 +153,7 @@ def parallelize(
     Raises:
         ParallelError: The model has no plan, or one with a style that has no counterpart here; neither plan nor
             structure shards anything between the embedding and the head; a layer's size, its attention heads or its
-            experts do not divide. The model is unchanged then.
+            experts do not divide; sequence parallel, and no single stack of layers. The model is unchanged then.
     """
     axis = parallel_group_info().tp if axis is None else axis
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
@@ -158,6 +162,9 @@ def parallelize(
             f"{type(model).__name__} has no tensor-parallel plan (tp_plan): how its layers may be sharded is not known"
         )
     changes = _planned(model, plan, axis, gather_logits)
+    experts, layers = list(stacks_of_experts(model)), None
+    if sequence_parallel and axis.world_size > 1:
+        layers = layers_of_stream(model, [*changes.layers, *experts])
     group_experts(model, ExpertAxes.of_mesh(axis) if expert_axes is None else expert_axes)
     for fused, holder in changes.local:
         fused.localise(holder, axis.world_size)
@@ -169,6 +176,8 @@ def parallelize(
         setattr(model.get_submodule(parent), own, parameter)
     for parameter, layout in changes.layouts:
         set_layout(parameter, layout)
+    if axis.world_size > 1:
+        attach_stream(model, axis, changes.blocks, experts, layers)
     return model
 
 
@@ -197,6 +206,8 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
     partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in fused.items()}
     changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in fused.items()]
     replicated = _replicated_embedding(model, axis)
+    changes.blocks = _blocks(model, styles, fused, changes.parameters)
+    in_blocks = {name for name in styles if name.rpartition(".")[0] in changes.blocks}
     for name, style in styles.items():
         module = model.get_submodule(name)
         if style in _COLUMN:
@@ -210,10 +221,11 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             if not gather and module is not head:
                 _check_heads(model, name, linear, fused_parts, axis)
                 changes.parameters |= _norms_of_heads(model, name, linear, axis, made)
-            changes.layers[name] = _column(linear, name, fused_parts, gather, axis, made)
+            changes.layers[name] = _column(linear, name, fused_parts, gather, name in in_blocks, axis, made)
         elif style in _ROW:
             parallel = _ROW[style] or name in partners
-            changes.layers[name] = _row(_linear(module, name, style), name, parallel, axis, made)
+            linear = _linear(module, name, style)
+            changes.layers[name] = _row(linear, name, parallel, name not in in_blocks, axis, made)
         elif style == "embedding_rowwise":
             if module.weight is not replicated:
                 changes.layers[name] = _embedding(module, axis, made)
@@ -237,6 +249,31 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             f"{axis.name}=1"
         )
     return changes
+
+
+def _blocks(
+    model: nn.Module, styles: Mapping[str, str], fused: Mapping[str, FusedLayer], sharded: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Find the modules that consist of columns, one row after them, and norms of heads between the two."""
+    found = []
+    for prefix, block in model.named_modules():
+        linears = {f"{prefix}.{name}" for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        columns = {name for name in linears if styles.get(name) == "colwise" or name in fused}
+        rows = linears - columns
+        if not columns or len(rows) != 1 or styles.get(*rows) not in _ROW:
+            continue
+        (row,) = rows
+        if not (_ROW[styles[row]] or row in {f"{prefix}.{fused[name].partner}" for name in columns & fused.keys()}):
+            continue
+        if any(name.rpartition(".")[0] != prefix for name in linears):
+            continue
+        others = {
+            f"{prefix}.{name}" for name, parameter in block.named_parameters() if not _is_norm_of_heads(name, parameter)
+        } - sharded.keys()
+        others = {name for name in others if name.rpartition(".")[0] not in linears}
+        if all(styles.get(name.rpartition(".")[0]) == "replicated_with_grad_allreduce" for name in others):
+            found.append(prefix)
+    return found
 
 
 def _style_of(name: str, plan: Mapping[str, str]) -> str | None:
@@ -291,9 +328,14 @@ def _norms_of_heads(
     """Shard weights [heads, head_dim] of norms after a column (Cohere's), which no plan shards, by heads."""
     prefix, found = name.rpartition(".")[0], {}
     for own, weight in model.get_submodule(prefix).named_parameters():
-        if own.endswith("norm.weight") and weight.dim() == 2 and weight.numel() == linear.out_features:
+        if _is_norm_of_heads(own, weight) and weight.numel() == linear.out_features:
             found[f"{prefix}.{own}"] = _sharded(weight, f"{prefix}.{own}", axis, made)
     return found
+
+
+def _is_norm_of_heads(name: str, weight: Tensor) -> bool:
+    """Whether a parameter is the weight [heads, head_dim] of a norm with other numbers for each head."""
+    return name.endswith("norm.weight") and weight.dim() == 2
 
 
 def _sharded(full: nn.Parameter, name: str, axis: ParallelAxis, made: dict[int, nn.Parameter]) -> nn.Parameter:
@@ -396,6 +438,7 @@ def _column(
     name: str,
     fused_parts: FusedParts | None,
     gather: bool,
+    input_is_copied: bool,
     axis: ParallelAxis,
     made: dict[int, nn.Parameter],
 ) -> ColumnParallelLinear:
@@ -405,6 +448,7 @@ def _column(
             module.out_features,
             module.bias is not None,
             gather,
+            input_is_copied=input_is_copied,
             fused_parts=fused_parts,
             axis=axis,
             **_options(module),
@@ -413,7 +457,12 @@ def _column(
 
 
 def _row(
-    module: nn.Linear, name: str, input_is_parallel: bool, axis: ParallelAxis, made: dict[int, nn.Parameter]
+    module: nn.Linear,
+    name: str,
+    input_is_parallel: bool,
+    reduce_output: bool,
+    axis: ParallelAxis,
+    made: dict[int, nn.Parameter],
 ) -> RowParallelLinear:
     with naming(name):
         layer = RowParallelLinear(
@@ -421,6 +470,7 @@ def _row(
             module.out_features,
             module.bias is not None,
             input_is_parallel,
+            reduce_output=reduce_output,
             axis=axis,
             **_options(module),
         )

@@ -444,7 +444,8 @@ class StoredTensors(Stored):
             experts = range(layout.global_shape[0]) if self.stacked else (None,)
             names = [keys[part, expert] for expert in experts]
             offset, dim = list(piece.offset), layout.fused_dim
-            offset[dim] += start
+            if start:  # only a fused parameter has a dim to add it to: a scalar has none
+                offset[dim] += start
             _read_piece(files, names, self.stacked, offset, list(piece.shape), dim, place, transposed=self.transposed)
         return local
 

@@ -60,6 +60,7 @@ def load_transformers(
     *,
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
+    sequence_parallel: bool = False,
 ) -> TransformersModel:
     """Load a model of transformers as it is, sharded over tensor parallel by its architecture's plan.
 
@@ -85,13 +86,13 @@ def load_transformers(
         if dtype is None:
             dtype = common_dtype(files, files.names())
         with few_modules(len(files.names()), directory):
-            model = make_transformers_model(config, dtype, device=target)
+            model = make_transformers_model(config, dtype, device=target, sequence_parallel=sequence_parallel)
         found = _found(model, files)
         groups = _tied_names(model)
         if any(
             has_two_values(files, [found.single[name] for name in names if name in found.single]) for names in groups
         ):
-            model = make_transformers_model(_untied(config), dtype, device=target)
+            model = make_transformers_model(_untied(config), dtype, device=target, sequence_parallel=sequence_parallel)
         _set_names(model, files, found, groups)
         stored = {
             name: stored_forms(model, name, layout_or_replicated(tensor))[0]

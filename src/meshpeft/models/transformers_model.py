@@ -444,6 +444,7 @@ def make_transformers_model(
     device: torch.device | str = "cpu",
     axis: ParallelAxis | None = None,
     expert_axes: ExpertAxes | None = None,
+    sequence_parallel: bool = False,
 ) -> TransformersModel:
     """Make a model without values in its parameters, sharded over tensor parallel; its other buffers have theirs.
 
@@ -453,6 +454,7 @@ def make_transformers_model(
         device: Device of those buffers.
         axis: Axis that shards it; tensor parallel by default. Nothing is communicated.
         expert_axes: Axes that shard its experts; those of the mesh by default, with `axis` for tensor parallel.
+        sequence_parallel: Shard the tokens of a row between blocks.
 
     Raises:
         ModelError: transformers has no such model; the model has dropout of its own.
@@ -474,7 +476,7 @@ def make_transformers_model(
     if attends_by_spans(model):
         model.set_attn_implementation(IMPLEMENTATION)  # before layers get configurations of their own
     try:
-        parallelize(model, axis=axis, expert_axes=expert_axes, gather_logits=False)
+        parallelize(model, axis=axis, expert_axes=expert_axes, gather_logits=False, sequence_parallel=sequence_parallel)
     except ParallelError:
         if axis.world_size > 1:
             raise

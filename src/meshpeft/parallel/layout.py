@@ -466,7 +466,7 @@ class LinearLayout:
     def bias(self) -> TensorLayout:
         """b [out], or [experts, out]: sharded like the output of a column; replicated for a row.
 
-        A row adds it after `exit`; one of stacked experts, whose output stays P, a share of it on each rank.
+        A row adds it after `exit`; one whose output stays P adds a share of it on each rank.
         """
         return self._of_output((self.out_features,), self.states(inside=False)[1])
 

@@ -9,6 +9,8 @@ states for x and y outside and those that the product has:
 | column, sequence parallel | Shard(0) -> R | Shard(-1) | + bias shard |
 | row | Shard(-1) as it is, or I -> Shard(-1) | P | P -> I, then + bias |
 | row, sequence parallel | Shard(-1) as it is | P | P -> Shard(0), then + bias |
+| column, `input_is_copied` | R as it is | Shard(-1) | + bias shard |
+| row, `reduce_output=False` | Shard(-1) as it is | P | P as it is, + 1 / world_size of the bias |
 
 The states I, R, P and Shard are those of `states.py`. Under sequence parallel that is an all-gather in `enter` and a
 reduce-scatter in `exit`. A fused adapter joins between the two (`peft/fused.py`); a standalone one takes the layer's x,
@@ -34,7 +36,7 @@ from meshpeft.parallel.layout import (
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
 from meshpeft.parallel.registry import LayerType, register_layer_type
 from meshpeft.parallel.sharded_tensor import ShardedTensors
-from meshpeft.parallel.states import I, Shard, convert
+from meshpeft.parallel.states import I, P, R, Shard, convert
 from meshpeft.parallel.typing import typed_linear
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear"]
@@ -122,13 +124,15 @@ class ColumnParallelLinear(_ParallelLinear):
         init_type: Initialization type.
         stride: The weight is cut into `stride` parts, each sharded over the axis on its own.
         sequence_parallel: Gather the sequence before the GEMM.
+        input_is_copied: x is R: whoever made it sums its gradient, for all layers that take it.
         fused_parts: The canonical parts of the output features, instead of `stride`.
         axis: The axis that shards the weight; tensor parallel by default.
         device, dtype: Device and type of the parameters.
         perform_initialization: Draw the parameters; otherwise they are left empty, to be loaded.
 
     Raises:
-        ParallelError: Sizes that do not divide; `sequence_parallel` together with `gather_output`.
+        ParallelError: Sizes that do not divide; `sequence_parallel` together with `gather_output`, or
+            `input_is_copied` with either.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class ColumnParallelLinear(_ParallelLinear):
         stride: int = 1,
         *,
         sequence_parallel: bool = False,
+        input_is_copied: bool = False,
         fused_parts: FusedParts | None = None,
         axis: ParallelAxis | None = None,
         device: torch.device | str | None = None,
@@ -151,6 +156,10 @@ class ColumnParallelLinear(_ParallelLinear):
         _check_sizes("ColumnParallelLinear", "out_features", out_features, axis)
         if sequence_parallel and gather_output:
             raise ParallelError("ColumnParallelLinear: sequence_parallel=True needs gather_output=False")
+        if input_is_copied and (sequence_parallel or gather_output):
+            raise ParallelError(
+                "ColumnParallelLinear: input_is_copied=True needs sequence_parallel=False and gather_output=False"
+            )
         if fused_parts is not None and stride != 1:
             raise ParallelError(f"ColumnParallelLinear: stride={stride} and fused_parts both order the rows; give one")
         layout = LinearLayout(
@@ -158,7 +167,7 @@ class ColumnParallelLinear(_ParallelLinear):
             out_features,
             shard="out",
             axis=axis,
-            x=Shard(0) if sequence_parallel else I,
+            x=Shard(0) if sequence_parallel else R if input_is_copied else I,
             y=I if gather_output else Shard(-1),
             fused_parts=fused_parts or stride_parts(out_features, stride, axis),
         )
@@ -186,17 +195,19 @@ class RowParallelLinear(_ParallelLinear):
     Args:
         in_features: Number of input features; divisible by the axis's size (and the stride).
         out_features: Number of output features.
-        bias: Whether to include a bias term; added once, after the reduction.
+        bias: Whether to include a bias term; added once, after the reduction, or a share of it on each rank.
         input_is_parallel: Whether the input is already sharded along the feature dim.
         init_type: Initialization type.
         stride: The weight is cut into `stride` parts, each sharded over the axis on its own.
         sequence_parallel: Scatter the sequence after the reduction.
+        reduce_output: Sum y over the axis. Otherwise y is P, and whoever takes it sums it.
         axis: The axis that shards the weight; tensor parallel by default.
         device, dtype: Device and type of the parameters.
         perform_initialization: Draw the parameters; otherwise they are left empty, to be loaded.
 
     Raises:
-        ParallelError: Sizes that do not divide; `sequence_parallel` without `input_is_parallel`.
+        ParallelError: Sizes that do not divide; `sequence_parallel` without `input_is_parallel`;
+            `reduce_output=False` with `sequence_parallel` or without `input_is_parallel`.
     """
 
     def __init__(
@@ -209,6 +220,7 @@ class RowParallelLinear(_ParallelLinear):
         stride: int = 1,
         *,
         sequence_parallel: bool = False,
+        reduce_output: bool = True,
         axis: ParallelAxis | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -218,21 +230,28 @@ class RowParallelLinear(_ParallelLinear):
         _check_sizes("RowParallelLinear", "in_features", in_features, axis)
         if sequence_parallel and not input_is_parallel:
             raise ParallelError("RowParallelLinear: sequence_parallel=True needs input_is_parallel=True")
+        if not reduce_output and (sequence_parallel or not input_is_parallel):
+            raise ParallelError(
+                "RowParallelLinear: reduce_output=False needs sequence_parallel=False and input_is_parallel=True"
+            )
         layout = LinearLayout(
             in_features,
             out_features,
             shard="in",
             axis=axis,
             x=Shard(-1) if input_is_parallel else I,
-            y=Shard(0) if sequence_parallel else I,
+            y=Shard(0) if sequence_parallel else I if reduce_output else P,
             in_fused_parts=stride_parts(in_features, stride, axis),
         )
         super().__init__(layout, bias, init_type, device, dtype, perform_initialization)
 
     def exit(self, y: Tensor) -> Tensor:
-        """y [*, out], P: reduce it, then add the bias."""
+        """y [*, out], P: reduce it, then add the bias; or, where y stays P, a share of the bias."""
         y = convert(y, self.layout.states(inside=True)[1], self.layout.y, self.layout.axis)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias.to(y.dtype)
+        return y + (bias / self.layout.axis.world_size if self.layout.y is P else bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + b; on one rank the GEMM itself adds the bias."""

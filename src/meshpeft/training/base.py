@@ -92,15 +92,10 @@ class BaseModel:
                 ),
             )
         else:
-            if layout.sequence_parallel:
-                raise ConfigError(
-                    f"sequence_parallel=True: the transformers engine, which a {self.config.model_type} model needs, "
-                    "does not have it; leave it out"
-                )
             sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp or layout.tp}
             axes = ExpertAxes(*(ParallelAxis(name, world_size=size) for name, size in sizes.items()))
             with few_modules(tensors, self.directory) if weights else contextlib.nullcontext():
-                model = self._empty_transformers(torch.float32, axes)
+                model = self._empty_transformers(torch.float32, axes, layout.sequence_parallel)
             if layout.etp not in (None, layout.tp) and not has_grouped_experts(model):
                 raise ConfigError(
                     f"etp={layout.etp}: a {self.config.model_type} model has no experts that can be sharded "
@@ -123,7 +118,7 @@ class BaseModel:
         """
         if isinstance(self.config, DecoderConfig):
             return Decoder(self.config, device="meta", dtype=dtype)
-        model = self._empty_transformers(dtype, None)
+        model = self._empty_transformers(dtype)
         if as_in_files:
             _transformers().name_as_in_files(model, self.directory)
         return model
@@ -148,10 +143,14 @@ class BaseModel:
                     return stated
         return stored_dtype(self.directory, widest=widest)
 
-    def _empty_transformers(self, dtype: torch.dtype, axes: ExpertAxes | None) -> LanguageModel:
+    def _empty_transformers(
+        self, dtype: torch.dtype, axes: ExpertAxes | None = None, sequence_parallel: bool = False
+    ) -> LanguageModel:
         assert isinstance(self.config, PretrainedConfig)
         tp = None if axes is None else axes.tp
-        made: LanguageModel = _transformers().make_transformers_model(self.config, dtype, axis=tp, expert_axes=axes)
+        made: LanguageModel = _transformers().make_transformers_model(
+            self.config, dtype, axis=tp, expert_axes=axes, sequence_parallel=sequence_parallel
+        )
         return made
 
     def load(
@@ -175,7 +174,12 @@ class BaseModel:
         """
         if not isinstance(self.config, DecoderConfig):
             model: LanguageModel = _transformers().load_transformers(
-                self.directory, dtype, activation_checkpointing, device=device(), quantize=quantize
+                self.directory,
+                dtype,
+                activation_checkpointing,
+                device=device(),
+                quantize=quantize,
+                sequence_parallel=sequence_parallel,
             )
         else:
             model = self._load_native(dtype, quantize, sequence_parallel, activation_checkpointing)

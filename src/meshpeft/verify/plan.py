@@ -198,7 +198,7 @@ def _without_memory(
         return Decoder(config, parallel, dtype=dtype)
     from meshpeft.models.transformers_model import make_transformers_model  # takes seconds
 
-    model = make_transformers_model(config, dtype)
+    model = make_transformers_model(config, dtype, sequence_parallel=parallel.sequence_parallel)
     made: dict[int, nn.Parameter | Tensor] = {}
     # Under every name, so that what was tied is again.
     for name, old in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:

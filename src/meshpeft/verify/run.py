@@ -175,8 +175,7 @@ def _verdict(config: FinetuneConfig, base: BaseModel, world: int) -> Verdict:
     # It takes seconds, and there is something to import: the model is of transformers.
     from meshpeft.verify.transformers_layout import verify_transformers_layout
 
-    sizes = {name: layout[name] for name in ("tp", "cp", "dp", "ep", "etp")}
-    return verify_transformers_layout(base.config, adapt, **sizes, **options)
+    return verify_transformers_layout(base.config, adapt, **{**layout, **options})
 
 
 def _subject(config: FinetuneConfig, base: BaseModel) -> list[str]:

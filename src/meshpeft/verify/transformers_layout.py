@@ -75,6 +75,7 @@ def verify_transformers_layout(
     cp: int = 1,
     ep: int = 1,
     etp: int | None = None,
+    sequence_parallel: bool = False,
     activation_checkpointing: bool | ActivationCheckpointing = False,
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
@@ -88,8 +89,8 @@ def verify_transformers_layout(
 
     Args:
         config: Configuration of the model, at its real size.
-        adapt, tp, dp, cp, ep, etp, activation_checkpointing, quantizer, start, dropout, all_layers, steps, options: See
-            `verify_layout`.
+        adapt, tp, dp, cp, ep, etp, sequence_parallel, activation_checkpointing, quantizer, start, dropout, all_layers,
+            steps, options: See `verify_layout`.
         lift: Compute in float64 what their code computes in float32; otherwise the errors are of the size of its
             rounding.
 
@@ -97,7 +98,7 @@ def verify_transformers_layout(
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
         MeshPEFTError: Sizes do not divide; a target matches no layer; the tokens of a row cannot be on several ranks.
     """
-    layout = few_ranks(Layout(tp, dp, ep, etp, activation_checkpointing=activation_checkpointing, cp=cp))
+    layout = few_ranks(Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp))
     small = _small_model(config, layout, all_layers, blocks=quantizer is not None)
     text = small.config.get_text_config()
 
@@ -109,7 +110,8 @@ def verify_transformers_layout(
 
         def load(parallel: Any) -> LanguageModel:
             few = None if quantizer is None else in_smallest_blocks(quantizer)
-            model = load_transformers(directory, torch.float64, quantize=few)
+            sequence_parallel = parallel.sequence_parallel
+            model = load_transformers(directory, torch.float64, quantize=few, sequence_parallel=sequence_parallel)
             if lift:
                 lift_float32(model)
             return model
