@@ -423,8 +423,10 @@ class _Chunk:
         """Compute dloss/dz [n, rows] of tokens whose full vocabulary is on this rank, in the memory of the logits."""
         missing = _loss_of(self.others, self.target)[1].masked_fill(~counted, 0).unsqueeze(1)
         own = missing * (scaling.scale if self.own_slope is None else self.own_slope.unsqueeze(1))
-        dz = self.exponentials.mul_(missing / self.total.clamp(min=torch.finfo(missing.dtype).tiny))
-        dz.mul_(scaling.scale if self.slope is None else self.slope)
+        factor = missing / self.total.clamp(min=torch.finfo(missing.dtype).tiny)
+        dz = self.exponentials.mul_(factor * scaling.scale if self.slope is None else factor)
+        if self.slope is not None:
+            dz.mul_(self.slope)
         return dz.scatter_(1, index.unsqueeze(1), -own)
 
 
@@ -527,11 +529,11 @@ class _AdaptedHeadLoss(Function):
             ahead = _Gradients(tokens.count, needed)
         of_chunks = []
         for part in tokens.chunks(head.rows, x):
-            inputs = _rows(x, dropped, places[part])
-            with torch.set_grad_enabled(ahead is not None), _unhooked():
+            inputs, kept = _rows(x, dropped, places[part]), _Kept()
+            with torch.set_grad_enabled(ahead is not None), kept:
                 z = head.product(*_requiring(inputs, needed))
             wide = torch.promote_types(z.dtype, torch.float32)
-            logits = tokens.logits_(z.detach().to(wide, copy=ahead is not None), head)
+            logits = tokens.logits_(z.detach().to(wide, copy=ahead is not None and kept.may_hold(z)), head)
             index, held, counted = tokens.local(labels[part], head.rows, head.vocabulary)
             chunk = _Chunk(logits, head.scaling, index, held)
             of_chunks.append((chunk.others, chunk.target))
@@ -587,9 +589,25 @@ def _can_be_ahead(head: AdaptedHead, tokens: _Tokens, x: Tensor, parameters: Seq
     return tokens.axis.world_size == 1 and x.dtype != torch.float16 and 2 * size <= head.rows * x.shape[-1]
 
 
-def _unhooked() -> contextlib.AbstractContextManager[Any]:
-    """Keep hooks on saved tensors (recomputation, offload) from a graph that is used up in the forward pass."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """What a graph keeps that is used up in the forward pass: as it is, past recomputation and offload."""
+
+    def __init__(self) -> None:
+        self._storages: set[int] = set()
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if _is_plain(tensor):
+            self._storages.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def may_hold(self, tensor: Tensor) -> bool:
+        """Whether the graph may keep this tensor's memory, so that it must not change."""
+        return not _is_plain(tensor) or tensor.untyped_storage().data_ptr() in self._storages
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 def _scaled_rows(grad: Tensor, one: Tensor, places: Tensor, chunks: Sequence[slice], x: Tensor) -> Tensor:
@@ -629,7 +647,7 @@ class _Gradients:
             before = self.found[number]
             if number >= 2:
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                self.found[number] = grad if before is None else before + grad
+                self.found[number] = grad if before is None else before.add_(grad)
                 continue
             if before is None:
                 before = self.found[number] = grad.new_zeros((self._rows, grad.shape[-1]))
