@@ -93,7 +93,7 @@ def test_rotary_frequencies_are_those_of_transformers(rope_type: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised already, by 'awq'"),
         ({"sliding_window": 5}, "sliding_window=5 is not implemented for model_type 'llama'"),
         ({"logit_scale": 0.5}, "logit_scale=0.5"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),

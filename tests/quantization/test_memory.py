@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from helpers.gated_mlp import GatedMLP
+from helpers.simulate import standing_at
 from helpers.tiny_models import save_tiny
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from meshpeft.models import load_pretrained
+from meshpeft.engines.transformers_experts import StackedExperts
+from meshpeft.hub.coded_files import model_files
+from meshpeft.models import load_pretrained, load_transformers
+from meshpeft.parallel import init_parallelism
 from meshpeft.quantization import BaseQuantizer, PackedLayer, quantize_base
 
 SIZES: dict[str, dict[str, int]] = {
@@ -69,6 +73,25 @@ def test_reading_and_packing_takes_the_packed_model_and_one_tensor(saved: Path, 
 def test_reading_takes_no_more_than_the_model(saved: Path) -> None:
     peak, model = peak_of(lambda: load_pretrained(saved), saved)
     assert peak < 1.01 * held(model)
+
+
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_experts_one_by_one_take_a_process_its_share_and_one_tensor(storage: Any, tmp_path: Path) -> None:
+    """A model of transformers, which stacks them, as one of two processes of expert parallel."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 16, "num_hidden_layers": 2}
+    sizes |= {"q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 64, "intermediate_size": 512}
+    directory = save_tiny("deepseek_v3", tmp_path, **sizes, first_k_dense_replace=1)
+    with model_files(directory) as files:
+        assert "model.layers.1.mlp.experts.15.down_proj.weight" in files.names()
+    quantizer = None if storage is None else BaseQuantizer(storage)
+    whole = load_transformers(directory, quantize=quantizer)  # imports the libraries, too
+    with standing_at(1, 2):
+        init_parallelism(expert_parallel=2)
+        peak, model = peak_of(lambda: load_transformers(directory, quantize=quantizer), directory)
+    experts = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    assert len(experts) == 1 and held(whole) - held(model) > 0.9 * held(experts[0])
+    tensor = 512 * 512 * 4 if storage is None else largest(model)
+    assert peak - held(model) < 1.1 * tensor
 
 
 # What the operating system says: memory that a fresh process wrote itself (RssAnon; the pages of the mapped file are

@@ -55,6 +55,7 @@ from meshpeft.hub.names import (
     expert_module_name,
     has_expert_names,
     hf_module_name,
+    is_swapped_by_peft,
     our_module_name,
 )
 from meshpeft.hub.tensor_files import CheckpointError, TensorFiles
@@ -509,6 +510,10 @@ class FoundNames:
     def of_module(self, name: str) -> str:
         """Name in the file of the layer with this name in transformers."""
         return self._modules.get(name, name)
+
+    def swaps(self, name: str) -> bool:
+        """Whether the file has the factors of such a parameter in each other's place, transposed."""
+        return is_swapped_by_peft(self._model, self._linears[name].module)
 
     def of_stack(self, name: str) -> str:
         """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""

@@ -37,8 +37,10 @@ from meshpeft.hub.names import (
     Stored,
     StoredTensor,
     StoredTensors,
+    Transposed,
     expert_module_name,
     hf_module_name,
+    is_swapped_by_peft,
 )
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.models import Decoder, DecoderConfig, ModelError
@@ -409,6 +411,9 @@ class Names(Protocol):
     def of_stack(self, name: str) -> str:
         """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
 
+    def swaps(self, name: str) -> bool:
+        """Whether the file has the factors of such a parameter in each other's place, transposed."""
+
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
         """Name in the file of one expert's part of such a parameter."""
 
@@ -443,6 +448,10 @@ class WrittenNames:
     def of_stack(self, name: str) -> str:
         """Name in the file of a parameter of stacked experts: what stands before `lora_A`."""
         return peft_container(name, self.stacks)
+
+    def swaps(self, name: str) -> bool:
+        """Whether the file has the factors of such a parameter in each other's place, transposed."""
+        return is_swapped_by_peft(self.model, self.linears[name].module)
 
     def of_expert(self, name: str, part: str | None, expert: int) -> str:
         """Name in the file of one expert's part of such a parameter."""
@@ -521,11 +530,17 @@ def stored_factors(pair: FactorsInFile, names: Names) -> list[Stored]:
         return [_by_module(pair, names, layout, suffix) for layout, suffix in pair.layouts]
     if names.per_expert:
         return [_by_expert(pair, names, layout, suffix) for layout, suffix in pair.layouts]
-    prefix, rank = f"{PREFIX}{names.of_stack(pair.names[0])}", pair.written.rank
-    return [
-        StackedA(pair.a, f"{prefix}.{FACTOR_A}", pair.experts, pair.own_factors, rank),
-        StackedB(pair.b, f"{prefix}.{FACTOR_B}", pair.experts, pair.own_factors, rank),
-    ]
+    prefix = f"{PREFIX}{names.of_stack(pair.names[0])}"
+
+    def in_a(layout: TensorLayout) -> Stored:
+        return StackedA(layout, f"{prefix}.{FACTOR_A}", pair.experts, pair.own_factors, pair.written.rank)
+
+    def in_b(layout: TensorLayout) -> Stored:
+        return StackedB(layout, f"{prefix}.{FACTOR_B}", pair.experts, pair.own_factors, pair.written.rank)
+
+    if names.swaps(pair.names[0]):
+        return [Transposed.of(pair.a, in_b), Transposed.of(pair.b, in_a)]
+    return [in_a(pair.a), in_b(pair.b)]
 
 
 def _by_module(pair: FactorsInFile, names: Names, layout: TensorLayout, suffix: str) -> StoredTensors:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from meshpeft.hub.coded_files import coding_of
 from meshpeft.models import DecoderConfig, ModelError, MoEConfig, RopeConfig, UnsupportedModelError
 from meshpeft.parallel.errors import blamed_on, shown
 
@@ -89,6 +90,7 @@ def options_of(source: Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
     """
     fields = dict(source.to_dict() if isinstance(source, PretrainedConfig) else source)
     check_fields(fields)
+    coding_of(fields.pop("quantization_config", None))
     model_type = fields.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

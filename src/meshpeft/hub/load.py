@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meshpeft.hub.coded_files import model_files
 from meshpeft.hub.names import StoredTensors, hf_module_name, stored_forms
-from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, read_json
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError
 from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.models.recompute import ActivationCheckpointing

@@ -26,7 +26,7 @@ matrices of a larger rank R than the parameter's r: A's rows, and B's columns, f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
@@ -52,10 +52,12 @@ __all__ = [
     "Stored",
     "StoredTensor",
     "StoredTensors",
+    "Transposed",
     "expert_module_name",
     "has_expert_names",
     "hf_module_name",
     "hf_tensor_names",
+    "is_swapped_by_peft",
     "name_in_transformers",
     "our_module_name",
     "plain",
@@ -243,6 +245,15 @@ def _is_transposed(model: nn.Module, parameter: str) -> bool:
     layer, _, attribute = parameter.rpartition(".")
     stack: Any = _stack_of(model, layer) if attribute == "weight" else None
     return stack is not None and bool(stack.is_transposed)
+
+
+def is_swapped_by_peft(model: nn.Module, layer: str) -> bool:
+    """Whether peft takes a weight [experts, in, out] of stacked experts for [experts, out, in].
+
+    It does where the class does not say `is_transposed`: its `lora_A` then is Bᵀ, and its `lora_B` Aᵀ.
+    """
+    stack = _stack_of(model, layer)
+    return stack is not None and stack.is_transposed_unsaid
 
 
 def has_expert_names(model: nn.Module, layer: str) -> bool:
@@ -474,6 +485,9 @@ class StackedA(Stored):
 
     def split(self, full: Tensor) -> Iterator[Tensor]:
         """Write the experts out in one matrix."""
+        fused = self.layout.fused_parts
+        if fused is not None:
+            full = fused.fuse(full.split(list(fused.sizes), -1), -1, 1)
         full = _padded(full, -2, self.rank)
         yield full.expand(self.experts, *full.shape[-2:]).reshape(-1, full.shape[-1])
 
@@ -484,13 +498,15 @@ class StackedA(Stored):
 
     def read(self, files: TensorFiles) -> Tensor:
         """Read this rank's slice."""
-        (piece,) = self.layout.pieces()
-        *lead, rank, features = piece.shape
-        first_expert = piece.offset[0] if self.stacked else 0
-        each, experts = self.rank or rank, lead[0] if lead else 1
-        # A is never sharded over its rank: each expert's rows are complete.
-        box = files.read_box(self.key, (first_expert * each, piece.offset[-1]), (experts * each, features))
-        return box.view(experts, each, features)[:, :rank].reshape(piece.shape)
+        parts = []
+        for piece, start in zip(self.layout.pieces(), _starts(self.layout), strict=False):
+            *lead, rank, features = piece.shape
+            first_expert = piece.offset[0] if self.stacked else 0
+            each, experts = self.rank or rank, lead[0] if lead else 1
+            # A is never sharded over its rank: each expert's rows are complete.
+            box = files.read_box(self.key, (first_expert * each, piece.offset[-1] + start), (experts * each, features))
+            parts.append(box.view(experts, each, features)[:, :rank].reshape(piece.shape))
+        return self.layout.join_parts(parts)
 
 
 @dataclass(frozen=True)
@@ -527,9 +543,8 @@ class StackedB(Stored):
         layout, fused = self.layout, self.layout.fused_parts
         if fused is not None and fused.blocks is not None:  # whole blocks lie in the file as they do here
             layout, fused = replace(layout, fused_parts=None), None
-        starts = accumulate((0,) if fused is None else fused.sizes, initial=0)
         parts = []
-        for piece, start in zip(layout.pieces(), starts, strict=False):
+        for piece, start in zip(layout.pieces(), _starts(layout), strict=False):
             *lead, features, rank = piece.shape
             first_expert = piece.offset[0] if self.stacked else 0
             experts = lead[0] if lead else 1
@@ -541,6 +556,52 @@ class StackedB(Stored):
             ]
             parts.append(torch.stack(columns, -1).transpose(0, 1).reshape(piece.shape))
         return layout.join_parts(parts)
+
+
+def _starts(layout: TensorLayout) -> Iterator[int]:
+    """Iterate over the places at which the parts of a fused dim begin."""
+    return accumulate((0,) if layout.fused_parts is None else layout.fused_parts.sizes, initial=0)
+
+
+@dataclass(frozen=True)
+class Transposed(Stored):
+    """A factor of stacked experts in the place of the other, the other way round; see `is_swapped_by_peft`.
+
+    Attributes:
+        inner: How its transpose is stored.
+    """
+
+    layout: TensorLayout
+    inner: Stored
+
+    @classmethod
+    def of(cls, layout: TensorLayout, stored: Callable[[TensorLayout], Stored]) -> Transposed:
+        """Store a parameter as `stored` does a parameter with the last two dims the other way round."""
+        dims = len(layout.global_shape)
+        places = [*range(dims - 2), dims - 1, dims - 2]
+        turned = replace(
+            layout,
+            global_shape=tuple(layout.global_shape[dim] for dim in places),
+            shards=tuple((places[dim], axis) for dim, axis in layout.shards),
+            fused_dim=places[layout.fused_dim],
+        )
+        return cls(layout, stored(turned))
+
+    def declared(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+        return self.inner.declared()
+
+    def split(self, full: Tensor) -> Iterator[Tensor]:
+        """Cut the transpose."""
+        return self.inner.split(full.transpose(-2, -1))
+
+    def check_copies(self, files: TensorFiles) -> None:
+        """Compare what is repeated."""
+        self.inner.check_copies(files)
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read this rank's slice."""
+        return self.inner.read(files).transpose(-2, -1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshpeft.hub.coded_files import model_files
 from meshpeft.hub.names import StoredTensors, plain, stored_forms
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.hub.tensor_files import INDEX_NAME, MODEL_WEIGHTS_NAME, Declared, TensorFileWriter
@@ -55,7 +57,8 @@ def save_pretrained(
     """Write `config.json` and safetensors files that transformers reads. A collective: every rank calls it.
 
     The parameters are gathered one by one, and one process writes them as they come; it holds one tensor more than its
-    share. The files are written aside and renamed: a directory with a `config.json` is complete.
+    share. What is not in memory, it copies from the files that the model was read from. The files are written aside and
+    renamed: a directory with a `config.json` is complete.
 
     Args:
         model: Without adapters; merge them first.
@@ -90,6 +93,7 @@ def save_pretrained(
             declared = [
                 Declared(name, tensor.dtype, shape) for tensor, form in stored for name, shape in form.declared()
             ]
+            declared += _declared_in_files(model, config.dtype)
             writer = _Writer(directory, overwrite, declared, max_shard_bytes)
     raise_everywhere(failures, what, ModelError)
     try:
@@ -101,12 +105,37 @@ def save_pretrained(
                         writer.write(values)
         with kept(failures):
             if writer is not None and not failures:
+                for values in _copied_from_files(model, config.dtype):
+                    writer.write(values)
                 config.to_json_file(writer.folder / _CONFIG_NAME)
                 writer.publish(list(companions))
     finally:
         if writer is not None:
             writer.clean_up()
     raise_everywhere(failures, what, ModelError)
+
+
+def _declared_in_files(model: LanguageModel, dtype: torch.dtype) -> list[Declared]:
+    """Describe the tensors of the model that are not in memory; of a floating type, in the model's."""
+    if model.left_in_files is None:
+        return []
+    directory, names = model.left_in_files
+    with model_files(directory) as files:
+        kinds = {name: files.dtype(name) for name in names}
+        return [
+            Declared(name, dtype if kind.is_floating_point else kind, files.shape(name)) for name, kind in kinds.items()
+        ]
+
+
+def _copied_from_files(model: LanguageModel, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Read these tensors, one after the other."""
+    if model.left_in_files is None:
+        return
+    directory, names = model.left_in_files
+    with model_files(directory) as files:
+        for name in names:
+            values = files.read(name)
+            yield values.to(dtype) if values.is_floating_point() else values
 
 
 def _form(model: LanguageModel, name: str, tensor: Tensor) -> StoredTensors:

@@ -40,7 +40,6 @@ __all__ = [
     "TensorFiles",
     "check_readable",
     "files_to_copy",
-    "model_files",
     "read_json",
     "read_text",
 ]
@@ -432,34 +431,3 @@ class TensorFiles:
 @on_each_rank
 def _read_box(files: TensorFiles, name: str, offset: list[int], shape: list[int], dtype: torch.dtype) -> Tensor:
     return files.read_into(torch.empty(shape, dtype=dtype, device="cpu"), name, offset, shape)
-
-
-def model_files(directory: Path) -> TensorFiles:
-    """Open `model.safetensors` of a Hugging Face directory, or the files that `model.safetensors.index.json` names.
-
-    Raises:
-        ModelError: A file is missing or truncated; the message names it.
-    """
-    # A link that leads nowhere, or a file that may not be read, is there: it is named as what is wrong.
-    if os.path.lexists(directory / MODEL_WEIGHTS_NAME):
-        return TensorFiles([directory / MODEL_WEIGHTS_NAME], directory, ModelError)
-    path = directory / INDEX_NAME
-    if not os.path.lexists(path):
-        if not directory.is_dir():
-            raise ModelError(f"{directory} is not a directory; expected {MODEL_DIRECTORY}")
-        raise ModelError(f"{directory} holds no weights: expected {MODEL_WEIGHTS_NAME} or {INDEX_NAME}")
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{path} has no weight_map")
-    for tensor, name in weight_map.items():
-        # Links out of the directory are how caches are made; names that lead out of it are not.
-        if (
-            not isinstance(name, str)
-            or not 0 < len(name) < 250
-            or "\0" in name
-            or ".." in name.split("/")
-            or name[0] == "/"
-        ):
-            raise ModelError(f"{path} names {shown(name)} for {shown(tensor)}; expected a file of the directory")
-    index = {tensor: directory / name for tensor, name in weight_map.items()}
-    return TensorFiles(sorted({*index.values()}), directory, ModelError, index)

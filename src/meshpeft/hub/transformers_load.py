@@ -18,13 +18,15 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from meshpeft.hub.coded_files import coding_of, model_files, quantization_of
 from meshpeft.hub.config import check_fields, few_modules
 from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import name_in_transformers, stored_forms
-from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, model_files, read_json
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, read_json
 from meshpeft.models import ModelError
 from meshpeft.models.language_model import PartsInFiles, layout_or_replicated
 from meshpeft.models.recompute import ActivationCheckpointing
+from meshpeft.models.towers import towers_in_place
 from meshpeft.models.transformers_model import TransformersModel, make_transformers_model
 from meshpeft.parallel.errors import blamed_on, first_few
 from meshpeft.quantization import BaseQuantizer
@@ -36,7 +38,8 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
     """Read the configuration in a directory, without the network.
 
     Raises:
-        ModelError: It cannot be read; transformers does not know the architecture; the weights are quantised.
+        ModelError: It cannot be read; transformers does not know the architecture; the weights are in
+            codes that are not known.
     """
     path = Path(directory) / "config.json"
     # Its messages are clearer, and these classes make lists of as many layers as the file names.
@@ -44,9 +47,9 @@ def transformers_config(directory: str | Path) -> PretrainedConfig:
     with blamed_on(f"{path} cannot be used", ModelError):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"{directory} holds weights that are quantised already; give the model in full, and --quantize"
-        )
+        with blamed_on(str(directory), ModelError):
+            coding_of(quantization_of(Path(directory)))
+        del config.quantization_config  # what is read are numbers
     # A file may name a kernel of the Hub as its attention, which transformers would fetch and run.
     config._attn_implementation = config._experts_implementation = None
     found: PretrainedConfig = config
@@ -94,6 +97,7 @@ def load_transformers(
         ):
             model = make_transformers_model(_untied(config), dtype, device=target, sequence_parallel=sequence_parallel)
         _set_names(model, files, found, groups)
+        model.left_in_files = (directory.resolve(), _left_in_files(model, files, found))
         stored = {
             name: stored_forms(model, name, layout_or_replicated(tensor))[0]
             for name, tensor in model.stored_tensors().items()
@@ -122,6 +126,21 @@ def _set_names(model: TransformersModel, files: TensorFiles, found: _Found, grou
     tied = {name: names for names in groups for name in names}
     model.stored_parts = _stored_parts(model, files, found)
     model.stored_names = _stored_names(model, files, found, tied)
+
+
+def _left_in_files(model: Any, files: TensorFiles, found: _Found) -> tuple[str, ...]:
+    """List the tensors of the files that hold what is not in memory.
+
+    Raises:
+        ModelError: One is missing.
+    """
+    names = {f"{prefix}.{name}" for prefix, tower in model.towers.items() for name in tower.state_dict()}
+    missing = sorted(names - found.single.keys() - found.parts.keys())
+    if missing:
+        raise ModelError(f"{files.path} lacks {first_few(missing)}, which a {model.config.model_type} model has")
+    single = [found.single[name] for name in names & found.single.keys()]
+    parts = [key for name in names & found.parts.keys() for part in found.parts[name] for key in part.values()]
+    return tuple(sorted(single + parts))
 
 
 def _name_tied_by_own(model: TransformersModel, found: _Found) -> None:
@@ -166,8 +185,9 @@ def _found(model: Any, files: TensorFiles) -> _Found:
         ModelError: The files hold one twice, with different values; in a form that cannot be read; or one that the
             model has not.
     """
-    own = {name_in_transformers(model, name) for name in model.state_dict()}
-    transforms = get_model_conversion_mapping(model)
+    with towers_in_place(model):
+        own = {name_in_transformers(model, name) for name in model.state_dict()}
+        transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     conversions: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
     found = _Found()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class LanguageModel(nn.Module, ABC):
         stored_parts: Name of a parameter -> the names of its parts, or of its experts, which the files hold one by one.
         kept_wide: Names of the parameters and buffers that the architecture keeps in float32 in a bfloat16 model.
         left_out: What of the architecture's own is not done in training, such as noise in routers, by its names.
+        left_in_files: Directory that the model was read from, and the tensors there of parts that are not in memory.
         loss_chunk: Tokens whose logits exist at a time in `token_losses`; `None` for a number that follows from the
             vocabulary (`default_loss_chunk`).
         offloads_activations: Whether what layers keep for the backward pass is kept in host memory; see `kept_on_host`.
@@ -67,6 +69,7 @@ class LanguageModel(nn.Module, ABC):
     stored_parts: Mapping[str, PartsInFiles] = MappingProxyType({})
     kept_wide: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
+    left_in_files: tuple[Path, tuple[str, ...]] | None = None
     loss_chunk: int | None = None
     offloads_activations: bool = False
 

@@ -13,9 +13,10 @@ from transformers import PretrainedConfig
 
 from meshpeft.data.embedded import embedded_model_dir
 from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, has_grouped_experts
+from meshpeft.hub.coded_files import model_files
 from meshpeft.hub.config import few_modules
 from meshpeft.hub.load import check_layers, stored_dtype
-from meshpeft.hub.tensor_files import MODEL_DIRECTORY, model_files, read_json
+from meshpeft.hub.tensor_files import MODEL_DIRECTORY, read_json
 from meshpeft.models import (
     Decoder,
     DecoderConfig,

@@ -42,7 +42,8 @@ from transformers import PreTrainedTokenizerBase
 from meshpeft.checkpoint.content import ModelContent
 from meshpeft.checkpoint.identity import checksums_of_slices
 from meshpeft.data.batches import PackedRows
-from meshpeft.hub.tensor_files import model_files, read_json
+from meshpeft.hub.coded_files import model_files
+from meshpeft.hub.tensor_files import read_json
 from meshpeft.parallel.agreement import all_or_none, gathered
 from meshpeft.parallel.errors import MeshPEFTError, first_few
 from meshpeft.parallel.mesh import is_simulated, parallel_group_info
