@@ -297,16 +297,10 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 4,
         "shared_intermediate_size": 16,
     },
-}
-
-
-# Experts of classes with contracts of their own, which stay as they are.
-OWN_EXPERTS: dict[str, dict[str, Any]] = {
-    "jetmoe": FOREIGN_FAMILIES["jetmoe"],
-    # Experts of a class of its own, on inputs that their scores have scaled.
+    # On inputs that their scores have scaled.
     "llama4_text": {
         "num_local_experts": 4,
-        "num_experts_per_tok": 1,
+        "num_experts_per_tok": 2,
         "num_hidden_layers": 2,
         "head_dim": 8,
         "intermediate_size_mlp": 48,
@@ -314,6 +308,12 @@ OWN_EXPERTS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 5,
         "use_qk_norm": False,
     },
+}
+
+
+# Experts of a class with a contract of its own, which stay as they are.
+OWN_EXPERTS: dict[str, dict[str, Any]] = {
+    "jetmoe": FOREIGN_FAMILIES["jetmoe"],
 }
 
 
@@ -325,7 +325,7 @@ def config_of(family: str, **overrides: Any) -> Any:
 
 
 # Of `EXPERT_FAMILIES`, one for each mechanism.
-ONE_OF_EACH_KIND = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
+ONE_OF_EACH_KIND = ("deepseek_v3", "gpt_oss", "nemotron_h", "mixtral", "llama4_text")
 
 
 def save_tiny(family: str, directory: Path, **overrides: Any) -> Path:

@@ -210,7 +210,6 @@ def edited_weights(directory: Path, change: Callable[[dict[str, Tensor]], object
 @pytest.mark.parametrize(
     ("breaks", "sentence"),
     [
-        (lambda d: edited_config(d, attention_dropout=0.1), r"attention_dropout=0\.1: the base model's own dropout"),
         (lambda d: edited_config(d, model_type="unheard_of"), r"config\.json cannot be used: .*unheard_of"),
         (lambda d: edited_config(d, model_type="vit"), "transformers makes no model"),
         (lambda d: edited_config(d, quantization_config={"quant_method": "fp8"}), "quantised already"),
@@ -250,6 +249,18 @@ def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) ->
         pytest.raises(ModelError, match=rf"model\.{key}=0\.1: the base model's own dropout"),
     ):
         load_transformers(tiny("gemma"))
+
+
+@pytest.mark.parametrize(("family", "field"), [("phi3", "attention_dropout"), ("starcoder2", "residual_dropout")])
+def test_dropout_of_the_base_is_left_out_in_training_and_stays_in_its_configuration(
+    family: str, field: str, tmp_path: Path
+) -> None:
+    directory = save_tiny(family, tmp_path / "base", **{field: 0.1})
+    model: Any = in_float64(load_transformers(directory, torch.float64)).train()
+    assert model.left_out == (f"{field}=0.1",)
+    torch.testing.assert_close(model(random_ids()), reference(directory)(random_ids()).logits, rtol=0, atol=TOLERANCE)
+    save_pretrained(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())[field] == 0.1
 
 
 def test_noise_of_routers_is_left_out_in_training(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from meshpeft.parallel import (
     Shard,
     State,
     TensorLayout,
+    convert,
     differs,
     finalize_gradients,
     layer_type_of,
@@ -197,6 +198,55 @@ def test_the_bias_of_a_row_is_added_once_and_is_its_master_bias() -> None:
         assert torch.equal(
             the_same(layer(torch.randn(2, IN, dtype=torch.float64))), the_same(layer.master_bias).expand(2, -1)
         )
+
+
+@pytest.mark.parametrize("tp", (1, 2, 4))
+def test_layers_that_share_a_copied_input_and_leave_a_partial_output(tp: int) -> None:
+    """Two columns on one copy, and a row whose output the caller reduces: y, and every gradient, of one rank."""
+    torch.manual_seed(0)
+    weights = [torch.randn(OUT, IN, dtype=torch.float64), torch.randn(OUT, IN, dtype=torch.float64)]
+    back, bias = torch.randn(IN, OUT, dtype=torch.float64), torch.randn(IN, dtype=torch.float64)
+    x = torch.randn(3, IN, dtype=torch.float64)
+
+    def run(size: int) -> list[Tensor]:
+        with simulate(tp=size) as mesh:
+            options: dict[str, Any] = {"dtype": torch.float64}
+            columns = [ColumnParallelLinear(IN, OUT, False, False, input_is_copied=True, **options) for _ in weights]
+            row = RowParallelLinear(OUT, IN, True, True, reduce_output=False, **options)
+            with torch.no_grad():
+                for layer, full in zip((*columns, row), (*weights, back), strict=True):
+                    layer.weight.copy_(layer.layout.weight().slice(full))
+                row.bias.copy_(bias)
+            given = x.clone().requires_grad_()
+            with count_collectives() as calls:
+                copied = convert(given, I, R, mesh.tp)
+                y = convert(row(columns[0](copied) * columns[1](copied)), P, I, mesh.tp)
+                y.square().sum().backward()
+            assert [call.name for call in calls] == ["allreduce"] * (2 if size > 1 else 0)
+            finalize_gradients([row.bias])
+            gradients = [layer.weight.grad for layer in (*columns, row)]
+            layouts = [layer.layout.weight() for layer in (*columns, row)]
+            whole = [layout.gather(grad) for layout, grad in zip(layouts, gradients, strict=True)]
+            return [the_same(tensor) for tensor in (y, given.grad, row.bias.grad, *whole)]
+
+    for found, expected in zip(run(tp), run(1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (ColumnParallelLinear, {"input_is_copied": True}),
+        (ColumnParallelLinear, {"input_is_copied": True, "gather_output": False, "sequence_parallel": True}),
+        (RowParallelLinear, {"reduce_output": False}),
+        (RowParallelLinear, {"reduce_output": False, "input_is_parallel": True, "sequence_parallel": True}),
+    ],
+)
+def test_states_that_exclude_each_other_are_refused(layer: Any, options: dict[str, bool]) -> None:
+    with pytest.raises(
+        ParallelError, match=r"(input_is_copied=True|reduce_output=False) needs sequence_parallel=False"
+    ):
+        layer(IN, OUT, **options)
 
 
 @pytest.mark.parametrize("tp", (1, 2, 4))

@@ -113,26 +113,28 @@ def attach_stream(
         layers: Name of the list of layers between which the stream is Shard(1); `None`: it is I.
     """
     plain, stream = HiddenStream(axis), HiddenStream(axis, Shard(1))
-    blocks = set(blocks)
+    stack: Any = [] if layers is None else model.get_submodule(layers)
     called: dict[str, nn.Module] = {}
+    for number, layer in enumerate(stack):
+        own = _called(f"{layers}.{number}", layer)
+        called |= {f"{layers}.{number}": layer} if any(name in own for name in experts) else own
+    # Hooks run in the order in which they are attached: the stream begins before the first block, and ends last.
     if layers is not None:
-        stack: Any = model.get_submodule(layers)
-        for number, layer in enumerate(stack):
-            own = _called(f"{layers}.{number}", layer)
-            called |= {f"{layers}.{number}": layer} if any(name in own for name in experts) else own
-        # Hooks run in the order in which they are attached: the stream begins before the first block, and ends last.
         stack[0].register_forward_pre_hook(partial(_given, stream.begin), with_kwargs=True)
-        for number, layer in enumerate(stack):
-            if f"{layers}.{number}" not in called:
-                layer.register_forward_pre_hook(stream.shard_others, with_kwargs=True)
-    for name in blocks:
-        (stream if name in called else plain).attach(model.get_submodule(name), R, P)
-    for name, module in called.items():
+    for number, layer in enumerate(stack):
+        if f"{layers}.{number}" not in called:
+            layer.register_forward_pre_hook(stream.shard_others, with_kwargs=True)
+    modules = {name: model.get_submodule(name) for name in blocks}
+    for name, module in modules.items():
+        (stream if name in called else plain).attach(module, R, P)
+    attached = {id(module) for module in modules.values()}  # layers may share a block
+    for module in called.values():
         if _is_norm(module):
             for parameter in module.parameters():
                 set_layout(parameter, TensorLayout(tuple(parameter.shape), grad_partial=(axis,)))
-        elif name not in blocks:
+        elif id(module) not in attached:
             stream.attach(module, I, I)
+            attached.add(id(module))
     if layers is not None:
         stack[-1].register_forward_hook(partial(_returned, stream.end))
 

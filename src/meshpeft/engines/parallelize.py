@@ -11,37 +11,31 @@ does not have are fine-tuned like those that it has: gradients are partial until
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from meshpeft.engines.hidden_stream import attach_stream, layers_of_stream
+from meshpeft.engines.recurrent_blocks import recurrent_block, source_of
+from meshpeft.engines.replicated_layers import CopiedHeadsLinear, SharedKeyLinear
 from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, naming, stacks_of_experts
 from meshpeft.parallel import (
     ColumnParallelLinear,
     FusedParts,
-    LayerType,
-    LinearLayout,
     ParallelAxis,
     ParallelError,
     RowParallelLinear,
     TensorLayout,
     VocabParallelEmbedding,
     layer_type_of,
-    mp_copy,
     parallel_group_info,
-    register_layer_type,
     set_layout,
 )
 
-__all__ = ["FusedLayer", "SharedKeyLinear", "fused_layers", "parallelize", "source_of"]
+__all__ = ["FusedLayer", "fused_layers", "parallelize"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,13 @@ class _Changes:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
     local: list[tuple[FusedLayer, nn.Module]] = field(default_factory=list)
+    counts: list[tuple[nn.Module, str, int]] = field(default_factory=list)  # numbers of one rank that their code reads
+
+    def copy_heads(self, name: str, linear: nn.Linear, heads: int, axis: ParallelAxis) -> None:
+        """Keep all heads of keys or values on every rank."""
+        self.layers[name] = layer = CopiedHeadsLinear(linear, heads, axis)
+        layouts = {"weight": layer.layout.weight(), "bias": layer.layout.bias()}
+        self.layouts += [(parameter, layouts[own]) for own, parameter in layer.named_parameters()]
 
 
 def parallelize(
@@ -176,6 +177,8 @@ def parallelize(
         setattr(model.get_submodule(parent), own, parameter)
     for parameter, layout in changes.layouts:
         set_layout(parameter, layout)
+    for module, count, local in changes.counts:
+        setattr(module, count, local)
     if axis.world_size > 1:
         attach_stream(model, axis, changes.blocks, experts, layers)
     return model
@@ -202,6 +205,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             raise _unsupported(name, style)
         changes.parameters[name] = _sharded(parameter, name, axis, made)
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    recurrent = _recurrent_layers(model, styles, changes, axis, made)
     fused = fused_layers(model, styles)
     partners = {f"{name.rpartition('.')[0]}.{entry.partner}" for name, entry in fused.items()}
     changes.local = [(entry, model.get_submodule(name.rpartition(".")[0])) for name, entry in fused.items()]
@@ -215,10 +219,18 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             if module is head and (linear.out_features % axis.world_size or linear.weight is replicated):
                 continue
             gather = _COLUMN[style] and name not in fused and (gather_logits or module is not head)
-            fused_parts = None
+            fused_parts = recurrent.get(name)
             if name in fused:
                 fused_parts = fused[name].fused_parts(model.get_submodule(name.rpartition(".")[0]))
-            if not gather and module is not head:
+            copied = None
+            if name in in_blocks and name not in fused and name not in recurrent:
+                copied = _copied_heads(model, name, linear, styles, axis)
+            if copied is not None:
+                heads, queries = copied
+                changes.copy_heads(name, linear, heads, axis)
+                changes.counts.append((model.get_submodule(name.rpartition(".")[0]), "num_key_value_groups", queries))
+                continue
+            if not gather and module is not head and name not in recurrent:
                 _check_heads(model, name, linear, fused_parts, axis)
                 changes.parameters |= _norms_of_heads(model, name, linear, axis, made)
             changes.layers[name] = _column(linear, name, fused_parts, gather, name in in_blocks, axis, made)
@@ -249,6 +261,32 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             f"{axis.name}=1"
         )
     return changes
+
+
+def _recurrent_layers(
+    model: nn.Module,
+    styles: dict[str, str],
+    changes: _Changes,
+    axis: ParallelAxis,
+    made: dict[int, nn.Parameter],
+) -> dict[str, FusedParts | None]:
+    """Plan the blocks with a state whose groups of heads divide: their first layers, with the fused parts of each."""
+    found: dict[str, FusedParts | None] = {}
+    for prefix, module in model.named_modules():
+        block = recurrent_block(module)
+        if block is None or block.groups % axis.world_size:
+            continue
+        found |= {f"{prefix}.{name}": parts for name, parts in block.columns.items()}
+        styles |= dict.fromkeys((f"{prefix}.{name}" for name in block.columns), "colwise")
+        styles |= {f"{prefix}.{block.row}": "rowwise"}
+        styles |= dict.fromkeys((f"{prefix}.{name}" for name in block.shared), "replicated_with_grad_allreduce")
+        for own, parts in block.parameters.items():
+            name = f"{prefix}.{own}"
+            changes.parameters[name] = _sharded(model.get_parameter(name), name, axis, made, parts)
+        for own, counts in block.counts.items():
+            held: Any = module.get_submodule(own)
+            changes.counts += [(held, count, getattr(held, count) // axis.world_size) for count in counts]
+    return found
 
 
 def _blocks(
@@ -299,17 +337,44 @@ def _linear(module: nn.Module, name: str, style: str) -> nn.Linear:
     return module
 
 
+def _head_dim(model: nn.Module, name: str, linear: nn.Linear) -> int | None:
+    """Find the width of the heads that a layer gives; `None` where the module around it does not say."""
+    holder: Any = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(getattr(holder, "qk_rope_head_dim", None), int):  # latent attention: heads of several widths
+        return int(linear.out_features // holder.num_heads)
+    own = "v_head_dim" if name.endswith("v_proj") else "head_dim"
+    found = next((size for key in (own, "head_dim", "head_size") if (size := getattr(holder, key, None))), None)
+    return found if isinstance(found, int) else None
+
+
+def _copied_heads(
+    model: nn.Module, name: str, linear: nn.Linear, styles: Mapping[str, str], axis: ParallelAxis
+) -> tuple[int, int] | None:
+    """Count the heads of keys or values that are fewer than the ranks and divide these, and the queries of a rank.
+
+    `None` for any other layer.
+    """
+    prefix = name.rpartition(".")[0]
+    holder: Any = model.get_submodule(prefix)
+    groups, head_dim = getattr(holder, "num_key_value_groups", None), _head_dim(model, name, linear)
+    rows = [child for own, child in holder.named_children() if styles.get(f"{prefix}.{own}") in _ROW]
+    width = _head_dim(model, f"{prefix}.v_proj", linear)
+    if not isinstance(groups, int) or head_dim is None or width is None:
+        return None
+    if any(_is_norm_of_heads(own, weight) for own, weight in holder.named_parameters()):
+        return None
+    heads, queries = linear.out_features // head_dim, rows[0].in_features // width
+    if heads * groups != queries or heads >= axis.world_size or axis.world_size % heads or queries % axis.world_size:
+        return None
+    return heads, queries // axis.world_size
+
+
 def _check_heads(
     model: nn.Module, name: str, linear: nn.Linear, fused_parts: FusedParts | None, axis: ParallelAxis
 ) -> None:
     """Check that every rank gets full heads: code between a column and a row counts them."""
-    holder: Any = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(getattr(holder, "qk_rope_head_dim", None), int):  # latent attention: heads of several widths
-        head_dim: Any = linear.out_features // holder.num_heads
-    else:
-        own = "v_head_dim" if name.endswith("v_proj") else "head_dim"
-        head_dim = next((size for key in (own, "head_dim", "head_size") if (size := getattr(holder, key, None))), None)
-    if not isinstance(head_dim, int):
+    head_dim = _head_dim(model, name, linear)
+    if head_dim is None:
         return
     parts = fused_parts.sizes if fused_parts is not None else (linear.out_features,)
     for size in parts:
@@ -338,10 +403,12 @@ def _is_norm_of_heads(name: str, weight: Tensor) -> bool:
     return name.endswith("norm.weight") and weight.dim() == 2
 
 
-def _sharded(full: nn.Parameter, name: str, axis: ParallelAxis, made: dict[int, nn.Parameter]) -> nn.Parameter:
-    """Make [heads, ..], or [heads, head_dim], of a full parameter: sharded along its first dim, as q, k and v are."""
+def _sharded(
+    full: nn.Parameter, name: str, axis: ParallelAxis, made: dict[int, nn.Parameter], parts: FusedParts | None = None
+) -> nn.Parameter:
+    """Shard a full parameter along its first dim, [heads, ..] or channels that fuse `parts`, as q, k and v are."""
     with naming(name):
-        layout = TensorLayout(tuple(full.shape), ((0, axis),))
+        layout = TensorLayout(tuple(full.shape), ((0, axis),), parts)
     new = nn.Parameter(full.new_empty(layout.local_shape))
     set_layout(new, layout)
     return _kept(new, full, made)
@@ -412,15 +479,6 @@ def _styles_of_block(block: Any) -> dict[str, str]:
     return {}
 
 
-@cache
-def source_of(code: Any) -> str:
-    """Return the source of a class or function; empty where there is none. Cached: finding it in its file is slow."""
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        return ""
-
-
 def _options(module: nn.Linear | nn.Embedding) -> dict[str, Any]:
     return {"device": module.weight.device, "dtype": module.weight.dtype, "perform_initialization": False}
 
@@ -475,51 +533,6 @@ def _row(
             **_options(module),
         )
     return _filled(layer, module, made)
-
-
-class SharedKeyLinear(nn.Linear):
-    """Replicated down-projection of latent attention: y = x Wᵀ + b, [*, in] -> [*, latent + rotary].
-
-    Over `axis` x is I, and so is the latent part of y: the column behind it (`kv_b_proj`) sums its gradient. The rotary
-    part, which is the key of every head, is R: each rank's heads take it as it is, and its gradient, P, is summed here,
-    in an all-reduce of [*, rotary]. So an adapter inside, beside x and y, has no partial gradient.
-
-    Args:
-        module: Layer that it takes the place of, whose parameters it keeps.
-        rotary: Width of the rotary part.
-        axis: Axis that shards the heads.
-    """
-
-    def __init__(self, module: nn.Linear, rotary: int, axis: ParallelAxis) -> None:
-        super().__init__(module.in_features, module.out_features, module.bias is not None, device="meta")
-        self.weight, self.bias = module.weight, module.bias
-        self.rotary, self.axis = rotary, axis
-
-    @property
-    def layout(self) -> LinearLayout:
-        """Layout of a replicated layer."""
-        return LinearLayout(self.in_features, self.out_features, axis=self.axis)
-
-    def exit(self, y: Tensor) -> Tensor:
-        """Add the bias; y [*, out], I -> the latent part I, the rotary part R."""
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        latent, rotary = y.split([self.out_features - self.rotary, self.rotary], -1)
-        return torch.cat((latent, mp_copy(rotary, axis=self.axis)), -1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input [*, in], I -> [*, out], the latent part I and the rotary part R."""
-        return self.exit(functional.linear(input, self.weight))
-
-
-register_layer_type(
-    SharedKeyLinear,
-    LayerType(
-        layout=lambda module: module.layout,
-        weight=lambda module: module.weight,
-        enter=lambda module, x: x,
-        exit=lambda module, y: module.exit(y),
-    ),
-)
 
 
 class _ScaledEmbedding(VocabParallelEmbedding):

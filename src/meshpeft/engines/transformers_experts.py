@@ -11,6 +11,9 @@ Its contract is all that is read here:
 `group_experts` gives such a module layers in the place of the parameters, under the same names, and a call that sends
 each token to the rank of its expert. The router, shared experts and all else stay the model's own code: a router runs
 on every token of a tensor-parallel rank, and each of these ranks then sends its share of the tokens on.
+
+Llama 4 has the same experts in a class of its own, whose call takes every token for every expert, scaled by its score:
+zero for those that were not chosen. So the block around them gets our call too (`ScaledInputs`).
 """
 
 from __future__ import annotations
@@ -60,6 +63,10 @@ __all__ = [
 NO_EXPERTS = "none, or of a class without transformers' use_experts_implementation"
 """Why a model of transformers has no experts that can be sharded and adapted."""
 
+# Llama 4's block, and its experts.
+_OF_SCALED_INPUTS = ("Llama4TextMoe", "Llama4TextExperts")
+_FLAGS_OF_SCALED_INPUTS = {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}
+
 # How configurations call the number of experts of a token.
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_top_k")
 
@@ -94,13 +101,12 @@ def stacks_of_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _has_contract(module: nn.Module) -> bool:
-    flags = vars(module)
-    if not {"has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"} <= flags.keys():
+    flags = {"has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"}
+    if not (type(module).__name__ == _OF_SCALED_INPUTS[1] or flags <= vars(module).keys()):
         return False
-    held = module._parameters
     expected = [_first_of(module), "down_proj"]
-    expected += [f"{name}_bias" for name in expected] if flags["has_bias"] else []
-    return set(expected) == held.keys() and not flags["has_post_expert_norm"]
+    expected += [f"{name}_bias" for name in expected] if _flag(module, "has_bias") else []
+    return set(expected) == module._parameters.keys() and not getattr(module, "has_post_expert_norm", False)
 
 
 def has_grouped_experts(model: nn.Module) -> bool:
@@ -113,8 +119,15 @@ def experts_per_token(config: Any) -> int | None:
     return next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)
 
 
+def _flag(module: Any, name: str) -> bool:
+    """Read what a class of experts says of its parameters."""
+    return bool(
+        _FLAGS_OF_SCALED_INPUTS[name] if type(module).__name__ == _OF_SCALED_INPUTS[1] else getattr(module, name)
+    )
+
+
 def _first_of(module: Any) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
+    return "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
 
 
 class StackedExperts(ShardedTensors, nn.Module):
@@ -124,11 +137,13 @@ class StackedExperts(ShardedTensors, nn.Module):
         axes: Axes that it is on.
         num_stacked: Number of experts, over all ranks.
         first: Name of the layer before the gate: `gate_up_proj` or `up_proj`. The one behind it is `down_proj`.
+        is_transposed_unsaid: Whether the parameters are [experts, in, out] and the class does not say so.
     """
 
     axes: ExpertAxes
     num_stacked: int
     first: str
+    is_transposed_unsaid = False
 
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Send tokens through their experts.
@@ -182,6 +197,38 @@ class StackedExperts(ShardedTensors, nn.Module):
         return y + bias.index_select(0, group_of_rows(x, group_offsets(tokens_per_expert)))
 
 
+class ScaledInputs(nn.Module):
+    """Base class that is added to a block of experts whose scores scale what the experts take (Llama 4's)."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Send each token, scaled, through its experts, and through the shared one.
+
+        Args:
+            hidden_states: [batch, seq, hidden], I over tensor parallel.
+
+        Returns:
+            The sum of what these experts return, [batch, seq, hidden], and the router's logits [T, experts]; both I.
+        """
+        theirs: Any = self
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = theirs.router(tokens)
+        chosen, experts = scores.topk(theirs.top_k, dim=1)
+        # One copy for each of a token's experts: the weight of what an expert returns is one.
+        sent = (tokens[:, None] * chosen[..., None]).flatten(0, 1)
+        ones = torch.ones_like(chosen).view(-1, 1)
+        routed = theirs.experts(sent, experts.view(-1, 1), ones).unflatten(0, chosen.shape).sum(1)
+        return (theirs.shared_expert(tokens) + routed).view(hidden_states.shape), logits
+
+
+class _GatedAsLlama4:
+    act_fn: Any
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: Tensor = up * self.act_fn(gate)
+        return result
+
+
 def group_experts(model: Any, axes: ExpertAxes | None = None) -> None:
     """Give the stacked experts of a model of transformers grouped layers, each rank its slices, in place.
 
@@ -203,6 +250,9 @@ def group_experts(model: Any, axes: ExpertAxes | None = None) -> None:
     }
     for name, layers in made.items():
         _replace(model.get_submodule(name), layers, axes)
+    for module in model.modules():
+        if type(module).__name__ == _OF_SCALED_INPUTS[0] and not isinstance(module, ScaledInputs):
+            module.__class__ = _derived(ScaledInputs, type(module))
 
 
 def _layers_of(theirs: Any, name: str, axes: ExpertAxes, top_k: int | None) -> dict[str, nn.Module]:
@@ -211,8 +261,9 @@ def _layers_of(theirs: Any, name: str, axes: ExpertAxes, top_k: int | None) -> d
     experts, packed, hidden = _in_our_order(theirs, weight).shape
     width = _in_our_order(theirs, down).shape[-1]
     parts = None
-    if theirs.has_gate:
-        parts = FusedParts(("gate", "up"), (width, width), blocks=None if theirs.is_concatenated else width)
+    if _flag(theirs, "has_gate"):
+        blocks = None if _flag(theirs, "is_concatenated") else width
+        parts = FusedParts(("gate", "up"), (width, width), blocks=blocks)
     options: dict[str, Any] = {
         "expert_axis": axes.ep,
         "axis": axes.etp,
@@ -230,7 +281,7 @@ def _layers_of(theirs: Any, name: str, axes: ExpertAxes, top_k: int | None) -> d
 
 def _in_our_order(theirs: Any, weight: Tensor) -> Tensor:
     """[experts, out, in] of a weight that may be transposed."""
-    return weight.transpose(-2, -1) if theirs.is_transposed else weight
+    return weight.transpose(-2, -1) if _flag(theirs, "is_transposed") else weight
 
 
 def _replace(theirs: Any, layers: Mapping[str, Any], axes: ExpertAxes) -> None:
@@ -244,7 +295,12 @@ def _replace(theirs: Any, layers: Mapping[str, Any], axes: ExpertAxes) -> None:
             set_layout(local, layout)
             keep_slice(local, bias)
             theirs._parameters[f"{name}_bias"] = local
-    theirs.__class__ = _with_our_call(type(theirs))
+    if type(theirs).__name__ == _OF_SCALED_INPUTS[1]:
+        vars(theirs).update(_FLAGS_OF_SCALED_INPUTS)
+        theirs.__class__ = _derived(StackedExperts, _GatedAsLlama4, type(theirs))
+        theirs.is_transposed_unsaid = True
+    else:
+        theirs.__class__ = _derived(StackedExperts, type(theirs))
     theirs.axes, theirs.num_stacked, theirs.first = axes, layers["down_proj"].num_experts, next(iter(layers))
 
 
@@ -269,8 +325,8 @@ def keep_slice(new: nn.Parameter, full: Tensor) -> None:
     new.requires_grad_(full.requires_grad)
 
 
-def _with_our_call(cls: type[Any]) -> type[Any]:
-    """Derive a class with our call, under the same name."""
-    made = types.new_class(cls.__name__, (StackedExperts, cls))
-    made.__module__ = cls.__module__
+def _derived(*bases: type[Any]) -> type[Any]:
+    """Derive a class from ours and theirs, which comes last, under its name."""
+    made = types.new_class(bases[-1].__name__, bases)
+    made.__module__ = bases[-1].__module__
     return made

@@ -17,7 +17,7 @@ those that only hand it on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +29,19 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from meshpeft.engines.parallelize import source_of
+from meshpeft.engines.recurrent_blocks import source_of
 from meshpeft.models.config import ModelError
 from meshpeft.models.spans import Spans, SpansOfRanks, attend, gather_keys
 from meshpeft.parallel import parallel_group_info
 
-__all__ = ["IMPLEMENTATION", "SpansMask", "attends_by_spans", "documents_are"]
+__all__ = [
+    "IMPLEMENTATION",
+    "SpansMask",
+    "attends_by_spans",
+    "documents_again",
+    "documents_are",
+    "documents_of_call",
+]
 
 IMPLEMENTATION = "documents"
 """Name under which the implementation is registered."""
@@ -56,6 +63,16 @@ def documents_are(spans: Spans | SpansOfRanks | None) -> Iterator[None]:
         yield
     finally:
         _SPANS.reset(token)
+
+
+def documents_of_call() -> Spans | SpansOfRanks | None:
+    """Return the spans of the forward pass that is made; `None` for none."""
+    return _SPANS.get()
+
+
+def documents_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Make the contexts of a part of this forward pass, and of that part when it is computed again."""
+    return nullcontext(), documents_are(_SPANS.get())
 
 
 def attends_by_spans(model: Any) -> bool:

@@ -31,25 +31,31 @@ from transformers import (
 )
 
 from meshpeft.engines.parallelize import parallelize
+from meshpeft.engines.recurrent_blocks import hands_weight_on
 from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, group_experts, has_grouped_experts
 from meshpeft.models.attention import positions_in_documents
 from meshpeft.models.config import ModelError
+from meshpeft.models.document_rows import give_document_rows
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
 from meshpeft.models.language_model import LanguageModel
 from meshpeft.models.recompute import ActivationCheckpointing, checkpointing_mode, kept_on_host
 from meshpeft.models.spans import Block, Spans, SpansOfRanks, spans_of_documents
-from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_are
+from meshpeft.models.towers import leave_out_towers
+from meshpeft.models.transformers_attention import IMPLEMENTATION, attends_by_spans, documents_again, documents_are
 from meshpeft.parallel import (
     ColumnParallelLinear,
     LogitScaling,
     ParallelAxis,
     ParallelError,
     Shard,
+    TensorLayout,
     does_more_than_its_type,
     layer_type_of,
     layout_of,
+    layout_of_tensor,
     mp_gather,
     parallel_group_info,
+    set_layout,
 )
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
@@ -83,6 +89,11 @@ class TransformersCache:
 
 class TransformersModel(LanguageModel):
     """Base class that is added to the class of a transformers model; made by `make_transformers_model`."""
+
+    towers: dict[str, nn.Module]
+    """What was taken out, because text does not reach it (`leave_out_towers`), on the meta device."""
+    dropouts: list[tuple[str, str, float]]
+    """Rates of the configuration that are zero in this model: part of the configuration, field, rate."""
 
     _scaling: LogitScaling | None = None
     _has_tried_scaling: bool = False
@@ -252,6 +263,21 @@ class TransformersModel(LanguageModel):
         """Make an empty cache, without keys and values where none are used. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
+    # Of parameters of their own modules, such as norms; see `ShardedTensors`.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layouts = _layouts_of(self)
+        applied = super()._apply(fn, recurse)
+        _state_layouts(self, layouts)
+        return applied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        _state_layouts(copied, _layouts_of(self))
+        return copied
+
     def cast(self, dtype: torch.dtype) -> Any:
         """Cast parameters and buffers, in place, but for those that are float32 in a bfloat16 model."""
         kept = {name: tensor.detach() for name, tensor in self.stored_tensors().items() if name in self.kept_wide}
@@ -261,10 +287,14 @@ class TransformersModel(LanguageModel):
         return self
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode; modules that draw noise in it (routers with jitter) compute as they do for users."""
+        """Set training mode; modules that do something else in it compute as they do for users.
+
+        These draw noise (routers with jitter), or hand the weights of their layers to a kernel (Mamba-2's), which
+        leaves out what the layers add: an adapter, a sum over ranks.
+        """
         super().train(mode)
         for module in self.modules():
-            if noise_of(module):
+            if noise_of(module) or hands_weight_on(module):
                 module.training = False
         return self
 
@@ -288,12 +318,14 @@ class TransformersModel(LanguageModel):
             return
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"activation_checkpointing: {type(self).__name__} of transformers does not support it")
-        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False, "context_fn": documents_again})
 
     def hub_config(self) -> PretrainedConfig:
         """The content of `config.json`."""
         config: Any = self.config
         copied: PretrainedConfig = copy.deepcopy(config)
+        for part, name, rate in self.dropouts:
+            setattr(getattr(copied, part) if part else copied, name, rate)
         return copied
 
     def _text_config(self) -> Any:
@@ -372,6 +404,18 @@ class TransformersModel(LanguageModel):
         difference = (logits[0] - logits[1]).abs()
         # Equal sums are rounded alike, or nearly; what leaks is of the order of what the tokens that differ change.
         return on_every_rank(bool(difference[where].max() <= 1e-4 * difference.max()))
+
+
+def _layouts_of(model: nn.Module) -> dict[str, TensorLayout]:
+    found = {name: layout_of_tensor(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _state_layouts(model: nn.Module, layouts: dict[str, TensorLayout]) -> None:
+    for name, layout in layouts.items():
+        parameter = model.get_parameter(name)
+        if layout_of_tensor(parameter) is None:
+            set_layout(parameter, layout)
 
 
 @contextmanager
@@ -463,12 +507,13 @@ def make_transformers_model(
     axis = parallel_group_info().tp if axis is None else axis
     expert_axes = ExpertAxes.of_mesh(axis) if expert_axes is None else expert_axes
     subject = f"transformers makes no model of this {config.model_type} configuration"
+    own = copy.deepcopy(config)
+    dropouts = _without_dropout(own)
     with blamed_on(subject, ModelError), torch.device("meta"):
         # No other implementation of experts takes float64.
         options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        model: Any = auto_class_of(config).from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **options
-        )
+        model: Any = auto_class_of(config).from_config(own, dtype=dtype, trust_remote_code=False, **options)
+    towers = leave_out_towers(model)
     _check(model)
     with blamed_on(subject, ModelError):
         _compute_buffers(model, device)
@@ -481,20 +526,43 @@ def make_transformers_model(
         if axis.world_size > 1:
             raise
         group_experts(model, expert_axes)
+    give_document_rows(model)
     head = model.get_output_embeddings()
     sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
     made: TransformersModel = model
     made.vocab_axis = axis if sharded else ParallelAxis("none")
     made.stored_names = {}
+    made.towers = towers
+    made.train(made.training)
     made.kept_wide = kept_wide
-    made.left_out = tuple(sorted({key for module in model.modules() for key in noise_of(module)}))
+    made.dropouts = dropouts
+    noise = {key for module in model.modules() for key in noise_of(module)}
+    made.left_out = tuple(sorted(noise | {f"{name}={rate}" for _, name, rate in dropouts}))
     if expert_axes.ep.world_size > 1 and not has_grouped_experts(model):
         raise ParallelError(
             f"{type(model).__name__} has no experts that can be sharded over {expert_axes.ep.name}="
             f"{expert_axes.ep.world_size} ({NO_EXPERTS}); use {expert_axes.ep.name}=1"
         )
     return made
+
+
+def _without_dropout(config: PretrainedConfig) -> list[tuple[str, str, float]]:
+    """Set the rates of the model's own dropout to zero: its masks would differ from layout to layout.
+
+    Returns:
+        Part of the configuration ("" for itself), field and rate of each.
+    """
+    parts = {"": config, **{name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}}
+    found = [
+        (part, name, value)
+        for part, held in parts.items()
+        for name, value in vars(held).items()
+        if "drop" in name and isinstance(value, float) and value
+    ]
+    for part, name, _ in found:
+        setattr(parts[part], name, 0.0)
+    return found
 
 
 def noise_of(module: nn.Module) -> dict[str, float]:

@@ -344,7 +344,7 @@ class LinearLayout:
     |---|---|---|---|---|
     | sharded along out (column) | R | Shard(-1) | I; Shard(0), token shards; R, whose producer sums dx | Shard(-1); I |
     | sharded along in (row) | Shard(-1) | P | Shard(-1); I | I; Shard(0), token shards; P, summed after the layer |
-    | replicated | as outside | as outside | I; Shard(0), token shards | as x |
+    | replicated | as outside | as outside | I; Shard(0), token shards; R, whose producer sums dx | as x |
 
     An adapter runs *inside* the layer, between `enter` and `exit` (docs/adapters.md calls it fused), or *outside*,
     where the layer's forward hides its collectives (standalone). `states(inside=..)` are those of x and y where the
@@ -489,7 +489,7 @@ class LinearLayout:
         |---|---|---|---|---|
         | column | sharded with its rows | Shard(-1) | Shard(-1) or I | never: each rank has its own rows |
         | row | replicated | P | I, Shard(0) or P | fused: always; standalone: unless y is I |
-        | replicated | replicated | I or Shard(0) | I or Shard(0) | where y is Shard(0) |
+        | replicated | replicated | I, Shard(0) or R | I, Shard(0) or R | where y is not I |
 
         Of a fused adapter `finalize_gradients` sums it. Of a standalone one the engine's finalisation does, or else
         the backward pass (`decide_gradient_sum` in `meshpeft.peft.standalone` chooses).
@@ -557,7 +557,7 @@ class LinearLayout:
 _OUTSIDE: dict[str | None, tuple[tuple[State, ...], tuple[State, ...]]] = {
     "out": ((I, Shard(0), R), (Shard(-1), I)),
     "in": ((Shard(-1), I), (I, Shard(0), P)),
-    None: ((I, Shard(0)), (I, Shard(0))),
+    None: ((I, Shard(0), R), (I, Shard(0), R)),
 }
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from meshpeft.engines.parallelize import SharedKeyLinear
+from meshpeft.engines.replicated_layers import CopiedHeadsLinear, SharedKeyLinear
 from meshpeft.parallel import (
     ColumnParallelLinear,
     GroupedColumnParallelLinear,
@@ -212,6 +212,14 @@ class PackedSharedKeyLinear(PackedLayer, SharedKeyLinear):
         return self.exit(product(input, self.dequantized_weight))
 
 
+class PackedCopiedHeadsLinear(PackedLayer, CopiedHeadsLinear):
+    """`CopiedHeadsLinear` with a packed weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [*, in] -> [*, head_dim], in the states of the layer's own forward."""
+        return self.exit(product(input, self.dequantized_weight))
+
+
 class PackedColumnParallelLinear(PackedLayer, ColumnParallelLinear):
     """`ColumnParallelLinear` with a packed weight."""
 
@@ -248,6 +256,7 @@ class PackedGroupedRowParallelLinear(PackedLayer, GroupedRowParallelLinear):
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
     SharedKeyLinear: PackedSharedKeyLinear,
+    CopiedHeadsLinear: PackedCopiedHeadsLinear,
     ColumnParallelLinear: PackedColumnParallelLinear,
     RowParallelLinear: PackedRowParallelLinear,
     GroupedColumnParallelLinear: PackedGroupedColumnParallelLinear,
