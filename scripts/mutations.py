@@ -47,6 +47,7 @@ KINDS = (
     "export order",
     "data and loss",
     "context parallel",
+    "transformers",
     "resume",
 )
 _BEGIN, _END = "<!-- the table of mutations: scripts/mutations.py writes it -->", "<!-- end of the table -->"
