@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers.tiny_models import config_of, random_ids, reference, save_tiny
 from helpers.transformers_float64 import in_float64
+from safetensors import safe_open
 
 from meshpeft.engines.replicated_layers import CopiedHeadsLinear
+from meshpeft.hub.adapter_export import export_peft_adapter
 from meshpeft.models import load_transformers, make_transformers_model
 from meshpeft.parallel import ParallelAxis, ParallelError
-from meshpeft.quantization import BaseQuantizer
+from meshpeft.quantization import BaseQuantizer, quantize_base
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.verify.simulation import simulate, the_same
@@ -35,11 +37,11 @@ def heads(queries: int, keys: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("family", "keys", "method", "options"),
     [
-        ("starcoder2", 2, "lora", {}),
+        ("starcoder2", 2, "lora", {"quantizer": BaseQuantizer("nf4")}),
         ("exaone4", 1, "dora", {"sequence_parallel": True}),
         pytest.param("gpt_oss", 2, "lora", {}, marks=pytest.mark.slow),
         pytest.param("starcoder2", 1, "canonical_lora", {"activation_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param("exaone4", 2, "lora", {"quantizer": BaseQuantizer("nf4")}, marks=pytest.mark.slow),
+        pytest.param("exaone4", 2, "lora", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -49,6 +51,25 @@ def test_the_fine_tune_is_that_of_one_process(family: str, keys: int, method: An
         config_of(family, **heads(8, keys)), partial(add_adapter, config=run), tp=4, steps=2, **options
     )
     assert {check.name: check.error for check in found.checks if not check.error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "name"),
+    [
+        ("exaone4", heads(8, 2), "model.layers.0.self_attn.k_proj"),
+        # A packed layer of transformers' attention that every rank holds, too: of latent attention.
+        ("deepseek_v3", heads(4, 4), "model.layers.0.self_attn.kv_a_proj_with_mqa"),
+    ],
+)
+def test_the_adapter_on_a_packed_one_is_exported(family: str, sizes: Any, name: str, tmp_path: Path) -> None:
+    directory = save_tiny(family, tmp_path / "base", **sizes)
+    with simulate(tp=4):
+        model = load_transformers(directory, torch.float32)
+        quantize_base(model, "nf4", block_size=32, target_modules=(name,), exclude_modules=())
+        add_adapter(model, replace(RUN, dtype="float32", target_modules=(name,)))
+        export_peft_adapter(model, tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert any(key.endswith(f"{name}.lora_A.weight") for key in file.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,7 +27,7 @@ def in_fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
 
 def in_fp8(weight: Tensor) -> dict[str, Tensor]:
     scale = weight.abs().max() / 448
-    return {"": (weight / scale).to(torch.float8_e4m3fn), "_scale": scale, "_unused": torch.zeros(0)}
+    return {"": (weight / scale).to(torch.float8_e4m3fn), "_scale": scale}
 
 
 def in_nvfp4(weight: Tensor) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def encode_files(directory: Path, to: Path, format: str) -> dict[str, dict[str, 
         if not is_matrix:
             tensors[name] = values.bfloat16()
             continue
-        coded[name] = {end: part.contiguous() for end, part in encode(values).items() if end != "_unused"}
+        coded[name] = {end: part.contiguous() for end, part in encode(values).items()}
         tensors |= {f"{name}{end}": part for end, part in coded[name].items()}
         if format.startswith("modelopt"):
             tensors[name.replace(".weight", ".input_scale")] = torch.tensor(1.0)

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch.distributed as dist
@@ -27,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from meshpeft.parallel import ParallelAxis, register_engine
 
-__all__ = ["axis_of_group", "import_after", "register_engines"]
+__all__ = ["axis_of_group", "import_after", "register_engines", "source_of"]
 
 
 def register_engines() -> None:
@@ -85,3 +88,12 @@ def axis_of_group(name: str, group: ProcessGroup) -> ParallelAxis:
         axis = ParallelAxis(name, group, dist.get_rank(group), dist.get_world_size(group))
         _axes[name, id(group)] = axis
     return axis
+
+
+@cache
+def source_of(code: Any) -> str:
+    """Return the source of a class or function; empty where there is none. Cached: finding it in its file is slow."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from meshpeft.engines import source_of
 from meshpeft.engines.hidden_stream import attach_stream, layers_of_stream
-from meshpeft.engines.recurrent_blocks import recurrent_block, source_of
+from meshpeft.engines.recurrent_blocks import recurrent_block
 from meshpeft.engines.replicated_layers import CopiedHeadsLinear, SharedKeyLinear
 from meshpeft.engines.transformers_experts import ExpertAxes, group_experts, keep_slice, naming, stacks_of_experts
 from meshpeft.parallel import (

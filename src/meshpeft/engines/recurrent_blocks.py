@@ -10,22 +10,21 @@ of every parameter, and the numbers of heads and channels that the code of the b
 | Mamba-2 | gate, x, B, C, dt | x, B, C | `A_log`, `dt_bias`, `D` |
 
 The heads of a group share keys and queries (B and C), and a norm behind them spans it: so it is the groups that are
-divided, and where their number does not divide, the block stays as the plan has it.
+sharded, and where the axis does not divide their number, the block stays as the plan has it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import nn
 
+from meshpeft.engines import source_of
 from meshpeft.parallel import FusedParts
 
-__all__ = ["RecurrentBlock", "hands_weight_on", "recurrent_block", "source_of"]
+__all__ = ["RecurrentBlock", "hands_weight_on", "recurrent_block"]
 
 # Before the weight that Mamba-2's blocks hand to a kernel in training, which then leaves out what the layer adds.
 _HANDED_TO_KERNEL = "outproj_weight="
@@ -66,15 +65,6 @@ def hands_weight_on(module: nn.Module) -> bool:
     """Whether a block hands the weight of its last layer to a kernel in training."""
     cls: Any = type(module)
     return bool(cls.__module__.startswith("transformers.")) and _HANDED_TO_KERNEL in source_of(cls)
-
-
-@cache
-def source_of(code: Any) -> str:
-    """Return the source of a class or function; empty where there is none. Cached: finding it in its file is slow."""
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        return ""
 
 
 def _gated_delta_net(block: Any) -> RecurrentBlock | None:

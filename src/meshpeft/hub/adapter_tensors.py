@@ -203,7 +203,8 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
         if layer_type is None:
             continue
         name = path.full_name
-        if isinstance(layer, nn.Linear) and id(layer._parameters["weight"]) in sharded:  # no tensor parallel's DTensor
+        # A packed layer has no parameter of that name, and none that `fully_shard` could have sharded.
+        if isinstance(layer, nn.Linear) and id(layer._parameters.get("weight")) in sharded:
             layout = LinearLayout(layer.in_features, layer.out_features)
         else:
             layout = layer_type.layout(layer)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from meshpeft.engines.recurrent_blocks import source_of
+from meshpeft.engines import source_of
 from meshpeft.models.config import ModelError
 from meshpeft.models.spans import Spans, SpansOfRanks, attend, gather_keys
 from meshpeft.parallel import parallel_group_info

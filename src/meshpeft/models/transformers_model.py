@@ -48,17 +48,15 @@ from meshpeft.parallel import (
     ParallelAxis,
     ParallelError,
     Shard,
-    TensorLayout,
     does_more_than_its_type,
     layer_type_of,
     layout_of,
-    layout_of_tensor,
     mp_gather,
     parallel_group_info,
-    set_layout,
 )
 from meshpeft.parallel.agreement import on_every_rank
 from meshpeft.parallel.errors import blamed_on
+from meshpeft.parallel.sharded_tensor import KeepsLayouts
 from meshpeft.peft import base_of
 
 __all__ = ["TransformersModel", "auto_class_of", "make_transformers_model", "noise_of"]
@@ -87,7 +85,7 @@ class TransformersCache:
         return new
 
 
-class TransformersModel(LanguageModel):
+class TransformersModel(KeepsLayouts, LanguageModel):
     """Base class that is added to the class of a transformers model; made by `make_transformers_model`."""
 
     towers: dict[str, nn.Module]
@@ -263,21 +261,6 @@ class TransformersModel(LanguageModel):
         """Make an empty cache, without keys and values where none are used. A collective: every rank calls it."""
         return TransformersCache(DynamicCache(config=self.hub_config()) if self._continues() else None)
 
-    # Of parameters of their own modules, such as norms; see `ShardedTensors`.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        layouts = _layouts_of(self)
-        applied = super()._apply(fn, recurse)
-        _state_layouts(self, layouts)
-        return applied
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied: Any = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
-        _state_layouts(copied, _layouts_of(self))
-        return copied
-
     def cast(self, dtype: torch.dtype) -> Any:
         """Cast parameters and buffers, in place, but for those that are float32 in a bfloat16 model."""
         kept = {name: tensor.detach() for name, tensor in self.stored_tensors().items() if name in self.kept_wide}
@@ -406,18 +389,6 @@ class TransformersModel(LanguageModel):
         return on_every_rank(bool(difference[where].max() <= 1e-4 * difference.max()))
 
 
-def _layouts_of(model: nn.Module) -> dict[str, TensorLayout]:
-    found = {name: layout_of_tensor(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {name: layout for name, layout in found.items() if layout is not None}
-
-
-def _state_layouts(model: nn.Module, layouts: dict[str, TensorLayout]) -> None:
-    for name, layout in layouts.items():
-        parameter = model.get_parameter(name)
-        if layout_of_tensor(parameter) is None:
-            set_layout(parameter, layout)
-
-
 @contextmanager
 def _in_place_of(head: nn.Module, output: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Let a layer return something else inside the context; gives the list of its inputs."""
@@ -501,7 +472,7 @@ def make_transformers_model(
         sequence_parallel: Shard the tokens of a row between blocks.
 
     Raises:
-        ModelError: transformers has no such model; the model has dropout of its own.
+        ModelError: transformers has no such model; dropout of the model that no field of its configuration sets.
         ParallelError: It cannot be sharded over so many ranks; expert parallel, and no experts for it.
     """
     axis = parallel_group_info().tp if axis is None else axis
@@ -609,8 +580,8 @@ def _check(model: Any) -> None:
         for key, rate in rates.items():
             if rate:
                 raise ModelError(
-                    f"{name}.{key}={rate}: the base model's own dropout differs from layout to layout; set it to 0 in "
-                    "its config.json"
+                    f"{name}.{key}={rate}: dropout of the base model that no field of its config.json sets, so it "
+                    "cannot be left out, and that is drawn anew at every layout; this architecture cannot be used"
                 )
 
 

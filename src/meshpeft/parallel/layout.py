@@ -314,8 +314,7 @@ def set_layout(tensor: Tensor, layout: TensorLayout) -> None:
     """State the layout of a parameter.
 
     It is an attribute, which PyTorch drops when it copies or replaces a parameter, and a parameter without one passes
-    for replicated: modules that state layouts derive from `ShardedTensors`, which
-    keeps them.
+    for replicated: modules that state layouts derive from `KeepsLayouts`, which keeps them.
 
     Raises:
         ParallelError: The parameter does not have the layout's local shape.

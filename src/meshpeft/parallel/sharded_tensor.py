@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from meshpeft.parallel.mesh import is_simulated, on_each_rank
 
 __all__ = [
     "COMPILED",
+    "KeepsLayouts",
     "held_module",
     "is_held",
     "ShardedOffset",
@@ -96,11 +98,29 @@ ShardedStateDict: TypeAlias = dict[str, ShardedTensor]
 """Local name -> what this rank holds. The name is the entry's `key`, until a caller renames one of them."""
 
 
-class ShardedTensors:
-    """Mixin of a module whose parameters have layouts: describes them for a checkpoint, and keeps them in copies.
+class KeepsLayouts:
+    """Mixin of a module that keeps the layouts of its parameters, its children's among them, in copies.
 
     PyTorch puts new parameters in the place of the old ones when a module is copied, moved off the meta device
     (`to_empty`), or cast under simulation; without their layouts they would pass for replicated ones.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layouts = _layouts(self)
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module's: the mixin stands before it
+        _mark(self, layouts)
+        return applied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__dict__, memo))
+        _mark(copied, _layouts(self))
+        return copied
+
+
+class ShardedTensors(KeepsLayouts):
+    """Mixin of a module whose parameters have layouts: describes them for a checkpoint, and keeps them in copies.
 
     `load_state_dict` takes stacked experts also one by one, as other systems store them: `weight3` for expert 3 of
     `weight`, numbered over all ranks. A rank takes its own and ignores the others.
@@ -121,34 +141,25 @@ class ShardedTensors:
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, layout in _layouts(self).items():
-            if layout.expert:
+            if layout.expert and "." not in name:
                 _stack_experts(state_dict, prefix + name, layout)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # nn.Module's
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        layouts = _layouts(self)
-        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module's: the mixin stands before it
-        _mark(self, layouts)
-        return applied
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied: Any = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__dict__, memo))
-        _mark(copied, _layouts(self))
-        return copied
-
 
 def _layouts(module: Any) -> dict[str, TensorLayout]:
-    """The layouts of a module's own parameters and buffers."""
-    own = {**module._parameters, **module._buffers}
-    found = {name: None if tensor is None else layout_of_tensor(tensor) for name, tensor in own.items()}
+    """The layouts of a module's parameters and buffers, its children's among them."""
+    tensors = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    found = {name: layout_of_tensor(tensor) for name, tensor in tensors}
     return {name: layout for name, layout in found.items() if layout is not None}
 
 
 def _mark(module: Any, layouts: Mapping[str, TensorLayout]) -> None:
     for name, layout in layouts.items():
-        set_layout(module._parameters[name] if name in module._parameters else module._buffers[name], layout)
+        path, _, own = name.rpartition(".")
+        holder = module.get_submodule(path)
+        tensor = holder._parameters[own] if own in holder._parameters else holder._buffers[own]
+        if layout_of_tensor(tensor) is None:
+            set_layout(tensor, layout)
 
 
 def expert_key(key: str, expert: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.checkpoint import CheckpointError, check_exportable, load_peft_adapter
-from meshpeft.engines.recurrent_blocks import source_of
+from meshpeft.engines import source_of
 from meshpeft.engines.transformers_experts import NO_EXPERTS
 from meshpeft.models import Decoder, LanguageModel
 from meshpeft.parallel import layer_type_of, layout_of, layout_of_tensor, parallel_group_info
