@@ -13,7 +13,7 @@ from torch import nn
 
 from meshpeft.engines.recurrent_blocks import recurrent_block
 from meshpeft.models import make_transformers_model
-from meshpeft.parallel import layout_of_tensor
+from meshpeft.parallel import layout_of_tensor, sharded_state_dict
 from meshpeft.training.adapters import add_adapter
 from meshpeft.training.config import FinetuneConfig
 from meshpeft.verify.simulation import simulate
@@ -54,9 +54,11 @@ def test_each_rank_holds_its_slices_of_every_parameter(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", IN_FULL)
-def test_groups_that_do_not_divide_stay_as_the_plan_has_them(family: str) -> None:
+def test_groups_that_do_not_divide_are_held_in_full_under_the_same_names(family: str) -> None:
+    """Fused parameters have their parts' names in a checkpoint, at one process and where they divide."""
     for whole, local in zip(blocks(family, 1).values(), blocks(family, 2).values(), strict=True):
         assert whole.conv1d.groups == local.conv1d.groups  # type: ignore[union-attr]
+        assert sharded_state_dict(local).keys() == sharded_state_dict(whole).keys()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_groups_that_do_not_divide_stay_as_the_plan_has_them(family: str) -> Non
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", DIVIDED)
+@pytest.mark.parametrize("family", [*DIVIDED, *(pytest.param(name, marks=pytest.mark.slow) for name in IN_FULL)])
 def test_the_fine_tune_is_that_of_one_process(family: str, layout: dict[str, Any]) -> None:
     """Adapters on the first layers and the last, too."""
     options = dict(layout)

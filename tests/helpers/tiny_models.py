@@ -253,6 +253,8 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None,
         "num_experts": 8,
         "head_dim": 8,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
     },
     "bailing_hybrid": {

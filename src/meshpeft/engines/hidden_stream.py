@@ -84,8 +84,9 @@ class HiddenStream:
         kept = hidden.shape[0], self.length
 
         def sharded(value: Any) -> Any:
-            is_of_tokens = isinstance(value, Tensor) and value.dim() == 3 and tuple(value.shape[:2]) == kept
-            return self.leave(value, I) if is_of_tokens and value is not hidden else value
+            if not isinstance(value, Tensor) or value is hidden or value.is_complex():
+                return value  # rotary angles are complex, or several tensors, and attention takes those of all tokens
+            return self.leave(value, I) if value.dim() == 3 and tuple(value.shape[:2]) == kept else value
 
         return tuple(map(sharded, args)), {name: sharded(value) for name, value in kwargs.items()}
 

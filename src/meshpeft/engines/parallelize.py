@@ -114,6 +114,7 @@ class _Changes:
     blocks: list[str] = field(default_factory=list)
     local: list[tuple[FusedLayer, nn.Module]] = field(default_factory=list)
     counts: list[tuple[nn.Module, str, int]] = field(default_factory=list)  # numbers of one rank that their code reads
+    in_full: set[str] = field(default_factory=set)  # those of `layers` that every rank holds
 
     def copy_heads(self, name: str, linear: nn.Linear, heads: int, axis: ParallelAxis) -> None:
         """Keep all heads of keys or values on every rank."""
@@ -255,7 +256,7 @@ def _planned(model: nn.Module, plan: Mapping[str, str], axis: ParallelAxis, gath
             raise _unsupported(name, style)
     at_the_ends = {name for name, style in styles.items() if style == "embedding_rowwise"}
     at_the_ends |= {name for name in styles if model.get_submodule(name) is head}
-    if axis.world_size > 1 and not stacks and changes.layers.keys() <= at_the_ends:
+    if axis.world_size > 1 and not stacks and changes.layers.keys() <= at_the_ends | changes.in_full:
         raise ParallelError(
             f"{type(model).__name__}: neither its tensor-parallel plan nor the structure of its blocks says how to "
             f"shard them, so at {axis.name}={axis.world_size} every process would hold and compute all of them; use "
@@ -271,18 +272,33 @@ def _recurrent_layers(
     axis: ParallelAxis,
     made: dict[int, nn.Parameter],
 ) -> dict[str, FusedParts | None]:
-    """Plan the blocks with a state whose groups of heads divide: their first layers, with the fused parts of each."""
+    """Plan the blocks with a state: their first layers, with the fused parts of each.
+
+    Where the groups of heads do not divide, every rank holds all of them. What fuses several parts states them all the
+    same, for its parts have names in a checkpoint.
+    """
     found: dict[str, FusedParts | None] = {}
     for prefix, module in model.named_modules():
         block = recurrent_block(module)
-        if block is None or block.groups % axis.world_size:
+        if block is None:
+            continue
+        parameters = {f"{prefix}.{own}": parts for own, parts in block.parameters.items()}
+        if block.groups % axis.world_size:
+            alone = ParallelAxis("none")
+            for name, parts in parameters.items():
+                changes.parameters[name] = _sharded(model.get_parameter(name), name, alone, made, parts)
+            for own, parts in block.columns.items():
+                name = f"{prefix}.{own}"
+                styles.pop(name, None)
+                linear = _linear(model.get_submodule(name), name, "colwise")
+                changes.layers[name] = _column(linear, name, parts, False, False, alone, made)
+            changes.in_full |= {f"{prefix}.{own}" for own in block.columns}
             continue
         found |= {f"{prefix}.{name}": parts for name, parts in block.columns.items()}
         styles |= dict.fromkeys((f"{prefix}.{name}" for name in block.columns), "colwise")
         styles |= {f"{prefix}.{block.row}": "rowwise"}
         styles |= dict.fromkeys((f"{prefix}.{name}" for name in block.shared), "replicated_with_grad_allreduce")
-        for own, parts in block.parameters.items():
-            name = f"{prefix}.{own}"
+        for name, parts in parameters.items():
             changes.parameters[name] = _sharded(model.get_parameter(name), name, axis, made, parts)
         for own, counts in block.counts.items():
             held: Any = module.get_submodule(own)

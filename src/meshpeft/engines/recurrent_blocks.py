@@ -10,7 +10,7 @@ of every parameter, and the numbers of heads and channels that the code of the b
 | Mamba-2 | gate, x, B, C, dt | x, B, C | `A_log`, `dt_bias`, `D` |
 
 The heads of a group share keys and queries (B and C), and a norm behind them spans it: so it is the groups that are
-sharded, and where the axis does not divide their number, the block stays as the plan has it.
+sharded, and where the axis does not divide their number, every rank holds the block.
 """
 
 from __future__ import annotations
