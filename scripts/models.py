@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 FILES = ("peft", "merged", "generate")
 COUNTS = ("share at tp 2", "collectives")
+GOALS = {"tp 2, as shipped": 1e-5}
 Cell = float | str
 NOTHING = "·"
 
@@ -64,6 +66,28 @@ def run_of(**options: Any) -> Any:
     return FinetuneConfig(**{**named, **options})
 
 
+def sizes_in_blocks(family: str) -> dict[str, int]:
+    """Sizes of the architecture at which the rows of one of two ranks are whole blocks of packed values."""
+    from helpers.tiny_models import config_of
+
+    config = config_of(family)
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    for name, size in vars(config).items():
+        if (
+            isinstance(size, int)
+            and size
+            and re.search("intermediate_size|lora_rank|laurel_rank|linear_head_dim|hidden_size_per_layer", name)
+        ):
+            sizes[name] = 64
+    if hasattr(config, "mamba_d_head"):  # all heads together are a multiple of the hidden size
+        sizes["mamba_d_head"] = config.mamba_d_head * 64 // config.hidden_size
+    heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "head_dim", None)
+    # Code may take for granted that the heads' channels add up to the hidden size.
+    if width and heads * width == config.hidden_size and not hasattr(config, "qk_rope_head_dim"):
+        sizes["head_dim"] = 64 // heads
+    return sizes
+
+
 def trained(family: str, method: str = "lora", quantize: str | None = None, **layout: Any) -> Cell:
     """The largest error of a few steps at a layout against one rank."""
     import torch
@@ -76,8 +100,7 @@ def trained(family: str, method: str = "lora", quantize: str | None = None, **la
     from meshpeft.verify.layout import verify_layout
     from meshpeft.verify.transformers_layout import verify_transformers_layout
 
-    # Rows of whole blocks, where weights are packed.
-    config = config_of(family, **({} if quantize is None else {"hidden_size": 64, "intermediate_size": 64}))
+    config = config_of(family, **({} if quantize is None else sizes_in_blocks(family)))
     adapt, quantizer = partial(add_adapter, config=run_of(method=method)), None
     try:
         native: Any = DecoderConfig.from_hf(config.to_dict())
@@ -225,18 +248,21 @@ def write_page(rows: dict[str, dict[str, Cell]]) -> None:
     columns = [*LAYOUTS, *FILES, *COUNTS]
     reasons: dict[str, str] = {}
 
-    def text(cell: Cell) -> str:
+    def text(column: str, cell: Cell) -> str:
         if cell == NOTHING:
             return NOTHING
         if isinstance(cell, str):
             kind, _, sentence = cell.partition(" ")
             return reasons.setdefault(sentence, f"{kind}{len(reasons) + 1}")
-        return f"{cell:.0e}" if 0 < cell < 0.01 else f"{cell:g}"
+        shown = f"{cell:.0e}" if 0 < cell < 0.01 else f"{cell:.2g}"
+        return shown if column in COUNTS or cell <= GOALS.get(column, 1e-10) else f"**{shown}**"
 
     lines = [f"| architecture | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for family in families():
         if family in rows:
-            lines.append(f"| {family} | {' | '.join(text(rows[family].get(column, NOTHING)) for column in columns)} |")
+            lines.append(
+                f"| {family} | {' | '.join(text(column, rows[family].get(column, NOTHING)) for column in columns)} |"
+            )
     notes = [f"* {number}: {sentence}" for sentence, number in reasons.items()]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(_BEGIN)

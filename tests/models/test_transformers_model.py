@@ -30,7 +30,7 @@ from meshpeft.models import (
     transformers_config,
 )
 from meshpeft.parallel import ParallelAxis, ParallelError, init_parallelism, vocab_parallel_cross_entropy
-from meshpeft.peft import LoRA
+from meshpeft.peft import DoRA, LoRA
 
 # Between them: q, k and v packed in both orders, gate and up packed, a tied head, names that are not the files', norms
 # with a weight for each head.
@@ -246,7 +246,7 @@ def test_dropout_is_found_under_any_name(tiny: Callable[..., Path], key: str) ->
 
     with (
         mock.patch.object(AutoModelForCausalLM, "from_config", with_rate),
-        pytest.raises(ModelError, match=rf"model\.{key}=0\.1: the base model's own dropout"),
+        pytest.raises(ModelError, match=rf"model\.{key}=0\.1: dropout of the base model"),
     ):
         load_transformers(tiny("gemma"))
 
@@ -269,6 +269,15 @@ def test_noise_of_routers_is_left_out_in_training(tmp_path: Path) -> None:
     assert model.left_out == ("input_jitter_noise", "router_jitter_noise")
     assert model.training and model.model.layers[0].mlp.experts.training
     torch.testing.assert_close(model(random_ids()), reference(directory)(random_ids()).logits, rtol=0, atol=TOLERANCE)
+
+
+def test_code_may_change_the_output_of_an_adapted_layer_in_place(tiny: Callable[..., Path]) -> None:
+    """Gemma 3n scales that of one projection; an adapter with a magnitude inside it would have kept the output."""
+    model, ids = load_transformers(tiny("gemma3n_text"), torch.float32), random_ids()
+    adapted = DoRA(["*.per_layer_model_projection"], dim=4, alpha=8)(model)
+    adapted.token_losses(ids, ids).sum().backward()
+    magnitude = next(p for name, p in adapted.named_parameters() if "magnitude" in name)
+    assert magnitude.grad is not None and magnitude.grad.abs().min() > 0
 
 
 def test_stacked_experts_compute_in_float64(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from meshpeft.engines import source_of
 from meshpeft.engines.parallelize import parallelize
 from meshpeft.engines.recurrent_blocks import hands_weight_on
 from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, group_experts, has_grouped_experts
@@ -498,6 +499,7 @@ def make_transformers_model(
             raise
         group_experts(model, expert_axes)
     give_document_rows(model)
+    _keep_adapters_outside_what_is_changed(model)
     head = model.get_output_embeddings()
     sharded = isinstance(head, ColumnParallelLinear) and layout_of(head).y == Shard(-1)
     model.__class__ = _with_our_call(type(model))
@@ -516,6 +518,19 @@ def make_transformers_model(
             f"{expert_axes.ep.world_size} ({NO_EXPERTS}); use {expert_axes.ep.name}=1"
         )
     return made
+
+
+def _keep_adapters_outside_what_is_changed(model: nn.Module) -> None:
+    """Give a hook that does nothing to layers whose output is changed in place by the code that calls them.
+
+    Adapters on a layer with hooks run beside it. Inside it they may keep its output for the backward pass (DoRA does).
+    """
+    for name, module in model.named_modules():
+        holder, _, own = name.rpartition(".")
+        caller: Any = model.get_submodule(holder)
+        changed = rf"(\w+)(?:: [\w.]+)? = self\.{re.escape(own)}\(.*\)\n\s+\1 [-+*/]="
+        if layer_type_of(module) is not None and re.search(changed, source_of(caller.__class__)):
+            module.register_forward_hook(lambda module, args, output: None)
 
 
 def _without_dropout(config: PretrainedConfig) -> list[tuple[str, str, float]]:
