@@ -112,6 +112,8 @@ def test_what_is_not_implemented_is_an_error(fields: dict[str, Any], message: st
 
 def test_fields_that_change_no_number_are_accepted() -> None:
     harmless = {"temperature": 0.7, "unsloth_version": "2026.1", "use_mrope": False, "pruned_heads": {}, "id2label": {}}
+    # What transformers' reader of GGUF leaves in it.
+    harmless |= {"_model_name_or_path": "Smollm2 135M 8k Lc100K Mix1 Ep2", "unk_token_id": 3}
     assert DecoderConfig.from_hf({"model_type": "llama", **SIZES, **harmless}) == DecoderConfig.from_hf(
         {"model_type": "llama", **SIZES}
     )

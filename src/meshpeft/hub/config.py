@@ -65,8 +65,9 @@ _IRRELEVANT = _names(
     num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
-    torchscript transformers.js_config transformers_version typical_p use_bfloat16 _name_or_path _attn_implementation
-    _attn_implementation_autoset _commit_hash
+    torchscript transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
+    _attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path
+    _pre_quantization_dtype
     """
 )
 _COMMON = _names(
