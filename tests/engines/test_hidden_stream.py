@@ -28,7 +28,7 @@ TOLERANCE = 1e-10
 RUN = FinetuneConfig(rank=4, alpha=8, dtype="float64", share_expert_adapters=False, lora_b_init_method="normal")
 # Blocks of every kind: q, k, v in one layer; one norm for two blocks; states that stay replicated; latent attention;
 # experts that a layer calls itself; biases of rows; rotary angles in one tensor.
-KINDS = ("phi3", "cohere", "qwen3_next", "deepseek_v3", "gemma4_text", "starcoder2", "deepseek_v2")
+KINDS = ("phi3", "cohere", "qwen3_next", "deepseek_v3", "gemma4_text", "starcoder2", "deepseek_v2 with experts")
 OTHERS = [name for name in (*DENSE_FAMILIES, *EXPERT_FAMILIES) if name not in (*KINDS, "gemma3n_text")]
 
 
