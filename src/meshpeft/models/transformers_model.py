@@ -528,9 +528,15 @@ def _keep_adapters_outside_what_is_changed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         holder, _, own = name.rpartition(".")
         caller: Any = model.get_submodule(holder)
-        changed = rf"(\w+)(?:: [\w.]+)? = self\.{re.escape(own)}\(.*\)\n\s+\1 [-+*/]="
-        if layer_type_of(module) is not None and re.search(changed, source_of(caller.__class__)):
+        if layer_type_of(module) is not None and _changes_in_place(caller.__class__, own):
             module.register_forward_hook(lambda module, args, output: None)
+
+
+@cache
+def _changes_in_place(caller: type, layer: str) -> bool:
+    """Whether the code of a class changes what one of its layers gave; cached, for many blocks are of one class."""
+    pattern = rf"(\w+)(?:: [\w.]+)? = self\.{re.escape(layer)}\(.*\)\n\s+\1 [-+*/]="
+    return re.search(pattern, source_of(caller)) is not None
 
 
 def _without_dropout(config: PretrainedConfig) -> list[tuple[str, str, float]]:
