@@ -79,7 +79,8 @@ def sizes_in_blocks(family: str) -> dict[str, int]:
             and re.search("intermediate_size|lora_rank|laurel_rank|linear_head_dim|hidden_size_per_layer", name)
         ):
             sizes[name] = 64
-    if hasattr(config, "mamba_d_head"):  # all heads together are a multiple of the hidden size
+    # Granite takes for granted that all Mamba heads together are a multiple of the hidden size; Falcon-H1 names theirs.
+    if hasattr(config, "mamba_d_head") and not hasattr(config, "mamba_d_ssm"):
         sizes["mamba_d_head"] = config.mamba_d_head * 64 // config.hidden_size
     heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "head_dim", None)
     # Code may take for granted that the heads' channels add up to the hidden size.
