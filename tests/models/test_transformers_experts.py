@@ -57,10 +57,11 @@ def loaded(directory: Path, tp: int, ep: int, etp: int, saved: Path) -> dict[str
     with count_read() as read:
         model: Any = in_float64(load_transformers(directory, torch.float64))
     save_pretrained(model, saved)
+    tensors = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}  # tied ones once
     return {
         "logits": model(random_ids(), gather_logits=True).detach(),
         "read": read[0],
-        "held": sum(tensor.numel() for tensor in model.state_dict().values()),
+        "held": sum(tensors.values()),
         "experts": sum(p.numel() for name, p in model.named_parameters() if "experts" in name and p.dim() == 3),
     }
 
