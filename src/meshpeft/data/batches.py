@@ -9,8 +9,8 @@ The seed decides it, and nothing else: no layout, no number of processes.
 | order of the rows in epoch e | seed, 2, e | `RowSampler` |
 
 Every rank has all rows and takes its own of each global batch, a pure function of (seed, step). So each knows, without
-communication, the number of targets in the global batch, which is what the loss is divided by
-(`GlobalBatchSlice.global_target_tokens`, in `training/step.py`).
+communication, the number of targets in the global batch (`GlobalBatchSlice.global_target_tokens`), by which
+`training/step.py` divides the loss.
 """
 
 from __future__ import annotations

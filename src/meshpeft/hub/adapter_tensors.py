@@ -208,9 +208,9 @@ def hub_linears(model: nn.Module) -> list[HubLinear]:
             layout = LinearLayout(layer.in_features, layer.out_features)
         else:
             layout = layer_type.layout(layer)
-        packed = layout.fused_parts is not None and not layout.is_stacked and not _is_of(model, "transformers")
+        in_parts = layout.fused_parts is not None and not layout.is_stacked and not _is_of(model, "transformers")
         parts: tuple[str | None, ...] = (
-            layout.fused_parts.names if packed and layout.fused_parts is not None else (None,)
+            layout.fused_parts.names if in_parts and layout.fused_parts is not None else (None,)
         )
         for part in parts:
             hub_name = _hub_name(model, name, part)

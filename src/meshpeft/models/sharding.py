@@ -26,10 +26,16 @@ meets, which are gathered: R (`gather_keys` in `spans.py`).
 Token axes (data and context parallel) shard the batch before the model has it; `ParallelGroupInfo.token_axes` names
 them.
 
+Where `--sequence-parallel` takes effect: `ModelSharding.of` makes the hidden stream (`hidden`) Shard(0) instead of I.
+The third column follows from that one field: which `enter` and `exit` the linear layers get, that norms run on shards
+and their gradients are partial, what the router sees, that the embedding scatters and the head gathers. A model of
+transformers has the same with its tokens in the second dim, Shard(1): `HiddenStream` (`engines/hidden_stream.py`)
+converts where its attention and MLP modules begin and end.
+
 The last two rows are one rule: the gradient of a replicated parameter is partial exactly where the activation that it
 meets is not I. The collectives are those of the layers (`parallel/linear.py`, `parallel/embedding.py`), of the token
-dispatch (`parallel/dispatch.py`), and of the passages at the end of
-`ModelSharding`, each one `convert` between two states stated here.
+dispatch (`parallel/dispatch.py`), and of the passages at the end of `ModelSharding`, each one `convert` between two
+states stated here.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class FusedParts:
         return self.blocks // shards
 
     def keeps_order(self, shards: int) -> bool:
-        """Whether a local packed tensor is in the canonical order already."""
+        """Whether a local fused tensor is in the canonical order already."""
         return shards == 1 and self.local_blocks(1) == 1
 
     def chunks(self, shards: int) -> tuple[int, ...]:
@@ -88,10 +88,10 @@ class FusedParts:
         return tuple(size // (shards * blocks) for size in self.sizes)
 
     def split(self, tensor: Tensor, dim: int, shards: int) -> list[Tensor]:
-        """The local slice of each part, in canonical order, from a local packed tensor. Differentiable.
+        """The local slice of each part, in canonical order, from a local fused tensor. Differentiable.
 
         Args:
-            tensor: Packed along `dim`, whose length is `sum(sizes) / shards`.
+            tensor: Fused along `dim`, whose length is `sum(sizes) / shards`.
         """
         dim = dim % tensor.dim()
         views = self.views(tensor, dim, shards)

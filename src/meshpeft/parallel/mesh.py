@@ -70,7 +70,7 @@ def _sets_of(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
 # on every rank, so that no rank can create one later than another and hang. Stages share no parameter.
 JOINED_AXES = (*_sets_of(DENSE_AXES[1:]), *_sets_of(EXPERT_AXES[1:]))
 
-P = ParamSpec("P")
+Arguments = ParamSpec("Arguments")
 T = TypeVar("T")
 
 
@@ -308,7 +308,7 @@ def is_simulated() -> bool:
     return enabled_local_tensor_mode() is not None
 
 
-def on_each_rank(function: Callable[P, T]) -> Callable[P, T]:
+def on_each_rank(function: Callable[Arguments, T]) -> Callable[Arguments, T]:
     """Decorator: under simulation run `function` once per simulated rank, otherwise just call it.
 
     Tensors become that rank's local tensor and symbolic integers that rank's value, so the body may slice by
@@ -317,7 +317,7 @@ def on_each_rank(function: Callable[P, T]) -> Callable[P, T]:
     simulated = maybe_run_for_local_tensor(function)
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
         if is_simulated():
             return simulated(*args, **kwargs)
         return function(*args, **kwargs)

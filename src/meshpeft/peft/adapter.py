@@ -302,6 +302,9 @@ class LowRankAdapter(ShardedTensors, nn.Module):
         | row | fused | differ: Shard(-1) | agree: P |
         | row | standalone | differ; agree where x comes full | agree; differ on token shards |
         | replicated | either | agree; differ on token shards | the same |
+
+        A mask is drawn from a seed that all ranks share, mixed with the rank's index on the axes where masks differ
+        (`parallel/random.py`).
         """
         layout = self.layout
         varying = [*layout.token_axes, *([] if layout.expert_axis is None else [layout.expert_axis])]

@@ -187,10 +187,9 @@ class AdapterWithMagnitude(LowRankAdapter):
     """A low-rank adapter with `weight_magnitude` m [out]; on grouped experts [experts, out].
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
-    entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts). It
-    is summed over the layer's own axis (tp; etp) as well on a row-parallel base, unless the adapter is standalone and
-    the base's output is I (there m multiplies the sum); and on an unsharded base whose output is Shard(0). All cases:
-    `LinearLayout.magnitude` (`parallel/layout.py`).
+    entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts); and
+    over the layer's own axis (tp; etp) where m is replicated and the y that it multiplies is not I: in `LinearLayout.
+    magnitude` (`parallel/layout.py`).
     """
 
     weight_magnitude: nn.Parameter

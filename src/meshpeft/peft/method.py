@@ -2,8 +2,8 @@
 
 To add a method, write one file like `lora.py`:
 
-* a wrapper derived from `LowRankWrapper` (`peft/wrapper.py`), which runs, exports and merges by its `terms`, the
-  low-rank products that the layer adds; or from `AdapterWrapper`, with `terms`, `run_fused`, `run_standalone` and
+* a wrapper derived from `LowRankWrapper` (there), which runs, exports and merges by its `terms`, the low-rank products
+  that the layer adds; or from `AdapterWrapper` (`peft/wrapper.py`), with `terms`, `run_fused`, `run_standalone` and
   `merged_weights` of its own, where the form is another one;
 * a dataclass of options derived from `LowRankPEFT`, whose `adapt` puts the wrapper on a layer.
 

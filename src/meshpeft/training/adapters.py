@@ -63,8 +63,8 @@ class DefaultLayers(NamedTuple):
     """Names, or patterns with `*` of full names, of layers of a model.
 
     Attributes:
-        adapted: Layers that get adapters; `None` for the method's own default: on our decoder `linear_qkv`,
-            `linear_proj`, `linear_fc1` and `linear_fc2` (canonical LoRA: their parts).
+        adapted: Layers that get adapters; `None` for the method's own default (`ModuleMatcher.target_modules`), on our
+            decoder `linear_qkv`, `linear_proj`, `linear_fc1` and `linear_fc2` (canonical LoRA: their parts).
         in_full: Layers that a packed base keeps in full precision.
         without_adapter: Modules whose weights no adapter can be put on, for they are not linear layers, and the share
             of the blocks' weights that these are: at least a percent, the largest first.
@@ -81,9 +81,12 @@ class DefaultLayers(NamedTuple):
 def default_layers(model: LanguageModel) -> DefaultLayers:
     """Choose the layers that get adapters, and those that a packed base keeps in full precision.
 
+    Our decoder has the method's own default, `linear_qkv`, `linear_proj`, `linear_fc1` and `linear_fc2`
+    (`ModuleMatcher.target_modules`, which is also the default in Python; canonical LoRA: their parts).
+
     Of a model of transformers, every linear layer and stack of experts of its text model gets an adapter but the
-    vocabulary head, routers, indexers of sparse attention, and layers whose weight the code around them multiplies by
-    itself, which would leave an adapter out. These, and all that sees no text, stay in full precision.
+    vocabulary head, routers, gates, indexers of sparse attention, and layers whose weight the code around them
+    multiplies by itself, which would leave an adapter out. These, and all that sees no text, stay in full precision.
 
     Args:
         model: Model without adapters; may be on the meta device.
