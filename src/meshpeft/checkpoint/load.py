@@ -6,7 +6,7 @@ a fused parameter are saved separately (`OptimizerContent.slices`, `checkpoint/c
 every slice that this rank holds of a parameter, the same slice of each of its states; torch.distributed.checkpoint
 reads those parts of the stored slices that overlap it, and `_joined` puts the parts of a fused parameter together in
 this layout's order. A state that is one number (`step`) is stored once, under the parameter's name, and every rank
-reads it.
+reads it. A state of any other shape than its parameter's is refused when it is to be saved.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ are Megatron's; fused modules have parts: `linear_qkv` is `q`, `k`, `v`, `linear
 
 * `hf_module_name` names each part; the parameter is described as `StoredTensors`
   with a tensor for each part: of a weight, a bias, LoRA's B [out, r], or DoRA's magnitude [out]. A [r, in] is one
-  parameter here without parts, and the file repeats it for each of them.
+  parameter here without parts, and the file repeats it for each of them. (Canonical LoRA has an A for each.)
 * Written: `TensorLayout.gather` gives the global tensor in canonical order, `[q; k; v]`; `split` cuts it at the parts.
 * Read: each rank reads, of each part's tensor, the rows of its own query groups into their places in the local tensor,
   which is in fused order, `[q .. q k v | q .. q k v | ..]`.

@@ -1,4 +1,4 @@
-"""What a rank holds and how ranks talk. Knows nothing of adapters."""
+"""What a rank holds and how ranks talk. Of adapters it knows the layouts of low-rank factors, and no method."""
 
 from meshpeft.parallel.class_registry import register_engine
 from meshpeft.parallel.config import ModelParallelConfig

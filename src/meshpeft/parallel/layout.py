@@ -8,7 +8,7 @@ of each of its parameters, and of adapters on it.
 Two orders of a fused dim are kept apart. The **canonical** order is that of the unfused parts, one after the other:
 `[q; k; v]`, `[gate; up]`. The **fused** order is what a layer holds locally: for `linear_qkv`, per query group,
 `[q .. q k v | q .. q k v | ..]`; for `linear_fc1`, `[gate shard; up shard]`. A global tensor is always canonical, a
-local one always fused, and `FusedParts` is the only code that converts.
+local one always fused, and every conversion goes by `FusedParts`.
 """
 
 from __future__ import annotations
@@ -490,8 +490,7 @@ class LinearLayout:
         | row | replicated | P | I, Shard(0) or P | fused: always; standalone: unless y is I |
         | replicated | replicated | I, Shard(0) or R | I, Shard(0) or R | where y is not I |
 
-        Of a fused adapter `finalize_gradients` sums it. Of a standalone one the engine's finalisation does, or else
-        the backward pass (`decide_gradient_sum` in `meshpeft.peft.standalone` chooses).
+        Who sums it: see the table of `decide_gradient_sum` (`meshpeft.peft.standalone`).
         """
         return self._of_output((self.out_features,), self.states(inside=inside)[1])
 

@@ -17,8 +17,9 @@ To add an axis: its name at its place in `DENSE_AXES` or `EXPERT_AXES`; its fiel
 * if it shards weights, `weight_axes`, and the `LinearLayout` of the layers that it shards (`models/sharding.py`).
 
 Outside of parallel/, the sizes of a layout stand in `LayoutConfig` (`training/config.py`, the command line) and in
-`Layout` (`verify/oracle.py`). Rows of a batch are sharded over `dp` alone (`data/batches.py`), and the tokens of
-every row over `cp` (`data/context.py`).
+`Layout` (`verify/oracle.py`), and are handed on by name: a search for `cp` and `context_parallel` finds the lines, in
+`ModelParallelConfig`, `ModelSharding.of`, training's launcher and report, and the files of verify/. Rows of a batch are
+sharded over `dp` alone (`data/batches.py`), and the tokens of every row over `cp` (`data/context.py`).
 
 The module also knows that all ranks of a small mesh can be simulated in one process
 (`torch.distributed._local_tensor.LocalTensorMode`): there an axis's rank is a symbolic integer,

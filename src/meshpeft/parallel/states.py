@@ -26,8 +26,9 @@ Nothing leads from `R` to another state: the gradient would have to become parti
 equal states, `convert` returns its argument itself. A backward pass cannot be differentiated again: autograd does not
 see what a collective does, and would be wrong.
 
-The raw collectives below the table (`all_reduce`, `all_gather`, ..) have no gradient. They are the one place that calls
-torch.distributed for activations. `[.., N / R, ..]` in the docstrings is this rank's part of a dim of N over R ranks.
+The raw collectives below the table (`all_reduce`, `all_gather`, ..) have no gradient: autograd functions call them. No
+other code calls torch.distributed for activations, but for the exchange of tokens with experts (`dispatch.py`).
+`[.., N / R, ..]` in the docstrings is this rank's part of a dim of N over R ranks.
 """
 
 from __future__ import annotations

@@ -292,8 +292,9 @@ class LowRankAdapter(ShardedTensors, nn.Module):
     def _drop(self, x: Tensor, state: State) -> Tensor:
         """Apply dropout to an activation that is in `state` on the layer's axis.
 
-        Masks differ exactly where values do: always over the axes that shard tokens and over expert parallel; over the
-        layer's axis where it shards the activation. Over every other axis they agree:
+        Masks differ always over the axes that shard tokens and over expert parallel, and over the layer's axis where it
+        shards the activation. Over every other axis they agree, also where the activation is partial: the mask of a sum
+        is that of its summands.
 
         | layer | adapter | on the input (pre) | on the output (post) |
         |---|---|---|---|

@@ -107,8 +107,8 @@ class RowNorms:
 
     A call of the layer (`get`) recomputes them when they may have changed since they were computed:
 
-    * W as it is stored, A or B is another tensor, or has another storage, type, device or version (PyTorch's counter of
-      in-place changes); or the scale is another one.
+    * W (of a packed layer, its codes), A or B is another tensor, or has another storage, type, device or version
+      (PyTorch's counter of in-place changes); or the scale is another one.
     * W, A or B is a view of a larger buffer: others may write into the buffer, so every call recomputes.
     * A backward pass ran through the layer, and the gradients of A and B are `None` now: an optimizer stepped and
       cleared them. Some optimizers and engines write parameters without counting it in the version.
@@ -188,8 +188,8 @@ class AdapterWithMagnitude(LowRankAdapter):
 
     m is sharded like the output of a column-parallel base and replicated for a row-parallel one; its checkpoint
     entries follow from that. Its gradient is summed over the axes that shard tokens (dp and cp; edp for experts); and
-    over the layer's own axis (tp; etp) where m is replicated and the y that it multiplies is not I: in `LinearLayout.
-    magnitude` (`parallel/layout.py`).
+    over the layer's own axis (tp; etp) where m is replicated and the y that it multiplies is not I. The table: see
+    `LinearLayout.magnitude` (`parallel/layout.py`).
     """
 
     weight_magnitude: nn.Parameter

@@ -23,10 +23,11 @@ On grouped experts W is a stack [experts, out, in], and so are A and B, or they 
 `offsets` then are the ends of the experts' rows in x [tokens, in]. No stack of products is ever made.
 
 What it saves over the plain operations: B's product is added into y, and A's part of the input gradient into the
-base's, without an activation-sized temporary; only x' and h [tokens, r] are kept for the backward pass. DoRA's scale
+base's, without an activation-sized temporary; LoRA keeps only x' and h [tokens, r] for the backward pass. DoRA's scale
 is applied in place to the product, and the gradient of m is a sum over tokens of dy * y / m: one extra pass forward,
-two backward. Under sequence parallel x' is the gathered sequence, on every rank; with `token_axis` each rank keeps its
-own tokens of it, and the backward pass reduce-scatters dh [tokens, r] to them.
+two backward, and y (with dropout z(x')) is kept for it. Under sequence parallel x' is the gathered sequence, on every
+rank; with `token_axis` each rank keeps its own tokens of it, and the backward pass reduce-scatters dh [tokens, r] to
+them.
 
 Types: the products run in x's type. Factors of a wider type than x (float32 factors on a bfloat16 base) are rounded
 to it for the product, as in any mixed-precision training, and their gradients are returned in their own type;

@@ -7,7 +7,8 @@ To add a method, write one file like `lora.py`:
   `merged_weights` of its own, where the form is another one;
 * a dataclass of options derived from `LowRankPEFT`, whose `adapt` puts the wrapper on a layer.
 
-For the command line, also its name in `training/adapters.py` (`_METHODS`) and in the `method` of `training/config.py`.
+For the command line, also its name in `training/adapters.py` (`_METHODS`) and in the `method` of `training/config.py`;
+to import it from a PEFT file, the choice of a method in `hub/adapter_import.py`.
 """
 
 from __future__ import annotations

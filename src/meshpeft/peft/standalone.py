@@ -8,17 +8,19 @@ of y; Δ = s h Bᵀ then is in the state of y (`LinearLayout.bottleneck_states`;
 |---|---|---|---|
 | column | I -> R, nothing | all-reduce | none |
 | column, sequence parallel | Shard(0) -> R, all-gather | reduce-scatter | dA |
-| column after a token dispatcher, which reduces dx itself | R, nothing | nothing | dA |
+| column whose x is R: the module around it reduces dx (†) | R, nothing | nothing | dA |
 | row | P -> I, all-reduce | nothing | none |
 | row, sequence parallel | P -> Shard(0), reduce-scatter | all-gather | dB |
 | row, sequence parallel, `a2a_experimental` | P -> I -> R, all-reduce | all-reduce | none |
-| row whose base leaves a partial (experts) | P, nothing | nothing | dB |
+| row whose y is P: the module around it reduces y (†) | P, nothing | nothing | dB |
 
 With `a2a_experimental` B is sharded along the output features, and an all-to-all exchanges Δ, Shard(-1) -> Shard(0).
 
-Who sums what is still partial (`decide_gradient_sum`): in a sequence-parallel model the sum after the backward pass,
-`finalize_gradients` (`parallel/gradients.py`) or the one of Megatron, which reads a mark on the parameter; in any other
-model, and in an expert, the backward pass.
+(†) Experts, between the calls of a token dispatcher; and layers of a transformers model in a block of columns and a
+row: its hidden stream is converted where the block begins and ends (`engines/hidden_stream.py`), with sequence parallel
+or without.
+
+Who sums what is still partial: the table of `decide_gradient_sum`.
 
 Two more cases are outside the rule. Where x and y are both I, the sharded factor is gathered instead of an activation.
 And an activation between the factors is not linear in a partial h: on a row that leaves a partial, h is reduced first,
@@ -280,9 +282,11 @@ def decide_gradient_sum(
     | adapter | who |
     |---|---|
     | fused | `finalize_gradients`, after the last backward pass |
-    | standalone, in a sequence-parallel model | `finalize_gradients`, or that of Megatron, which reads the mark |
-    | on grouped experts, where `LinearLayout.engine_sums_gradient` allows it | `finalize_gradients`, or the engine's |
+    | standalone, sequence parallel (†), not an expert | `finalize_gradients`, or Megatron's, which reads the mark |
+    | standalone, on grouped experts | `finalize_gradients`, or the engine, where `LinearLayout.engine_sums_gradient` |
     | any other | the backward pass, see `summed_in_backward` |
+
+    (†) By the adapter's `model_parallel_config`; without one, where x or y of the layer is Shard(0).
 
     Args:
         stated: The parameter's layout, by the layout of its base.

@@ -10,9 +10,10 @@ What happens to an adapter on a packed (NF4) base:
 * Its layout, initial values, gradient sums, checkpoint entries and export are those on the base class: they follow from
   the layout, which has no storage. Its type is `compute_dtype`, that of the dequantised weight, unless the method names
   another.
-* A fused adapter skips the `forward` of the packed layer. The wrapper runs the layer's `enter`, one function for base
-  and adapter (such as `fused_dora`, `peft/fused.py`), and `exit`; that function gets `AdapterWrapper.weight_source()`,
-  which dequantises. A standalone adapter calls the `forward`, and is added to its output.
+* A fused adapter skips the `forward` of the packed layer. The wrapper runs the layer's `enter`; the products of W and
+  of the adapter, in one function (such as `fused_dora`, `peft/fused.py`), or in two with dropout of the adapter's
+  output; and the layer's `exit`. W comes from `AdapterWrapper.weight_source()`, which dequantises. A standalone
+  adapter calls the `forward`, and is added to its output.
 * Either way W is dequantised in the forward pass and again in the backward pass, and nothing keeps it in between. DoRA
   dequantises it once more when it computes its row norms, and standalone with dropout calls the `forward` twice.
 * Merging is refused. `dequantize_base` (`quantization/quantize.py`) makes the layers ordinary ones, into which the

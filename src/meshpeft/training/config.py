@@ -155,7 +155,7 @@ class FinetuneConfig(LayoutConfig):
     """Layers that get an adapter: names, or patterns with * of full names, such as *.layers.0.*.linear_qkv
     (canonical_lora: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up for parts of fused layers).
     Default: linear_qkv, linear_proj, linear_fc1 and linear_fc2; on the transformers engine every linear layer of the
-    text model but the vocabulary head and routers."""
+    text model but the vocabulary head, routers, gates, indexers, and layers whose weight is read past the adapter."""
     exclude_modules: Annotated[tuple[str, ...] | None, OptionalField] = None
     """Instead of --target-modules: layers, by name or pattern, that get none; every other linear layer does."""
     share_expert_adapters: bool = True

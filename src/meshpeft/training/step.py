@@ -6,8 +6,8 @@
 What the loss is divided by: the number of target tokens (labels that are not ignored) in the *global* batch, that of
 all ranks of the token axes (dp, cp) and all micro-batches of the step. Every rank divides its sum by this one number
 before the backward pass, and `finalize_gradients` adds the ranks up without dividing again. So loss and gradients are
-means over the tokens of the global batch, however it is split over ranks and micro-batches; a rank that divided by its
-own number would give more weight to tokens of which it has few. The number comes with the batch
+means over the tokens of the global batch, however it is split over ranks and micro-batches. (Were each rank to divide
+by its own number of targets, a token on a rank with few of them would weigh more.) The number comes with the batch
 (`GlobalBatchSlice.global_target_tokens`) and costs no communication. A step without a target token divides by 1. Where
 the routers' balance is part of the loss, each row's is weighted with its target tokens, and so divided by the same
 number. float16's loss scale multiplies what is divided, and is taken out of the gradients before they are clipped.
