@@ -25,6 +25,7 @@ from meshpeft.models.attention import (
     positions_in_documents,
     rotary_tables,
 )
+from meshpeft.models.base_blocks import rows_of_tables
 from meshpeft.models.config import DecoderConfig, ModelError
 from meshpeft.models.head import Labels, check_labels, head_losses
 from meshpeft.models.language_model import LanguageModel
@@ -272,7 +273,8 @@ class Decoder(LanguageModel):
             out = self.output_layer(hidden)
         else:
             padded = replace(labels, values=_pad(labels.values, padding, labels.ignore_index).t())
-            out = head_losses(self.output_layer, hidden, padded, self.vocab_axis, self.loss_chunk)
+            rows = rows_of_tables(self)
+            out = head_losses(self.output_layer, hidden, padded, self.vocab_axis, self.loss_chunk, rows_at_a_time=rows)
         out = (out[:length] if out.shape[0] > length else out).transpose(0, 1)
         if gather_logits:
             out = sharding.gather_logits(out)

@@ -78,6 +78,7 @@ def head_losses(
     axis: ParallelAxis,
     chunk: int | None = None,
     scaling: LogitScaling = UNSCALED,
+    rows_at_a_time: int | None = None,
 ) -> Tensor:
     """Compute -log p(label) for each token.
 
@@ -88,6 +89,7 @@ def head_losses(
         axis: Axis that shards the vocabulary.
         chunk: Tokens whose logits exist at a time.
         scaling: What becomes of the head's output.
+        rows_at_a_time: Rows of the vocabulary whose logits exist at a time, where the head is frozen; `None` for all.
 
     Returns:
         [*], I over the axis.
@@ -98,7 +100,7 @@ def head_losses(
     x = layer_type.enter(base_of(head), hidden)
     return vocab_parallel_linear_cross_entropy(
         x,
-        _form_of(head, layer_type, x, scaling),
+        _form_of(head, layer_type, x, scaling, rows_at_a_time),
         labels.values,
         labels.ignore_index,
         axis,
@@ -118,7 +120,9 @@ def _runs_by_rows(head: nn.Module, layer_type: LayerType, axis: ParallelAxis) ->
     return wrapper is None or not wrapper.is_active or wrapper.runs_by_rows
 
 
-def _form_of(head: nn.Module, layer_type: LayerType, x: Tensor, scaling: LogitScaling) -> FrozenHead | AdaptedHead:
+def _form_of(
+    head: nn.Module, layer_type: LayerType, x: Tensor, scaling: LogitScaling, rows_at_a_time: int | None
+) -> FrozenHead | AdaptedHead:
     """Return the head in the form that the loss takes; x [*, hidden] is its input after `enter`."""
     base, wrapper = base_of(head), wrapper_of(head)
     stored = stored_weight_of(base)
@@ -132,7 +136,7 @@ def _form_of(head: nn.Module, layer_type: LayerType, x: Tensor, scaling: LogitSc
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in base.parameters()):
         run, dropped, trained = _product_with(weight), None, base
     else:
-        return FrozenHead(weight, layer_type.bias(base), scaling)
+        return FrozenHead(weight, layer_type.bias(base), scaling, rows_at_a_time=rows_at_a_time)
 
     def logits_of(rows: Tensor, dropped: Tensor | None) -> Tensor:
         logits: Tensor = exit_layer(base, run(rows, dropped))

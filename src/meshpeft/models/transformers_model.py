@@ -35,6 +35,7 @@ from meshpeft.engines.parallelize import parallelize
 from meshpeft.engines.recurrent_blocks import hands_weight_on
 from meshpeft.engines.transformers_experts import NO_EXPERTS, ExpertAxes, group_experts, has_grouped_experts
 from meshpeft.models.attention import positions_in_documents
+from meshpeft.models.base_blocks import rows_of_tables
 from meshpeft.models.config import ModelError
 from meshpeft.models.document_rows import give_document_rows
 from meshpeft.models.head import Labels, check_labels, head_losses, losses_of_logits
@@ -179,7 +180,7 @@ class TransformersModel(KeepsLayouts, LanguageModel):
         with _in_place_of(head, lambda hidden: hidden.new_zeros((*hidden.shape[:-1], 1))) as inputs:
             self._logits(input_ids, spans, use_cache=False, **options)
         (hidden,) = inputs
-        return head_losses(head, hidden, labels, self.vocab_axis, self.loss_chunk, scaling)
+        return head_losses(head, hidden, labels, self.vocab_axis, self.loss_chunk, scaling, rows_of_tables(self))
 
     def _logit_scaling(self) -> LogitScaling | None:
         """Return what the architecture does to its head's output; `None` for anything but factors and soft caps.

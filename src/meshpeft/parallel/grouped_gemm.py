@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from meshpeft.parallel.mesh import on_each_rank
+from meshpeft.parallel.sharded_base import gathered
 from meshpeft.parallel.typing import dims_follow, typed_as
 
 __all__ = [
@@ -43,13 +44,17 @@ def group_offsets(tokens_per_expert: Tensor) -> Tensor:
     return tokens_per_expert.cumsum(0).to(torch.int32)
 
 
-@on_each_rank
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -> Tensor:
     """One product per group, no gradient.
 
     `transpose=True`: x [T, K] times weight [E, N, K] transposed -> [T, N], a forward pass. `transpose=False`:
     x [T, N] times weight [E, N, K] -> [T, K], its input gradient.
     """
+    return _grouped_mm(x, gathered(weight), offsets, transpose)
+
+
+@on_each_rank
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> Tensor:
     width = weight.shape[-2] if transpose else weight.shape[-1]
     if isinstance(x, FakeTensor):
         return x.new_empty((x.shape[0], width))
@@ -60,11 +65,15 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -
     return out[:, :width]
 
 
-@on_each_rank
 def grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -> None:
     """`y += grouped_mm(x, weight, ..)`, in place; no gradient."""
+    _grouped_add_mm_(y, x, gathered(weight), offsets, transpose)
+
+
+@on_each_rank
+def _grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> None:
     if y.device.type != "cpu":
-        y.add_(grouped_mm(x, weight, offsets, transpose=transpose))
+        y.add_(_grouped_mm(x, weight, offsets, transpose))
         return
     if isinstance(y, FakeTensor):
         return

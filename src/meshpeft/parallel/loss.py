@@ -191,12 +191,15 @@ class FrozenHead:
         scaling: What becomes of z.
         vocabulary: Size of the vocabulary over all ranks, where there are rows beyond it so that it divides; these take
             no part. By default all rows do.
+        rows_at_a_time: Rows of W that are multiplied by at a time; `None` for all. Of a sharded base they are gathered
+            together.
     """
 
     weight: Tensor | Callable[[], Tensor]
     bias: Tensor | None = None
     scaling: LogitScaling = UNSCALED
     vocabulary: int | None = None
+    rows_at_a_time: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,12 +373,18 @@ class _Tokens:
         full = rows * self.axis.world_size if vocabulary is None else vocabulary
         return _local_targets(labels, self.axis.rank, rows, full, self.ignore_index)
 
-    def logits_(self, z: Tensor, head: FrozenHead | AdaptedHead) -> Tensor:
-        """z [n, rows] -> logits [n, rows] in place: -inf in columns beyond the vocabulary."""
+    def logits_(self, z: Tensor, head: FrozenHead | AdaptedHead, rows: int | None = None, start: int = 0) -> Tensor:
+        """z [n, columns] -> logits in place: -inf in columns beyond the vocabulary.
+
+        Args:
+            z: Columns from `start` on, of `rows` on this rank; all of them by default.
+            head: Has the vocabulary.
+        """
         logits, vocabulary = head.scaling.logits_(z), head.vocabulary
-        if vocabulary is None or vocabulary == z.shape[1] * self.axis.world_size:
+        rows = z.shape[1] if rows is None else rows
+        if vocabulary is None or vocabulary == rows * self.axis.world_size:
             return logits
-        return logits.masked_fill_(_beyond(z, self.axis.rank, vocabulary), -torch.inf)
+        return logits.masked_fill_(_beyond(z, self.axis.rank, rows, start, vocabulary), -torch.inf)
 
 
 @on_each_rank
@@ -389,9 +398,9 @@ def _first_counted(labels: Tensor, count: int, ignore_index: int) -> tuple[Tenso
 
 
 @on_each_rank
-def _beyond(z: Tensor, rank: int, vocabulary: int) -> Tensor:
-    rows = z.shape[1]
-    return torch.arange(rank * rows, (rank + 1) * rows, device=z.device) >= vocabulary
+def _beyond(z: Tensor, rank: int, rows: int, start: int, vocabulary: int) -> Tensor:
+    first = rank * rows + start
+    return torch.arange(first, first + z.shape[1], device=z.device) >= vocabulary
 
 
 class _Chunk:
@@ -457,32 +466,55 @@ class _FrozenHeadLoss(Function):
         rows, wide = w.shape[0], torch.promote_types(x.dtype, torch.float32)
         places, labels = tokens.chosen()
         index, held, counted = tokens.local(labels, rows, head.vocabulary)
-        chunks = list(tokens.chunks(rows, x))
+        at_a_time = min(rows, head.rows_at_a_time or rows)
+        chunks = list(tokens.chunks(at_a_time, x))
         # Made from w, which differs over the axis, and so do they; x may be one tensor for all simulated ranks.
         others = w.new_empty(tokens.count, dtype=wide)
         target, own_slope = torch.empty_like(others), torch.full_like(others, head.scaling.scale)
         grad = w.new_empty((tokens.count, x.shape[-1])) if needs_gradient else None
+        # The rows of the labels, in the end to be subtracted: read again where W is at hand.
+        own_rows = torch.empty_like(grad) if grad is not None and at_a_time < rows else None
         # Made once: fresh pages for every chunk would cost as much as the softmax.
-        product = w.new_empty((chunks[0].stop, rows))
+        product = w.new_empty((chunks[0].stop, at_a_time))
         logits = product if wide == x.dtype else torch.empty_like(product, dtype=wide)
-        for part in chunks:
-            size = part.stop - part.start
-            z = torch.mm(flat.index_select(0, places[part]), w.t(), out=product[:size])
-            z = z if logits is product else logits[:size].copy_(z)
-            if head.bias is not None:
-                z.add_(head.bias)
-            chunk = _Chunk(tokens.logits_(z, head), head.scaling, index[part], held[part])
-            others[part], target[part] = chunk.others, chunk.target
-            if grad is not None:
-                if chunk.slope is not None and chunk.own_slope is not None:
-                    chunk.exponentials.mul_(chunk.slope)
-                    own_slope[part] = chunk.own_slope
-                total = chunk.total.clamp(min=torch.finfo(wide).tiny)
-                if logits is product:
-                    torch.mm(chunk.exponentials, w, out=grad[part]).div_(total)
-                else:
-                    # Divided first: sums over the vocabulary may be more than float16 holds.
-                    torch.mm(torch.div(chunk.exponentials, total, out=product[:size]), w, out=grad[part])
+        for start, some in zip(range(0, rows, at_a_time), w.split(at_a_time), strict=True):
+            width = some.shape[0]
+            inside = held if width == rows else held & (index >= start) & (index < start + width)
+            local = index if width == rows else (index - start) * inside
+            bias = None if head.bias is None else head.bias[start : start + width]
+            for part in chunks:
+                size = part.stop - part.start
+                z = torch.mm(flat.index_select(0, places[part]), some.t(), out=product[:size, :width])
+                z = z if logits is product else logits[:size, :width].copy_(z)
+                if bias is not None:
+                    z.add_(bias)
+                z = tokens.logits_(z, head, rows, start)
+                chunk = _Chunk(z, head.scaling, local[part], inside[part])
+                if start == 0:
+                    others[part], target[part] = chunk.others, chunk.target
+                if grad is not None:
+                    if chunk.slope is not None and chunk.own_slope is not None:
+                        chunk.exponentials.mul_(chunk.slope)
+                        own_slope[part] = torch.where(inside[part], chunk.own_slope, own_slope[part])
+                    total = chunk.total.clamp(min=torch.finfo(wide).tiny)
+                    into = grad[part] if start == 0 else torch.empty_like(grad[part])
+                    if logits is product:
+                        torch.mm(chunk.exponentials, some, out=into).div_(total)
+                    else:
+                        # Divided first: sums over the vocabulary may be more than float16 holds.
+                        torch.mm(torch.div(chunk.exponentials, total, out=product[:size, :width]), some, out=into)
+                if start > 0:
+                    both = torch.logaddexp(others[part], chunk.others)
+                    if grad is not None:
+                        lowest = torch.finfo(wide).min
+                        shares = (some_others - both.clamp(min=lowest) for some_others in (others[part], chunk.others))
+                        share, more = (difference.exp()[:, None] for difference in shares)
+                        grad[part].mul_(share).add_(into.mul_(more))
+                    others[part] = both
+                    target[part] += chunk.target
+                if own_rows is not None:
+                    found = some[local[part]]
+                    own_rows[part] = torch.where(inside[part, None], found, own_rows[part]) if start else found
         own_others = others
         others, target = _over_ranks(others, target, tokens.axis)
         loss, missing = _loss_of(others, target)
@@ -493,7 +525,8 @@ class _FrozenHeadLoss(Function):
                 share = share * head.scaling.scale
             own = (missing * own_slope).masked_fill(~held, 0)
             for part in chunks:
-                grad[part].mul_(share[part, None]).sub_(w[index[part]].mul_(own[part, None]))
+                found = w[index[part]] if own_rows is None else own_rows[part]
+                grad[part].mul_(share[part, None]).sub_(found.mul_(own[part, None]))
             # Where simulated ranks have unequal numbers of tokens, some of these are not counted.
             grad.masked_fill_(~counted.unsqueeze(1), 0)
             ctx.save_for_backward(grad, places)

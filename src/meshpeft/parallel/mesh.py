@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from itertools import combinations
 from typing import Any, ParamSpec, TypeVar
@@ -129,6 +129,8 @@ class ParallelGroupInfo:
     # Simulation remembers each mesh's ranks by the id of the object: one that was collected could lend its ranks
     # to the next.
     submeshes: tuple[DeviceMesh, ...] = ()
+    # Made when a base is sharded over some of its replicas: number of these -> the axes, and their meshes.
+    base_axes: dict[int, tuple[ParallelAxis, ParallelAxis, list[DeviceMesh]]] = field(default_factory=dict)
 
     def axis(self, name: str) -> ParallelAxis:
         """The axis called `name`: one of `AXES`, or `world`."""
@@ -158,6 +160,41 @@ class ParallelGroupInfo:
     def weight_axes(self, *, expert: bool = False) -> tuple[ParallelAxis, ...]:
         """The axes over which a stage's parameters are sharded or replicated, token axes first."""
         return (*self.token_axes(expert=expert), *((self.ep, self.etp) if expert else (self.tp,)))
+
+    def replica_axes(self, shards: int | None = None) -> tuple[ParallelAxis, ParallelAxis]:
+        """The axes over which a frozen base is sharded: the one of its dense parameters, and the one of its experts.
+
+        Their ranks are next to each other, so that those of a node share a base. A collective where a number is given:
+        the groups are made.
+
+        Args:
+            shards: Over how many of the replicas of dense parameters, dp * cp; `None`: all. Experts, which expert
+                parallel shards already, are sharded over as many ranks as are left in such a group.
+
+        Raises:
+            ParallelError: The number does not divide that of replicas.
+        """
+        dense, expert = self.token_axis(), self.token_axis(expert=True)
+        replicas = dense.world_size
+        if shards is None or shards == replicas:
+            return dense, expert
+        if shards < 1 or replicas % shards:
+            fitting = " or ".join(str(size) for size in range(1, replicas + 1) if replicas % size == 0)
+            raise ParallelError(
+                f"shard_base={shards}: the base has {replicas} replicas (data parallel times context parallel), which "
+                f"{shards} does not divide; use {fitting}"
+            )
+        if shards == 1:
+            return ParallelAxis("none"), ParallelAxis("none")
+        if shards not in self.base_axes:
+            of_experts = max(1, shards * expert.world_size // replicas)
+            if expert.world_size % of_experts:
+                raise ParallelError(
+                    f"shard_base={shards}: experts have {expert.world_size} replicas, and {of_experts} of them would "
+                    "share a base, which does not divide; use another number"
+                )
+            self.base_axes[shards] = _replica_axes(self, shards, of_experts)
+        return self.base_axes[shards][:2]
 
     def joined(self, names: Iterable[str]) -> ParallelAxis:
         """One axis that runs over all ranks of the axes named; axes of size 1 are left out."""
@@ -302,6 +339,24 @@ def _build(dense_sizes: tuple[int, ...], expert_sizes: tuple[int, ...]) -> Paral
         expert_mesh=expert,
         submeshes=(*meshes.values(), *joined.values(), world),
     )
+
+
+def _replica_axes(
+    info: ParallelGroupInfo, dense: int, expert: int
+) -> tuple[ParallelAxis, ParallelAxis, list[DeviceMesh]]:
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    meshes, axes = [], []
+    for size, replicas, inner in (
+        (dense, info.dp.world_size * info.cp.world_size, info.tp.world_size),
+        (expert, info.edp.world_size, info.ep.world_size * info.etp.world_size),
+    ):
+        sizes = (info.pp.world_size, replicas // size, size, inner)
+        with maybe_disable_local_tensor_mode():
+            whole = init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "copies", "base", "inner"))
+            mesh = whole["base"]
+        meshes += [whole, mesh]
+        axes.append(ParallelAxis("base", mesh.get_group(), mesh.get_local_rank(), size))
+    return axes[0], axes[1], meshes
 
 
 def is_simulated() -> bool:

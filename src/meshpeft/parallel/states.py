@@ -44,7 +44,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel.errors import ParallelError
-from meshpeft.parallel.mesh import ParallelAxis, on_each_rank, parallel_group_info
+from meshpeft.parallel.mesh import ParallelAxis, is_simulated, on_each_rank, parallel_group_info
 
 __all__ = [
     "I",
@@ -68,6 +68,7 @@ __all__ = [
     "reduce_scatter",
     "sp_gather",
     "sp_reduce_scatter",
+    "start_all_gather",
     "take_slice",
 ]
 
@@ -319,6 +320,12 @@ def all_gather(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
     stacked = x.new_empty((axis.world_size * x.shape[0], *x.shape[1:]))
     _all_gather_single(stacked, x, group=axis.group)
     return stacked if dim == 0 else torch.cat(stacked.chunk(axis.world_size, 0), dim)
+
+
+def start_all_gather(out: Tensor, x: Tensor, axis: ParallelAxis) -> Any:
+    """Start to gather x [N / R] per rank into out [N]; return what waits for it, or `None` where that is not needed."""
+    # Simulated ranks take turns.
+    return _all_gather_single(out, x, group=axis.group, async_op=not is_simulated())
 
 
 def reduce_scatter(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:

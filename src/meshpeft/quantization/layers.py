@@ -46,6 +46,7 @@ from meshpeft.parallel import (
     register_layer_type,
     set_layout,
 )
+from meshpeft.parallel.sharded_base import gathered
 from meshpeft.peft.fused import product
 from meshpeft.quantization.blocks import Blocks
 from meshpeft.quantization.errors import QuantizationError
@@ -136,7 +137,7 @@ class PackedLayer(ShardedTensors):
         # Under `lift_float32` a mode of torch's turns float32 into float64. The kernels that unpack are given raw
         # pointers, and need the types that are stated here.
         with torch._C.DisableTorchFunction():
-            packed, principal = Packed(self.weight_packed, self.weight_scale), self.principal
+            packed, principal = Packed(gathered(self.weight_packed), gathered(self.weight_scale)), self.principal
             if principal is None:
                 return self.blocks.unpack(packed, self.compute_dtype)
             wide = torch.promote_types(self.compute_dtype, torch.float32)

@@ -1,0 +1,433 @@
+"""A frozen base that is sharded over ranks which would hold the same of it, in the bytes in which it is stored.
+
+A frozen weight has no gradient, so a rank can keep 1/n of its bytes, if it gathers them before each use: in the forward
+pass, and again in the backward pass. Nothing else is communicated, and the weights in use are bit for bit the same.
+
+* A *block* is what is gathered at once: the frozen matrices of a layer, one after the other as bytes, packed codes and
+  scales as they are. A table of the vocabulary is cut into blocks of some rows, no larger than a layer.
+* A *store* holds the blocks of one axis: this rank's share of each, and two buffers of the largest. While one block is
+  in use the next is gathered into the other buffer: the one that followed the last time the blocks were read in this
+  order. So every rank of the axis has to read the same blocks in the same order.
+* A parameter keeps its name, shape, type, device and layout, as a `StoredTensor`: a tensor without memory that is read
+  from the store whenever an operation needs its values. Autograd keeps the `StoredTensor` for the backward pass, and
+  reads it again there. So whatever multiplies by a weight, of any engine, need not know of it.
+
+A view of a `StoredTensor` (transposed, some rows) is another one. Results of operations are ordinary tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from meshpeft.parallel.errors import ParallelError
+from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.states import start_all_gather, take_slice
+
+__all__ = ["BlockStore", "StoredTensor", "gathered", "is_stored", "stored_"]
+
+# Tensors begin at multiples of it in a block, as PyTorch's own memory does: a product may round by its alignment.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of a contiguous tensor are among the bytes of a block."""
+
+    block: int
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One of the two buffers, and the block that is in it."""
+
+    buffer: Tensor | None = None
+    block: int | None = None
+    work: Any = None
+    tensors: dict[_Place, Tensor] = field(default_factory=dict)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class BlockStore:
+    """The blocks of one axis, each sharded over it, and two buffers for those that are in use.
+
+    Args:
+        axis: Axis whose ranks hold the same weights.
+
+    Attributes:
+        shards: This rank's bytes of each block.
+        gathers: How many blocks were gathered.
+        gathered_bytes: Bytes that this rank received from others for them.
+    """
+
+    def __init__(self, axis: ParallelAxis) -> None:
+        self.axis = axis
+        self.shards: list[Tensor] = []
+        self.gathers = self.gathered_bytes = 0
+        self._slots = [_Slot(), _Slot()]
+        self._current = 0  # the slot that was read last
+        self._order: dict[tuple[int | None, int], int] = {}  # what followed two blocks when they were read last
+        self._before: int | None = None
+
+    def add(self, tensors: Sequence[Tensor]) -> list[_Place]:
+        """Make a block of full tensors, the same on every rank of the axis; return the place of each. No collective."""
+        places, pieces, at = [], [], 0
+        for tensor in tensors:
+            places.append(_Place(len(self.shards), at, tuple(tensor.shape), tensor.dtype))
+            raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            filling = -raw.numel() % _ALIGNMENT
+            pieces += [raw, raw.new_zeros(filling)] if filling else [raw]
+            at += raw.numel() + filling
+        filling = -at % (self.axis.world_size * _ALIGNMENT)
+        full = torch.cat([*pieces, pieces[0].new_zeros(filling)])
+        self.shards.append(take_slice(full, self.axis, 0).clone())
+        self._settle()
+        return places
+
+    def read(self, place: _Place) -> Tensor:
+        """Return the values at a place, a view of a buffer that another block will be gathered into. A collective.
+
+        Each rank of the axis reads the same blocks in the same order.
+        """
+        slot = self._slots[self._current]
+        if slot.block != place.block:
+            slot = self._move_to(place.block)
+        slot.wait()
+        if place not in slot.tensors:
+            assert slot.buffer is not None
+            raw = slot.buffer[place.start : place.start + place.nbytes]
+            slot.tensors[place] = raw.view(place.dtype).view(place.shape)
+        return slot.tensors[place]
+
+    def write(self, place: _Place, values: Tensor) -> None:
+        """Replace the values at a place by full ones, the same on every rank of the axis. No collective."""
+        self._settle()
+        shard = self.shards[place.block]
+        full = shard.new_zeros(shard.shape[0] * self.axis.world_size)
+        mask = full.clone()
+        raw = values.detach().to(place.dtype).contiguous().view(-1).view(torch.uint8)
+        full[place.start : place.start + place.nbytes] = raw
+        mask[place.start : place.start + place.nbytes] = 1
+        own, changed = take_slice(full, self.axis, 0), take_slice(mask, self.axis, 0)
+        self.shards[place.block] = torch.where(changed.bool(), own, shard)
+
+    def move(self, device: torch.device) -> None:
+        """Move this rank's bytes to a device."""
+        if self.shards and self.shards[0].device != device:
+            self._settle()
+            self.shards = [shard.to(device) for shard in self.shards]
+
+    def release(self) -> None:
+        """Free the buffers, until a block is read again."""
+        self._settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds, without the buffers."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of both buffers."""
+        largest = max((shard.nbytes for shard in self.shards), default=0)
+        return 2 * largest * self.axis.world_size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockStore:
+        copied = memo[id(self)] = BlockStore(self.axis)
+        copied.shards = [shard.clone() for shard in self.shards]
+        return copied
+
+    def _settle(self) -> None:
+        for slot in self._slots:
+            slot.wait()
+        self._slots, self._before = [_Slot(), _Slot()], None
+
+    def _move_to(self, block: int) -> _Slot:
+        """Make a block the current one, and start to gather the one that is expected to follow."""
+        left = self._slots[self._current].block
+        self._current = 1 - self._current
+        slot, other = self._slots[self._current], self._slots[1 - self._current]
+        if slot.block != block:
+            self._gather(block, slot)
+        if left is not None:
+            self._order[self._before, left] = block
+        self._before = left
+        step = 1 if left is None or block > left else -1
+        following = self._order.get((left, block), block + step)
+        if 0 <= following < len(self.shards) and other.block != following:
+            slot.wait()  # one collective at a time, so that none waits for another's ranks
+            self._gather(following, other)
+        return slot
+
+    def _gather(self, block: int, slot: _Slot) -> None:
+        slot.wait()  # what was expected and did not come
+        shard = self.shards[block]
+        size = shard.shape[0] * self.axis.world_size
+        if slot.buffer is None:
+            slot.buffer = shard.new_empty(max(own.shape[0] for own in self.shards) * self.axis.world_size)
+        slot.block, slot.tensors = block, {}
+        slot.work = start_all_gather(slot.buffer[:size], shard, self.axis)
+        self.gathers += 1
+        self.gathered_bytes += size - shard.shape[0]
+
+
+class StoredTensor(Tensor):
+    """A tensor whose values are in a `BlockStore`; see the module. Made by `stored_`.
+
+    Attributes:
+        store: Store that has them.
+        places: Where: rows of the tensor, one place after the other.
+    """
+
+    store: BlockStore
+    places: tuple[_Place, ...]
+
+    @staticmethod
+    def __new__(
+        cls, store: BlockStore, places: Sequence[_Place], geometry: Tensor, device: torch.device
+    ) -> StoredTensor:
+        """Make a view.
+
+        Args:
+            store, places: See the class.
+            geometry: Its size, strides, offset and type, as a view of the tensor at the places; on the meta device.
+            device: Device of its values.
+        """
+        made: StoredTensor = Tensor._make_wrapper_subclass(
+            cls,
+            geometry.shape,
+            geometry.stride(),
+            geometry.storage_offset(),
+            dtype=geometry.dtype,
+            device=device,
+        )
+        made.store, made.places = store, tuple(places)
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if isinstance(first, StoredTensor):
+            if _is_view(func):
+                return first._viewed(func, args[1:], kwargs)
+            if func is torch.ops.aten._to_copy.default:
+                return first._converted(kwargs)
+            if func.name().startswith("aten::new_"):  # of its kind, whatever its values are
+                return func(first.store.shards[0][:0].view(first.dtype), *args[1:], **kwargs)
+            if func is torch.ops.aten.copy_.default:
+                return first._written(args[1])
+            if func is torch.ops.aten.embedding.default and len(first.places) > 1 and first.is_full:
+                return first._looked_up(args[1])
+        read = _Reader((*args, *kwargs.values()))
+        if _writes(func, args):
+            raise ParallelError(f"{func} would write into a weight of a sharded base, which is read-only")
+        return func(*tree_map_only(StoredTensor, read, args), **tree_map_only(StoredTensor, read, kwargs))
+
+    def gathered(self) -> Tensor:
+        """Return the values: a view of a buffer that other values will take the place of. A collective.
+
+        A tensor of several blocks, and one in another type than the stored one, is new memory.
+        """
+        first = self.store.read(self.places[0])
+        if len(self.places) == 1:
+            full, at = first, self.places[0].start // first.dtype.itemsize
+        else:
+            rows = [place.shape[0] for place in self.places]
+            full, at = first.new_empty((sum(rows), *first.shape[1:])), 0
+            for part, place in zip(full.split(rows), self.places, strict=True):
+                part.copy_(self.store.read(place))
+        if not self.is_full:
+            # The offset is that in memory: of the buffer, which the block begins.
+            full = full.as_strided(self.shape, self.stride(), at + self.storage_offset())
+        return full if full.dtype == self.dtype else full.to(self.dtype)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the tensor at the places, and no other view of it."""
+        return self.storage_offset() == 0 and self.is_contiguous() and tuple(self.shape) == self._stored_shape
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:
+        return (sum(place.shape[0] for place in self.places), *self.places[0].shape[1:])
+
+    def _geometry(self) -> Tensor:
+        """Return a tensor without memory of this size, strides, offset and type."""
+        base = torch.empty(math.prod(self._stored_shape), dtype=self.dtype, device="meta")
+        return base.as_strided(self.shape, self.stride(), self.storage_offset())
+
+    def _viewed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        with _disable_current_modes():
+            found = func(self._geometry(), *args, **kwargs)
+        return [self._part(part) for part in found] if isinstance(found, (list, tuple)) else self._part(found)
+
+    def _part(self, geometry: Tensor) -> StoredTensor:
+        """Return the view of that geometry; of one block where its values are all there."""
+        places, width = self.places, math.prod(self._stored_shape[1:])
+        if len(places) > 1 and geometry.numel():
+            first = geometry.storage_offset()
+            last = first + sum(
+                (size - 1) * stride for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
+            )
+            at = 0
+            for place in places:
+                end = at + place.shape[0] * width
+                if at <= first and last < end:
+                    with _disable_current_modes():
+                        base = torch.empty(end - at, dtype=geometry.dtype, device="meta")
+                        geometry = base.as_strided(geometry.shape, geometry.stride(), first - at)
+                    places = (place,)
+                    break
+                at = end
+        return StoredTensor(self.store, places, geometry, self.device)
+
+    def _converted(self, kwargs: Mapping[str, Any]) -> StoredTensor:
+        """Return the same in another type, to which each reading converts it, or on another device, with its store."""
+        device = self.device if kwargs.get("device") is None else torch.device(kwargs["device"])
+        if device != self.device:
+            self.store.move(device)
+        with _disable_current_modes():
+            geometry = self._geometry().to(kwargs.get("dtype") or self.dtype)
+        return StoredTensor(self.store, self.places, geometry, device)
+
+    def _written(self, values: Tensor) -> StoredTensor:
+        if not self.is_full or len(self.places) > 1:
+            raise ParallelError("a weight of a sharded base can be replaced as a whole only")
+        self.store.write(self.places[0], values)
+        return self
+
+    def _looked_up(self, index: Tensor) -> Tensor:
+        """Return the rows [*, columns] at an index [*], of a table in several blocks: they are read one by one."""
+        rows = [place.shape[0] for place in self.places]
+        found = None
+        for start, part in zip(accumulate(rows, initial=0), self.split(rows), strict=False):
+            local = index - start
+            held = (local >= 0) & (local < part.shape[0])
+            values = torch.embedding(part, local * held)
+            # Chosen, not added: what other rows hold may be infinite.
+            found = values if found is None else torch.where(held.unsqueeze(-1), values, found)
+        assert found is not None
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = StoredTensor(deepcopy(self.store, memo), self.places, self._geometry(), self.device)
+            memo[id(self)] = _like(self, copied)
+        return memo[id(self)]
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"StoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
+
+
+class _Reader:
+    """Reads the stored tensors of one operation."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        blocks: set[tuple[int, int]] = set()
+
+        def note(tensor: StoredTensor) -> None:
+            blocks.update((id(tensor.store), place.block) for place in tensor.places)
+
+        tree_map_only(StoredTensor, note, arguments)
+        self._several = len(blocks) > 1
+
+    def __call__(self, tensor: StoredTensor) -> Tensor:
+        found = tensor.gathered()
+        # Reading another block may put values in its place.
+        return found.clone() if self._several else found
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether what an operation returns is a view of its first argument, or that itself."""
+    schema = func._schema
+    if not schema.arguments or any(argument.is_write for argument in schema.arguments):
+        return False
+    first = schema.arguments[0].alias_info
+    return first is not None and any(returned.alias_info is not None for returned in schema.returns)
+
+
+def _writes(func: Any, args: Sequence[Any]) -> bool:
+    return any(
+        argument.is_write and isinstance(given, StoredTensor)
+        for argument, given in zip(func._schema.arguments, args, strict=False)
+    )
+
+
+def is_stored(tensor: object) -> bool:
+    """Whether a tensor's values are in a store."""
+    return isinstance(tensor, StoredTensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor that code will read by their address; of a `StoredTensor` what its store has."""
+    return tensor.gathered() if isinstance(tensor, StoredTensor) else tensor
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """Make `new` a parameter where `old` is one, with the attributes that others put on it (its layout)."""
+    made = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    for name, value in vars(old).items():
+        if name not in ("store", "places"):
+            setattr(made, name, value)
+    return made
+
+
+def stored_(holders: Iterable[tuple[nn.Module, str]], store: BlockStore, rows: int | None = None) -> None:
+    """Put frozen parameters of modules into one new block of a store; in their place are `StoredTensor`s.
+
+    Args:
+        holders: Modules, and the names of their own parameters, tied ones under each of their names.
+        store: The store.
+        rows: Put each so many rows of the one parameter into a block of their own.
+
+    Raises:
+        ParallelError: One gets a gradient.
+    """
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for module, name in holders:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        if parameter.requires_grad:
+            raise ParallelError(f"{name} of a {type(module).__name__} is trained: freeze the base before it is sharded")
+        tensors[id(parameter)] = parameter
+        held.setdefault(id(parameter), []).append((module, name))
+    if rows is None:
+        places = [[place] for place in store.add(list(tensors.values()))] if tensors else []
+    else:
+        places = [[place for part in one.split(rows) for place in store.add([part])] for one in tensors.values()]
+    for (key, old), at in zip(tensors.items(), places, strict=True):
+        with _disable_current_modes():
+            geometry = torch.empty(tuple(old.shape), dtype=old.dtype, device="meta")
+        new = _like(old, StoredTensor(store, at, geometry, old.device))
+        for module, name in held[key]:
+            module._parameters[name] = new  # type: ignore[assignment]
