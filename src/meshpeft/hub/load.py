@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -16,6 +17,7 @@ from meshpeft.hub.coded_files import model_files
 from meshpeft.hub.names import StoredTensors, hf_module_name, stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, read_json
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, ModelError
+from meshpeft.models.base_blocks import BaseBlocks, ShardBase
 from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel.config import ModelParallelConfig
@@ -45,6 +47,7 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
+    shard_base: ShardBase = "none",
 ) -> Decoder:
     """Load a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE model that transformers saved.
 
@@ -62,8 +65,11 @@ def load_pretrained(
         quantize: Pack each layer as soon as it is read, as `quantize_base` would afterwards: a rank then holds its
             packed share and one tensor more at most, its share of a layer's weight in `dtype`, and the copies of a
             quarter of a million values. What starts adapters (residuals, principal parts) is computed beside that.
+        shard_base: Shard the weights, as they are stored, over so many of the model's replicas, each layer as soon as
+            it is read. They are frozen then.
 
     Raises:
+        ParallelError: The number of `shard_base` does not divide that of replicas.
         QuantizationError: See `quantize_base`.
         ModelError: A file is missing, truncated, or holds tensors other than the configuration says; the model
             is not one of these families, or has a variation that is not implemented; sizes do not divide.
@@ -79,7 +85,9 @@ def load_pretrained(
         names = {key for form in stored.values() for key in form.keys}
         _check_tensors(files, names, config, directory)
         check_shapes(files, stored)
-        fill(decoder, files, stored, common_dtype(files, names) if dtype is None else dtype, device, quantize)
+        fill(
+            decoder, files, stored, common_dtype(files, names) if dtype is None else dtype, device, quantize, shard_base
+        )
     decoder.set_activation_checkpointing(activation_checkpointing)
     return decoder
 
@@ -91,6 +99,7 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     quantize: BaseQuantizer | None,
+    shard_base: ShardBase = "none",
 ) -> None:
     """Read every parameter and persistent buffer of a model on the meta device, one after the other.
 
@@ -101,9 +110,10 @@ def fill(
         dtype: Dtype of those that are of a floating type; `None` for what the empty ones have.
         device: Their device; torch's default device by default.
         quantize: Packs each layer as soon as its weight is read.
+        shard_base: Over how many replicas each layer is sharded as soon as it is read.
 
     Raises:
-        ModelError, QuantizationError: See `load_pretrained`.
+        ModelError, QuantizationError, ParallelError: See `load_pretrained`.
     """
     model.name_or_path = str(files.path)
     target = torch.get_default_device() if device is None else torch.device(device)
@@ -111,7 +121,11 @@ def fill(
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
-    for name, empty in model.stored_tensors().items():
+    blocks = BaseBlocks(model, shard_base)
+    stored_tensors = model.stored_tensors()
+    left = Counter(layer for name in stored_tensors if (layer := blocks.layer_of(name)) is not None)
+    # Layers first: how much of a table is gathered at once follows from their sizes.
+    for name, empty in sorted(stored_tensors.items(), key=lambda item: blocks.layer_of(item[0]) is None):
         kind = dtype if dtype is not None and empty.is_floating_point() else empty.dtype
         if kind.is_floating_point:
             for key in stored[name].keys:
@@ -124,6 +138,12 @@ def fill(
         layer, _, attribute = name.rpartition(".")
         if quantize is not None and layer in packed and attribute == "weight":
             quantize.pack_(packed[layer], layer)
+        of_stack = blocks.layer_of(name)
+        if of_stack is not None:
+            left[of_stack] -= 1
+            if not left[of_stack]:
+                blocks.store_layer(of_stack)
+    blocks.store_tables()
 
 
 def stored_dtype(directory: str | Path, *, widest: bool = False) -> torch.dtype:

@@ -24,6 +24,7 @@ from meshpeft.hub.load import check_shapes, common_dtype, fill, has_two_values
 from meshpeft.hub.names import name_in_transformers, stored_forms
 from meshpeft.hub.tensor_files import MODEL_DIRECTORY, TensorFiles, read_json
 from meshpeft.models import ModelError
+from meshpeft.models.base_blocks import ShardBase
 from meshpeft.models.language_model import PartsInFiles, layout_or_replicated
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.models.towers import towers_in_place
@@ -64,6 +65,7 @@ def load_transformers(
     device: torch.device | str | None = None,
     quantize: BaseQuantizer | None = None,
     sequence_parallel: bool = False,
+    shard_base: ShardBase = "none",
 ) -> TransformersModel:
     """Load a model of transformers as it is, sharded over tensor parallel by its architecture's plan.
 
@@ -75,6 +77,8 @@ def load_transformers(
         activation_checkpointing: What is kept of a layer and computed again; `True` is full. See `recompute.py`.
         device: Device of the parameters; torch's default device by default.
         quantize: Pack each layer as soon as it is read.
+        sequence_parallel: Shard the tokens of a row between blocks.
+        shard_base: As for `load_pretrained`.
 
     Raises:
         QuantizationError: See `quantize_base`.
@@ -103,7 +107,7 @@ def load_transformers(
             for name, tensor in model.stored_tensors().items()
         }
         check_shapes(files, stored)
-        fill(model, files, stored, None, target, quantize)
+        fill(model, files, stored, None, target, quantize, shard_base)
     _name_tied_by_own(model, found)
     model.set_activation_checkpointing(activation_checkpointing)
     return model

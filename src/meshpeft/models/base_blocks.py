@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,7 +18,11 @@ from meshpeft.parallel import layer_type_of, layout_of_tensor, parallel_group_in
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.sharded_base import BlockStore, is_stored, stored_
 
-__all__ = ["BaseBlocks", "base_stores", "rows_of_tables", "shard_base"]
+__all__ = ["BaseBlocks", "ShardBase", "base_stores", "rows_of_tables", "shard_base"]
+
+
+ShardBase: TypeAlias = int | Literal["all", "none"]
+"""Over how many of its dp * cp replicas a base is sharded."""
 
 
 @dataclass(eq=False)
@@ -27,25 +31,36 @@ class BaseBlocks:
 
     Args:
         model: Of either engine; its parameters may be on the meta device.
-        shards: Over how many replicas; `None` for all.
+        shards: Over how many replicas.
 
     Attributes:
         dense, expert: Their stores.
     """
 
     model: nn.Module
-    shards: int | None = None
+    shards: ShardBase = "all"
     dense: BlockStore = field(init=False)
     expert: BlockStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dense, self.expert = map(BlockStore, parallel_group_info().replica_axes(self.shards))
+        counts: dict[ShardBase, int | None] = {"all": None, "none": 1}
+        shards = self.shards if isinstance(self.shards, int) else counts[self.shards]
+        self.dense, self.expert = map(BlockStore, parallel_group_info().replica_axes(shards))
         self._layers = {name: layer for stack in _stacks(self.model) for name, layer in stack}
 
     @property
     def layers(self) -> list[str]:
         """Full names of the layers."""
         return list(self._layers)
+
+    def layer_of(self, name: str) -> str | None:
+        """Return the full name of the layer that a parameter is in; `None` for those outside of the layers."""
+        return next((layer for layer in self._prefixes_of(name) if layer in self._layers), None)
+
+    @staticmethod
+    def _prefixes_of(name: str) -> Iterator[str]:
+        parts = name.split(".")
+        return (".".join(parts[:count]) for count in range(1, len(parts)))
 
     def store_layer(self, name: str) -> None:
         """Put the weights of a layer, all of which hold values, into its blocks. No collective."""
@@ -77,12 +92,12 @@ class BaseBlocks:
             stored_(same, store, rows=parameter.shape[0] if rows is None else min(rows, parameter.shape[0]))
 
 
-def shard_base(model: nn.Module, shards: int | None = None) -> list[BlockStore]:
+def shard_base(model: nn.Module, shards: ShardBase = "all") -> list[BlockStore]:
     """Shard the weights of a model that is in memory over its replicas, in place, and freeze them. No collective.
 
     Args:
         model: A language model of either engine, without adapters or with.
-        shards: Over how many of the dp * cp replicas; `None` for all.
+        shards: Over how many of the dp * cp replicas.
 
     Returns:
         The stores of its dense weights and of its experts'.
@@ -99,7 +114,8 @@ def shard_base(model: nn.Module, shards: int | None = None) -> list[BlockStore]:
 
 def base_stores(model: nn.Module) -> list[BlockStore]:
     """The stores of a model's sharded base; none where it is not sharded."""
-    return list(dict.fromkeys(parameter.store for parameter in model.parameters() if is_stored(parameter)))
+    parameters: list[Any] = list(model.parameters())
+    return list(dict.fromkeys(parameter.store for parameter in parameters if is_stored(parameter)))
 
 
 # Of models whose tables were looked at before: it takes a walk over all modules, and a forward pass asks.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meshpeft.models.config import ModelError
+from meshpeft.parallel.sharded_base import is_stored
 
 __all__ = ["ActivationCheckpointing", "RecomputesParts", "checkpointing_mode", "kept_on_host"]
 
@@ -61,10 +62,13 @@ def kept_on_host(model: nn.Module, *, device_type: str = "cuda", smallest: int =
         device_type: Type of the device whose tensors are moved.
         smallest: Bytes of the smallest tensor that is moved.
     """
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_stored(tensor))
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def pack(kept: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if kept.device.type != device_type or kept.nbytes < smallest or kept.untyped_storage().data_ptr() in held:
+        if is_stored(kept) or kept.device.type != device_type or kept.nbytes < smallest:
+            return kept
+        if kept.untyped_storage().data_ptr() in held:
             return kept
         host = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.is_cuda)
         return kept.device, host.copy_(kept, non_blocking=True)

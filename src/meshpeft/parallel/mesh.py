@@ -331,8 +331,9 @@ def _build(dense_sizes: tuple[int, ...], expert_sizes: tuple[int, ...]) -> Paral
     def axis(names: tuple[str, ...], mesh: DeviceMesh) -> ParallelAxis:
         return ParallelAxis("+".join(names), mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
+    axes: dict[str, Any] = {names[0]: axis(names, mesh) for names, mesh in meshes.items()}
     return ParallelGroupInfo(
-        **{names[0]: axis(names, mesh) for names, mesh in meshes.items()},
+        **axes,
         world=axis(("world",), world),
         joined_axes={frozenset(names): axis(names, mesh) for names, mesh in joined.items()},
         mesh=dense,

@@ -79,12 +79,13 @@ class BlockStore:
         shards: This rank's bytes of each block.
         gathers: How many blocks were gathered.
         gathered_bytes: Bytes that this rank received from others for them.
+        changes: How often values were replaced.
     """
 
     def __init__(self, axis: ParallelAxis) -> None:
         self.axis = axis
         self.shards: list[Tensor] = []
-        self.gathers = self.gathered_bytes = 0
+        self.gathers = self.gathered_bytes = self.changes = 0
         self._slots = [_Slot(), _Slot()]
         self._current = 0  # the slot that was read last
         self._order: dict[tuple[int | None, int], int] = {}  # what followed two blocks when they were read last
@@ -123,6 +124,7 @@ class BlockStore:
     def write(self, place: _Place, values: Tensor) -> None:
         """Replace the values at a place by full ones, the same on every rank of the axis. No collective."""
         self._settle()
+        self.changes += 1
         shard = self.shards[place.block]
         full = shard.new_zeros(shard.shape[0] * self.axis.world_size)
         mask = full.clone()
@@ -228,21 +230,27 @@ class StoredTensor(Tensor):
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # typeshed has it as a function
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         if isinstance(first, StoredTensor):
+            if func is torch.ops.aten.view.dtype:  # the bits as numbers of another type: no conversion of the values
+                return func(first.gathered().clone(), *args[1:], **kwargs)
             if _is_view(func):
                 return first._viewed(func, args[1:], kwargs)
             if func is torch.ops.aten._to_copy.default:
                 return first._converted(kwargs)
-            if func.name().startswith("aten::new_"):  # of its kind, whatever its values are
-                return func(first.store.shards[0][:0].view(first.dtype), *args[1:], **kwargs)
+            # Of its kind, whatever its values are.
+            like = first.store.shards[0][:0].view(first.dtype)
+            if func.name().startswith("aten::new_"):
+                return func(like, *args[1:], **kwargs)
+            if func is torch.ops.aten.empty_like.default:
+                return func(like.new_empty(first.shape), **kwargs)
             if func is torch.ops.aten.copy_.default:
                 return first._written(args[1])
             if func is torch.ops.aten.embedding.default and len(first.places) > 1 and first.is_full:
@@ -343,7 +351,7 @@ class StoredTensor(Tensor):
             memo[id(self)] = _like(self, copied)
         return memo[id(self)]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
         return f"StoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
 
 

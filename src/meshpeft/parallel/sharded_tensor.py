@@ -22,6 +22,7 @@ from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.layout import TensorLayout, layout_of_tensor, set_layout
 from meshpeft.parallel.mesh import is_simulated, on_each_rank
+from meshpeft.parallel.sharded_base import StoredTensor
 
 __all__ = [
     "COMPILED",
@@ -76,11 +77,12 @@ class ShardedTensor:
     def data(self) -> Tensor:
         """The local values, detached; of the global tensor's shape without its `prepended_axes`.
 
-        A view of `source`, or a copy (made each time) where its parts are interleaved.
+        A view of `source`, or a copy (made each time) where its parts are interleaved, or its base is sharded.
         """
-        if self.part is None or self.layout is None:
-            return self.source.detach()
-        return self.layout.split_parts(self.source.detach())[self.part]
+        source = self.source.detach()
+        if isinstance(source, StoredTensor):
+            source = source.gathered().clone()
+        return source if self.part is None or self.layout is None else self.layout.split_parts(source)[self.part]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -35,7 +35,7 @@ from meshpeft.quantization import (
     svdquant_init,
 )
 from meshpeft.training.base import BaseModel, find_base, has_experts
-from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
+from meshpeft.training.config import ConfigError, FinetuneConfig, LayoutConfig, tensor_type
 
 __all__ = [
     "DefaultLayers",
@@ -370,8 +370,13 @@ def _check_started(model: LanguageModel, packed: set[int], run: FinetuneConfig) 
             )
 
 
-def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence_parallel: bool) -> LanguageModel:
+def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, layout: LayoutConfig) -> LanguageModel:
     """Load this rank's shard of a run's base model, with the adapter in a directory, if one is given.
+
+    Args:
+        run: The run whose base and types they are.
+        adapter: Directory of the adapter.
+        layout: Layout to load it at.
 
     Raises:
         MeshPEFTError: The model or the adapter cannot be read.
@@ -380,7 +385,8 @@ def load_base_and_adapter(run: FinetuneConfig, adapter: Path | None, *, sequence
     model = base.load(
         tensor_type(run.dtype),
         quantize=base_quantizer(run, default_layers_of(base)),
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        shard_base=layout.shard_base,
     )
     if adapter is not None:
         load_peft_adapter(model, adapter)

@@ -26,6 +26,7 @@ from meshpeft.models import (
     check_divisible,
     load_pretrained,
 )
+from meshpeft.models.base_blocks import ShardBase
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel.config import ModelParallelConfig
 from meshpeft.parallel.mesh import ParallelAxis, parallel_group_info
@@ -161,13 +162,14 @@ class BaseModel:
         quantize: BaseQuantizer | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: bool | ActivationCheckpointing = False,
+        shard_base: ShardBase = "none",
     ) -> LanguageModel:
         """Load this rank's shard, packed layer by layer if asked for.
 
         Args:
             dtype: Type of weights and activations.
             quantize: Packs the layers.
-            sequence_parallel, activation_checkpointing: Options of the run.
+            sequence_parallel, activation_checkpointing, shard_base: Options of the run.
 
         Raises:
             QuantizationError: A layer that cannot be packed.
@@ -181,9 +183,10 @@ class BaseModel:
                 device=device(),
                 quantize=quantize,
                 sequence_parallel=sequence_parallel,
+                shard_base=shard_base,
             )
         else:
-            model = self._load_native(dtype, quantize, sequence_parallel, activation_checkpointing)
+            model = self._load_native(dtype, quantize, sequence_parallel, activation_checkpointing, shard_base)
         check_same_base(model)
         return model
 
@@ -193,6 +196,7 @@ class BaseModel:
         quantize: BaseQuantizer | None,
         sequence_parallel: bool,
         activation_checkpointing: bool | ActivationCheckpointing,
+        shard_base: ShardBase,
     ) -> Decoder:
         info = parallel_group_info()
         parallel = ModelParallelConfig(
@@ -203,7 +207,13 @@ class BaseModel:
             sequence_parallel=sequence_parallel,
         )
         return load_pretrained(
-            self.directory, dtype, parallel, activation_checkpointing, device=device(), quantize=quantize
+            self.directory,
+            dtype,
+            parallel,
+            activation_checkpointing,
+            device=device(),
+            quantize=quantize,
+            shard_base=shard_base,
         )
 
 

@@ -94,9 +94,15 @@ class LayoutConfig:
     sequence_parallel: bool = False
     """Shard the activations between the layers over the tensor-parallel processes, too: less memory."""
 
+    shard_base: int | Literal["all", "none"] = "none"
+    """Shard the frozen base over so many of its copies, of which there are --dp times --cp: each process keeps its part
+    of the bytes as they are stored, and gathers a layer before its use. all: over every copy."""
+
     def check(self) -> None:
         """Raise `ConfigError` for values that no model and no machine could take."""
         at_least(self, 1, "tp", "dp", "cp", "ep", "etp")
+        if self.shard_base not in ("all", "none"):
+            at_least(self, 1, "shard_base")
 
 
 @dataclass(frozen=True, kw_only=True)

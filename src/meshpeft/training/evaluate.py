@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> float:
         tokenizer = load_tokenizer(directory)
         rows, findings = load_rows(run, tokenizer, config.data)
     check_same_inputs(run, directory, tokenizer, {"rows": rows}, config.adapter)
-    model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
+    model = load_base_and_adapter(run, config.adapter, config)
     model.loss_chunk = config.loss_chunk
     check_rows(model, rows)
     check_attention(model, run)
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> float:
     report.say(f"data: {source}, {batches.global_target_tokens:,} target tokens")
     for line in findings.lines():
         report.say(f"  {line}")
-    report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
+    report.say(f"layout: {describe_layout(info, config)}")
     # The exponential of more than 709 is no float64.
     perplexity = f"{math.exp(loss):.2f}" if loss < 700 else f"e^{loss:.0f}"
     report.say(f"loss: {loss:.4f} nats per target token (perplexity {perplexity})")

@@ -140,7 +140,7 @@ def _train(config: FinetuneConfig, info: ParallelGroupInfo, report: Report, outp
     for line in _subject(config, base, model, layers):
         report.say(line)
     report.say(f"data: {inputs.summary}")
-    report.say(f"layout: {describe_layout(info, config.sequence_parallel)}")
+    report.say(f"layout: {describe_layout(info, config)}")
     report.say(
         f"training: {counted(loop.steps, 'step')} of {counted(config.batch_size, 'row')}, {loop.epochs:.2f} epochs\n"
     )
@@ -258,6 +258,7 @@ def _adapted(config: FinetuneConfig, base: BaseModel, layers: DefaultLayers) -> 
         quantize=base_quantizer(config, layers, residuals=True),
         sequence_parallel=config.sequence_parallel,
         activation_checkpointing=config.activation_checkpointing,
+        shard_base=config.shard_base,
     )
     model.loss_chunk = config.loss_chunk
     model.offloads_activations = config.offload_activations

@@ -63,7 +63,7 @@ def generate(config: GenerateConfig) -> str:
         with chat_templates(day):
             prompt = prompt_tokens(tokenizer, config.prompt, chat=config.chat)
     check_same_inputs(config, directory, tokenizer, {}, config.adapter)
-    model = load_base_and_adapter(run, config.adapter, sequence_parallel=config.sequence_parallel)
+    model = load_base_and_adapter(run, config.adapter, config)
     tokens = generate_tokens(
         model,
         torch.tensor([prompt], device=device()),

@@ -35,7 +35,7 @@ from meshpeft.data.tokenizers import decoded
 from meshpeft.hub.staging import StagedFiles
 from meshpeft.parallel.errors import MeshPEFTError, shown
 from meshpeft.parallel.mesh import AXES, ParallelGroupInfo
-from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.config import FinetuneConfig, LayoutConfig
 from meshpeft.training.output import CURVE, METRICS
 
 __all__ = [
@@ -59,26 +59,29 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def describe_processes(count: int, sizes: Mapping[str, int], sequence_parallel: bool) -> str:
+def describe_processes(count: int, sizes: Mapping[str, int], layout: LayoutConfig) -> str:
     """Describe the processes: `2 processes (tp=2, sequence parallel)`.
 
     Args:
         count: Number of all processes.
         sizes: Sizes of `tp cp dp ep etp`.
-        sequence_parallel: Whether the run uses it.
+        layout: Has what else is sharded.
     """
     words = [f"{axis}={sizes[axis]}" for axis in ("tp", "cp", "dp", "ep") if sizes[axis] > 1]
     if sizes["etp"] != sizes["tp"]:
         words.append(f"etp={sizes['etp']}")
-    if sequence_parallel and sizes["tp"] > 1:
+    if layout.sequence_parallel and sizes["tp"] > 1:
         words.append("sequence parallel")
+    shards = sizes["dp"] * sizes["cp"] if layout.shard_base == "all" else layout.shard_base
+    if shards not in ("none", 1):
+        words.append(f"base sharded over {shards}")
     return "1 process" if count == 1 else f"{count:,} processes ({', '.join(words)})"
 
 
-def describe_layout(info: ParallelGroupInfo, sequence_parallel: bool) -> str:
+def describe_layout(info: ParallelGroupInfo, layout: LayoutConfig) -> str:
     """Describe the layout: `2 processes (tp=2, sequence parallel) on CPU`."""
     sizes = {axis: info.axis(axis).world_size for axis in ("tp", "cp", "dp", "ep", "etp")}
-    processes = describe_processes(info.world.world_size, sizes, sequence_parallel)
+    processes = describe_processes(info.world.world_size, sizes, layout)
     return f"{processes} on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
 
 

@@ -132,7 +132,7 @@ def plan_run(config: FinetuneConfig) -> str:
     quantizer = base_quantizer(config)
     packed = None if quantizer is None else quantizer.format
     sizes = {name: size for name, size in _layout(config, world).items() if name in AXES}
-    layout = describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config.sequence_parallel)
+    layout = describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config)
     return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
 
 
