@@ -21,6 +21,7 @@ from meshpeft.models.language_model import layout_or_replicated
 from meshpeft.parallel.agreement import kept, raise_everywhere
 from meshpeft.parallel.errors import MeshPEFTError
 from meshpeft.parallel.finite import check_finite
+from meshpeft.parallel.sharded_base import gathered
 from meshpeft.peft import is_peft_model
 
 __all__ = ["held_model", "refuse_adapter_directory", "save_pretrained"]
@@ -98,7 +99,7 @@ def save_pretrained(
     raise_everywhere(failures, what, ModelError)
     try:
         for tensor, form in stored:
-            full = form.layout.gather(tensor)
+            full = gathered(form.layout.gather(tensor))
             with kept(failures):
                 if writer is not None and not failures:
                     for values in form.split(plain(full)):
