@@ -80,3 +80,37 @@ def test_everything_that_reads_the_base_reads_a_sharded_one(family: str, quantiz
     assert digests(tmp_path / "none" / "adapter") == digests(tmp_path / "all" / "adapter")
     for name in ("merged", "saved") if quantize is None else ():
         assert digests(tmp_path / "none" / name) == digests(tmp_path / "all" / name)
+
+
+def save_whole(base: Path, folder: Path, shards: ShardBase) -> dict[str, Any]:
+    """Save everything, and load it into bases whose values are gone; what each of them has then."""
+    init_parallelism()
+    load: Any = load_pretrained
+    model = LoRA(dim=4)(load(base, torch.float32, shard_base=shards))
+    save_checkpoint(model, folder / str(shards), step=1, full_model=True)
+    found = {}
+    for into in ("none", 2, "all"):
+        fresh = LoRA(dim=4)(load(base, torch.float32, shard_base=into))
+        with torch.no_grad():
+            for parameter in fresh.parameters():
+                parameter.copy_(torch.zeros(parameter.shape))
+        load_checkpoint(fresh, folder / str(shards))
+        found[str(into)] = {entry.key: entry.data.clone() for entry in fresh.sharded_state_dict().values()}
+    return found
+
+
+def test_a_checkpoint_of_the_full_model_is_the_same_from_any_base_and_for_any(tmp_path: Path) -> None:
+    base = save_tiny("qwen3_moe", tmp_path / "base")
+    results = {shards: run_on_ranks(4, save_whole, base, tmp_path, shards)[0] for shards in ("none", 2, "all")}
+    expected = results["none"]["none"]
+    assert expected
+    for found in results.values():
+        for tensors in found.values():
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    stored = {
+        shards: sum(file.stat().st_size for file in (tmp_path / shards).rglob("*.safetensors"))
+        for shards in ("none", "2", "all")
+    }
+    # Each value once; the headers name the slices.
+    assert max(stored.values()) - min(stored.values()) < 0.1 * min(stored.values())

@@ -14,8 +14,10 @@ from meshpeft.models import Decoder, DecoderConfig, LanguageModel
 from meshpeft.models.base_blocks import ShardBase, rows_of_tables, shard_base
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.parallel.sharded_base import BlockStore, is_stored
-from meshpeft.quantization import quantize_base
+from meshpeft.peft import LoRA
+from meshpeft.quantization import pissa_init, quantize_base
 from meshpeft.verify.oracle import Layout, Recipe, Run, Trace
+from meshpeft.verify.simulation import the_same
 
 # Three layers, whose rows are whole blocks of packed values on each of two ranks.
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "head_dim": 8}
@@ -32,7 +34,7 @@ def trained(
     def make(parallel: ModelParallelConfig) -> LanguageModel:
         made = Decoder(model, parallel, dtype=torch.float64)
         if quantize is not None:
-            quantize_base(made, quantize, block_size=32)
+            quantize_base(made, quantize, block_size=32, principal_rank=2 if adapt is pissa else None)
         stores.extend(shard_base(made, shards))
         return made
 
@@ -49,6 +51,15 @@ def trained(
     return trace, stores, sent
 
 
+def pissa(model: Any) -> nn.Module:
+    adapted = LoRA(dim=2, lora_dtype=torch.float64)(model)
+    pissa_init(adapted)
+    return adapted
+
+
+ADAPTERS = {**METHODS, "pissa": pissa}
+
+
 def name(given: object) -> str:
     return "" if isinstance(given, DecoderConfig) else str(given)
 
@@ -60,6 +71,8 @@ LAYOUTS = [
     ("lora, standalone", DENSE, Layout(cp=2, dp=2), 4, "nf4"),
     ("lora", MOE, Layout(dp=4, ep=2), "all", "nf4"),
     ("dora", MOE, Layout(tp=2, dp=2, ep=2, etp=1), 2, None),
+    ("pissa", DENSE, Layout(tp=2, dp=2), "all", None),
+    ("pissa", DENSE, Layout(dp=2), "all", "nf4"),
 ]
 
 
@@ -67,8 +80,8 @@ LAYOUTS = [
 def test_the_fine_tune_is_bit_for_bit_that_of_a_whole_base(
     method: str, model: DecoderConfig, layout: Layout, shards: ShardBase, quantize: str | None
 ) -> None:
-    expected, none, _ = trained(layout, model, METHODS[method], "none", quantize)
-    found, stores, _ = trained(layout, model, METHODS[method], shards, quantize)
+    expected, none, _ = trained(layout, model, ADAPTERS[method], "none", quantize)
+    found, stores, _ = trained(layout, model, ADAPTERS[method], shards, quantize)
     assert not none and stores
     assert (found.losses, found.grad_norms) == (expected.losses, expected.grad_norms)
     for tensors, others in ((found.gradients, expected.gradients), (found.weights, expected.weights)):
@@ -111,3 +124,25 @@ def test_parameters_keep_what_is_known_of_them() -> None:
         assert described[0] == described[1]
         kept = {name for name, parameter in sharded.named_parameters() if not is_stored(parameter)}
         assert all("norm" in name for name in kept) and kept
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_an_adapter_is_merged_into_a_sharded_base_and_taken_out_again(keep_base: bool) -> None:
+    ids, losses = torch.arange(8)[None], []
+    with Layout(dp=2).simulated():
+        for shards in ("none", "all"):
+            model = Decoder(DENSE, None, dtype=torch.float64)
+            shard_base(model, shards)
+            method = LoRA(dim=2, lora_B_init_method="normal", lora_dtype=torch.float64)
+            adapted = method(model)
+            before = model.token_losses(ids, ids).sum()
+            method.merge(adapted, keep_base=keep_base)
+            merged = model.token_losses(ids, ids).sum()
+            stored = {n for n, p in model.named_parameters() if is_stored(p)}
+            if keep_base:
+                method.unmerge(adapted)
+                assert torch.equal(the_same(before), the_same(model.token_losses(ids, ids).sum()))
+            losses.append((the_same(before), the_same(merged)))
+    assert all(torch.equal(*pair) for pair in zip(*losses, strict=True)) and not torch.equal(*losses[0])
+    # Merged weights are sharded, too.
+    assert stored == {n for n, p in model.named_parameters() if is_stored(p)} and "embedding.weight" in stored

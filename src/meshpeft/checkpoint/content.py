@@ -18,6 +18,8 @@ from meshpeft.checkpoint.storage import Slice
 from meshpeft.hub.adapter_tensors import refuse_sharded
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.errors import blamed_on
+from meshpeft.parallel.mesh import ParallelAxis
+from meshpeft.parallel.sharded_base import StoredTensor
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import adapter_wrappers
 
@@ -80,8 +82,20 @@ class ModelContent:
         return cls(stored, frozen)
 
     def slices(self) -> list[Slice]:
-        """List the slices to save, with the values as they are when they are read."""
-        return [_slice(MODEL + entry.key, entry) for entry in self.stored]
+        """List the slices to save, with the values as they are when they are read.
+
+        A collective where the base is sharded over its replicas: of its tensors each rank takes some rows, as they are
+        now, into the CPU's memory.
+        """
+        return [
+            part
+            for entry in self.stored
+            for part in (
+                _own_rows(MODEL + entry.key, entry, entry.source.store.axis)
+                if isinstance(entry.source, StoredTensor)
+                else [_slice(MODEL + entry.key, entry)]
+            )
+        ]
 
 
 def _trained(model: nn.Module) -> set[int]:
@@ -97,6 +111,18 @@ def _trained(model: nn.Module) -> set[int]:
 
 def _slice(key: str, entry: ShardedTensor) -> Slice:
     return Slice(key, entry.dtype, entry.global_shape, entry.global_offset, entry.local_shape, lambda: entry.data)
+
+
+def _own_rows(key: str, entry: ShardedTensor, axis: ParallelAxis) -> list[Slice]:
+    """Cut a slice that the ranks of an axis gather together into one for each of them."""
+    values, dim = entry.data, entry.prepended_axes
+    start, end = (len(values) * index // axis.world_size for index in (axis.rank, axis.rank + 1))
+    own = values[start:end].to("cpu", copy=True)
+    if start == end:
+        return []
+    offset, shape = list(entry.global_offset), list(entry.local_shape)
+    offset[dim], shape[dim] = offset[dim] + start, end - start
+    return [Slice(key, entry.dtype, entry.global_shape, tuple(offset), tuple(shape), lambda: own)]
 
 
 @dataclass(frozen=True)

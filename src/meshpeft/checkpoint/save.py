@@ -128,7 +128,7 @@ def save_checkpoint(
         content = ModelContent.of(model, full_model=full_model)
         state = None if optimizer is None else OptimizerContent.of(optimizer, content)
         generators, generator = random_state()
-        slices = [generator, *content.slices(), *([] if state is None else state.slices())]
+        slices = [generator, *([] if state is None else state.slices())]
         manifest = Manifest(
             step=step,
             full_model=full_model,
@@ -139,7 +139,9 @@ def save_checkpoint(
             random=generators,
             extra=_snapshot(extra or {}),
         )
-        if asynchronous:
+    slices += content.slices()  # a collective where the base is sharded over its replicas
+    if asynchronous:
+        with all_or_none(f"saving to {directory}", CheckpointError):
             slices = [_copied(part) for part in slices]
     check_finite(((part.key, part.values()) for part in slices), f"saving to {directory}", CheckpointError)
     manifest = replace(manifest, model={**manifest.model, "base": describe_base(model, content.frozen)})

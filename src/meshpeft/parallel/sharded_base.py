@@ -18,7 +18,8 @@ A view of a `StoredTensor` (transposed, some rows) is another one. Results of op
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,7 +35,7 @@ from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.states import start_all_gather, take_slice
 
-__all__ = ["BlockStore", "StoredTensor", "gathered", "is_stored", "stored_"]
+__all__ = ["BlockStore", "StoredTensor", "changed_in_place", "gathered", "is_stored", "stored_", "stored_like"]
 
 # Tensors begin at multiples of it in a block, as PyTorch's own memory does: a product may round by its alignment.
 _ALIGNMENT = 64
@@ -269,9 +270,8 @@ class StoredTensor(Tensor):
         if len(self.places) == 1:
             full, at = first, self.places[0].start // first.dtype.itemsize
         else:
-            rows = [place.shape[0] for place in self.places]
-            full, at = first.new_empty((sum(rows), *first.shape[1:])), 0
-            for part, place in zip(full.split(rows), self.places, strict=True):
+            full, at = first.new_empty(self._stored_shape), 0
+            for part, place in zip(full.split(self._rows), self.places, strict=True):
                 part.copy_(self.store.read(place))
         if not self.is_full:
             # The offset is that in memory: of the buffer, which the block begins.
@@ -284,8 +284,12 @@ class StoredTensor(Tensor):
         return self.storage_offset() == 0 and self.is_contiguous() and tuple(self.shape) == self._stored_shape
 
     @property
+    def _rows(self) -> list[int]:
+        return [place.shape[0] for place in self.places]
+
+    @property
     def _stored_shape(self) -> tuple[int, ...]:
-        return (sum(place.shape[0] for place in self.places), *self.places[0].shape[1:])
+        return (sum(self._rows), *self.places[0].shape[1:])
 
     def _geometry(self) -> Tensor:
         """Return a tensor without memory of this size, strides, offset and type."""
@@ -327,16 +331,16 @@ class StoredTensor(Tensor):
         return StoredTensor(self.store, self.places, geometry, device)
 
     def _written(self, values: Tensor) -> StoredTensor:
-        if not self.is_full or len(self.places) > 1:
+        if not self.is_full:
             raise ParallelError("a weight of a sharded base can be replaced as a whole only")
-        self.store.write(self.places[0], values)
+        for place, part in zip(self.places, values.expand(self.shape).split(self._rows), strict=True):
+            self.store.write(place, part)
         return self
 
     def _looked_up(self, index: Tensor) -> Tensor:
         """Return the rows [*, columns] at an index [*], of a table in several blocks: they are read one by one."""
-        rows = [place.shape[0] for place in self.places]
         found = None
-        for start, part in zip(accumulate(rows, initial=0), self.split(rows), strict=False):
+        for start, part in zip(accumulate(self._rows, initial=0), self.split(self._rows), strict=False):
             local = index - start
             held = (local >= 0) & (local < part.shape[0])
             values = torch.embedding(part, local * held)
@@ -398,6 +402,26 @@ def is_stored(tensor: object) -> bool:
 def gathered(tensor: Tensor) -> Tensor:
     """Return the values of a tensor that code will read by their address; of a `StoredTensor` what its store has."""
     return tensor.gathered() if isinstance(tensor, StoredTensor) else tensor
+
+
+@contextmanager
+def changed_in_place(tensor: Tensor) -> Iterator[Tensor]:
+    """Give the values of a tensor to be changed; those of a `StoredTensor` are put back into its store. A collective."""
+    if not isinstance(tensor, StoredTensor):
+        yield tensor.detach()
+        return
+    values = tensor.gathered().clone()
+    yield values
+    tensor.copy_(values)
+
+
+def stored_like(old: Tensor, values: Tensor) -> Tensor:
+    """Put values, the same on every rank, into a new block of the store that an old tensor is in. No collective."""
+    assert isinstance(old, StoredTensor)
+    places = [place for part in values.split(old._rows) for place in old.store.add([part])]
+    with _disable_current_modes():
+        geometry = torch.empty(tuple(values.shape), dtype=values.dtype, device="meta")
+    return StoredTensor(old.store, places, geometry, old.device)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import I, LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
+from meshpeft.parallel.sharded_base import is_stored, stored_like
 from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
@@ -492,9 +493,13 @@ def stored_weight_of(layer: nn.Module) -> nn.Parameter | None:
 
 
 def parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """Make a parameter of new values with the attributes of an old one: its layout, and what an engine reads on it."""
-    new = nn.Parameter(values.detach(), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
+    """Make a parameter of new values with the attributes of an old one: its layout, and what an engine reads on it.
+
+    Where the base is sharded over its replicas, the new one is, too.
+    """
+    values = values.detach()
+    new = nn.Parameter(stored_like(old, values) if is_stored(old) else values, requires_grad=old.requires_grad)
+    new.__dict__.update({name: value for name, value in old.__dict__.items() if name not in new.__dict__})
     return new
 
 

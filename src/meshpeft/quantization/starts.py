@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import LayerType, LinearLayout, TensorLayout, layer_type_of, layout_of, layout_of_tensor
+from meshpeft.parallel.sharded_base import changed_in_place
 from meshpeft.peft import AdapterTerm, AdapterWrapper, LowRankAdapter, adapter_wrappers, chunks_of
 from meshpeft.peft.wrapper import stored_weight_of
 from meshpeft.quantization.errors import QuantizationError
@@ -117,8 +118,9 @@ class AdapterSite:
         """Subtract s B A from the adapter's rows of the weight, in place; computed in float64, rounded once."""
         a, b = self.adapter.linear_in.weight, self.adapter.linear_out.weight
         product = (b.double() @ a.double()).mul_(self.adapter.scale)
-        rows = weight.detach() if self.part is None else self.layout.weight().part_views(weight.detach())[self.part]
-        rows.sub_(product.reshape(rows.shape))
+        with changed_in_place(weight) as values:
+            rows = values if self.part is None else self.layout.weight().part_views(values)[self.part]
+            rows.sub_(product.reshape(rows.shape))
 
     def check(self, method: Literal["svdquant", "pissa"]) -> None:
         """Check that the adapter can start by this method.
