@@ -38,8 +38,9 @@ def errors_in(printed: str) -> dict[str, float]:
             "--lora-dtype",
             "bf16",
         ],
+        ["--tp", "2", "--dp", "8", "--shard-base", "4", "--quantize", "nf4"],
     ),
-    ids=("dora", "layers by number"),
+    ids=("dora", "layers by number", "sharded base"),
 )
 def test_a_layout_of_the_embedded_model_is_exact(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *options]) == 0
@@ -113,5 +114,7 @@ def test_a_wrong_layout_is_refused_with_its_errors(
 def test_options_that_make_no_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--tp", "3"]) == 2
     assert "query groups" in capsys.readouterr().err
+    assert main(["verify", "--dp", "4", "--shard-base", "3"]) == 2
+    assert "use 1 or 2 or 4" in capsys.readouterr().err
     assert main(["verify", "--target-modules", "linear_qvk"]) == 2
     assert "nearest: linear_qkv" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.oracle_runs import METHODS, config, moe_config, rows
 from torch import nn
 
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel
-from meshpeft.models.base_blocks import ShardBase, rows_of_tables, shard_base
+from meshpeft.models.base_blocks import ShardBase, base_stores, rows_of_tables, shard_base
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.parallel.sharded_base import BlockStore, is_stored
 from meshpeft.peft import LoRA
@@ -29,20 +30,19 @@ def trained(
     layout: Layout, model: DecoderConfig, adapt: Callable[[Any], nn.Module], shards: ShardBase, quantize: Any = None
 ) -> tuple[Trace, list[BlockStore], list[tuple[int, int]]]:
     """Fine-tune; return what was computed, the stores, and the gathers and bytes of each in the last step."""
-    stores: list[BlockStore] = []
 
     def make(parallel: ModelParallelConfig) -> LanguageModel:
         made = Decoder(model, parallel, dtype=torch.float64)
         if quantize is not None:
             quantize_base(made, quantize, block_size=32, principal_rank=2 if adapt is pissa else None)
-        stores.extend(shard_base(made, shards))
         return made
 
     trace = Trace()
     size = MICRO_BATCHES * layout.dp * layout.micro_batch_size
     recipe = Recipe(make_model=make, adapt=adapt, rows=rows(), clip=0.5, batch_size=size)
     with layout.simulated() as mesh:
-        run = Run(recipe, layout, mesh)
+        run = Run(recipe, replace(layout, shard_base=shards), mesh)
+        stores = base_stores(run.model)
         for number in range(STEPS):
             before = [(store.gathers, store.gathered_bytes) for store in stores]
             run.take(number, trace)

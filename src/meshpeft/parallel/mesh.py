@@ -50,6 +50,7 @@ from meshpeft.parallel.launcher_world import launcher_world, start_process_group
 __all__ = [
     "ParallelAxis",
     "ParallelGroupInfo",
+    "check_shards",
     "destroy_parallelism",
     "init_parallelism",
     "is_simulated",
@@ -178,12 +179,7 @@ class ParallelGroupInfo:
         replicas = dense.world_size
         if shards is None or shards == replicas:
             return dense, expert
-        if shards < 1 or replicas % shards:
-            fitting = " or ".join(str(size) for size in range(1, replicas + 1) if replicas % size == 0)
-            raise ParallelError(
-                f"shard_base={shards}: the base has {replicas} replicas (data parallel times context parallel), which "
-                f"{shards} does not divide; use {fitting}"
-            )
+        check_shards(shards, replicas)
         if shards == 1:
             return ParallelAxis("none"), ParallelAxis("none")
         if shards not in self.base_axes:
@@ -226,6 +222,20 @@ def register_mesh_provider(provider: Callable[[], ParallelGroupInfo | None]) -> 
         provider: The groups, with the same axes while anything holds them; or `None` if there are none.
     """
     _providers.append(provider)
+
+
+def check_shards(shards: int, replicas: int) -> None:
+    """Check that a base can be sharded over so many of its replicas.
+
+    Raises:
+        ParallelError: The number does not divide theirs.
+    """
+    if shards < 1 or replicas % shards:
+        fitting = " or ".join(str(size) for size in range(1, replicas + 1) if replicas % size == 0)
+        raise ParallelError(
+            f"shard_base={shards}: dp times cp is {replicas}, the number of copies of the base, which {shards} does not "
+            f"divide; use {fitting}, or another dp"
+        )
 
 
 def parallel_group_info() -> ParallelGroupInfo:

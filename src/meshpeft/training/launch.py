@@ -45,7 +45,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from meshpeft.checkpoint.coordination import cpu_group
 from meshpeft.parallel.errors import MeshPEFTError, ParallelError
 from meshpeft.parallel.launcher_world import is_joined, launcher_world
-from meshpeft.parallel.mesh import ParallelGroupInfo, destroy_parallelism, init_parallelism
+from meshpeft.parallel.mesh import ParallelGroupInfo, check_shards, destroy_parallelism, init_parallelism
 from meshpeft.training.config import LayoutConfig
 from meshpeft.training.streams import make_streams_lenient, plain_warnings
 
@@ -456,14 +456,21 @@ def device() -> torch.device:
 
 
 def workers_for(layout: LayoutConfig) -> int:
-    """Count the processes that the options need; see `number_of_workers`."""
-    return number_of_workers(
+    """Count the processes that the options need; see `number_of_workers`.
+
+    Raises:
+        LaunchError, ParallelError: The sizes do not fit together.
+    """
+    world = number_of_workers(
         layout.tp,
         layout.dp,
         expert_parallel=layout.ep,
         expert_tensor_parallel=layout.etp,
         context_parallel=layout.cp,
     )
+    if isinstance(layout.shard_base, int):
+        check_shards(layout.shard_base, world // layout.tp)
+    return world
 
 
 def join_mesh(layout: LayoutConfig) -> ParallelGroupInfo:

@@ -26,6 +26,7 @@ from torch import nn
 from meshpeft.data.batches import PackedRows, pack_documents
 from meshpeft.data.documents import Document
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
+from meshpeft.models.base_blocks import ShardBase
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.quantization import BaseQuantizer
@@ -84,6 +85,7 @@ def verify_layout(
     cp: int = 1,
     sequence_parallel: bool = False,
     activation_checkpointing: bool | ActivationCheckpointing = False,
+    shard_base: ShardBase = "none",
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
     dropout: float = 0.0,
@@ -98,7 +100,7 @@ def verify_layout(
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`. Factors B that start at zero hide A
             from the first step; give them random values here.
         tp, dp, ep, etp, cp: Sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: Options of the run.
+        sequence_parallel, activation_checkpointing, shard_base: Options of the run.
         quantizer: Packs the base; in the smallest blocks, so that those of narrow layers straddle ranks, too.
         start: Gives the adapters the values that they start from, where these depend on the base.
         dropout: Dropout of the run; its masks are checked, at another probability.
@@ -109,7 +111,7 @@ def verify_layout(
     Raises:
         MeshPEFTError: The sizes do not divide, or a state is wrong.
     """
-    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp)
+    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp, shard_base=shard_base)
     check_divisible(config, asked.parallel_config())
     structure = config if all_layers else first_layers(config, 2)  # two show what any number does
     states = None
@@ -188,7 +190,11 @@ def few_ranks(layout: Layout) -> Layout:
     # Twice, so that both kinds of data parallel sum something; among experts only where that stays quick.
     if layout.dp * cp * tp >= 2 * ranks and (ep == 1 or 2 * ranks <= _MOST_RANKS):
         ranks *= 2
-    return replace(layout, dp=ranks // (cp * tp), cp=cp, ep=few_ep, micro_batch_size=2)
+    shards, replicas = layout.shard_base, ranks // tp
+    if isinstance(shards, int) and shards > 1:
+        # Of a base with several groups of replicas, two of them where there are as many ranks.
+        shards = "all" if shards == layout.dp * layout.cp or replicas % 4 else replicas // 2
+    return replace(layout, dp=ranks // (cp * tp), cp=cp, ep=few_ep, micro_batch_size=2, shard_base=shards)
 
 
 def scaled_down(config: DecoderConfig, layout: Layout, *, blocks: bool = False) -> DecoderConfig:

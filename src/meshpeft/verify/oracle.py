@@ -23,6 +23,7 @@ from meshpeft.checkpoint import export_peft_adapter
 from meshpeft.data.batches import GlobalBatchSlice, MicroBatch, PackedRows, RowSampler
 from meshpeft.data.context import ContextShard
 from meshpeft.models import LanguageModel
+from meshpeft.models.base_blocks import ShardBase, shard_base
 from meshpeft.models.recompute import ActivationCheckpointing, checkpointing_mode
 from meshpeft.models.spans import Spans, SpansOfRanks
 from meshpeft.parallel import (
@@ -59,6 +60,7 @@ class Layout:
         activation_checkpointing: What is kept of a layer and computed again; `True` is full. See `recompute.py`.
         micro_batch_size: Rows of one forward on one data-parallel rank.
         cp: Size of context parallel.
+        shard_base: Over how many of its dp * cp replicas the frozen base is sharded.
     """
 
     tp: int = 1
@@ -69,6 +71,7 @@ class Layout:
     activation_checkpointing: bool | ActivationCheckpointing = False
     micro_batch_size: int = 1
     cp: int = 1
+    shard_base: ShardBase = "none"
 
     def simulated(self) -> AbstractContextManager[ParallelGroupInfo]:
         """Simulate the ranks of this layout in this process, see `simulate`."""
@@ -96,6 +99,7 @@ class Layout:
         words += ["sequence-parallel"] * self.sequence_parallel
         mode = checkpointing_mode(self.activation_checkpointing)
         words += [] if mode == "none" else ["recompute" if mode == "full" else "recompute-selective"]
+        words += [] if self.shard_base in ("none", 1) else [f"shard-base={self.shard_base}"]
         return " ".join([*words, f"micro-batch={self.micro_batch_size}"])
 
 
@@ -159,6 +163,7 @@ class Run:
         set_seed(recipe.seed)
         self.model = recipe.make_model(replace(layout.parallel_config(), params_dtype=torch.float64))
         self.model.set_activation_checkpointing(layout.activation_checkpointing)
+        shard_base(self.model, layout.shard_base)
         recipe.adapt(self.model)
         self.optimizer = adamw(self.model, lr=recipe.lr, lr_ratio=recipe.lr_ratio, weight_decay=recipe.weight_decay)
         self.step = TrainStep(

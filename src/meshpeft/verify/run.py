@@ -195,6 +195,7 @@ def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
         "etp": config.etp,
         "sequence_parallel": config.sequence_parallel,
         "activation_checkpointing": config.activation_checkpointing,
+        "shard_base": config.shard_base,
     }
 
 

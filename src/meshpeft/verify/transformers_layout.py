@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 
 from meshpeft.engines.transformers_experts import experts_per_token
 from meshpeft.models import LanguageModel, ModelError, load_transformers
+from meshpeft.models.base_blocks import ShardBase
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.models.transformers_model import auto_class_of
 from meshpeft.parallel import MeshPEFTError
@@ -77,6 +78,7 @@ def verify_transformers_layout(
     etp: int | None = None,
     sequence_parallel: bool = False,
     activation_checkpointing: bool | ActivationCheckpointing = False,
+    shard_base: ShardBase = "none",
     quantizer: BaseQuantizer | None = None,
     start: Callable[[LanguageModel], None] | None = None,
     dropout: float = 0.0,
@@ -89,8 +91,8 @@ def verify_transformers_layout(
 
     Args:
         config: Configuration of the model, at its real size.
-        adapt, tp, dp, cp, ep, etp, sequence_parallel, activation_checkpointing, quantizer, start, dropout, all_layers,
-            steps, options: See `verify_layout`.
+        adapt, tp, dp, cp, ep, etp, sequence_parallel, activation_checkpointing, shard_base, quantizer, start, dropout,
+            all_layers, steps, options: See `verify_layout`.
         lift: Compute in float64 what their code computes in float32; otherwise the errors are of the size of its
             rounding.
 
@@ -98,7 +100,8 @@ def verify_transformers_layout(
         ModelError: No small model of the structure could be made, or the simulation cannot follow its code.
         MeshPEFTError: Sizes do not divide; a target matches no layer; the tokens of a row cannot be on several ranks.
     """
-    layout = few_ranks(Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp))
+    asked = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, cp=cp, shard_base=shard_base)
+    layout = few_ranks(asked)
     small = _small_model(config, layout, all_layers, blocks=quantizer is not None)
     text = small.config.get_text_config()
 
