@@ -38,7 +38,7 @@ def errors_in(printed: str) -> dict[str, float]:
             "--lora-dtype",
             "bf16",
         ],
-        ["--tp", "2", "--dp", "8", "--shard-base", "4", "--quantize", "nf4"],
+        ["--tp", "2", "--dp", "8", "--shard-base", "4"],
     ),
     ids=("dora", "layers by number", "sharded base"),
 )
