@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ from transformers import Phi3Config
 from meshpeft.cli.main import main
 from meshpeft.data.batches import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
+from meshpeft.models.base_blocks import shard_base
 from meshpeft.models.spans import Spans
 from meshpeft.parallel import ModelParallelConfig
+from meshpeft.parallel.sharded_base import is_stored
 from meshpeft.peft import CanonicalLoRA, DoRA, LoRA, LowRankPEFT
+from meshpeft.quantization import BaseQuantizer, quantize_base
 from meshpeft.training.step import summed_loss
 from meshpeft.verify import Traffic, plan
+from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.simulation import count_collectives
 
@@ -195,3 +200,65 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
     added = printed.split("of that for the adapter\n")[1].splitlines()[0].split()
     # 4 layers; 4 rows of 64 tokens, rank 16, float32.
     assert added == ["tp", "allreduce", "4", "x", "16.0", "KiB"]
+
+
+HYBRID = replace(
+    EXPERTS, num_layers=9, moe=replace(MOE, dense_layers=(0, 1, 2, 4)), sliding_windows=(None, *[4, None] * 4)
+)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (replace(CONFIG, num_layers=8), {"tp": 2, "dp": 2, "sequence_parallel": True}),
+        (
+            replace(CONFIG, num_layers=8, intermediate_size=64),
+            {"dp": 4, "shard_base": "all", "quantizer": BaseQuantizer("nf4", 32)},
+        ),
+        (replace(CONFIG, num_layers=8), {"tp": 2, "dp": 4, "shard_base": 2}),
+        (HYBRID, {"dp": 4, "ep": 2}),
+        (HYBRID, {"dp": 4, "ep": 2, "shard_base": "all"}),
+    ],
+    ids=("dense", "packed and sharded", "sharded over two", "hybrid", "hybrid, sharded"),
+)
+def test_a_few_layers_of_each_kind_add_up_to_the_whole_model(
+    config: DecoderConfig, layout: dict[str, Any], mode: Any
+) -> None:
+    options = {**layout, "activation_checkpointing": mode, "seq_length": TOKENS, "dtype": torch.float64}
+    few, whole = (plan(config, LoRA(**OPTIONS), all_layers=every, **options) for every in (False, True))
+    assert few == replace(whole, kernels=few.kernels)
+    assert [(*kind, round(count, 6)) for *kind, count in few.kernels] == [
+        (*kind, round(count, 6)) for *kind, count in whole.kernels
+    ]
+    assert len(few_layers(config)) > 1
+
+
+def test_a_sharded_base_is_counted_in_the_bytes_it_is_stored_in() -> None:
+    layers = replace(CONFIG, num_layers=4, intermediate_size=64)
+    with simulate(dp=4):
+        model = Decoder(layers, dtype=torch.float64).requires_grad_(False)
+        quantize_base(model, "nf4", block_size=32, exclude_modules=("output_layer",))
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        (store,) = shard_base(model, "all")
+        kept = sum(parameter.nbytes for parameter in model.parameters() if not is_stored(parameter))
+    options: dict[str, Any] = {
+        "dp": 4, "seq_length": TOKENS, "dtype": torch.float64, "quantizer": BaseQuantizer("nf4", 32)
+    }  # fmt: skip
+    one, found = (plan(layers, LoRA(**OPTIONS), shard_base=shards, **options) for shards in ("none", "all"))
+    assert one.base == whole and one.buffers == 0 and one.gathers == ()
+    assert found.base == kept + store.nbytes and found.buffers == store.buffer_bytes
+    assert (found.activations, found.transient) == (one.activations, one.transient)
+    (gathers,) = found.gathers
+    assert gathers in found.micro_batch and gathers.axis == "dp" and gathers.ranks == gathers.span == 4
+
+
+def test_products_are_those_of_the_weights_and_of_attention() -> None:
+    plain = replace(CONFIG, vocab_size=16)
+    found = plan(plain, LoRA(**OPTIONS), seq_length=TOKENS, dtype=torch.float64)
+    hidden, inner, heads, groups = 32, 48, 8, 4
+    weights = hidden * (heads + 2 * groups) * 4 + heads * 4 * hidden + 3 * hidden * inner
+    # Forward, and of all layers but the first what comes to its input; the head in the forward pass alone, twice.
+    frozen = 2 * TOKENS * (2 * plain.num_layers * weights + 2 * 16 * hidden)
+    products = sum(products * count for products, _, count in found.kernels)
+    assert 0.9 * frozen < products < 1.6 * frozen

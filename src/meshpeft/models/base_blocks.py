@@ -16,13 +16,20 @@ from torch import nn
 
 from meshpeft.parallel import layer_type_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.embedding import VocabParallelEmbedding
+from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.sharded_base import BlockStore, is_stored, stored_
 
-__all__ = ["BaseBlocks", "ShardBase", "base_stores", "rows_of_tables", "shard_base"]
+__all__ = ["BaseBlocks", "ShardBase", "base_stores", "layer_stacks", "rows_of_tables", "shard_axes", "shard_base"]
 
 
 ShardBase: TypeAlias = int | Literal["all", "none"]
 """Over how many of its dp * cp replicas a base is sharded."""
+
+
+def shard_axes(shards: ShardBase) -> tuple[ParallelAxis, ParallelAxis]:
+    """The axes over which a base is sharded, see `ParallelGroupInfo.replica_axes`."""
+    counts: dict[ShardBase, int | None] = {"all": None, "none": 1}
+    return parallel_group_info().replica_axes(shards if isinstance(shards, int) else counts[shards])
 
 
 @dataclass(eq=False)
@@ -43,10 +50,8 @@ class BaseBlocks:
     expert: BlockStore = field(init=False)
 
     def __post_init__(self) -> None:
-        counts: dict[ShardBase, int | None] = {"all": None, "none": 1}
-        shards = self.shards if isinstance(self.shards, int) else counts[self.shards]
-        self.dense, self.expert = map(BlockStore, parallel_group_info().replica_axes(shards))
-        self._layers = {name: layer for stack in _stacks(self.model) for name, layer in stack}
+        self.dense, self.expert = map(BlockStore, shard_axes(self.shards))
+        self._layers = {name: layer for stack in layer_stacks(self.model) for name, layer in stack}
 
     @property
     def layers(self) -> list[str]:
@@ -134,7 +139,7 @@ def rows_of_tables(model: nn.Module) -> int | None:
 
 
 def _rows_of_tables(model: nn.Module) -> int | None:
-    layers = [layer for stack in _stacks(model) for _, layer in stack]
+    layers = [layer for stack in layer_stacks(model) for _, layer in stack]
     sizes = [
         sum(
             parameter.nbytes
@@ -152,7 +157,7 @@ def _rows_of_tables(model: nn.Module) -> int | None:
     return None if rows >= weight.shape[0] else rows
 
 
-def _stacks(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+def layer_stacks(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
     """Yield the lists of layers of a model that are not in another list."""
     found: list[str] = []
     for name, module in model.named_modules():

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -49,7 +50,16 @@ from meshpeft.parallel import ParallelAxis, R, Shard, convert, parallel_group_in
 from meshpeft.parallel.mesh import on_each_rank
 from meshpeft.parallel.typing import dims_follow, typed_as
 
-__all__ = ["Block", "Spans", "SpansOfRanks", "attend", "gather_keys", "kernel_for", "spans_of_documents"]
+__all__ = [
+    "Block",
+    "Spans",
+    "SpansOfRanks",
+    "attend",
+    "gather_keys",
+    "kernel_for",
+    "spans_of_documents",
+    "tiles_stand_for",
+]
 
 # Scores that the tiled kernel holds at a time, over all heads: what a core's cache holds, or what fills a GPU.
 _TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -529,17 +539,34 @@ def _tiles(spans: Spans, most: float, window: int | None) -> Iterator[_Tile]:
             yield _Tile(q_start, stop, k_start, stop + shift, q_start + shift - k_start)
 
 
-def _tiles_of(q: Tensor, k: Tensor, spans: Spans, window: int | None) -> list[_Tile]:
-    """Return the tiles of these queries; of queries without values the one that takes most memory.
+# Of operations on tiles without values: how many each stands for.
+_standing_for: ContextVar[float | None] = ContextVar("standing_for", default=None)
+
+
+def tiles_stand_for() -> float | None:
+    """Return for how many operations on a tile the present one stands, if it has no values; `None` outside of tiles."""
+    return _standing_for.get()
+
+
+def _tiles_of(q: Tensor, k: Tensor, spans: Spans, window: int | None) -> Iterator[_Tile]:
+    """Yield the tiles of these queries; of queries without values the one that takes most memory, for all.
 
     That one comes twice, for a tile is made while some of the one before is still held.
     """
-    tiles = [*_tiles(spans, _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1], window)]
-    if isinstance(q, FakeTensor):
-        # Its scores, and its copies of keys.
-        largest = max(tiles, key=lambda t: (t.k_end - t.k_start) * ((t.q_end - t.q_start) * q.shape[1] + k[0].numel()))
-        return [largest, largest]
-    return tiles
+    tiles = _tiles(spans, _TILE_SCORES.get(q.device.type, _TILE_SCORES["cuda"]) / q.shape[1], window)
+    if not isinstance(q, FakeTensor):
+        yield from tiles
+        return
+    heads, a_key = q.shape[1], k.shape[1] * k.shape[2]
+    sizes = [(tile.q_end - tile.q_start, tile.k_end - tile.k_start, tile) for tile in tiles]
+    # Its scores, and its copies of keys.
+    queries, keys, largest = max(sizes, key=lambda size: size[1] * (size[0] * heads + a_key))
+    scores = sum(queries * keys for queries, keys, _ in sizes)
+    token = _standing_for.set(scores / (2 * queries * keys))
+    try:
+        yield from (largest, largest)
+    finally:
+        _standing_for.reset(token)
 
 
 def _by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

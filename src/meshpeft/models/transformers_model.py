@@ -203,6 +203,9 @@ class TransformersModel(KeepsLayouts, LanguageModel):
         # Other numbers for every token: what mixes tokens, or treats some of the vocabulary in its own way, is found.
         z = torch.linspace(-80, 80, tokens.numel() * rows, dtype=torch.float64, device=tokens.device)
         z = z.view(*tokens.shape, rows)
+        tried = _scalings(self._text_config())
+        if isinstance(z, FakeTensor):  # It has no values, and neither has what is scaled by the wrong factor.
+            return next((one for one in tried if one.cap is not None), tried[0])
         was_training = self.training
         self.eval()
         with _in_place_of(head, lambda hidden: z) as inputs:
@@ -210,9 +213,6 @@ class TransformersModel(KeepsLayouts, LanguageModel):
         self.train(was_training)
         if len(inputs) != 1 or inputs[0].shape[:-1] != tokens.shape:
             return None
-        tried = _scalings(self._text_config())
-        if isinstance(logits, FakeTensor):  # It has no values, and neither has what is scaled by the wrong factor.
-            return next((one for one in tried if one.cap is not None), tried[0])
         if logits.shape != z.shape:
             return None
         # Their code may round to float32.

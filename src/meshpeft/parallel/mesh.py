@@ -233,8 +233,8 @@ def check_shards(shards: int, replicas: int) -> None:
     if shards < 1 or replicas % shards:
         fitting = " or ".join(str(size) for size in range(1, replicas + 1) if replicas % size == 0)
         raise ParallelError(
-            f"shard_base={shards}: dp times cp is {replicas}, the number of copies of the base, which {shards} does not "
-            f"divide; use {fitting}, or another dp"
+            f"shard_base={shards}: dp times cp is {replicas}, the number of copies of the base, which {shards} does "
+            f"not divide; use {fitting}, or another dp"
         )
 
 

@@ -355,7 +355,7 @@ class StoredTensor(Tensor):
             memo[id(self)] = _like(self, copied)
         return memo[id(self)]
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
 
 
@@ -406,7 +406,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def changed_in_place(tensor: Tensor) -> Iterator[Tensor]:
-    """Give the values of a tensor to be changed; those of a `StoredTensor` are put back into its store. A collective."""
+    """Give the values of a tensor to be changed; of a `StoredTensor` they are put back. A collective then."""
     if not isinstance(tensor, StoredTensor):
         yield tensor.detach()
         return

@@ -151,6 +151,15 @@ class TrainStep:
             total = summed.detach() if total is None else total + summed.detach()
         if total is None:
             raise ValueError("a step needs at least one micro-batch, on every rank")
+        return self.finish(total, target_tokens, lr=lr)
+
+    def finish(self, total: Tensor, target_tokens: int, *, lr: float | None = None) -> StepResult:
+        """Sum the gradients of all micro-batches over the ranks, clip them, and let the optimizer take its step.
+
+        Args:
+            total: [1] or [2], summed losses of this rank's micro-batches.
+            target_tokens, lr: See the call.
+        """
         # Before the sums over ranks spread what one of them has.
         largest = _largest_gradients(self.parameters)
         finalize_gradients(self.parameters)

@@ -2,8 +2,9 @@
 
 from meshpeft.verify.layout import Verdict, verify_layout
 from meshpeft.verify.oracle import Layout, Trace, compare, trace_layout
-from meshpeft.verify.plan import Plan, Traffic, plan
+from meshpeft.verify.plan import Plan, plan
 from meshpeft.verify.typecheck import typecheck_layout
+from meshpeft.verify.work import Traffic
 
 __all__ = [
     "Layout",

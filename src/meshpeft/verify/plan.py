@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PretrainedConfig
@@ -26,35 +27,23 @@ from transformers import PretrainedConfig
 from meshpeft.data.batches import MicroBatch
 from meshpeft.data.context import ContextShard
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
+from meshpeft.models.base_blocks import ShardBase, base_stores, shard_axes, shard_base
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import MeshPEFTError, ModelParallelConfig, ParallelGroupInfo, init_parallelism
 from meshpeft.parallel.dispatch import assume_load
+from meshpeft.parallel.sharded_base import BlockStore, is_stored
+from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.step import TrainStep, adamw, summed_loss, summed_losses
+from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.oracle import Layout
 from meshpeft.verify.simulation import Collective, count_collectives, fake_world
+from meshpeft.verify.work import Kernels, Traffic, WorkWatch
 
-__all__ = ["Plan", "Traffic", "plan"]
+__all__ = ["Plan", "plan"]
 
 # How often each collective was made, with the group that made it.
 _Calls = Counter[tuple[str, Collective]]
-
-
-@dataclass(frozen=True, order=True)
-class Traffic:
-    """Collectives of one kind over one axis.
-
-    Attributes:
-        axis: `tp dp ep etp edp`, or axes joined by `+`.
-        name: `allreduce allgather reduce_scatter alltoall broadcast`.
-        calls: How many.
-        bytes: What one rank puts into all of them.
-    """
-
-    axis: str
-    name: str
-    calls: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,17 +51,22 @@ class Plan:
     """What one rank holds, in bytes, and sends.
 
     Attributes:
-        base, adapter, gradients, optimizer: Frozen parameters, trainable ones, their gradients, their states.
+        base, adapter, gradients, optimizer: Frozen parameters as they are stored, this rank's part of them; trainable
+            ones, their gradients, their states.
+        buffers: What a sharded base is gathered into.
         activations: Alive between the forward and the backward pass of one micro-batch.
         transient: What is alive besides those at the worst moment of the two passes: the insides of a layer, the loss.
             Gradients of the adapter are not counted again.
         worst_activations, worst_transient: The same where all tokens go to this rank's experts.
         micro_batch: Collectives of one forward and backward pass.
+        gathers: Those of them that gather a sharded base.
         added: Those of them that are the adapter's: without it the frozen base would not make them.
         step: Collectives of an optimizer step besides those of its micro-batches.
+        kernels: Operations of one forward and backward pass: products, bytes read and written, how many such.
     """
 
     base: int
+    buffers: int
     adapter: int
     gradients: int
     optimizer: int
@@ -81,8 +75,21 @@ class Plan:
     worst_activations: int
     worst_transient: int
     micro_batch: tuple[Traffic, ...]
+    gathers: tuple[Traffic, ...]
     added: tuple[Traffic, ...]
     step: tuple[Traffic, ...]
+    kernels: tuple[tuple[int, int, float], ...]
+
+    @property
+    def together(self) -> int:
+        """Bytes that one rank holds at most, where tokens choose all experts alike."""
+        held = self.base + self.buffers + self.adapter + self.gradients + self.optimizer
+        return held + self.activations + self.transient
+
+    @property
+    def worst(self) -> int:
+        """The same where all tokens go to this rank's experts."""
+        return self.together - self.activations - self.transient + self.worst_activations + self.worst_transient
 
 
 def plan(
@@ -96,11 +103,15 @@ def plan(
     cp: int = 1,
     sequence_parallel: bool = False,
     activation_checkpointing: bool | ActivationCheckpointing = False,
+    shard_base: ShardBase = "none",
+    quantizer: BaseQuantizer | None = None,
     micro_batch_size: int = 1,
     seq_length: int = 2048,
     loss_chunk: int | None = None,
     router_aux_loss_coef: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
+    all_layers: bool = False,
+    with_added: bool = True,
 ) -> Plan:
     """Count what one rank of `tp * cp * dp` holds and sends.
 
@@ -109,73 +120,167 @@ def plan(
             model of transformers.
         adapt: Adds the adapters and freezes the rest, for instance a `LoRA`.
         tp, dp, ep, etp, cp: Sizes of the axes; `etp=None` means `tp`.
-        sequence_parallel, activation_checkpointing: Options of the run.
+        sequence_parallel, activation_checkpointing, shard_base: Options of the run.
+        quantizer: Packs the base. Parts of weights that it keeps for the start of adapters are not counted: the start
+            moves them there.
         micro_batch_size: Rows of one forward pass on one rank.
         seq_length: Tokens of a row, each of which has a label.
         loss_chunk: Tokens whose logits exist at a time; by default what a CPU takes (`default_loss_chunk`).
         router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
         dtype: Type of the base.
+        all_layers: Run all layers instead of some of each kind, for adapters that name layers by their number.
+        with_added: Count what the adapter adds, which takes twice the time.
 
     Raises:
         MeshPEFTError: Sizes that do not divide; the process has a process group already; the code of a transformers
             model asks for values.
     """
-    parallel = Layout(tp, dp, ep, etp, sequence_parallel, cp=cp).parallel_config()
-    tokens_of_a_pass = micro_batch_size * seq_length
-    if isinstance(config, DecoderConfig):
-        check_divisible(config, parallel)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(fake_world(tp * cp * dp))
-        mesh = init_parallelism(tp, 1, ep, etp, cp)
-        # transformers' constructors make small constants with values.
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=not isinstance(config, DecoderConfig)))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked to tell them apart
-        stack.enter_context(_without_values(config))
+    layout = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, micro_batch_size, cp, shard_base)
+    run = _Run(adapt, layout, quantizer, seq_length, loss_chunk, router_aux_loss_coef, dtype, with_added)
+    models = [(1, config)] if all_layers else few_layers(config)
+    return _added_up([(times, run.counted(model)) for times, model in models])
 
-        def make(adapted: bool) -> LanguageModel:
-            model = _without_memory(config, parallel, dtype).requires_grad_(False)
-            model.set_activation_checkpointing(activation_checkpointing)
-            model.loss_chunk = tokens_of_a_pass  # what is sent does not depend on chunks, and each takes time
-            if adapted:
-                adapt(model)
-            return model
 
-        model = make(True)
-        batch = _micro_batch(micro_batch_size, seq_length, ContextShard(0, cp, tp))
-        model.loss_chunk = loss_chunk
-        kept, peak, micro_batch = _forward_and_backward(model, batch, router_aux_loss_coef)
-        worst_kept, worst_peak = kept, peak
-        if ep > 1:
-            loaded = make(True)
-            loaded.loss_chunk = loss_chunk
-            with assume_load("worst"):
-                worst_kept, worst_peak, _ = _forward_and_backward(loaded, batch, router_aux_loss_coef)
-        model.loss_chunk = tokens_of_a_pass
-        adapted, bare = (
-            _with_input_gradient(make(adapters), batch, router_aux_loss_coef) for adapters in (True, False)
+def _added_up(found: Sequence[tuple[int, Plan]]) -> Plan:
+    """Add up plans of few layers, each so many times; see `few_layers`."""
+    if len(found) == 1:
+        return found[0][1]
+
+    def total(name: str) -> int:
+        return sum(times * getattr(one, name) for times, one in found)
+
+    def traffic(name: str) -> tuple[Traffic, ...]:
+        sums: dict[tuple[str, str, int, int], list[int]] = {}
+        for times, one in found:
+            for part in getattr(one, name):
+                entry = sums.setdefault((part.axis, part.name, part.ranks, part.span), [0, 0])
+                entry[0] += times * part.calls
+                entry[1] += times * part.bytes
+        return tuple(
+            sorted(
+                Traffic(axis, kind, calls, sent, ranks, span)
+                for (axis, kind, ranks, span), (calls, sent) in sums.items()
+            )
         )
+
+    kernels: Kernels = {}
+    for times, one in found:
+        for products, moved, count in one.kernels:
+            kernels[products, moved] = kernels.get((products, moved), 0.0) + times * count
+    first = found[0][1]
+    sums = {name: total(name) for name in ("base", "adapter", "gradients", "optimizer", "activations")}
+    return Plan(
+        **sums,
+        worst_activations=total("worst_activations"),
+        # The most at a time, not a sum.
+        buffers=first.buffers,
+        transient=first.transient,
+        worst_transient=first.worst_transient,
+        micro_batch=traffic("micro_batch"),
+        gathers=traffic("gathers"),
+        added=traffic("added"),
+        step=traffic("step"),
+        kernels=tuple((*kind, count) for kind, count in sorted(kernels.items())),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is counted; see `plan`."""
+
+    adapt: Callable[[LanguageModel], nn.Module]
+    layout: Layout
+    quantizer: BaseQuantizer | None
+    seq_length: int
+    loss_chunk: int | None
+    router_aux_loss_coef: float
+    dtype: torch.dtype
+    with_added: bool = True
+
+    def counted(self, config: DecoderConfig | PretrainedConfig) -> Plan:
+        """Run one step of a model without memory."""
+        layout = self.layout
+        if isinstance(config, DecoderConfig):
+            check_divisible(config, layout.parallel_config())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fake_world(layout.tp * layout.cp * layout.dp))
+            mesh = init_parallelism(layout.tp, 1, layout.ep, layout.etp, layout.cp)
+            shard_axes(layout.shard_base)  # makes groups, from numbers that have values
+            # transformers' constructors make small constants with values.
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=not isinstance(config, DecoderConfig)))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked to tell them apart
+            stack.enter_context(_without_values(config))
+            return self._counted(config, mesh)
+
+    def _counted(self, config: DecoderConfig | PretrainedConfig, mesh: ParallelGroupInfo) -> Plan:
+        layout, balance = self.layout, self.router_aux_loss_coef
+        model = self._made(config, True)
+        stores = base_stores(model)
+        base = _bytes(p for p in model.parameters() if not p.requires_grad and not is_stored(p))
+        batch = _micro_batch(layout.micro_batch_size, self.seq_length, ContextShard(0, layout.cp, layout.tp))
+        if stores:
+            summed_loss(model, batch).backward()  # which block follows which is known now, and the buffers are there
+            model.zero_grad(set_to_none=True)
+        model.loss_chunk = self.loss_chunk
+        before = [(store.gathers, store.gathered_bytes) for store in stores]
+        work = WorkWatch()
+        with work:
+            passes = _forward_and_backward(model, batch, balance)
+        gathers = tuple(_gathers_of(store, *earlier, mesh) for store, earlier in zip(stores, before, strict=True))
         optimizer = adamw(model, lr=1e-4)
-        step = TrainStep(model, optimizer, clip=1.0, router_aux_loss_coef=router_aux_loss_coef)
-        tokens = tp * cp * dp * batch.labels.numel()
-        step([batch], tokens)  # what is computed once is computed now
+        step = TrainStep(model, optimizer, clip=1.0, router_aux_loss_coef=balance)
         with count_collectives() as calls:
-            step([batch], tokens)
+            step.finish(passes.losses, layout.tp * layout.cp * layout.dp * batch.labels.numel())
+        model.zero_grad(set_to_none=True)
+        worst = passes
+        if layout.ep > 1:
+            with assume_load("worst"):
+                worst = _forward_and_backward(model, batch, balance)
+        adapted, bare = (
+            (_with_input_gradient(self._made(config, has), batch, balance) for has in (True, False))
+            if self.with_added
+            else (_Calls(), _Calls())
+        )
         states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         trainable = _bytes(p for p in model.parameters() if p.requires_grad)
         return Plan(
-            base=_bytes(model.parameters()) - trainable,
+            base=base + sum(store.nbytes for store in stores),
+            buffers=sum(store.buffer_bytes for store in stores),
             adapter=trainable,
             gradients=trainable,
             optimizer=_bytes(states),
-            activations=kept,
-            transient=peak - kept,
-            worst_activations=worst_kept,
-            worst_transient=worst_peak - worst_kept,
-            micro_batch=_traffic(micro_batch, mesh),
+            activations=passes.kept,
+            transient=passes.peak - passes.kept,
+            worst_activations=worst.kept,
+            worst_transient=worst.peak - worst.kept,
+            micro_batch=_traffic(passes.calls, mesh),
+            gathers=tuple(sorted(gathers)),
             added=_traffic(adapted - bare, mesh),
-            step=_traffic(_counted(calls) - micro_batch, mesh),
+            step=_traffic(_counted(calls), mesh),
+            kernels=tuple((*kind, count) for kind, count in sorted(work.kernels.items())),
         )
+
+    def _made(self, config: DecoderConfig | PretrainedConfig, adapted: bool) -> LanguageModel:
+        parallel = self.layout.parallel_config()
+        model = _without_memory(config, parallel, self.dtype).requires_grad_(False)
+        model.set_activation_checkpointing(self.layout.activation_checkpointing)
+        model.loss_chunk = self.layout.micro_batch_size * self.seq_length
+        if self.quantizer is not None:
+            quantizer = replace(self.quantizer, principal_rank=None, principal_modules=None, residual_rank=None)
+            for name, layer in quantizer.layers_of(model).items():
+                quantizer.pack_(layer, name)
+        shard_base(model, self.layout.shard_base)
+        if adapted:
+            self.adapt(model)
+        return model
+
+
+def _gathers_of(store: BlockStore, gathers: int, received: int, mesh: ParallelGroupInfo) -> Traffic:
+    """Count a store's gathers since there were so many; what one rank puts in is what it receives from each other."""
+    axis, ranks, span = _groups(mesh)[store.axis.process_group.group_name]
+    sent = (store.gathered_bytes - received) // (ranks - 1)
+    return Traffic(axis, "allgather", store.gathers - gathers, sent, ranks, span)
 
 
 @contextlib.contextmanager
@@ -221,37 +326,57 @@ def _micro_batch(rows: int, width: int, context: ContextShard) -> MicroBatch:
     return MicroBatch.of((torch.zeros(places.shape, dtype=torch.long) for _ in range(4)), spans)
 
 
-def _forward_and_backward(model: LanguageModel, batch: MicroBatch, balance: float) -> tuple[int, int, _Calls]:
-    """Return what is kept between the passes, the most that is alive at a time in both, and the collectives."""
+class _Passes(NamedTuple):
+    """A forward and a backward pass: bytes kept between them and alive at most, collectives, and summed losses."""
+
+    kept: int
+    peak: int
+    calls: _Calls
+    losses: Tensor
+
+
+def _forward_and_backward(model: LanguageModel, batch: MicroBatch, balance: float) -> _Passes:
     with count_collectives() as calls, MemoryWatch() as memory:
-        loss = summed_losses(model, batch).sum() if balance else summed_loss(model, batch)
+        losses = summed_losses(model, batch) if balance else summed_loss(model, batch)
+        loss = losses.sum() if balance else losses
         kept = memory.alive()
         loss.backward()
-    peak = memory.peak()
-    model.zero_grad(set_to_none=True)
-    return kept, peak, _counted(calls)
+    return _Passes(kept, memory.peak(), _counted(calls), losses.detach().view(-1))
 
 
 def _with_input_gradient(model: LanguageModel, batch: MicroBatch, balance: float) -> _Calls:
     """Count collectives where the gradient reaches the embedding's output, so that all layers have a backward pass."""
     embedding: Any = model.embedding if isinstance(model, Decoder) else model.get_input_embeddings()  # type: ignore[operator]
     embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    return _forward_and_backward(model, batch, balance)[2]
+    return _forward_and_backward(model, batch, balance).calls
 
 
 def _counted(calls: Iterable[Collective]) -> _Calls:
     return Counter((call.group, call) for call in calls)
 
 
-def _traffic(calls: _Calls, mesh: ParallelGroupInfo) -> tuple[Traffic, ...]:
-    # Dense and expert axes may be the same ranks: the first name is the one that is known best.
-    names: dict[str, str] = {}
-    for axis in mesh.axes:
-        if axis.world_size > 1:
-            names.setdefault(axis.process_group.group_name, axis.name)
-    total: dict[tuple[str, str], list[int]] = {}
-    for (group, call), count in calls.items():
-        entry = total.setdefault((names.get(group, "world"), call.name), [0, 0])
+def _traffic(counted: _Calls, mesh: ParallelGroupInfo) -> tuple[Traffic, ...]:
+    total: dict[tuple[str, str, int, int], list[int]] = {}
+    groups = _groups(mesh)
+    world = ("world", mesh.world.world_size, mesh.world.world_size)
+    for (group, call), count in counted.items():
+        axis, ranks, span = groups.get(group, world)
+        entry = total.setdefault((axis, call.name, ranks, span), [0, 0])
         entry[0] += count
         entry[1] += count * call.bytes
-    return tuple(sorted(Traffic(axis, name, *entry) for (axis, name), entry in total.items()))
+    return tuple(
+        sorted(
+            Traffic(axis, name, calls, sent, ranks, span) for (axis, name, ranks, span), (calls, sent) in total.items()
+        )
+    )
+
+
+def _groups(mesh: ParallelGroupInfo) -> dict[str, tuple[str, int, int]]:
+    """Map the name of each group to its axis, how many ranks it has, and how many from the first to the last."""
+    found: dict[str, tuple[str, int, int]] = {}
+    # Dense and expert axes may be the same ranks: the first name is the one that is known best.
+    for axis in (*mesh.axes, *(axis for shards in mesh.base_axes.values() for axis in shards[:2])):
+        if axis.world_size > 1:
+            ranks = dist.get_process_group_ranks(axis.process_group)
+            found.setdefault(axis.process_group.group_name, (axis.name, len(ranks), max(ranks) - min(ranks) + 1))
+    return found

@@ -118,22 +118,30 @@ def plan_run(config: FinetuneConfig) -> str:
         MeshPEFTError: Options, model and layout do not fit together.
     """
     config, base, world = _checked(config, weights=False)
+    found = plan_of(config, base, world)
+    return "\n".join([*_subject(config, base), f"layout: {_processes(config, world)}", "", *_costs(found, config)])
+
+
+def plan_of(config: FinetuneConfig, base: BaseModel, world: int) -> Plan:
+    """Count what one of `world` ranks of a run holds and sends; see `plan`."""
     dtype = tensor_type(config.dtype)
-    found = plan(
+    return plan(
         base.config,
         partial(add_adapter, config=config),
         **_layout(config, world),
+        quantizer=base_quantizer(config, default_layers_of(base)),
         micro_batch_size=config.micro_batch_size,
         seq_length=config.seq_length,
         loss_chunk=config.loss_chunk or _loss_chunk_here(base.config, config.tp, dtype),
         router_aux_loss_coef=config.router_aux_loss_coef,
         dtype=dtype,
+        all_layers=_names_layers(config),
     )
-    quantizer = base_quantizer(config)
-    packed = None if quantizer is None else quantizer.format
+
+
+def _processes(config: FinetuneConfig, world: int) -> str:
     sizes = {name: size for name, size in _layout(config, world).items() if name in AXES}
-    layout = describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config)
-    return "\n".join([*_subject(config, base), f"layout: {layout}", "", *_costs(found, config, packed)])
+    return describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config)
 
 
 def _loss_chunk_here(config: DecoderConfig | PretrainedConfig, tp: int, dtype: torch.dtype) -> int:
@@ -199,10 +207,12 @@ def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
     }
 
 
-def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]:
+def _costs(found: Plan, config: FinetuneConfig) -> list[str]:
     rows = f"{counted(config.micro_batch_size, 'row')} of {config.seq_length} tokens"
+    packed = "" if config.quantize is None else f", layers packed as {config.quantize}"
     held = {
-        f"base, frozen, {config.dtype}": found.base,
+        f"base, frozen, {config.dtype}{packed}": found.base,
+        **({"  what a sharded base is gathered into": found.buffers} if found.buffers else {}),
         "adapter": found.adapter,
         "its gradients": found.gradients,
         "its optimizer states": found.optimizer,
@@ -210,14 +220,13 @@ def _costs(found: Plan, config: FinetuneConfig, packed: str | None) -> list[str]
         "besides that, at the worst moment of a pass": found.transient,
     }
     lines = ["one process holds", *(f"  {name:<58}{_size(size):>12}" for name, size in held.items())]
-    lines += [f"  {'together':<58}{_size(sum(held.values())):>12}"]
-    if packed is not None:
-        lines.append(f"  (the base before it is packed as {packed})")
-    more = found.worst_activations + found.worst_transient - found.activations - found.transient
+    lines += [f"  {'together':<58}{_size(found.together):>12}"]
+    more = found.worst - found.together
     if more:
         lines += [f"  {'more if all tokens go to its experts, not an equal share':<58}{_size(more):>12}"]
     parts = {
         f"one process sends, forward and backward of {rows}": found.micro_batch,
+        **({"  of that to gather the base": found.gathers} if found.gathers else {}),
         "  of that for the adapter": found.added,
         "one process sends, once per optimizer step": found.step,
     }

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshpeft.parallel import ParallelError, ParallelGroupInfo, destroy_parallelism, init_parallelism
+from meshpeft.parallel.sharded_base import StoredTensor
 
 __all__ = [
     "Collective",
@@ -197,6 +198,8 @@ class _Recorder(TorchDispatchMode):
         self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if StoredTensor in types:
+            return NotImplemented  # what it is read for comes here next
         operator = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and operator not in WAITS:
             name, own = OPERATORS[operator]  # an operator that is not here is to be added

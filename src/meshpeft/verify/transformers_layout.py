@@ -37,6 +37,7 @@ from meshpeft.parallel.errors import first_line
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.quantization.formats import BLOCK_SIZES
 from meshpeft.training.base import check_shares_rows
+from meshpeft.verify.few_layers import DENSE_BEFORE_EXPERTS
 from meshpeft.verify.layout import Verdict, few_ranks, in_smallest_blocks, prove_adapter, started, straddling_width
 from meshpeft.verify.oracle import Layout
 
@@ -50,8 +51,6 @@ __all__ = [
 _HEAD_DIM = 16
 # A model of a structure that cannot be made narrower is taken as it is, if it has no more parameters.
 _MOST_PARAMETERS = 30_000_000
-# Layers without experts, before those with.
-_DENSE_BEFORE_EXPERTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What the code of an architecture raises for sizes that do not fit together, or where tensors of all ranks stand in the
 # place of one.
@@ -199,7 +198,7 @@ def _keep_layers(text: Any) -> None:
     for name, value in lists.items():
         setattr(text, name, [value[layer] for layer in kept])
     text.num_hidden_layers = len(kept)
-    for name in _DENSE_BEFORE_EXPERTS:
+    for name in DENSE_BEFORE_EXPERTS:
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, min(getattr(text, name), len(kept) - 1))
 
