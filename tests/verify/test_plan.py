@@ -202,6 +202,7 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
     assert added == ["tp", "allreduce", "4", "x", "16.0", "KiB"]
 
 
+NF4 = BaseQuantizer("nf4", 32)
 HYBRID = replace(
     EXPERTS, num_layers=9, moe=replace(MOE, dense_layers=(0, 1, 2, 4)), sliding_windows=(None, *[4, None] * 4)
 )
@@ -226,7 +227,7 @@ def test_a_few_layers_of_each_kind_add_up_to_the_whole_model(
     config: DecoderConfig, layout: dict[str, Any], mode: Any
 ) -> None:
     options = {**layout, "activation_checkpointing": mode, "seq_length": TOKENS, "dtype": torch.float64}
-    few, whole = (plan(config, LoRA(**OPTIONS), all_layers=every, **options) for every in (False, True))
+    few, whole = (plan(config, LoRA(**OPTIONS), models=models, **options) for models in (None, [(1, config)]))
     assert few == replace(whole, kernels=few.kernels)
     assert [(*kind, round(count, 6)) for *kind, count in few.kernels] == [
         (*kind, round(count, 6)) for *kind, count in whole.kernels
@@ -243,7 +244,7 @@ def test_a_sharded_base_is_counted_in_the_bytes_it_is_stored_in() -> None:
         (store,) = shard_base(model, "all")
         kept = sum(parameter.nbytes for parameter in model.parameters() if not is_stored(parameter))
     options: dict[str, Any] = {
-        "dp": 4, "seq_length": TOKENS, "dtype": torch.float64, "quantizer": BaseQuantizer("nf4", 32)
+        "dp": 4, "seq_length": TOKENS, "dtype": torch.float64, "quantizer": NF4
     }  # fmt: skip
     one, found = (plan(layers, LoRA(**OPTIONS), shard_base=shards, **options) for shards in ("none", "all"))
     assert one.base == whole and one.buffers == 0 and one.gathers == ()

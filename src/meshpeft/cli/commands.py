@@ -106,11 +106,12 @@ def _verify(argv: Sequence[str]) -> None:
 
 def _plan(argv: Sequence[str]) -> None:
     from meshpeft.cli.arguments import parse
-    from meshpeft.training.config import FinetuneConfig
+    from meshpeft.training.config import PlanConfig
 
-    description = """What one process of a fine-tune will hold in memory and send to others. The options are those of
-`meshpeft finetune`: put `plan` in its place. One process, no GPU; those of data and output do not matter."""
-    options = parse(FinetuneConfig, argv, prog="meshpeft plan", description=description)
+    description = """What one process of a fine-tune will hold in memory and send to others; with --devices, which
+layouts fit a cluster. The options are those of `meshpeft finetune`: put `plan` in its place. One process, no GPU; those
+of data and output do not matter."""
+    options = parse(PlanConfig, argv, prog="meshpeft plan", description=description)
 
     from meshpeft.verify.run import plan_run
 

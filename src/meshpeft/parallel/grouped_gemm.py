@@ -5,7 +5,8 @@ here the first is multiplied per group and the second padded. Groups may be empt
 
 Shapes: x [T, K] sorted by group, weight [E, N, K], `offsets` [E] int32: the end of each group's rows; offsets[-1] = T.
 
-Tensors that have no values (`FakeTensor`) have no groups either: of them only results are made, in their sizes.
+Tensors that have no values (`FakeTensor`) have no groups either: all their rows are multiplied by the first matrix, in
+as many products.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose: bool) -
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, transpose: bool) -> Tensor:
     width = weight.shape[-2] if transpose else weight.shape[-1]
     if isinstance(x, FakeTensor):
-        return x.new_empty((x.shape[0], width))
+        return torch.mm(x, weight[0].t() if transpose else weight[0])
     if x.dtype not in _GROUPED_TYPES:
         return _per_group(x, weight, offsets, transpose)
     x, weight = _aligned(x, -1), _aligned(_aligned(weight, -1), -2)
@@ -76,6 +77,7 @@ def _grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, tran
         y.add_(_grouped_mm(x, weight, offsets, transpose))
         return
     if isinstance(y, FakeTensor):
+        y.addmm_(x, weight[0].t() if transpose else weight[0])
         return
     # Here the kernel is a loop as well, and this one needs no second tensor of y's size.
     for into, rows, matrix in zip(*_split(offsets, y, x), weight.unbind(), strict=True):
@@ -86,7 +88,9 @@ def _grouped_add_mm_(y: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, tran
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """a [T, N], b [T, K] -> [E, N, K], the sum over each group's rows of a^T b; zero for an empty group."""
     if isinstance(a, FakeTensor):
-        return a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
+        products = a.new_empty((offsets.shape[0], a.shape[-1], b.shape[-1]))
+        torch.mm(a.t(), b, out=products[0])
+        return products
     if a.dtype not in _GROUPED_TYPES:
         return _outer_per_group(a, b, offsets)
     rows, columns = a.shape[-1], b.shape[-1]

@@ -355,7 +355,7 @@ class StoredTensor(Tensor):
             memo[id(self)] = _like(self, copied)
         return memo[id(self)]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
         return f"StoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "LayoutConfig",
     "MergeConfig",
     "OptionalField",
+    "PlanConfig",
     "RECORD",
     "TensorType",
     "TrainingError",
@@ -450,6 +451,36 @@ def named_base(adapter: Path) -> Path:
     if not isinstance(named, str) or not named or not Path(named).is_dir():
         raise ConfigError(f"{adapter}: names {shown(named)} as its base model, no directory here; give --model")
     return Path(named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(FinetuneConfig):
+    """Options of `meshpeft plan`: those of a run, and the machine that a search is for."""
+
+    devices: Annotated[int | None, OptionalField] = None
+    """Search: which layouts of so many processes fit, the fastest first by an estimate, and the command for it. Options
+    of the layout, --quantize and --activation-checkpointing are kept where they are given, and tried where not."""
+    machine: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
+    """Of what devices a search takes the numbers that the next options do not give."""
+    memory: Annotated[str | None, OptionalField] = None
+    """Memory of a device, such as 80GB; a tenth is left to the allocator and the buffers of collectives."""
+    tflops: Annotated[float | None, OptionalField] = None
+    """Products that a device makes of large matrices of --dtype, in 10^12 floating-point operations a second. Default:
+    60% of its maker's peak."""
+    memory_bandwidth: Annotated[float | None, OptionalField] = None
+    """What it reads and writes of its memory, in GB a second. Default: 80% of the peak."""
+    bandwidth: Annotated[float | None, OptionalField] = None
+    """What it sends to others of its node, in GB a second. Default: 80% of the peak."""
+    node_bandwidth: Annotated[float | None, OptionalField] = None
+    """What it sends to those of other nodes, in GB a second. Default: 80% of the peak."""
+    node_devices: Annotated[int | None, OptionalField] = None
+    """Devices of a node. Default: 8."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that no machine could have."""
+        super().check()
+        at_least(self, 1, "devices", "node_devices")
+        above(self, 0, "tflops", "memory_bandwidth", "bandwidth", "node_bandwidth")
 
 
 @dataclass(frozen=True, kw_only=True)

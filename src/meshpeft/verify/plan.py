@@ -38,7 +38,7 @@ from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.oracle import Layout
 from meshpeft.verify.simulation import Collective, count_collectives, fake_world
-from meshpeft.verify.work import Kernels, Traffic, WorkWatch
+from meshpeft.verify.work import Kernels, Machine, Traffic, WorkWatch, seconds_of_kernels, seconds_of_traffic
 
 __all__ = ["Plan", "plan"]
 
@@ -91,6 +91,21 @@ class Plan:
         """The same where all tokens go to this rank's experts."""
         return self.together - self.activations - self.transient + self.worst_activations + self.worst_transient
 
+    def seconds_of_step(self, passes: int, machine: Machine, dtype: torch.dtype) -> tuple[float, float]:
+        """Estimate the time of an optimizer step of so many passes, and the part of it in which nothing is computed.
+
+        Args:
+            passes: Micro-batches of a step.
+            machine: What runs it.
+            dtype: Type of the base.
+        """
+        computing = seconds_of_kernels(self.kernels, machine, dtype)
+        gathering = seconds_of_traffic(self.gathers, machine)
+        # The gathers of a sharded base go on beside the rest.
+        sending = max(0.0, seconds_of_traffic(self.micro_batch, machine) - gathering)
+        one_pass, step = max(computing + sending, gathering), seconds_of_traffic(self.step, machine)
+        return passes * one_pass + step, passes * (one_pass - computing) + step
+
 
 def plan(
     config: DecoderConfig | PretrainedConfig,
@@ -110,7 +125,7 @@ def plan(
     loss_chunk: int | None = None,
     router_aux_loss_coef: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
-    all_layers: bool = False,
+    models: Sequence[tuple[int, DecoderConfig | PretrainedConfig]] | None = None,
     with_added: bool = True,
 ) -> Plan:
     """Count what one rank of `tp * cp * dp` holds and sends.
@@ -128,7 +143,8 @@ def plan(
         loss_chunk: Tokens whose logits exist at a time; by default what a CPU takes (`default_loss_chunk`).
         router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
         dtype: Type of the base.
-        all_layers: Run all layers instead of some of each kind, for adapters that name layers by their number.
+        models: What is run in the place of the whole model: models of few layers, and how often each counts, as
+            `few_layers` makes them by default. Adapters that name layers by their number need all: `[(1, config)]`.
         with_added: Count what the adapter adds, which takes twice the time.
 
     Raises:
@@ -137,7 +153,7 @@ def plan(
     """
     layout = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, micro_batch_size, cp, shard_base)
     run = _Run(adapt, layout, quantizer, seq_length, loss_chunk, router_aux_loss_coef, dtype, with_added)
-    models = [(1, config)] if all_layers else few_layers(config)
+    models = few_layers(config) if models is None else models
     return _added_up([(times, run.counted(model)) for times, model in models])
 
 

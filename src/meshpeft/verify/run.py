@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig
@@ -24,14 +26,17 @@ from meshpeft.training.adapters import (
     start_adapter,
 )
 from meshpeft.training.base import BaseModel, find_base
-from meshpeft.training.config import ConfigError, FinetuneConfig, tensor_type
+from meshpeft.training.config import ConfigError, FinetuneConfig, PlanConfig, tensor_type
 from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
+from meshpeft.verify.search import USED, Found, command_for, found_layouts, machine_of
 
 __all__ = ["NotExact", "plan_run", "prove_run", "verify_run"]
 
+
+Config = TypeVar("Config", bound=FinetuneConfig)
 
 # Starts that depend on the base's weights; the others are drawn.
 STARTS = ("svdquant", "pissa")
@@ -105,8 +110,8 @@ def prove_run(config: FinetuneConfig, base: BaseModel) -> str:
     )
 
 
-def plan_run(config: FinetuneConfig) -> str:
-    """Count what one rank of the run with these options holds and sends.
+def plan_run(config: PlanConfig) -> str:
+    """Count what one rank of the run with these options holds and sends; or search for layouts that fit.
 
     Args:
         config: Options of the run; those that could not be started are refused as by `finetune`.
@@ -117,26 +122,95 @@ def plan_run(config: FinetuneConfig) -> str:
     Raises:
         MeshPEFTError: Options, model and layout do not fit together.
     """
+    if config.devices is not None:
+        return _search(config)
     config, base, world = _checked(config, weights=False)
     found = plan_of(config, base, world)
-    return "\n".join([*_subject(config, base), f"layout: {_processes(config, world)}", "", *_costs(found, config)])
+    return "\n".join(
+        [*_subject(config, base), f"layout: {_processes(config, world)}", "", *_costs(found, config, world)]
+    )
 
 
-def plan_of(config: FinetuneConfig, base: BaseModel, world: int) -> Plan:
-    """Count what one of `world` ranks of a run holds and sends; see `plan`."""
+def plan_of(
+    config: FinetuneConfig, base: BaseModel, world: int, models: Sequence[tuple[int, Any]] | None = None, **options: Any
+) -> Plan:
+    """Count what one of `world` ranks of a run holds and sends; see `plan` for the other arguments."""
     dtype = tensor_type(config.dtype)
     return plan(
         base.config,
         partial(add_adapter, config=config),
         **_layout(config, world),
         quantizer=base_quantizer(config, default_layers_of(base)),
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=_rows_of_a_pass(config, world),
         seq_length=config.seq_length,
         loss_chunk=config.loss_chunk or _loss_chunk_here(base.config, config.tp, dtype),
         router_aux_loss_coef=config.router_aux_loss_coef,
         dtype=dtype,
-        all_layers=_names_layers(config),
+        models=[(1, base.config)] if _names_layers(config) else models,
+        **options,
     )
+
+
+def _rows_of_a_pass(config: FinetuneConfig, world: int) -> int:
+    """Return how many rows one process computes at a time: its part of a batch may have fewer than the option says."""
+    return min(config.micro_batch_size, math.ceil(config.batch_size * config.tp * config.cp / world))
+
+
+def _search(config: PlanConfig) -> str:
+    config = config.resolved()
+    config.check()
+    base = find_base(config.model, config.engine)
+    check_adapter(base, config)
+    machine = machine_of(config)
+    fitting, too_large, count = found_layouts(config, base, partial(_counted_of, base))
+    rows = f"{config.batch_size} rows of {config.seq_length:,} tokens a step"
+    lines = [
+        *_subject(config, base),
+        f"machine: {config.devices:,} devices of {machine.memory / 1e9:,.0f} GB ({config.machine}), "
+        f"{machine.node} in a node; {rows}",
+        "",
+    ]
+    if fitting:
+        lines += ["these layouts fit:", *_table(fitting), ""]
+    if too_large:
+        lines += [f"these do not fit {USED:.0%} of the memory:", *_table(too_large[:3]), ""]
+    lines.append(
+        f"{len(fitting) + len(too_large)} of {count} layouts were counted, those that a rough count puts first; the "
+        "time is an estimate, to rank them by"
+    )
+    if not fitting:
+        return "\n".join([*lines, "nothing fits: it takes more devices, shorter rows (--seq-length) or --quantize nf4"])
+    best = fitting[0]
+    if best.config.quantize != config.quantize:
+        lines.append(
+            f"packed as {best.config.quantize} the base has other values: --quantize is part of what is trained"
+        )
+    return "\n".join([*lines, "", command_for(best.config, machine.node, best.world)])
+
+
+def _counted_of(base: BaseModel, config: FinetuneConfig, world: int, models: Sequence[tuple[int, Any]]) -> Plan:
+    return plan_of(config, base, world, models, with_added=False)
+
+
+def _table(found: Sequence[Found]) -> list[str]:
+    # With experts on other ranks: where all tokens go to this one's.
+    worst = any(one.plan.worst > one.plan.together for one in found)
+    header = f"  {'one process holds':>18}{'at worst':>12}" if worst else f"  {'one process holds':>18}"
+    lines = [f"{header}{'a step takes':>15}{'waiting':>9}   layout"]
+    for one in found:
+        held = f"  {_size(one.plan.together):>18}" + (f"{_size(one.plan.worst):>12}" if worst else "")
+        time = f"{one.seconds:>13.2f} s{one.waiting / one.seconds:>9.0%}"
+        lines.append(f"{held}{time}   {', '.join(_words_of(one.config))}")
+    return lines
+
+
+def _words_of(config: FinetuneConfig) -> list[str]:
+    sizes = [f"{axis}={getattr(config, axis)}" for axis in ("tp", "cp", "dp", "ep") if (getattr(config, axis) or 1) > 1]
+    words = [" ".join([*sizes, *([f"etp={config.etp}"] if config.etp not in (None, config.tp) else [])]) or "1 process"]
+    words += [] if config.shard_base == "none" else [f"base sharded over {config.shard_base}"]
+    mode = config.activation_checkpointing
+    words += [] if mode == "none" else [f"{mode} recomputation"]
+    return words + ([] if config.quantize is None else [f"{config.quantize} base"])
 
 
 def _processes(config: FinetuneConfig, world: int) -> str:
@@ -144,14 +218,16 @@ def _processes(config: FinetuneConfig, world: int) -> str:
     return describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config)
 
 
-def _loss_chunk_here(config: DecoderConfig | PretrainedConfig, tp: int, dtype: torch.dtype) -> int:
-    """Return the tokens of which a run on this machine's device has logits at a time."""
+def _loss_chunk_here(config: DecoderConfig | PretrainedConfig, tp: int, dtype: torch.dtype) -> int | None:
+    """Return the tokens of which a run on this machine's device has logits at a time; `None` for what a CPU takes."""
+    if device().type == "cpu":
+        return None
     size = (config if isinstance(config, DecoderConfig) else config.get_text_config()).vocab_size
     rows = size // tp if size % tp == 0 else size
     return default_loss_chunk(rows, dtype, device())
 
 
-def _checked(config: FinetuneConfig, *, weights: bool) -> tuple[FinetuneConfig, BaseModel, int]:
+def _checked(config: Config, *, weights: bool) -> tuple[Config, BaseModel, int]:
     """Resolve the options as `finetune` does, and find the model's structure and the number of processes.
 
     Args:
@@ -207,8 +283,8 @@ def _layout(config: FinetuneConfig, world: int) -> dict[str, Any]:
     }
 
 
-def _costs(found: Plan, config: FinetuneConfig) -> list[str]:
-    rows = f"{counted(config.micro_batch_size, 'row')} of {config.seq_length} tokens"
+def _costs(found: Plan, config: FinetuneConfig, world: int) -> list[str]:
+    rows = f"{counted(_rows_of_a_pass(config, world), 'row')} of {config.seq_length} tokens"
     packed = "" if config.quantize is None else f", layers packed as {config.quantize}"
     held = {
         f"base, frozen, {config.dtype}{packed}": found.base,

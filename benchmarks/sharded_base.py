@@ -1,0 +1,263 @@
+"""A base sharded over two processes beside a whole one, and what `plan` says of layouts beside what they take.
+
+Two gloo processes of one thread each train LoRA of rank 16 on a Llama of eight layers, hidden 512. All candidates are
+in the same two processes and take their steps in turn, so that a noisy machine slows all alike.
+
+* `sharded`: the time of a step over that of a whole base, float32 and NF4, and what a process holds of the base.
+* `ranking`: the time of a step at six layouts of exactly two processes, beside `plan`'s estimate for them.
+* `memory`: for each of these layouts, in processes of its own, by how much a process grew at most over the value just
+  before its model is made, beside `plan`'s figure. The allocator takes blocks of a MiB and more from the system, and
+  gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`).
+
+    python benchmarks/sharded_base.py [--repeats 15] [--only sharded|ranking|memory]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timing import measure, ratio, table
+
+from meshpeft.data.batches import MicroBatch
+from meshpeft.data.context import ContextShard
+from meshpeft.models import Decoder, DecoderConfig
+from meshpeft.models.base_blocks import base_stores, shard_base
+from meshpeft.parallel import ModelParallelConfig, init_parallelism, mesh, parallel_group_info
+from meshpeft.parallel.sharded_base import is_stored
+from meshpeft.peft import LoRA
+from meshpeft.quantization import BaseQuantizer
+from meshpeft.training.step import TrainStep, adamw
+from meshpeft.verify import Plan, plan
+from meshpeft.verify.work import MACHINES
+
+CONFIG = DecoderConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=8,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=64,
+)
+TOKENS, ROWS, RANK = 512, 4, 16
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of two processes, and how the base is stored."""
+
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+    sharded: bool = False
+    packed: bool = False
+    seq_length: int = TOKENS
+
+    @property
+    def dp(self) -> int:
+        return 2 // (self.tp * self.cp)
+
+    def adapt(self, model: Any) -> Any:
+        return LoRA(dim=RANK)(model)
+
+    @property
+    def quantizer(self) -> BaseQuantizer | None:
+        return BaseQuantizer("nf4") if self.packed else None
+
+    def planned(self) -> Plan:
+        return plan(
+            CONFIG,
+            self.adapt,
+            tp=self.tp,
+            cp=self.cp,
+            dp=self.dp,
+            sequence_parallel=self.sequence_parallel,
+            activation_checkpointing=self.recompute,
+            shard_base="all" if self.sharded else "none",
+            quantizer=self.quantizer,
+            micro_batch_size=ROWS // self.dp,
+            seq_length=self.seq_length,
+            dtype=torch.float32,
+            with_added=False,
+        )
+
+    def step(self) -> tuple[Callable[[], None], int]:
+        """Make the model, and return its step and the bytes that this process holds of its base."""
+        parallel = ModelParallelConfig(self.tp, context_parallel_size=self.cp, sequence_parallel=self.sequence_parallel)
+        model = Decoder(CONFIG, parallel, dtype=torch.float32).requires_grad_(False)
+        model.set_activation_checkpointing(self.recompute)
+        if self.quantizer is not None:
+            for name, layer in self.quantizer.layers_of(model).items():
+                self.quantizer.pack_(layer, name)
+        shard_base(model, "all" if self.sharded else "none")
+        stores = base_stores(model)
+        held = sum(store.nbytes + store.buffer_bytes for store in stores)
+        held += sum(parameter.nbytes for parameter in model.parameters() if not is_stored(parameter))
+        self.adapt(model)
+        train = TrainStep(model, adamw(model, lr=1e-4), clip=1.0)
+        info = parallel_group_info()
+        rows = ROWS // self.dp
+        places, spans = ContextShard(info.cp.rank, self.cp, self.tp).of_rows(
+            [[self.seq_length]] * rows, self.seq_length
+        )
+        generator = torch.Generator().manual_seed(info.dp.rank)
+        ids = torch.randint(0, CONFIG.vocab_size, (rows, self.seq_length), generator=generator)
+        own = torch.from_numpy(places).long()
+        batch = MicroBatch.of((ids.gather(1, own), ids.gather(1, own), own, torch.zeros_like(own)), spans)
+
+        def run() -> None:
+            dist.barrier()
+            train([batch], ROWS * self.seq_length)
+
+        return run, held
+
+
+BASES = {
+    "float32, whole": Candidate(),
+    "float32, sharded": Candidate(sharded=True),
+    "NF4, whole": Candidate(packed=True),
+    "NF4, sharded": Candidate(packed=True, sharded=True),
+}
+LAYOUTS = {
+    "dp=2": Candidate(),
+    "dp=2, recomputed": Candidate(recompute=True),
+    "dp=2, NF4": Candidate(packed=True),
+    "dp=2, NF4, sharded, recomputed": Candidate(packed=True, sharded=True, recompute=True),
+    "tp=2, sequence parallel": Candidate(tp=2, sequence_parallel=True),
+    "cp=2, recomputed, sharded": Candidate(cp=2, recompute=True, sharded=True),
+}
+
+
+def begin(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+
+
+def timed(rank: int, store: str, names: list[str], repeats: int, results: str) -> None:
+    begin(rank, store)
+    steps, held = {}, {}
+    for name in names:
+        candidate = {**BASES, **LAYOUTS}[name]
+        init_parallelism(candidate.tp, context_parallel=candidate.cp)
+        run, held[name] = candidate.step()
+        info = parallel_group_info()
+
+        def on_its_mesh(run: Callable[[], None] = run, info: Any = info) -> None:
+            mesh._current = info  # one process, several meshes in turn
+            run()
+
+        steps[name] = on_its_mesh
+    seconds = measure(steps, repeats, warmup=2)
+    if rank == 0:
+        torch.save((seconds, held), results)
+    dist.destroy_process_group()
+
+
+def grown(rank: int, store: str, name: str, results: str) -> None:
+    """By how much this process grew at most from just before its model was made to the end of two steps."""
+    begin(rank, store)
+    candidate = LAYOUTS[name]
+    init_parallelism(candidate.tp, context_parallel=candidate.cp)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    run, _ = candidate.step()
+    run()
+    run()
+    Path(results, f"{rank}").write_text(str(resident("VmHWM") - before))
+    dist.destroy_process_group()
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(function, args=(str(Path(directory) / "store"), *arguments), nprocs=2)
+
+
+def times_of(names: Sequence[str], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    with tempfile.TemporaryDirectory() as directory:
+        results = str(Path(directory) / "results")
+        in_two_processes(timed, list(names), repeats, results)
+        return torch.load(results)
+
+
+def sharded(repeats: int) -> None:
+    seconds, held = times_of(list(BASES), repeats)
+    rows = []
+    for name in BASES:
+        whole = name.replace("sharded", "whole")
+        over = "1" if name == whole else str(ratio(seconds, name, whole))
+        rows.append((name, over, f"{held[name] / MIB:,.1f} MiB"))
+    print(
+        table("A step over a base sharded over two processes", rows, ("base", "over a whole one", "of the base held"))
+    )
+
+
+def ranks_of(values: Sequence[float]) -> list[int]:
+    return [sorted(values).index(value) for value in values]
+
+
+def ranking(repeats: int) -> None:
+    seconds, _ = times_of(list(LAYOUTS), repeats)
+    found = {name: statistics.median(taken) for name, taken in seconds.items()}
+    machine = MACHINES["cpu"]
+    estimates = {
+        name: candidate.planned().seconds_of_step(1, machine, torch.float32)[0] for name, candidate in LAYOUTS.items()
+    }
+    rows = [
+        (name, f"{found[name] / found['dp=2']:.2f}", f"{estimates[name] / estimates['dp=2']:.2f}")
+        for name in sorted(found, key=lambda name: found[name])
+    ]
+    print(table("A step at six layouts of two processes, over that at dp=2", rows, ("layout", "measured", "estimated")))
+    agreement = statistics.correlation(ranks_of(list(found.values())), ranks_of(list(estimates.values())))
+    print(f"Spearman's rank correlation: {agreement:.2f}\n")
+
+
+def memory() -> None:
+    rows = []
+    for name, candidate in LAYOUTS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            in_two_processes(grown, name, directory)
+            most = max(int(path.read_text()) for path in Path(directory).iterdir())
+        counted = candidate.planned().together
+        rows.append((name, f"{most / MIB:,.0f} MiB", f"{counted / MIB:,.0f} MiB", f"{most / counted:.3f}"))
+    header = ("layout", "grown by at most", "plan", "measured / plan")
+    print(table("Memory of a process from before its model to the end of two steps", rows, header))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", choices=("sharded", "ranking", "memory"))
+    given = parser.parse_args()
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    parts: dict[str, Callable[[], None]] = {
+        "sharded": lambda: sharded(given.repeats),
+        "ranking": lambda: ranking(given.repeats),
+        "memory": memory,
+    }
+    for name, part in parts.items():
+        if given.only in (None, name):
+            part()
+
+
+if __name__ == "__main__":
+    main()
