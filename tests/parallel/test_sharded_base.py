@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meshpeft.parallel import ParallelError
+from meshpeft.parallel import ParallelAxis, ParallelError
 from meshpeft.parallel.sharded_base import BlockStore, StoredTensor, gathered, stored_
+from meshpeft.peft import LoRA
+from meshpeft.peft.wrapper import base_of
 from meshpeft.verify.simulation import on_rank, simulate, the_same
 
 X = torch.linspace(-2, 2, 30, dtype=torch.float64).view(5, 6)
@@ -167,3 +169,24 @@ def test_experts_are_sharded_over_what_expert_parallel_leaves_of_a_group(shards:
 def test_a_number_that_does_not_divide_is_refused() -> None:
     with simulate(dp=2, cp=2) as info, pytest.raises(ParallelError, match=r"4 replicas .* use 1 or 2 or 4"):
         info.replica_axes(3)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=("bare", "adapted"))
+def test_a_compiled_layer_reads_its_weights_outside_of_the_graph(adapted: bool) -> None:
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)).requires_grad_(False)
+    whole, x = deepcopy(layers), torch.randn(3, 16, requires_grad=True)
+    stored_([(layers[0], "weight"), (layers[2], "weight")], BlockStore(ParallelAxis("dp")))
+    if adapted:
+        for model in (whole, layers):
+            LoRA(["0", "2"], dim=2, lora_B_init_method="normal")(model)
+        layers.load_state_dict(whole.state_dict(), strict=False)
+    compiled = torch.compile(layers, backend="aot_eager")
+    for change in (1.0, 2.0):
+        with torch.no_grad():
+            for model in (whole, layers):
+                weight = base_of(model[0]).weight
+                weight.copy_(weight * change)
+        found, expected = compiled(x), whole(x)
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)))

@@ -35,10 +35,11 @@ from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.states import start_all_gather, take_slice
 
-__all__ = ["BlockStore", "StoredTensor", "changed_in_place", "gathered", "is_stored", "stored_", "stored_like"]
+__all__ = ["BlockStore", "StoredTensor", "changed_in_place", "gathered", "is_stored", "reads_store", "stored_", "stored_like"]
 
 # Tensors begin at multiples of it in a block, as PyTorch's own memory does: a product may round by its alignment.
 _ALIGNMENT = 64
+_MARK = "_reads_store"
 
 
 @dataclass(frozen=True)
@@ -399,6 +400,11 @@ def is_stored(tensor: object) -> bool:
     return isinstance(tensor, StoredTensor)
 
 
+def reads_store(module: nn.Module) -> bool:
+    """Whether parameters of a module's own were put into a store, without a look at them: `torch.compile` cannot."""
+    return bool(module.__dict__.get(_MARK, False))
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Return the values of a tensor that code will read by their address; of a `StoredTensor` what its store has."""
     return tensor.gathered() if isinstance(tensor, StoredTensor) else tensor
@@ -463,3 +469,4 @@ def stored_(holders: Iterable[tuple[nn.Module, str]], store: BlockStore, rows: i
         new = _like(old, StoredTensor(store, at, geometry, old.device))
         for module, name in held[key]:
             module._parameters[name] = new  # type: ignore[assignment]
+            module.__dict__[_MARK] = True

@@ -324,6 +324,9 @@ def all_gather(x: Tensor, axis: ParallelAxis, dim: int) -> Tensor:
 
 def start_all_gather(out: Tensor, x: Tensor, axis: ParallelAxis) -> Any:
     """Start to gather x [N / R] per rank into out [N]; return what waits for it, or `None` where that is not needed."""
+    if axis.world_size == 1:
+        out.copy_(x)
+        return None
     # Simulated ranks take turns.
     return _all_gather_single(out, x, group=axis.group, async_op=not is_simulated())
 

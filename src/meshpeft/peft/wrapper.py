@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpeft.parallel import I, LayerType, group_offsets, layer_type_of, layout_of, sharded_state_dict
-from meshpeft.parallel.sharded_base import is_stored, stored_like
+from meshpeft.parallel.sharded_base import is_stored, reads_store, stored_like
 from meshpeft.parallel.sharded_tensor import ShardedOffset, in_format, in_format_of_caller
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError, UnseenAdapterError
@@ -258,10 +258,18 @@ class AdapterWrapper(nn.Module):
         """
         if not self.is_active:
             return self.to_wrap(x, *args, **kwargs)
+        if reads_store(self.to_wrap):
+            return self._outside_of_graphs(x, *args, **kwargs)
+        return self._adapted(x, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer_type = self.layer_type
         if self.joins and layer_type.enter is not None and layer_type.exit is not None:
             return layer_type.exit(self.to_wrap, self.run_fused(layer_type.enter(self.to_wrap, x), *args, **kwargs))
         return self.run_standalone(x, *args, **kwargs)
+
+    # A compiled graph would gather a sharded weight once, when it is made.
+    _outside_of_graphs = torch.compiler.disable(_adapted)
 
     @property
     def is_active(self) -> bool:
