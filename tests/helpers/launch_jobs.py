@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from meshpeft.parallel import MeshPEFTError, init_parallelism
 from meshpeft.parallel.launcher_world import is_joined
+from meshpeft.parallel.sharded_base import BlockStore, stored_
 from meshpeft.training.launch import launch, number_of_workers, speaks_for_all
 
 
@@ -58,6 +60,16 @@ def fail_on_rank_1(how: str) -> None:
             raise MeshPEFTError("the file is truncated")
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.ones(1), group=info.tp.group)
+
+
+def fail_beside_a_gather() -> None:
+    """Rank 1 fails while rank 0 waits for its part of a sharded weight."""
+    dp = init_parallelism().dp
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    stored_([(layer, "weight")], BlockStore(dp))
+    if dp.rank == 1:
+        raise ZeroDivisionError("this one was first")
+    layer(torch.ones(1, 8))
 
 
 def joined(how: str) -> int:

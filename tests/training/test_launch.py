@@ -105,6 +105,11 @@ def test_a_failing_worker_ends_the_run_with_its_own_report(how: str, kind: type[
         launch(launch_jobs.fail_on_rank_1, how, workers=2)
 
 
+def test_a_worker_that_fails_while_others_gather_a_weight_ends_the_run_with_its_own_report() -> None:
+    with pytest.raises(WorkerDied, match=r"worker 1 failed:\nTraceback(.|\n)*ZeroDivisionError: this one was first$"):
+        launch(launch_jobs.fail_beside_a_gather, workers=2)
+
+
 @pytest.mark.parametrize(
     ("how", "codes", "printed"),
     [

@@ -35,7 +35,16 @@ from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis
 from meshpeft.parallel.states import start_all_gather, take_slice
 
-__all__ = ["BlockStore", "StoredTensor", "changed_in_place", "gathered", "is_stored", "reads_store", "stored_", "stored_like"]
+__all__ = [
+    "BlockStore",
+    "StoredTensor",
+    "changed_in_place",
+    "gathered",
+    "is_stored",
+    "reads_store",
+    "stored_",
+    "stored_like",
+]
 
 # Tensors begin at multiples of it in a block, as PyTorch's own memory does: a product may round by its alignment.
 _ALIGNMENT = 64

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PretrainedConfig
 
 from meshpeft.models import DecoderConfig
@@ -31,9 +33,9 @@ from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
-from meshpeft.verify.search import USED, Found, command_for, found_layouts, machine_of
+from meshpeft.verify.search import SHORTLIST, USED, Found, Models, command_for, found_layouts, machine_of
 
-__all__ = ["NotExact", "plan_run", "prove_run", "verify_run"]
+__all__ = ["NotExact", "counted_of", "plan_of", "plan_run", "prove_run", "verify_run"]
 
 
 Config = TypeVar("Config", bound=FinetuneConfig)
@@ -131,9 +133,7 @@ def plan_run(config: PlanConfig) -> str:
     )
 
 
-def plan_of(
-    config: FinetuneConfig, base: BaseModel, world: int, models: Sequence[tuple[int, Any]] | None = None, **options: Any
-) -> Plan:
+def plan_of(config: FinetuneConfig, base: BaseModel, world: int, models: Models | None = None, **options: Any) -> Plan:
     """Count what one of `world` ranks of a run holds and sends; see `plan` for the other arguments."""
     dtype = tensor_type(config.dtype)
     return plan(
@@ -157,12 +157,20 @@ def _rows_of_a_pass(config: FinetuneConfig, world: int) -> int:
 
 
 def _search(config: PlanConfig) -> str:
-    config = config.resolved()
-    config.check()
+    config.resolved().check()
     base = find_base(config.model, config.engine)
     check_adapter(base, config)
     machine = machine_of(config)
-    fitting, too_large, count = found_layouts(config, base, partial(_counted_of, base))
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, of_base = progress.add_task("counting layouts", total=SHORTLIST), counted_of(base)
+
+        def count(layout: FinetuneConfig, world: int, models: Models) -> Plan:
+            found = of_base(layout, world, models)
+            progress.advance(task)
+            return found
+
+        fitting, too_large, of_all = found_layouts(config, base, count)
     rows = f"{config.batch_size} rows of {config.seq_length:,} tokens a step"
     lines = [
         *_subject(config, base),
@@ -175,7 +183,7 @@ def _search(config: PlanConfig) -> str:
     if too_large:
         lines += [f"these do not fit {USED:.0%} of the memory:", *_table(too_large[:3]), ""]
     lines.append(
-        f"{len(fitting) + len(too_large)} of {count} layouts were counted, those that a rough count puts first; the "
+        f"{len(fitting) + len(too_large)} of {of_all} layouts were counted, those that a rough count puts first; the "
         "time is an estimate, to rank them by"
     )
     if not fitting:
@@ -188,8 +196,9 @@ def _search(config: PlanConfig) -> str:
     return "\n".join([*lines, "", command_for(best.config, machine.node, best.world)])
 
 
-def _counted_of(base: BaseModel, config: FinetuneConfig, world: int, models: Sequence[tuple[int, Any]]) -> Plan:
-    return plan_of(config, base, world, models, with_added=False)
+def counted_of(base: BaseModel) -> Callable[[FinetuneConfig, int, Models], Plan]:
+    """Return what counts the layouts of a search: the options of one, its ranks, and models of few layers."""
+    return lambda config, world, models: plan_of(config, base, world, models, with_added=False)
 
 
 def _table(found: Sequence[Found]) -> list[str]:

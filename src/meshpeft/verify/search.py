@@ -32,7 +32,7 @@ __all__ = ["Found", "bytes_of", "command_for", "found_layouts", "machine_of"]
 Models: TypeAlias = Sequence[tuple[int, DecoderConfig | PretrainedConfig]]
 
 # Layouts that are counted: as many as a minute allows of the largest models.
-_SHORTLIST, _MOST, _WANTED = 8, 12, 5
+SHORTLIST, _MOST, _WANTED = 8, 12, 5
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Of a device's memory what the allocator, the kernels' work space and the buffers of collectives leave.
 USED = 0.9
@@ -114,7 +114,7 @@ def found_layouts(
     too_large: list[Found] = []
     refused: MeshPEFTError | None = None
     for number, (layout, rough) in enumerate(every):
-        if number >= _MOST or (number >= _SHORTLIST and (len(fitting) >= _WANTED or rough.memory > limit)):
+        if number >= _MOST or (number >= SHORTLIST and (len(fitting) >= _WANTED or rough.memory > limit)):
             break
         try:
             found = _counted(layout, rough.world, count(layout, rough.world, models), machine)
