@@ -19,6 +19,7 @@ from meshpeft.parallel import init_parallelism, parallel_group_info
 from meshpeft.peft import DoRA, LoRA
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.step import adamw
+from meshpeft.verify.memory import MemoryWatch
 
 FAMILIES = {"qwen2": load_pretrained, "qwen3_moe": load_pretrained, "starcoder2": load_transformers}
 
@@ -114,3 +115,26 @@ def test_a_checkpoint_of_the_full_model_is_the_same_from_any_base_and_for_any(tm
     }
     # Each value once; the headers name the slices.
     assert max(stored.values()) - min(stored.values()) < 0.1 * min(stored.values())
+
+
+def watch_loading(base: Path) -> tuple[int, int, int]:
+    """Bytes of the largest layer, of the largest table, and those that loading takes beside what stays."""
+    init_parallelism()
+    load: Any = load_pretrained
+    whole = load(base, torch.float32)
+    sizes = {name: parameter.nbytes for name, parameter in whole.named_parameters()}
+    layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    del whole
+    with MemoryWatch() as memory:
+        model = load(base, torch.float32, shard_base="all")
+    assert base_stores(model)
+    return layer, sizes["embedding.weight"], memory.peak()
+
+
+def test_loading_takes_a_layer_beside_a_ranks_share(tmp_path: Path) -> None:
+    base = save_tiny("qwen2", tmp_path / "base", vocab_size=4096, tie_word_embeddings=False)
+    for layer, table, taken in run_on_ranks(2, watch_loading, base):
+        assert table > 10 * layer
+        # A slice of a file is a part of its whole tensor, which is mapped and takes no memory. Beside that there are
+        # a layer's tensors, the block made of them, and the rank's part of it.
+        assert taken - table < 3 * layer

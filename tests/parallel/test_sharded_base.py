@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meshpeft.parallel import ParallelAxis, ParallelError
-from meshpeft.parallel.sharded_base import BlockStore, StoredTensor, gathered, stored_
+from meshpeft.parallel.sharded_base import BlockStore, BlockTensor, gathered, stored_, stored_by_rows_
 from meshpeft.peft import LoRA
 from meshpeft.peft.wrapper import base_of
 from meshpeft.verify.simulation import on_rank, simulate, the_same
@@ -29,6 +29,13 @@ def linear(seed: int, rows: int = 12, columns: int = 6) -> nn.Linear:
     layer.weight = nn.Parameter(weight.reshape(rows, columns).clone(), requires_grad=False)
     layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return layer
+
+
+def put(layer: nn.Module, store: BlockStore, rows: int | None = None) -> None:
+    if rows is None:
+        stored_([(layer, "weight")], store)
+    else:
+        stored_by_rows_([(layer, "weight")], store, rows)
 
 
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
@@ -54,8 +61,8 @@ def test_an_operation_sees_the_values(operation: str, rows: int | None) -> None:
     with simulate(dp=2) as info:
         store, first, layer = BlockStore(info.dp), linear(1), linear(0)
         stored_([(first, "weight")], store)  # another block, so that this one does not begin the buffer
-        stored_([(layer, "weight")], store, rows)
-        assert isinstance(layer.weight, StoredTensor) and isinstance(layer.weight, nn.Parameter)
+        put(layer, store, rows)
+        assert isinstance(layer.weight, BlockTensor) and isinstance(layer.weight, nn.Parameter)
         found = OPERATIONS[operation](layer.weight)
         found = [the_same(part) for part in (found if isinstance(found, list) else [found])]
     expected = expected if isinstance(expected, list) else [expected]
@@ -141,7 +148,7 @@ def test_a_copy_of_a_module_has_a_store_of_its_own() -> None:
             first.copy_(torch.zeros_like(linear(0).weight))
         assert torch.equal(the_same(model[0].weight + 0), linear(0).weight)  # type: ignore[operator]
         assert copied.float()[1].weight.dtype == torch.float32
-        assert isinstance(copied[1].weight, StoredTensor)
+        assert isinstance(copied[1].weight, BlockTensor)
 
 
 def test_what_is_trained_is_not_stored() -> None:
@@ -167,7 +174,7 @@ def test_experts_are_sharded_over_what_expert_parallel_leaves_of_a_group(shards:
 
 
 def test_a_number_that_does_not_divide_is_refused() -> None:
-    with simulate(dp=2, cp=2) as info, pytest.raises(ParallelError, match=r"4 replicas .* use 1 or 2 or 4"):
+    with simulate(dp=2, cp=2) as info, pytest.raises(ParallelError, match=r"dp times cp is 4, .* use 1 or 2 or 4"):
         info.replica_axes(3)
 
 

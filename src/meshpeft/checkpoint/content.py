@@ -19,7 +19,7 @@ from meshpeft.hub.adapter_tensors import refuse_sharded
 from meshpeft.hub.tensor_files import CheckpointError
 from meshpeft.parallel.errors import blamed_on
 from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 from meshpeft.parallel.sharded_tensor import ShardedTensor, sharded_state_dict, sharded_tensors
 from meshpeft.peft import adapter_wrappers
 
@@ -92,7 +92,7 @@ class ModelContent:
             for entry in self.stored
             for part in (
                 _own_rows(MODEL + entry.key, entry, entry.source.store.axis)
-                if isinstance(entry.source, StoredTensor)
+                if isinstance(entry.source, BlockTensor)
                 else [_slice(MODEL + entry.key, entry)]
             )
         ]

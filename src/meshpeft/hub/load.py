@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -122,20 +122,29 @@ def fill(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
     blocks = BaseBlocks(model, shard_base)
-    stored_tensors = model.stored_tensors()
+    stored_tensors, tables = model.stored_tensors(), blocks.tables()
     left = Counter(layer for name in stored_tensors if (layer := blocks.layer_of(name)) is not None)
+
+    def assign(name: str, empty: Tensor, values: Tensor) -> Tensor:
+        new = model.assign_parameter(name, values)
+        for other in tied.get(id(empty), [name])[1:]:
+            module, _, attribute = other.rpartition(".")
+            setattr(model.get_submodule(module), attribute, new)
+        return new
+
     # Layers first: how much of a table is gathered at once follows from their sizes.
     for name, empty in sorted(stored_tensors.items(), key=lambda item: blocks.layer_of(item[0]) is None):
         kind = dtype if dtype is not None and empty.is_floating_point() else empty.dtype
         if kind.is_floating_point:
             for key in stored[name].keys:
                 files.dtype(key, floating=True)
-        new = model.assign_parameter(name, stored[name].read(files, kind, target))
-        for other in tied.get(id(empty), [name])[1:]:
-            module, _, attribute = other.rpartition(".")
-            setattr(model.get_submodule(module), attribute, new)
-        del new  # the tensor is gone when it is packed, and not kept until the next one is there
         layer, _, attribute = name.rpartition(".")
+        held = tables.get(id(empty))
+        if held is not None and layer not in packed and stored[name].is_one_matrix:
+            assign(name, empty, torch.empty_like(empty, dtype=kind, device="meta"))
+            blocks.store_table(held, partial(stored[name].read_rows, files, kind, target))
+            continue
+        assign(name, empty, stored[name].read(files, kind, target))
         if quantize is not None and layer in packed and attribute == "weight":
             quantize.pack_(packed[layer], layer)
         of_stack = blocks.layer_of(name)

@@ -460,6 +460,19 @@ class StoredTensors(Stored):
             _read_piece(files, names, self.stacked, offset, list(piece.shape), dim, place, transposed=self.transposed)
         return local
 
+    @property
+    def is_one_matrix(self) -> bool:
+        """Whether a file has the parameter as it is: neither in parts nor expert by expert."""
+        return not self.stacked and len(self.layout.pieces()) == 1 and len(self._copies()) == 1
+
+    def read_rows(self, files: TensorFiles, dtype: torch.dtype, device: torch.device, first: int, count: int) -> Tensor:
+        """Read some of this rank's rows of one that `is_one_matrix`; otherwise as `read`."""
+        (piece,), (keys,) = self.layout.pieces(), self._copies().values()
+        shape, offset = [count, *piece.shape[1:]], [piece.offset[0] + first, *piece.offset[1:]]
+        rows = _empty(shape, dtype, device)
+        _read_piece(files, keys[:1], False, offset, shape, 0, rows, transposed=self.transposed)
+        return rows
+
 
 @dataclass(frozen=True)
 class StackedA(Stored):

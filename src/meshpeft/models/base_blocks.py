@@ -7,17 +7,17 @@ no larger than a layer. Norms, biases, convolutions, and whatever else is small 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from meshpeft.parallel import layer_type_of, layout_of_tensor, parallel_group_info
 from meshpeft.parallel.embedding import VocabParallelEmbedding
 from meshpeft.parallel.mesh import ParallelAxis
-from meshpeft.parallel.sharded_base import BlockStore, is_stored, stored_
+from meshpeft.parallel.sharded_base import BlockStore, is_stored, stored_, stored_by_rows_
 
 __all__ = ["BaseBlocks", "ShardBase", "base_stores", "layer_stacks", "rows_of_tables", "shard_axes", "shard_base"]
 
@@ -81,20 +81,25 @@ class BaseBlocks:
 
     def store_tables(self) -> None:
         """Put embedding and head, and other weights outside of the layers, into theirs."""
-        store = self.dense
-        if store.axis.world_size == 1:
-            return
-        inside = {id(module) for layer in self._layers.values() for module in layer.modules()}
-        held = list(_weights(module for module in self.model.modules() if id(module) not in inside))
+        for held in self.tables().values():
+            self.store_table(held)
+
+    def store_table(self, held: list[tuple[nn.Module, str]], read: Callable[[int, int], Tensor] | None = None) -> None:
+        """Put one weight outside of the layers into its blocks; `read` gives rows of one without values."""
         _freeze(held)
+        parameter = held[0][0]._parameters[held[0][1]]
+        assert parameter is not None
         rows = rows_of_tables(self.model)
-        by_parameter: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module, own in held:
-            by_parameter.setdefault(id(module._parameters[own]), []).append((module, own))
-        for same in by_parameter.values():
-            parameter = same[0][0]._parameters[same[0][1]]
-            assert parameter is not None
-            stored_(same, store, rows=parameter.shape[0] if rows is None else min(rows, parameter.shape[0]))
+        stored_by_rows_(held, self.dense, min(rows or parameter.shape[0], parameter.shape[0]), read)
+
+    def tables(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        """Map the id of each weight outside of the layers that is sharded to the modules and names that hold it."""
+        found: dict[int, list[tuple[nn.Module, str]]] = {}
+        if self.dense.axis.world_size > 1:
+            inside = {id(module) for layer in self._layers.values() for module in layer.modules()}
+            for module, own in _weights(module for module in self.model.modules() if id(module) not in inside):
+                found.setdefault(id(module._parameters[own]), []).append((module, own))
+        return found
 
 
 def shard_base(model: nn.Module, shards: ShardBase = "all") -> list[BlockStore]:

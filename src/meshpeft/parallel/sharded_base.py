@@ -8,23 +8,23 @@ pass, and again in the backward pass. Nothing else is communicated, and the weig
 * A *store* holds the blocks of one axis: this rank's share of each, and two buffers of the largest. While one block is
   in use the next is gathered into the other buffer: the one that followed the last time the blocks were read in this
   order. So every rank of the axis has to read the same blocks in the same order.
-* A parameter keeps its name, shape, type, device and layout, as a `StoredTensor`: a tensor without memory that is read
-  from the store whenever an operation needs its values. Autograd keeps the `StoredTensor` for the backward pass, and
+* A parameter keeps its name, shape, type, device and layout, as a `BlockTensor`: a tensor without memory that is read
+  from the store whenever an operation needs its values. Autograd keeps the `BlockTensor` for the backward pass, and
   reads it again there. So whatever multiplies by a weight, of any engine, need not know of it.
 
-A view of a `StoredTensor` (transposed, some rows) is another one. Results of operations are ordinary tensors.
+A view of a `BlockTensor` (transposed, some rows) is another one. Results of operations are ordinary tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,13 @@ from meshpeft.parallel.states import start_all_gather, take_slice
 
 __all__ = [
     "BlockStore",
-    "StoredTensor",
+    "BlockTensor",
     "changed_in_place",
     "gathered",
     "is_stored",
     "reads_store",
     "stored_",
+    "stored_by_rows_",
     "stored_like",
 ]
 
@@ -205,7 +206,7 @@ class BlockStore:
         self.gathered_bytes += size - shard.shape[0]
 
 
-class StoredTensor(Tensor):
+class BlockTensor(Tensor):
     """A tensor whose values are in a `BlockStore`; see the module. Made by `stored_`.
 
     Attributes:
@@ -219,7 +220,7 @@ class StoredTensor(Tensor):
     @staticmethod
     def __new__(
         cls, store: BlockStore, places: Sequence[_Place], geometry: Tensor, device: torch.device
-    ) -> StoredTensor:
+    ) -> BlockTensor:
         """Make a view.
 
         Args:
@@ -227,7 +228,7 @@ class StoredTensor(Tensor):
             geometry: Its size, strides, offset and type, as a view of the tensor at the places; on the meta device.
             device: Device of its values.
         """
-        made: StoredTensor = Tensor._make_wrapper_subclass(
+        made: BlockTensor = Tensor._make_wrapper_subclass(
             cls,
             geometry.shape,
             geometry.stride(),
@@ -249,7 +250,7 @@ class StoredTensor(Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
-        if isinstance(first, StoredTensor):
+        if isinstance(first, BlockTensor):
             if func is torch.ops.aten.view.dtype:  # the bits as numbers of another type: no conversion of the values
                 return func(first.gathered().clone(), *args[1:], **kwargs)
             if _is_view(func):
@@ -269,7 +270,7 @@ class StoredTensor(Tensor):
         read = _Reader((*args, *kwargs.values()))
         if _writes(func, args):
             raise ParallelError(f"{func} would write into a weight of a sharded base, which is read-only")
-        return func(*tree_map_only(StoredTensor, read, args), **tree_map_only(StoredTensor, read, kwargs))
+        return func(*tree_map_only(BlockTensor, read, args), **tree_map_only(BlockTensor, read, kwargs))
 
     def gathered(self) -> Tensor:
         """Return the values: a view of a buffer that other values will take the place of. A collective.
@@ -311,7 +312,7 @@ class StoredTensor(Tensor):
             found = func(self._geometry(), *args, **kwargs)
         return [self._part(part) for part in found] if isinstance(found, (list, tuple)) else self._part(found)
 
-    def _part(self, geometry: Tensor) -> StoredTensor:
+    def _part(self, geometry: Tensor) -> BlockTensor:
         """Return the view of that geometry; of one block where its values are all there."""
         places, width = self.places, math.prod(self._stored_shape[1:])
         if len(places) > 1 and geometry.numel():
@@ -329,18 +330,18 @@ class StoredTensor(Tensor):
                     places = (place,)
                     break
                 at = end
-        return StoredTensor(self.store, places, geometry, self.device)
+        return BlockTensor(self.store, places, geometry, self.device)
 
-    def _converted(self, kwargs: Mapping[str, Any]) -> StoredTensor:
+    def _converted(self, kwargs: Mapping[str, Any]) -> BlockTensor:
         """Return the same in another type, to which each reading converts it, or on another device, with its store."""
         device = self.device if kwargs.get("device") is None else torch.device(kwargs["device"])
         if device != self.device:
             self.store.move(device)
         with _disable_current_modes():
             geometry = self._geometry().to(kwargs.get("dtype") or self.dtype)
-        return StoredTensor(self.store, self.places, geometry, device)
+        return BlockTensor(self.store, self.places, geometry, device)
 
-    def _written(self, values: Tensor) -> StoredTensor:
+    def _written(self, values: Tensor) -> BlockTensor:
         if not self.is_full:
             raise ParallelError("a weight of a sharded base can be replaced as a whole only")
         for place, part in zip(self.places, values.expand(self.shape).split(self._rows), strict=True):
@@ -361,12 +362,12 @@ class StoredTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            copied = StoredTensor(deepcopy(self.store, memo), self.places, self._geometry(), self.device)
+            copied = BlockTensor(deepcopy(self.store, memo), self.places, self._geometry(), self.device)
             memo[id(self)] = _like(self, copied)
         return memo[id(self)]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
-        return f"StoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
+        return f"BlockTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
 
 
 class _Reader:
@@ -375,13 +376,13 @@ class _Reader:
     def __init__(self, arguments: Sequence[Any]) -> None:
         blocks: set[tuple[int, int]] = set()
 
-        def note(tensor: StoredTensor) -> None:
+        def note(tensor: BlockTensor) -> None:
             blocks.update((id(tensor.store), place.block) for place in tensor.places)
 
-        tree_map_only(StoredTensor, note, arguments)
+        tree_map_only(BlockTensor, note, arguments)
         self._several = len(blocks) > 1
 
-    def __call__(self, tensor: StoredTensor) -> Tensor:
+    def __call__(self, tensor: BlockTensor) -> Tensor:
         found = tensor.gathered()
         # Reading another block may put values in its place.
         return found.clone() if self._several else found
@@ -399,14 +400,14 @@ def _is_view(func: Any) -> bool:
 
 def _writes(func: Any, args: Sequence[Any]) -> bool:
     return any(
-        argument.is_write and isinstance(given, StoredTensor)
+        argument.is_write and isinstance(given, BlockTensor)
         for argument, given in zip(func._schema.arguments, args, strict=False)
     )
 
 
 def is_stored(tensor: object) -> bool:
     """Whether a tensor's values are in a store."""
-    return isinstance(tensor, StoredTensor)
+    return isinstance(tensor, BlockTensor)
 
 
 def reads_store(module: nn.Module) -> bool:
@@ -415,14 +416,14 @@ def reads_store(module: nn.Module) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor that code will read by their address; of a `StoredTensor` what its store has."""
-    return tensor.gathered() if isinstance(tensor, StoredTensor) else tensor
+    """Return the values of a tensor that code will read by their address; of a `BlockTensor` what its store has."""
+    return tensor.gathered() if isinstance(tensor, BlockTensor) else tensor
 
 
 @contextmanager
 def changed_in_place(tensor: Tensor) -> Iterator[Tensor]:
-    """Give the values of a tensor to be changed; of a `StoredTensor` they are put back. A collective then."""
-    if not isinstance(tensor, StoredTensor):
+    """Give the values of a tensor to be changed; of a `BlockTensor` they are put back. A collective then."""
+    if not isinstance(tensor, BlockTensor):
         yield tensor.detach()
         return
     values = tensor.gathered().clone()
@@ -432,11 +433,11 @@ def changed_in_place(tensor: Tensor) -> Iterator[Tensor]:
 
 def stored_like(old: Tensor, values: Tensor) -> Tensor:
     """Put values, the same on every rank, into a new block of the store that an old tensor is in. No collective."""
-    assert isinstance(old, StoredTensor)
+    assert isinstance(old, BlockTensor)
     places = [place for part in values.split(old._rows) for place in old.store.add([part])]
     with _disable_current_modes():
         geometry = torch.empty(tuple(values.shape), dtype=values.dtype, device="meta")
-    return StoredTensor(old.store, places, geometry, old.device)
+    return BlockTensor(old.store, places, geometry, old.device)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
@@ -448,34 +449,60 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return made
 
 
-def stored_(holders: Iterable[tuple[nn.Module, str]], store: BlockStore, rows: int | None = None) -> None:
-    """Put frozen parameters of modules into one new block of a store; in their place are `StoredTensor`s.
+Holders: TypeAlias = Iterable[tuple[nn.Module, str]]
+"""Modules, and the names of their own parameters, tied ones under each of their names."""
 
-    Args:
-        holders: Modules, and the names of their own parameters, tied ones under each of their names.
-        store: The store.
-        rows: Put each so many rows of the one parameter into a block of their own.
+
+def stored_(holders: Holders, store: BlockStore) -> None:
+    """Put frozen parameters of modules into one new block of a store; in their place are `BlockTensor`s.
 
     Raises:
         ParallelError: One gets a gradient.
     """
-    held: dict[int, list[tuple[nn.Module, str]]] = {}
-    tensors: dict[int, nn.Parameter] = {}
+    tensors = _frozen(holders)
+    places = store.add([parameter for parameter, _ in tensors]) if tensors else []
+    for (old, held), place in zip(tensors, places, strict=True):
+        _put(store, [place], old, held)
+
+
+def stored_by_rows_(
+    holders: Holders, store: BlockStore, rows: int, read: Callable[[int, int], Tensor] | None = None
+) -> None:
+    """Put each so many rows of one frozen parameter into a block of their own; otherwise as `stored_`.
+
+    Args:
+        holders: Modules and names, all of one parameter.
+        store: The store.
+        rows: How many.
+        read: Gives rows, from a number on so many, of a parameter that holds no values yet.
+
+    Raises:
+        ParallelError: It gets a gradient.
+    """
+    ((old, held),) = _frozen(holders)
+    count = old.shape[0]
+    sizes = [min(rows, count - first) for first in range(0, count, rows)]
+    places = []
+    for first, size in zip(range(0, count, rows), sizes, strict=True):
+        places += store.add([old.narrow(0, first, size) if read is None else read(first, size)])
+    _put(store, places, old, held)
+
+
+def _frozen(holders: Holders) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
     for module, name in holders:
         parameter = module._parameters[name]
         assert parameter is not None
         if parameter.requires_grad:
             raise ParallelError(f"{name} of a {type(module).__name__} is trained: freeze the base before it is sharded")
-        tensors[id(parameter)] = parameter
-        held.setdefault(id(parameter), []).append((module, name))
-    if rows is None:
-        places = [[place] for place in store.add(list(tensors.values()))] if tensors else []
-    else:
-        places = [[place for part in one.split(rows) for place in store.add([part])] for one in tensors.values()]
-    for (key, old), at in zip(tensors.items(), places, strict=True):
-        with _disable_current_modes():
-            geometry = torch.empty(tuple(old.shape), dtype=old.dtype, device="meta")
-        new = _like(old, StoredTensor(store, at, geometry, old.device))
-        for module, name in held[key]:
-            module._parameters[name] = new  # type: ignore[assignment]
-            module.__dict__[_MARK] = True
+        found.setdefault(id(parameter), (parameter, []))[1].append((module, name))
+    return list(found.values())
+
+
+def _put(store: BlockStore, places: Sequence[_Place], old: nn.Parameter, held: list[tuple[nn.Module, str]]) -> None:
+    with _disable_current_modes():
+        geometry = torch.empty(tuple(old.shape), dtype=old.dtype, device="meta")
+    new = _like(old, BlockTensor(store, places, geometry, store.shards[places[0].block].device))
+    for module, name in held:
+        module._parameters[name] = new  # type: ignore[assignment]
+        module.__dict__[_MARK] = True

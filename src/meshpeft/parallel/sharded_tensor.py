@@ -22,7 +22,7 @@ from meshpeft.parallel.class_registry import load_engines_in_use
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.layout import TensorLayout, layout_of_tensor, set_layout
 from meshpeft.parallel.mesh import is_simulated, on_each_rank
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 
 __all__ = [
     "COMPILED",
@@ -80,7 +80,7 @@ class ShardedTensor:
         A view of `source`, or a copy (made each time) where its parts are interleaved, or its base is sharded.
         """
         source = self.source.detach()
-        if isinstance(source, StoredTensor):
+        if isinstance(source, BlockTensor):
             source = source.gathered().clone()
         return source if self.part is None or self.layout is None else self.layout.split_parts(source)[self.part]
 

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from meshpeft.parallel import LinearLayout, ParallelAxis, Shard, TensorLayout, convert_parts, layout_of, set_layout
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 from meshpeft.parallel.states import all_reduce
 from meshpeft.peft.adapter import LowRankAdapter
 from meshpeft.peft.errors import AdapterError
@@ -175,7 +175,7 @@ class RowNorms:
 
 def _fingerprint(tensor: Tensor) -> tuple[object, ...] | None:
     """Return what changes when a tensor's values do; `None` if nothing is certain to."""
-    if isinstance(tensor, StoredTensor):
+    if isinstance(tensor, BlockTensor):
         return id(tensor.store), tensor.places, tensor.store.changes, tensor.dtype, tensor.device
     try:
         address = tensor.data_ptr()

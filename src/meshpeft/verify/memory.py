@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 
 __all__ = ["MemoryWatch"]
 
@@ -30,12 +30,12 @@ class MemoryWatch(TorchDispatchMode):
         self._number = itertools.count()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if StoredTensor in types:
+        if BlockTensor in types:
             return NotImplemented  # what it is read for comes here next
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+            if isinstance(leaf, Tensor) and not leaf.is_meta and id(leaf.untyped_storage()) not in given:
                 given.add(id(leaf.untyped_storage()))
                 self._add(leaf.untyped_storage())
         return out

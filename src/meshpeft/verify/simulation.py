@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshpeft.parallel import ParallelError, ParallelGroupInfo, destroy_parallelism, init_parallelism
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 
 __all__ = [
     "Collective",
@@ -198,7 +198,7 @@ class _Recorder(TorchDispatchMode):
         self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if StoredTensor in types:
+        if BlockTensor in types:
             return NotImplemented  # what it is read for comes here next
         operator = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and operator not in WAITS:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from meshpeft.models.spans import tiles_stand_for
-from meshpeft.parallel.sharded_base import StoredTensor
+from meshpeft.parallel.sharded_base import BlockTensor
 
 __all__ = ["MACHINES", "Kernels", "Machine", "Traffic", "WorkWatch", "seconds_of_kernels", "seconds_of_traffic"]
 
@@ -60,7 +60,7 @@ class WorkWatch(TorchDispatchMode):
         self.kernels: Kernels = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if StoredTensor in types:
+        if BlockTensor in types:
             return NotImplemented  # what it is read for comes here next
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
