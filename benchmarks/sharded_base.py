@@ -15,8 +15,10 @@ in the same two processes and take their steps in turn, so that a noisy machine 
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import io
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,18 +29,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from long_context import measured
 from timing import measure, ratio, table
 
 from meshpeft.data.batches import MicroBatch
 from meshpeft.data.context import ContextShard
+from meshpeft.data.embedded import embedded_model_dir
+from meshpeft.hub.save import save_pretrained
 from meshpeft.models import Decoder, DecoderConfig
 from meshpeft.models.base_blocks import base_stores, shard_base
 from meshpeft.parallel import ModelParallelConfig, init_parallelism, mesh, parallel_group_info
 from meshpeft.parallel.sharded_base import is_stored
 from meshpeft.peft import LoRA
 from meshpeft.quantization import BaseQuantizer
+from meshpeft.training.base import find_base
+from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.launch import launch
 from meshpeft.training.step import TrainStep, adamw
 from meshpeft.verify import Plan, plan
+from meshpeft.verify.run import plan_of
 from meshpeft.verify.work import MACHINES
 
 CONFIG = DecoderConfig(
@@ -166,24 +175,34 @@ def timed(rank: int, store: str, names: list[str], repeats: int, results: str) -
     dist.destroy_process_group()
 
 
-def grown(rank: int, store: str, name: str, results: str) -> None:
-    """By how much this process grew at most from just before its model was made to the end of two steps."""
-    begin(rank, store)
-    candidate = LAYOUTS[name]
-    init_parallelism(candidate.tp, context_parallel=candidate.cp)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    run, _ = candidate.step()
-    run()
-    run()
-    Path(results, f"{rank}").write_text(str(resident("VmHWM") - before))
-    dist.destroy_process_group()
+def save_base(directory: Path) -> Path:
+    """Write the model with the embedded one's tokenizer, as a run reads it."""
+    embedded = embedded_model_dir()
+    shutil.copytree(embedded, directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    save_pretrained(Decoder(CONFIG, dtype=torch.float32), directory)
+    return directory
 
 
-def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def run_of(candidate: Candidate, base: Path, output: Path) -> FinetuneConfig:
+    """Return the options of two steps at a layout."""
+    return FinetuneConfig(
+        model=base,
+        tp=candidate.tp,
+        cp=candidate.cp,
+        dp=candidate.dp,
+        sequence_parallel=candidate.sequence_parallel,
+        activation_checkpointing="full" if candidate.recompute else "none",
+        shard_base="all" if candidate.sharded else "none",
+        quantize="nf4" if candidate.packed else None,
+        batch_size=ROWS,
+        micro_batch_size=ROWS // candidate.dp,
+        seq_length=candidate.seq_length,
+        rank=RANK,
+        steps=2,
+        eval_every=0,
+        eval_rows=ROWS,
+        output_dir=output,
+    ).resolved()
 
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
@@ -232,12 +251,16 @@ def ranking(repeats: int) -> None:
 
 def memory() -> None:
     rows = []
-    for name, candidate in LAYOUTS.items():
-        with tempfile.TemporaryDirectory() as directory:
-            in_two_processes(grown, name, directory)
-            most = max(int(path.read_text()) for path in Path(directory).iterdir())
-        counted = candidate.planned().together
-        rows.append((name, f"{most / MIB:,.0f} MiB", f"{counted / MIB:,.0f} MiB", f"{most / counted:.3f}"))
+    with tempfile.TemporaryDirectory() as name:
+        base = save_base(Path(name) / "base")
+        for number, (layout, candidate) in enumerate(LAYOUTS.items()):
+            config, results = run_of(candidate, base, Path(name) / f"run{number}"), Path(name) / f"results{number}"
+            results.mkdir()
+            with contextlib.redirect_stdout(io.StringIO()):
+                launch(measured, config, results, workers=2)
+            most = max(int(path.read_text()) for path in results.iterdir())
+            counted = plan_of(config, find_base(config.model, None), 2).together
+            rows.append((layout, f"{most / MIB:,.0f} MiB", f"{counted / MIB:,.0f} MiB", f"{most / counted:.3f}"))
     header = ("layout", "grown by at most", "plan", "measured / plan")
     print(table("Memory of a process from before its model to the end of two steps", rows, header))
 
