@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import io
 import os
 import shutil
@@ -25,11 +27,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from long_context import measured
+from long_context import resident
 from timing import measure, ratio, table
 
 from meshpeft.data.batches import MicroBatch
@@ -42,9 +45,11 @@ from meshpeft.parallel import ModelParallelConfig, init_parallelism, mesh, paral
 from meshpeft.parallel.sharded_base import is_stored
 from meshpeft.peft import LoRA
 from meshpeft.quantization import BaseQuantizer
-from meshpeft.training.base import find_base
+from meshpeft.training.base import BaseModel, find_base
 from meshpeft.training.config import FinetuneConfig
+from meshpeft.training.finetune import finetune
 from meshpeft.training.launch import launch
+from meshpeft.training.loop import TrainingLoop
 from meshpeft.training.step import TrainStep, adamw
 from meshpeft.verify import Plan, plan
 from meshpeft.verify.run import plan_of
@@ -203,6 +208,30 @@ def run_of(candidate: Candidate, base: Path, output: Path) -> FinetuneConfig:
         eval_rows=ROWS,
         output_dir=output,
     ).resolved()
+
+
+def measured(config: FinetuneConfig, results: Path) -> None:
+    """Fine-tune as a worker does, and write by how much this process grew until the last step was done."""
+    if config.quantize is not None:
+        importlib.import_module("bitsandbytes.functional")  # its code is no memory of the run
+    load, run = BaseModel.load, TrainingLoop.run
+    before = 0
+
+    def load_and_begin(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        nonlocal before
+        gc.collect()
+        before = resident("VmRSS")
+        model = load(self, *arguments, **options)
+        # The peak begins anew: while it is read, the file's pages count as the process's.
+        Path("/proc/self/clear_refs").write_text("5")
+        return model
+
+    def run_and_end(self: TrainingLoop, *arguments: Any) -> None:
+        run(self, *arguments)
+        (results / str(os.getpid())).write_text(str(resident("VmHWM") - before))
+
+    with mock.patch.object(BaseModel, "load", load_and_begin), mock.patch.object(TrainingLoop, "run", run_and_end):
+        finetune(config)
 
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
