@@ -6,8 +6,9 @@ in the same two processes and take their steps in turn, so that a noisy machine 
 * `sharded`: the time of a step over that of a whole base, float32 and NF4, and what a process holds of the base.
 * `ranking`: the time of a step at six layouts of exactly two processes, beside `plan`'s estimate for them.
 * `memory`: for each of these layouts, in processes of its own, by how much a process grew at most over the value just
-  before its model is made, beside `plan`'s figure. The allocator takes blocks of a MiB and more from the system, and
-  gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`).
+  before its model is made, beside `plan`'s figure. A step of a tiny model runs first, since the pages of the libraries'
+  code that a process uses for the first time, some 40 MiB, count as its memory. The allocator takes blocks of a MiB
+  and more from the system, and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`).
 
     python benchmarks/sharded_base.py [--repeats 15] [--only sharded|ranking|memory]
 """
@@ -24,7 +25,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,6 +65,7 @@ CONFIG = DecoderConfig(
     num_query_groups=4,
     head_dim=64,
 )
+TINY = replace(CONFIG, vocab_size=512, hidden_size=128, intermediate_size=128, num_layers=1, head_dim=16)
 TOKENS, ROWS, RANK = 512, 4, 16
 MIB = 2**20
 
@@ -108,10 +110,10 @@ class Candidate:
             with_added=False,
         )
 
-    def step(self) -> tuple[Callable[[], None], int]:
+    def step(self, config: DecoderConfig = CONFIG) -> tuple[Callable[[], None], int]:
         """Make the model, and return its step and the bytes that this process holds of its base."""
         parallel = ModelParallelConfig(self.tp, context_parallel_size=self.cp, sequence_parallel=self.sequence_parallel)
-        model = Decoder(CONFIG, parallel, dtype=torch.float32).requires_grad_(False)
+        model = Decoder(config, parallel, dtype=torch.float32).requires_grad_(False)
         model.set_activation_checkpointing(self.recompute)
         if self.quantizer is not None:
             for name, layer in self.quantizer.layers_of(model).items():
@@ -128,7 +130,7 @@ class Candidate:
             [[self.seq_length]] * rows, self.seq_length
         )
         generator = torch.Generator().manual_seed(info.dp.rank)
-        ids = torch.randint(0, CONFIG.vocab_size, (rows, self.seq_length), generator=generator)
+        ids = torch.randint(0, config.vocab_size, (rows, self.seq_length), generator=generator)
         own = torch.from_numpy(places).long()
         batch = MicroBatch.of((ids.gather(1, own), ids.gather(1, own), own, torch.zeros_like(own)), spans)
 
@@ -210,7 +212,7 @@ def run_of(candidate: Candidate, base: Path, output: Path) -> FinetuneConfig:
     ).resolved()
 
 
-def measured(config: FinetuneConfig, results: Path) -> None:
+def measured(candidate: Candidate, config: FinetuneConfig, results: Path) -> None:
     """Fine-tune as a worker does, and write by how much this process grew until the last step was done."""
     if config.quantize is not None:
         importlib.import_module("bitsandbytes.functional")  # its code is no memory of the run
@@ -219,6 +221,7 @@ def measured(config: FinetuneConfig, results: Path) -> None:
 
     def load_and_begin(self: BaseModel, *arguments: Any, **options: Any) -> Any:
         nonlocal before
+        replace(candidate, seq_length=64).step(TINY)[0]()
         gc.collect()
         before = resident("VmRSS")
         model = load(self, *arguments, **options)
@@ -286,7 +289,7 @@ def memory() -> None:
             config, results = run_of(candidate, base, Path(name) / f"run{number}"), Path(name) / f"results{number}"
             results.mkdir()
             with contextlib.redirect_stdout(io.StringIO()):
-                launch(measured, config, results, workers=2)
+                launch(measured, candidate, config, results, workers=2)
             most = max(int(path.read_text()) for path in results.iterdir())
             counted = plan_of(config, find_base(config.model, None), 2).together
             rows.append((layout, f"{most / MIB:,.0f} MiB", f"{counted / MIB:,.0f} MiB", f"{most / counted:.3f}"))
