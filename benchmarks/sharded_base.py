@@ -7,8 +7,9 @@ in the same two processes and take their steps in turn, so that a noisy machine 
 * `ranking`: the time of a step at six layouts of exactly two processes, beside `plan`'s estimate for them.
 * `memory`: for each of these layouts, in processes of its own, by how much a process grew at most over the value just
   before its model is made, beside `plan`'s figure. A step of a tiny model runs first, since the pages of the libraries'
-  code that a process uses for the first time, some 40 MiB, count as its memory. The allocator takes blocks of a MiB
-  and more from the system, and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`).
+  code that a process uses for the first time, some 40 MiB, count as its memory. The allocator takes blocks of 64 KiB
+  and more from the system, and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`): smaller tensors leave
+  holes.
 
     python benchmarks/sharded_base.py [--repeats 15] [--only sharded|ranking|memory]
 """
@@ -302,7 +303,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", choices=("sharded", "ranking", "memory"))
     given = parser.parse_args()
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
+    threshold = str(64 * 2**10)
+    os.environ |= {
+        "MALLOC_MMAP_THRESHOLD_": threshold,
+        "MALLOC_TRIM_THRESHOLD_": threshold,
+        "OMP_NUM_THREADS": "1",
+    }
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], None]] = {
         "sharded": lambda: sharded(given.repeats),
