@@ -140,3 +140,16 @@ def test_a_collective_takes_as_long_as_its_bytes_over_the_slowest_link(name: str
 def test_every_machine_is_an_option() -> None:
     for name in MACHINES:
         assert parse(PlanConfig, ["--machine", name], prog="meshpeft").machine == name
+
+
+def test_what_the_loss_holds_is_that_of_the_machine(tmp_path: Path) -> None:
+    directory = configuration(tmp_path / "llama", vocab_size=2**15)
+    base = find_base(directory, None)
+    of_cpu, of_gpu = (
+        plan_of(options(directory, machine=name, micro_batch_size=64, batch_size=64, seq_length=1024), base, 1)
+        for name in ("cpu", "h100")
+    )
+    assert of_gpu.activations == of_cpu.activations
+    # Logits of 512 MiB in the place of 64, and the hidden states of as many more tokens.
+    more = of_gpu.transient - of_cpu.transient
+    assert 448 * 2**20 < more < 1.4 * 448 * 2**20

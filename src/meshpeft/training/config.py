@@ -460,8 +460,9 @@ class PlanConfig(FinetuneConfig):
     devices: Annotated[int | None, OptionalField] = None
     """Search: which layouts of so many processes fit, the fastest first by an estimate, and the command for it. Options
     of the layout, --quantize and --activation-checkpointing are kept where they are given, and tried where not."""
-    machine: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
-    """Of what devices a search takes the numbers that the next options do not give."""
+    machine: Annotated[Literal["a100", "h100", "h200", "b200", "cpu"] | None, OptionalField] = None
+    """What the devices are: whose buffers are counted (default: this computer's), and whose numbers a search takes
+    where the next options give none (default: h100)."""
     memory: Annotated[str | None, OptionalField] = None
     """Memory of a device, such as 80GB; a tenth is left to the allocator and the buffers of collectives."""
     tflops: Annotated[float | None, OptionalField] = None

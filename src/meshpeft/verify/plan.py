@@ -27,10 +27,11 @@ from transformers import PretrainedConfig
 from meshpeft.data.batches import MicroBatch
 from meshpeft.data.context import ContextShard
 from meshpeft.models import Decoder, DecoderConfig, LanguageModel, check_divisible
-from meshpeft.models.base_blocks import ShardBase, base_stores, shard_axes, shard_base
+from meshpeft.models.base_blocks import ShardBase, base_stores, rows_of_tables, shard_axes, shard_base
 from meshpeft.models.recompute import ActivationCheckpointing
 from meshpeft.parallel import MeshPEFTError, ModelParallelConfig, ParallelGroupInfo, init_parallelism
 from meshpeft.parallel.dispatch import assume_load
+from meshpeft.parallel.loss import default_loss_chunk
 from meshpeft.parallel.sharded_base import BlockStore, is_stored
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.step import TrainStep, adamw, summed_loss, summed_losses
@@ -125,6 +126,7 @@ def plan(
     loss_chunk: int | None = None,
     router_aux_loss_coef: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
+    device_type: str = "cpu",
     models: Sequence[tuple[int, DecoderConfig | PretrainedConfig]] | None = None,
     with_added: bool = True,
 ) -> Plan:
@@ -140,9 +142,10 @@ def plan(
             moves them there.
         micro_batch_size: Rows of one forward pass on one rank.
         seq_length: Tokens of a row, each of which has a label.
-        loss_chunk: Tokens whose logits exist at a time; by default what a CPU takes (`default_loss_chunk`).
+        loss_chunk: Tokens whose logits exist at a time; by default what such a device takes (`default_loss_chunk`).
         router_aux_loss_coef: Coefficient of the routers' load-balancing loss; 0 leaves it out.
         dtype: Type of the base.
+        device_type: Type of the devices of the run.
         models: What is run in the place of the whole model: models of few layers, and how often each counts, as
             `few_layers` makes them by default. Adapters that name layers by their number need all: `[(1, config)]`.
         with_added: Count what the adapter adds, which takes twice the time.
@@ -152,7 +155,7 @@ def plan(
             model asks for values.
     """
     layout = Layout(tp, dp, ep, etp, sequence_parallel, activation_checkpointing, micro_batch_size, cp, shard_base)
-    run = _Run(adapt, layout, quantizer, seq_length, loss_chunk, router_aux_loss_coef, dtype, with_added)
+    run = _Run(adapt, layout, quantizer, seq_length, loss_chunk, router_aux_loss_coef, dtype, device_type, with_added)
     models = few_layers(config) if models is None else models
     return _added_up([(times, run.counted(model)) for times, model in models])
 
@@ -211,6 +214,7 @@ class _Run:
     loss_chunk: int | None
     router_aux_loss_coef: float
     dtype: torch.dtype
+    device_type: str = "cpu"
     with_added: bool = True
 
     def counted(self, config: DecoderConfig | PretrainedConfig) -> Plan:
@@ -238,7 +242,7 @@ class _Run:
         if stores:
             summed_loss(model, batch).backward()  # which block follows which is known now, and the buffers are there
             model.zero_grad(set_to_none=True)
-        model.loss_chunk = self.loss_chunk
+        model.loss_chunk = self.loss_chunk or self._default_chunk(config, model)
         before = [(store.gathers, store.gathered_bytes) for store in stores]
         work = WorkWatch()
         with work:
@@ -276,6 +280,13 @@ class _Run:
             step=_traffic(_counted(calls), mesh),
             kernels=tuple((*kind, count) for kind, count in sorted(work.kernels.items())),
         )
+
+    def _default_chunk(self, config: DecoderConfig | PretrainedConfig, model: LanguageModel) -> int | None:
+        if self.device_type == "cpu":
+            return None  # as the model counted here does by itself
+        size = (config if isinstance(config, DecoderConfig) else config.get_text_config()).vocab_size
+        rows = size // self.layout.tp if size % self.layout.tp == 0 else size
+        return default_loss_chunk(rows_of_tables(model) or rows, self.dtype, torch.device(self.device_type))
 
     def _made(self, config: DecoderConfig | PretrainedConfig, adapted: bool) -> LanguageModel:
         parallel = self.layout.parallel_config()

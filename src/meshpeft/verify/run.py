@@ -10,14 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PretrainedConfig
 
 from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
-from meshpeft.parallel.loss import default_loss_chunk
 from meshpeft.parallel.mesh import AXES
 from meshpeft.training.adapters import (
     add_adapter,
@@ -33,7 +30,16 @@ from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
-from meshpeft.verify.search import SHORTLIST, USED, Found, Models, command_for, found_layouts, machine_of
+from meshpeft.verify.search import (
+    DEFAULT_MACHINE,
+    SHORTLIST,
+    USED,
+    Found,
+    Models,
+    command_for,
+    found_layouts,
+    machine_of,
+)
 
 __all__ = ["NotExact", "counted_of", "plan_of", "plan_run", "prove_run", "verify_run"]
 
@@ -135,7 +141,7 @@ def plan_run(config: PlanConfig) -> str:
 
 def plan_of(config: FinetuneConfig, base: BaseModel, world: int, models: Models | None = None, **options: Any) -> Plan:
     """Count what one of `world` ranks of a run holds and sends; see `plan` for the other arguments."""
-    dtype = tensor_type(config.dtype)
+    machine = config.machine if isinstance(config, PlanConfig) else None
     return plan(
         base.config,
         partial(add_adapter, config=config),
@@ -143,9 +149,10 @@ def plan_of(config: FinetuneConfig, base: BaseModel, world: int, models: Models 
         quantizer=base_quantizer(config, default_layers_of(base)),
         micro_batch_size=_rows_of_a_pass(config, world),
         seq_length=config.seq_length,
-        loss_chunk=config.loss_chunk or _loss_chunk_here(base.config, config.tp, dtype),
+        loss_chunk=config.loss_chunk,
         router_aux_loss_coef=config.router_aux_loss_coef,
-        dtype=dtype,
+        dtype=tensor_type(config.dtype),
+        device_type=device().type if machine is None else "cpu" if machine == "cpu" else "cuda",
         models=[(1, base.config)] if _names_layers(config) else models,
         **options,
     )
@@ -157,6 +164,7 @@ def _rows_of_a_pass(config: FinetuneConfig, world: int) -> int:
 
 
 def _search(config: PlanConfig) -> str:
+    config = replace(config, machine=config.machine or DEFAULT_MACHINE)
     config.resolved().check()
     base = find_base(config.model, config.engine)
     check_adapter(base, config)
@@ -225,15 +233,6 @@ def _words_of(config: FinetuneConfig) -> list[str]:
 def _processes(config: FinetuneConfig, world: int) -> str:
     sizes = {name: size for name, size in _layout(config, world).items() if name in AXES}
     return describe_processes(world, {**sizes, "etp": config.etp or config.tp}, config)
-
-
-def _loss_chunk_here(config: DecoderConfig | PretrainedConfig, tp: int, dtype: torch.dtype) -> int | None:
-    """Return the tokens of which a run on this machine's device has logits at a time; `None` for what a CPU takes."""
-    if device().type == "cpu":
-        return None
-    size = (config if isinstance(config, DecoderConfig) else config.get_text_config()).vocab_size
-    rows = size // tp if size % tp == 0 else size
-    return default_loss_chunk(rows, dtype, device())
 
 
 def _checked(config: Config, *, weights: bool) -> tuple[Config, BaseModel, int]:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -27,10 +27,11 @@ from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.plan import Plan
 from meshpeft.verify.work import MACHINES, Machine
 
-__all__ = ["Found", "bytes_of", "command_for", "found_layouts", "machine_of"]
+__all__ = ["DEFAULT_MACHINE", "Found", "bytes_of", "command_for", "found_layouts", "machine_of"]
 
 Models: TypeAlias = Sequence[tuple[int, DecoderConfig | PretrainedConfig]]
 
+DEFAULT_MACHINE: Literal["h100"] = "h100"
 # Layouts that are counted: as many as a minute allows of the largest models.
 SHORTLIST, _MOST, _WANTED = 8, 12, 5
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -72,7 +73,7 @@ def bytes_of(text: str) -> float:
 
 def machine_of(config: PlanConfig) -> Machine:
     """Return the machine that the options describe."""
-    machine = MACHINES[config.machine]
+    machine = MACHINES[config.machine or DEFAULT_MACHINE]
     size = min(max(tensor_type(config.dtype).itemsize, 2), 8)
     changes: dict[str, Any] = {
         "memory": None if config.memory is None else bytes_of(config.memory),
