@@ -48,6 +48,7 @@ KINDS = (
     "data and loss",
     "context parallel",
     "transformers",
+    "sharded base",
     "resume",
 )
 _BEGIN, _END = "<!-- the table of mutations: scripts/mutations.py writes it -->", "<!-- end of the table -->"
