@@ -84,7 +84,13 @@ def column(sequence_parallel: bool) -> ColumnParallelLinear:
 
 
 def compute(
-    layer: ColumnParallelLinear, x: Tensor, labels: Tensor, upstream: Tensor, scaling: LogitScaling, **options: Any
+    layer: ColumnParallelLinear,
+    x: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    scaling: LogitScaling,
+    rows_at_a_time: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """As `dense`, of a column on this mesh, whose parameters may be trained; x and its gradient in full."""
     axis, sharded = layer.layout.axis, layer.layout.takes_token_shards
@@ -95,7 +101,7 @@ def compute(
         rows = layer.weight.shape[0]
         head = AdaptedHead(lambda x, _: F.linear(x, layer.weight, layer.bias), rows, parameters, scaling=scaling)
     else:
-        head = FrozenHead(lambda: layer.weight, layer.bias, scaling)
+        head = FrozenHead(lambda: layer.weight, layer.bias, scaling, rows_at_a_time=rows_at_a_time)
     loss = vocab_parallel_linear_cross_entropy(layer.enter(own), head, labels, **options)
     loss.backward(upstream)
     assert own.grad is not None
@@ -127,6 +133,18 @@ def test_loss_and_gradients_are_those_of_all_logits(
             layer = column(sequence_parallel).requires_grad_(trained)
             found = compute(layer, x, labels, upstream, scaling, chunk=chunk)
             assert len(found) == (4 if trained else 2)
+            assert largest_error(found, expected[scaling]) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", (1, 5, 6))
+@pytest.mark.parametrize("ignored", IGNORED)
+@pytest.mark.parametrize("tp", (1, 2))
+def test_a_frozen_head_may_be_read_some_rows_at_a_time(tp: int, ignored: str, rows: int) -> None:
+    x, labels, upstream = case(1, ignored)
+    expected = {scaling: dense(x, labels, upstream, scaling) for scaling in SCALINGS}
+    with simulate(tp=tp):
+        for scaling, chunk in zip(SCALINGS, (5, None, 7), strict=True):
+            found = compute(column(False), x, labels, upstream, scaling, rows, chunk=chunk)
             assert largest_error(found, expected[scaling]) < TOLERANCE
 
 
