@@ -119,15 +119,22 @@ EXPERTS = DecoderConfig(**{**CONFIG.__dict__, "moe": MOE, "model_type": "mixtral
 
 
 @pytest.mark.parametrize(
-    ("config", "mode"),
-    [(CONFIG, "none"), (CONFIG, "selective"), (CONFIG, "full"), (EXPERTS, "selective")],
-    ids=("none", "selective", "full", "experts"),
+    ("config", "mode", "dropout"),
+    [
+        (CONFIG, "none", 0),
+        (CONFIG, "selective", 0),
+        (CONFIG, "full", 0),
+        (EXPERTS, "selective", 0),
+        (CONFIG, "none", 0.5),
+    ],
+    ids=("none", "selective", "full", "experts", "dropout"),
 )
-def test_memory_is_what_tensors_with_values_take(config: DecoderConfig, mode: Any) -> None:
-    found = plan(config, LoRA(**OPTIONS), seq_length=TOKENS, activation_checkpointing=mode, dtype=torch.float64)
+def test_memory_is_what_tensors_with_values_take(config: DecoderConfig, mode: Any, dropout: float) -> None:
+    method = LoRA(**OPTIONS, dropout=dropout)
+    found = plan(config, method, seq_length=TOKENS, activation_checkpointing=mode, dtype=torch.float64)
     model = Decoder(config, dtype=torch.float64).requires_grad_(False)
     model.set_activation_checkpointing(mode)
-    LoRA(**OPTIONS)(model)
+    method(model)
     ids = torch.arange(TOKENS)[None]
     with MemoryWatch() as memory:
         loss = summed_loss(model, MicroBatch(ids, ids, ids, torch.zeros_like(ids), spans=Spans.of_rows(*ids.shape)))

@@ -25,6 +25,7 @@ import torch
 from spmd_types import rules
 from spmd_types.types import V
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import Function
 
 from meshpeft.parallel.errors import ParallelError
@@ -54,7 +55,8 @@ def draw_seed(varying: Sequence[ParallelAxis] = ()) -> int:
     Args:
         varying: The axes over which the activation holds different values, token axes included.
     """
-    with spmd.no_typecheck():  # the draw is not part of the model
+    # The draw is not part of the model, and has a value also where the model's tensors have none.
+    with spmd.no_typecheck(), unset_fake_temporarily():
         seed: int = int(torch.empty((), dtype=torch.int64).random_(0, _SEED_RANGE))
     for axis in varying:
         if axis.world_size > 1:
