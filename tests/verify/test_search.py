@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -17,9 +18,18 @@ from meshpeft.cli.main import main
 from meshpeft.training.base import find_base
 from meshpeft.training.config import ConfigError, FinetuneConfig, PlanConfig
 from meshpeft.training.launch import workers_for
+from meshpeft.verify import run
 from meshpeft.verify.run import counted_of, plan_of
 from meshpeft.verify.search import USED, bytes_of, command_for, found_layouts
 from meshpeft.verify.work import MACHINES, Machine, Traffic, seconds_of_kernels, seconds_of_traffic
+
+
+@pytest.fixture(autouse=True)
+def in_one_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Processes that count take seconds to start: one test has them."""
+    if "in_processes" not in request.node.name:
+        monkeypatch.setattr(run, "_COUNTING", 1)
+
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
 
@@ -94,6 +104,19 @@ def test_the_command_prints_a_command_that_runs_the_first(tmp_path: Path, capsys
     assert together[0] in printed
     assert main([*arguments.replace("1GB", "1KB").split()]) == 0
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_a_search_in_processes_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = configuration(tmp_path / "llama")
+    words = f"plan --model {directory} --devices 8 --memory 1GB --batch-size 8 --seq-length 64 --tp 2 --dp 4".split()
+    printed = []
+    for workers in (2, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "_COUNTING", workers)
+            patch.setattr(os, "cpu_count", lambda: 8)
+            assert main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "these layouts fit:" in printed[0]
 
 
 def test_over_several_nodes_the_command_is_a_launchers() -> None:

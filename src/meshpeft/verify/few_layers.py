@@ -1,8 +1,9 @@
 """Models of a few layers that cost, added up, what the whole one does.
 
 Layers of one kind cost the same. So a count that is made of a sum over layers follows from that of a model with two
-layers of each kind, and from what one more of each kind adds. The kinds are found in the layers themselves: the shapes
-of their parameters, the classes of their modules, and the numbers, names and switches that these hold.
+layers, or one of each kind where there are several, and from what one more of each kind adds. The kinds are found in
+the layers themselves: the shapes of their parameters, the classes of their modules, and the numbers, names and switches
+that these hold.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ Config: TypeAlias = DecoderConfig | PretrainedConfig
 
 # Layers without experts, before those with.
 DENSE_BEFORE_EXPERTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_KEPT_OF_A_KIND = 2
 # Attributes that number the layers.
 _NUMBERS = ("layer", "layer_idx", "layer_index", "layer_number", "layer_id")
 
@@ -34,8 +34,8 @@ _NUMBERS = ("layer", "layer_idx", "layer_index", "layer_number", "layer_id")
 def few_layers(config: Config) -> list[tuple[int, Config]]:
     """Return models of few layers, and how often each counts: the whole model costs the sum.
 
-    The first has two layers of each kind, the last ones, so that what is alive at a time is most where it is in the
-    whole model. Where no such models can be made, that is the whole one itself. Outside of a mesh.
+    The first has one layer of each kind, or two of one kind, the last ones, so that what is alive at a time is most
+    where it is in the whole model. Where no such models can be made, that is the whole one itself. Outside of a mesh.
     """
     whole = [(1, config)]
     kinds = _kinds(config)
@@ -44,8 +44,10 @@ def few_layers(config: Config) -> list[tuple[int, Config]]:
     places: dict[Hashable, list[int]] = {}
     for layer, kind in enumerate(kinds):
         places.setdefault(kind, []).append(layer)
-    kept = sorted(layer for own in places.values() for layer in own[-_KEPT_OF_A_KIND:])
-    more = {own[-_KEPT_OF_A_KIND - 1]: len(own) - _KEPT_OF_A_KIND for own in places.values() if own[:-_KEPT_OF_A_KIND]}
+    # Of one layer alone both passes meet the same block of a sharded base.
+    of_each = 1 if len(places) > 1 else 2
+    kept = sorted(layer for own in places.values() for layer in own[-of_each:])
+    more = {own[-of_each - 1]: len(own) - of_each for own in places.values() if own[:-of_each]}
     if not more or len(kept) + 1 >= len(kinds):
         return whole
     found = [(1 - sum(more.values()), kept), *((count, sorted([*kept, layer])) for layer, count in more.items())]

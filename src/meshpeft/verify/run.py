@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import starmap
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -25,15 +32,17 @@ from meshpeft.training.adapters import (
     start_adapter,
 )
 from meshpeft.training.base import BaseModel, find_base
-from meshpeft.training.config import ConfigError, FinetuneConfig, PlanConfig, tensor_type
+from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, PlanConfig, tensor_type
 from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
+from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
 from meshpeft.verify.search import (
     DEFAULT_MACHINE,
     SHORTLIST,
     USED,
+    Counts,
     Found,
     Models,
     command_for,
@@ -48,6 +57,9 @@ Config = TypeVar("Config", bound=FinetuneConfig)
 
 # Starts that depend on the base's weights; the others are drawn.
 STARTS = ("svdquant", "pissa")
+
+# Processes that count the layouts of a search: each has the libraries in its memory.
+_COUNTING = 4
 
 
 class NotExact(MeshPEFTError):
@@ -171,14 +183,15 @@ def _search(config: PlanConfig) -> str:
     machine = machine_of(config)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task, of_base = progress.add_task("counting layouts", total=SHORTLIST), counted_of(base)
+        task = progress.add_task("counting layouts", total=SHORTLIST)
+        with _counting(base) as counts:
 
-        def count(layout: FinetuneConfig, world: int, models: Models) -> Plan:
-            found = of_base(layout, world, models)
-            progress.advance(task)
-            return found
+            def seen(layouts: Sequence[tuple[FinetuneConfig, int]]) -> Iterator[Plan | MeshPEFTError]:
+                for found in counts(layouts):
+                    progress.advance(task)
+                    yield found
 
-        fitting, too_large, of_all = found_layouts(config, base, count)
+            fitting, too_large, of_all = found_layouts(config, base, seen)
     rows = f"{config.batch_size} rows of {config.seq_length:,} tokens a step"
     lines = [
         *_subject(config, base),
@@ -204,9 +217,42 @@ def _search(config: PlanConfig) -> str:
     return "\n".join([*lines, "", command_for(best.config, machine.node, best.world)])
 
 
-def counted_of(base: BaseModel) -> Callable[[FinetuneConfig, int, Models], Plan]:
-    """Return what counts the layouts of a search: the options of one, its ranks, and models of few layers."""
-    return lambda config, world, models: plan_of(config, base, world, models, with_added=False)
+@contextmanager
+def _counting(base: BaseModel) -> Iterator[Counts]:
+    """Give what counts the layouts of a search, in some processes where there are cores for them."""
+    workers = min(os.cpu_count() or 1, _COUNTING)
+    if workers == 1:
+        yield counted_of(base)
+        return
+    # An interrupt ends them without a word: what there is to say the command says.
+    quiet = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, quiet) as pool:
+        yield lambda layouts: (future.result() for future in [pool.submit(_count_here, *one) for one in layouts])
+
+
+def counted_of(base: BaseModel) -> Counts:
+    """Return what counts the layouts of a search in this process."""
+    models = few_layers(base.config)
+
+    def one(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
+        try:
+            return plan_of(config, base, world, models, with_added=False)
+        except MeshPEFTError as error:
+            return error
+
+    return lambda layouts: starmap(one, layouts)
+
+
+def _count_here(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
+    """Count one layout, in a process that has nothing yet."""
+    (found,) = _counts_of(config.model, config.engine)([(config, world)])
+    # Its own class may ask for more than a sentence where it is made anew.
+    return MeshPEFTError(str(found)) if isinstance(found, MeshPEFTError) else found
+
+
+@cache
+def _counts_of(model: Path | None, engine: EngineName | None) -> Counts:
+    return counted_of(find_base(model, engine))
 
 
 def _table(found: Sequence[Found]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Literal, TypeAlias
@@ -23,13 +23,14 @@ from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError, layer_type_of, layout_of_tensor
 from meshpeft.training.base import BaseModel
 from meshpeft.training.config import ConfigError, FinetuneConfig, PlanConfig, tensor_type
-from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.plan import Plan
 from meshpeft.verify.work import MACHINES, Machine
 
-__all__ = ["DEFAULT_MACHINE", "Found", "bytes_of", "command_for", "found_layouts", "machine_of"]
+__all__ = ["DEFAULT_MACHINE", "Counts", "Found", "bytes_of", "command_for", "found_layouts", "machine_of"]
 
 Models: TypeAlias = Sequence[tuple[int, DecoderConfig | PretrainedConfig]]
+Counts: TypeAlias = Callable[[Sequence[tuple[FinetuneConfig, int]]], Iterable[Plan | MeshPEFTError]]
+"""Counts layouts, given the options and the ranks of each; gives what one was refused for in the place of its plan."""
 
 DEFAULT_MACHINE: Literal["h100"] = "h100"
 # Layouts that are counted: as many as a minute allows of the largest models.
@@ -86,25 +87,22 @@ def machine_of(config: PlanConfig) -> Machine:
     return replace(machine, **{name: value for name, value in changes.items() if value is not None})
 
 
-def found_layouts(
-    config: PlanConfig, base: BaseModel, count: Callable[[FinetuneConfig, int, Models], Plan]
-) -> tuple[list[Found], list[Found], int]:
+def found_layouts(config: PlanConfig, base: BaseModel, counts: Counts) -> tuple[list[Found], list[Found], int]:
     """Find the layouts of a run on `config.devices` ranks.
 
     Args:
         config: Options of the run; those of its layout that are not at their defaults are kept.
         base: Its base model.
-        count: Counts a layout, given its options, ranks and models of few layers (`run.plan_of`).
+        counts: Counts layouts (`run.counted_of`).
 
     Returns:
         Those that fit, fastest first; those that were counted and do not, the smallest first; how many there are.
 
     Raises:
         ConfigError: No layout has so many ranks.
-        MeshPEFTError: What `count` raises for all layouts.
+        MeshPEFTError: What all layouts were refused for.
     """
     machine, sizes = machine_of(config), _Sizes.of(base, config)
-    models = few_layers(base.config)
     every = [(layout, _rough(layout, world, sizes, machine)) for layout, world in _layouts(config, machine, sizes)]
     if not every:
         raise ConfigError(f"devices={config.devices}: no layout of so many processes is possible with these options")
@@ -114,15 +112,18 @@ def found_layouts(
     fitting: list[Found] = []
     too_large: list[Found] = []
     refused: MeshPEFTError | None = None
-    for number, (layout, rough) in enumerate(every):
-        if number >= _MOST or (number >= SHORTLIST and (len(fitting) >= _WANTED or rough.memory > limit)):
+    for shortlist in (every[:SHORTLIST], every[SHORTLIST:_MOST]):
+        if len(fitting) >= _WANTED:
             break
-        try:
-            found = _counted(layout, rough.world, count(layout, rough.world, models), machine)
-        except MeshPEFTError as error:
-            refused = error
-            continue
-        (fitting if found.plan.together <= limit else too_large).append(found)
+        if fitting or too_large:
+            shortlist = [(layout, rough) for layout, rough in shortlist if rough.memory <= limit]
+        layouts = [(layout, rough.world) for layout, rough in shortlist]
+        for (layout, world), plan in zip(layouts, counts(layouts), strict=True):
+            if isinstance(plan, MeshPEFTError):
+                refused = plan
+                continue
+            found = _counted(layout, world, plan, machine)
+            (fitting if plan.together <= limit else too_large).append(found)
     if refused is not None and not fitting and not too_large:
         raise refused
     fitting.sort(key=lambda found: found.seconds)
