@@ -18,6 +18,7 @@ from meshpeft.peft import DoRA, LoRA
 from meshpeft.quantization import quantize_base
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.simulation import count_collectives, on_rank, ranks
+from meshpeft.verify.watch import watching
 
 OPTIONS: dict[str, Any] = {"dim": 2, "lora_dtype": torch.float64, "lora_B_init_method": "normal"}
 DENSE, EXPERTS = config(hidden_size=32, intermediate_size=64), moe_config()
@@ -102,7 +103,7 @@ def test_what_is_kept_on_the_host_comes_back(mode: Any) -> None:
         model = LoRA(**OPTIONS)(Decoder(DENSE, dtype=torch.float64).requires_grad_(False))
         model.set_activation_checkpointing(mode)
         ids = torch.arange(11)[None]
-        with MemoryWatch() as memory:
+        with watching(memory := MemoryWatch()):
             with kept_on_host(model, device_type="cpu" if moved else "cuda", smallest=1024):
                 loss = model(ids).square().sum()
             kept = memory.alive()

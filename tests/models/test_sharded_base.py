@@ -20,6 +20,7 @@ from meshpeft.peft import DoRA, LoRA
 from meshpeft.quantization import BaseQuantizer
 from meshpeft.training.step import adamw
 from meshpeft.verify.memory import MemoryWatch
+from meshpeft.verify.watch import watching
 
 FAMILIES = {"qwen2": load_pretrained, "qwen3_moe": load_pretrained, "starcoder2": load_transformers}
 
@@ -125,7 +126,7 @@ def watch_loading(base: Path) -> tuple[int, int, int]:
     sizes = {name: parameter.nbytes for name, parameter in whole.named_parameters()}
     layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
     del whole
-    with MemoryWatch() as memory:
+    with watching(memory := MemoryWatch()):
         model = load(base, torch.float32, shard_base="all")
     assert base_stores(model)
     return layer, sizes["embedding.weight"], memory.peak()

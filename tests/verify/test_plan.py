@@ -26,6 +26,7 @@ from meshpeft.verify import Traffic, plan
 from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.simulation import count_collectives
+from meshpeft.verify.watch import watching
 
 CONFIG = DecoderConfig(
     vocab_size=64,
@@ -136,7 +137,7 @@ def test_memory_is_what_tensors_with_values_take(config: DecoderConfig, mode: An
     model.set_activation_checkpointing(mode)
     method(model)
     ids = torch.arange(TOKENS)[None]
-    with MemoryWatch() as memory:
+    with watching(memory := MemoryWatch()):
         loss = summed_loss(model, MicroBatch(ids, ids, ids, torch.zeros_like(ids), spans=Spans.of_rows(*ids.shape)))
         kept = memory.alive()
         loss.backward()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def test_what_does_not_fit_is_left_out_and_more_memory_is_quicker(tmp_path: Path
     assert all(found.plan.together <= 1.05 * least for found in fitting)
     assert all(found.plan.together > 1.05 * least for found in too_large)
     assert fitting[0].seconds >= large[0].seconds
+
+
+def test_what_a_search_counts_is_that_of_its_machine(tmp_path: Path) -> None:
+    # 32,768 logits of 65,536 tokens: how many exist at a time is another number on a GPU than here.
+    directory = configuration(tmp_path / "llama", vocab_size=2**15)
+    base = find_base(directory, None)
+    config = options(directory, devices=1, batch_size=64, micro_batch_size=64, seq_length=1024, quantize="int8")
+    fitting, _, _ = found_layouts(config, base, counted_of(base))
+    (found,) = (found for found in fitting if found.config.activation_checkpointing == "none")
+    here, there = (plan_of(replace(config, devices=None, machine=name), base, 1) for name in ("cpu", "h100"))
+    assert found.plan.transient == there.transient != here.transient
 
 
 def test_options_of_the_layout_that_are_given_are_kept(tmp_path: Path) -> None:

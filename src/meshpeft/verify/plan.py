@@ -38,7 +38,8 @@ from meshpeft.training.step import TrainStep, adamw, summed_loss, summed_losses
 from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.memory import MemoryWatch
 from meshpeft.verify.oracle import Layout
-from meshpeft.verify.simulation import Collective, count_collectives, fake_world
+from meshpeft.verify.simulation import Collective, CollectiveWatch, count_collectives, fake_world
+from meshpeft.verify.watch import Watch, watching
 from meshpeft.verify.work import Kernels, Machine, Traffic, WorkWatch, seconds_of_kernels, seconds_of_traffic
 
 __all__ = ["Plan", "plan"]
@@ -245,8 +246,7 @@ class _Run:
         model.loss_chunk = self.loss_chunk or self._default_chunk(config, model)
         before = [(store.gathers, store.gathered_bytes) for store in stores]
         work = WorkWatch()
-        with work:
-            passes = _forward_and_backward(model, batch, balance)
+        passes = _forward_and_backward(model, batch, balance, work)
         gathers = tuple(_gathers_of(store, *earlier, mesh) for store, earlier in zip(stores, before, strict=True))
         optimizer = adamw(model, lr=1e-4)
         step = TrainStep(model, optimizer, clip=1.0, router_aux_loss_coef=balance)
@@ -362,13 +362,14 @@ class _Passes(NamedTuple):
     losses: Tensor
 
 
-def _forward_and_backward(model: LanguageModel, batch: MicroBatch, balance: float) -> _Passes:
-    with count_collectives() as calls, MemoryWatch() as memory:
+def _forward_and_backward(model: LanguageModel, batch: MicroBatch, balance: float, *watches: Watch) -> _Passes:
+    collectives, memory = CollectiveWatch(), MemoryWatch()
+    with watching(collectives, memory, *watches):
         losses = summed_losses(model, batch) if balance else summed_loss(model, batch)
         loss = losses.sum() if balance else losses
         kept = memory.alive()
         loss.backward()
-    return _Passes(kept, memory.peak(), _counted(calls), losses.detach().view(-1))
+    return _Passes(kept, memory.peak(), _counted(collectives.calls), losses.detach().view(-1))
 
 
 def _with_input_gradient(model: LanguageModel, batch: MicroBatch, balance: float) -> _Calls:

@@ -45,13 +45,13 @@ class Found:
     """A layout, what one rank of it holds and sends, and an estimate of the time of an optimizer step.
 
     Attributes:
-        config: Options of the run.
+        config: Options of the run, and of the machine.
         world: Ranks.
         plan: What was counted.
         seconds, waiting: A step, and the part of it in which nothing is computed.
     """
 
-    config: FinetuneConfig
+    config: PlanConfig
     world: int
     plan: Plan
     seconds: float
@@ -131,7 +131,7 @@ def found_layouts(config: PlanConfig, base: BaseModel, counts: Counts) -> tuple[
     return fitting, too_large, len(every)
 
 
-def _counted(layout: FinetuneConfig, world: int, plan: Plan, machine: Machine) -> Found:
+def _counted(layout: PlanConfig, world: int, plan: Plan, machine: Machine) -> Found:
     passes = _micro_batches(layout, world)
     return Found(layout, world, plan, *plan.seconds_of_step(passes, machine, tensor_type(layout.dtype)))
 
@@ -270,12 +270,11 @@ def _rough(config: FinetuneConfig, world: int, sizes: _Sizes, machine: Machine) 
     return _Rough(world, base + activations, seconds)
 
 
-def _layouts(config: PlanConfig, machine: Machine, sizes: _Sizes) -> Iterator[tuple[FinetuneConfig, int]]:
+def _layouts(config: PlanConfig, machine: Machine, sizes: _Sizes) -> Iterator[tuple[PlanConfig, int]]:
     """Yield the layouts of so many ranks that the options leave open; sizes may not divide."""
     devices = config.devices
     assert devices is not None
-    plain = {option.name: getattr(config, option.name) for option in fields(FinetuneConfig)}
-    run = FinetuneConfig(**plain)
+    run = replace(config, devices=None, machine=config.machine or DEFAULT_MACHINE)
 
     def open_to(name: str, values: list[Any]) -> list[Any]:
         given = getattr(run, name)

@@ -20,14 +20,13 @@ from torch.distributed._local_tensor import (
     enabled_local_tensor_mode,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meshpeft.parallel import ParallelError, ParallelGroupInfo, destroy_parallelism, init_parallelism
-from meshpeft.parallel.sharded_base import BlockTensor
+from meshpeft.verify.watch import Operation, tensors_in, watching
 
 __all__ = [
     "Collective",
+    "CollectiveWatch",
     "count_collectives",
     "fake_world",
     "index_on_rank",
@@ -192,22 +191,28 @@ OPERATORS = {
 WAITS = ("wait_tensor", "_wrap_tensor_autograd")
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list[Collective]) -> None:
-        super().__init__()
-        self.calls = calls
+class CollectiveWatch:
+    """Records collectives.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if BlockTensor in types:
-            return NotImplemented  # what it is read for comes here next
+    Attributes:
+        calls: They, in order.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Collective] = []
+
+    def seen(self, operation: Operation) -> None:
+        """Record an operation that is a collective."""
+        func, args = operation.func, operation.args
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            return
         operator = func.overloadpacket.__name__
-        if func.namespace in ("c10d", "_c10d_functional") and operator not in WAITS:
+        if operator not in WAITS:
             name, own = OPERATORS[operator]  # an operator that is not here is to be added
-            given = [leaf for leaf in tree_leaves(args[own]) if isinstance(leaf, Tensor)]
+            given = list(tensors_in(args[own]))
             (itemsize,) = {tensor.element_size() for tensor in given}
             elements = sum(tensor.numel() for tensor in given)
             self.calls.append(Collective(name, elements, itemsize, _group_name(args)))
-        return func(*args, **(kwargs or {}))
 
 
 def _group_name(args: Any) -> str:
@@ -221,6 +226,6 @@ def _group_name(args: Any) -> str:
 @contextmanager
 def count_collectives() -> Iterator[list[Collective]]:
     """Record the collectives made inside, backward passes included, in order."""
-    calls: list[Collective] = []
-    with _Recorder(calls):
-        yield calls
+    watch = CollectiveWatch()
+    with watching(watch):
+        yield watch.calls

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from meshpeft.models.spans import tiles_stand_for
-from meshpeft.parallel.sharded_base import BlockTensor
+from meshpeft.verify.watch import Operation, tensors_in
 
 __all__ = ["MACHINES", "Kernels", "Machine", "Traffic", "WorkWatch", "seconds_of_kernels", "seconds_of_traffic"]
 
@@ -48,32 +46,30 @@ class Traffic:
     span: int = field(default=1, compare=False)
 
 
-class WorkWatch(TorchDispatchMode):
-    """Counts what the operations inside compute and move.
+class WorkWatch:
+    """Counts what operations compute and move.
 
     Attributes:
         kernels: The operations.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.kernels: Kernels = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if BlockTensor in types:
-            return NotImplemented  # what it is read for comes here next
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.namespace not in ("c10d", "_c10d_functional") and not _only_views(func):
-            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            times = tiles_stand_for()
-            # What is done tile by tile stays in a cache, or inside of one kernel.
-            kind = (_products(func, args, kwargs, out), moved if times is None else 0)
-            self.kernels[kind] = self.kernels.get(kind, 0.0) + (1.0 if times is None else times)
-        return out
+    def seen(self, operation: Operation) -> None:
+        """Count an operation."""
+        func, args, kwargs, out = operation.func, operation.args, operation.kwargs, operation.out
+        if func.namespace in ("c10d", "_c10d_functional") or _only_views(func):
+            return
+        tensors = {id(tensor): tensor for tensor in (*operation.given, *tensors_in(out))}
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        times = tiles_stand_for()
+        # What is done tile by tile stays in a cache, or inside of one kernel.
+        kind = (_products(func, args, kwargs, out), moved if times is None else 0)
+        self.kernels[kind] = self.kernels.get(kind, 0.0) + (1.0 if times is None else times)
 
 
+@cache
 def _only_views(func: Any) -> bool:
     if func.name().startswith(("aten::empty", "aten::detach", "aten::alias", "prim::")):
         return True
