@@ -10,15 +10,25 @@ from functools import cache
 from pathlib import Path
 
 import meshpeft
-from meshpeft.training.config import EvaluateConfig, ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig
+from meshpeft.training.config import EvaluateConfig, ExportConfig, GenerateConfig, MergeConfig, PlanConfig
 
 OPTIONS = {
     field.name.replace("_", "-")
-    for config in (FinetuneConfig, EvaluateConfig, GenerateConfig, ExportConfig, MergeConfig)
+    for config in (PlanConfig, EvaluateConfig, GenerateConfig, ExportConfig, MergeConfig)
     for field in fields(config)
 }
-# Of vLLM; and what begins the negative of a switch.
-OTHERS = {"help", "version", "max-lora-rank", "no-"}
+# Of vLLM and of torchrun; and what begins the negative of a switch.
+OTHERS = {
+    "help",
+    "version",
+    "max-lora-rank",
+    "nnodes",
+    "nproc-per-node",
+    "rdzv-backend",
+    "rdzv-endpoint",
+    "no-python",
+    "no-",
+}
 # What these say is about models and layers that no command makes.
 OF_THE_LIBRARY = frozenset({"transformers.py", "wrapper.py", "content.py", "same_tokens.py"})
 ADVICE = re.compile(r"\b(?:use|with|give|choose|add|set) (?:one with )?([a-z]\w*)=")

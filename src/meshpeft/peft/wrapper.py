@@ -258,8 +258,9 @@ class AdapterWrapper(nn.Module):
         """
         if not self.is_active:
             return self.to_wrap(x, *args, **kwargs)
-        if reads_store(self.to_wrap):
-            return self._outside_of_graphs(x, *args, **kwargs)
+        if torch.compiler.is_compiling() and reads_store(self.to_wrap):
+            # A compiled graph would gather a sharded weight once, when it is made.
+            return torch.compiler.disable(self._adapted)(x, *args, **kwargs)
         return self._adapted(x, *args, **kwargs)
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -267,9 +268,6 @@ class AdapterWrapper(nn.Module):
         if self.joins and layer_type.enter is not None and layer_type.exit is not None:
             return layer_type.exit(self.to_wrap, self.run_fused(layer_type.enter(self.to_wrap, x), *args, **kwargs))
         return self.run_standalone(x, *args, **kwargs)
-
-    # A compiled graph would gather a sharded weight once, when it is made.
-    _outside_of_graphs = torch.compiler.disable(_adapted)
 
     @property
     def is_active(self) -> bool:

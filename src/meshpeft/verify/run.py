@@ -184,7 +184,7 @@ def _search(config: PlanConfig) -> str:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("counting layouts", total=SHORTLIST)
-        with _counting(base) as counts:
+        with _counting(config, base) as counts:
 
             def seen(layouts: Sequence[tuple[FinetuneConfig, int]]) -> Iterator[Plan | MeshPEFTError]:
                 for found in counts(layouts):
@@ -218,7 +218,7 @@ def _search(config: PlanConfig) -> str:
 
 
 @contextmanager
-def _counting(base: BaseModel) -> Iterator[Counts]:
+def _counting(config: PlanConfig, base: BaseModel) -> Iterator[Counts]:
     """Give what counts the layouts of a search, in some processes where there are cores for them."""
     workers = min(os.cpu_count() or 1, _COUNTING)
     if workers == 1:
@@ -227,6 +227,8 @@ def _counting(base: BaseModel) -> Iterator[Counts]:
     # An interrupt ends them without a word: what there is to say the command says.
     quiet = (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, quiet) as pool:
+        for _ in range(workers):
+            pool.submit(_get_ready, config.model, config.engine)  # takes seconds, beside the rough count
         yield lambda layouts: (future.result() for future in [pool.submit(_count_here, *one) for one in layouts])
 
 
@@ -248,6 +250,10 @@ def _count_here(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
     (found,) = _counts_of(config.model, config.engine)([(config, world)])
     # Its own class may ask for more than a sentence where it is made anew.
     return MeshPEFTError(str(found)) if isinstance(found, MeshPEFTError) else found
+
+
+def _get_ready(model: Path | None, engine: EngineName | None) -> None:
+    _counts_of(model, engine)
 
 
 @cache
