@@ -4,14 +4,15 @@ Two gloo processes of one thread each train LoRA of rank 16 on a Llama of eight 
 in the same two processes and take their steps in turn, so that a noisy machine slows all alike.
 
 * `sharded`: the time of a step over that of a whole base, float32 and NF4, and what a process holds of the base.
-* `ranking`: the time of a step at six layouts of exactly two processes, beside `plan`'s estimate for them.
+* `ranking`: the time of a step at layouts of exactly two processes, beside `plan`'s estimate for them. Rows
+  are short, so that what is sent shows; the CPU's rates were chosen for rows of 128 and 512 tokens.
 * `memory`: for each of these layouts, in processes of its own, by how much a process grew at most over the value just
   before its model is made, beside `plan`'s figure. A step of a tiny model runs first, since the pages of the libraries'
   code that a process uses for the first time, some 40 MiB, count as its memory. The allocator takes blocks of 64 KiB
   and more from the system, and gives them back as they are freed (`MALLOC_MMAP_THRESHOLD_`): smaller tensors leave
   holes.
 
-    python benchmarks/sharded_base.py [--repeats 15] [--only sharded|ranking|memory]
+    python benchmarks/sharded_base.py [--repeats 15] [--tokens 64] [--only sharded|ranking|memory]
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ BASES = {
     "NF4, whole": Candidate(packed=True),
     "NF4, sharded": Candidate(packed=True, sharded=True),
 }
+# What memory is measured of.
 LAYOUTS = {
     "dp=2": Candidate(),
     "dp=2, recomputed": Candidate(recompute=True),
@@ -156,6 +158,15 @@ LAYOUTS = {
     "tp=2, sequence parallel": Candidate(tp=2, sequence_parallel=True),
     "cp=2, recomputed, sharded": Candidate(cp=2, recompute=True, sharded=True),
 }
+# Steps at these are timed beside those.
+MORE_LAYOUTS = {
+    "dp=2, sharded": Candidate(sharded=True),
+    "dp=2, sharded, recomputed": Candidate(sharded=True, recompute=True),
+    "tp=2, sequence parallel, recomputed": Candidate(tp=2, sequence_parallel=True, recompute=True),
+    "tp=2, sequence parallel, NF4, recomputed": Candidate(tp=2, sequence_parallel=True, packed=True, recompute=True),
+    "cp=2": Candidate(cp=2),
+    "cp=2, NF4, sharded, recomputed": Candidate(cp=2, packed=True, sharded=True, recompute=True),
+}
 
 
 def begin(rank: int, store: str) -> None:
@@ -163,11 +174,10 @@ def begin(rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 
 
-def timed(rank: int, store: str, names: list[str], repeats: int, results: str) -> None:
+def timed(rank: int, store: str, candidates: dict[str, Candidate], repeats: int, results: str) -> None:
     begin(rank, store)
     steps, held = {}, {}
-    for name in names:
-        candidate = {**BASES, **LAYOUTS}[name]
+    for name, candidate in candidates.items():
         init_parallelism(candidate.tp, context_parallel=candidate.cp)
         run, held[name] = candidate.step()
         info = parallel_group_info()
@@ -243,15 +253,15 @@ def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
         mp.spawn(function, args=(str(Path(directory) / "store"), *arguments), nprocs=2)
 
 
-def times_of(names: Sequence[str], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def times_of(candidates: dict[str, Candidate], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     with tempfile.TemporaryDirectory() as directory:
         results = str(Path(directory) / "results")
-        in_two_processes(timed, list(names), repeats, results)
+        in_two_processes(timed, candidates, repeats, results)
         return torch.load(results)
 
 
 def sharded(repeats: int) -> None:
-    seconds, held = times_of(list(BASES), repeats)
+    seconds, held = times_of(BASES, repeats)
     rows = []
     for name in BASES:
         whole = name.replace("sharded", "whole")
@@ -266,20 +276,41 @@ def ranks_of(values: Sequence[float]) -> list[int]:
     return [sorted(values).index(value) for value in values]
 
 
-def ranking(repeats: int) -> None:
-    seconds, _ = times_of(list(LAYOUTS), repeats)
+def unlike(found: dict[str, float], difference: float = 1.15) -> list[str]:
+    """Choose, from the fastest on, layouts of which each takes more than so many times as long as the one before."""
+    chosen: list[str] = []
+    for name in sorted(found, key=lambda name: found[name]):
+        if not chosen or found[name] > difference * found[chosen[-1]]:
+            chosen.append(name)
+    return chosen
+
+
+def ranking(repeats: int, tokens: int) -> None:
+    layouts = {name: replace(candidate, seq_length=tokens) for name, candidate in {**LAYOUTS, **MORE_LAYOUTS}.items()}
+    seconds, _ = times_of(layouts, repeats)
     found = {name: statistics.median(taken) for name, taken in seconds.items()}
     machine = MACHINES["cpu"]
     estimates = {
-        name: candidate.planned().seconds_of_step(1, machine, torch.float32)[0] for name, candidate in LAYOUTS.items()
+        name: candidate.planned().seconds_of_step(1, machine, torch.float32)[0] for name, candidate in layouts.items()
     }
+    chosen = unlike(found)
     rows = [
-        (name, f"{found[name] / found['dp=2']:.2f}", f"{estimates[name] / estimates['dp=2']:.2f}")
+        (
+            name,
+            f"{found[name] / found['dp=2']:.2f}",
+            f"{estimates[name] / estimates['dp=2']:.2f}",
+            "yes" if name in chosen else "",
+        )
         for name in sorted(found, key=lambda name: found[name])
     ]
-    print(table("A step at six layouts of two processes, over that at dp=2", rows, ("layout", "measured", "estimated")))
-    agreement = statistics.correlation(ranks_of(list(found.values())), ranks_of(list(estimates.values())))
-    print(f"Spearman's rank correlation: {agreement:.2f}\n")
+    header = ("layout", "measured", "estimated", "more than 15% over the last such")
+    print(
+        table(f"A step of {ROWS} rows of {tokens} tokens at layouts of two processes, over that at dp=2", rows, header)
+    )
+    for names, which in ((chosen, f"the {len(chosen)} that differ by more than 15%"), (list(found), "all")):
+        ranked = (ranks_of([values[name] for name in names]) for values in (found, estimates))
+        print(f"Spearman's rank correlation, {which}: {statistics.correlation(*ranked):.2f}")
+    print()
 
 
 def memory() -> None:
@@ -301,6 +332,7 @@ def memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=64, help="of a row, in `ranking`")
     parser.add_argument("--only", choices=("sharded", "ranking", "memory"))
     given = parser.parse_args()
     threshold = str(64 * 2**10)
@@ -312,7 +344,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], None]] = {
         "sharded": lambda: sharded(given.repeats),
-        "ranking": lambda: ranking(given.repeats),
+        "ranking": lambda: ranking(given.repeats, given.tokens),
         "memory": memory,
     }
     for name, part in parts.items():

@@ -103,8 +103,9 @@ class Plan:
         """
         computing = seconds_of_kernels(self.kernels, machine, dtype)
         gathering = seconds_of_traffic(self.gathers, machine)
-        # The gathers of a sharded base go on beside the rest.
         sending = max(0.0, seconds_of_traffic(self.micro_batch, machine) - gathering)
+        if not machine.copies_beside:
+            sending, gathering = sending + gathering, 0.0
         one_pass, step = max(computing + sending, gathering), seconds_of_traffic(self.step, machine)
         return passes * one_pass + step, passes * (one_pass - computing) + step
 

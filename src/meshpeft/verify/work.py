@@ -2,7 +2,7 @@
 
 An estimate, to rank layouts: each operation takes as long as its products or its memory traffic, whichever is more, and
 each collective as long as its bytes need over the slowest link between its ranks. What overlaps is the gathers of a
-sharded base with everything else.
+sharded base with everything else, on a GPU.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Machine:
         node: Devices of a node.
         latency: Seconds that a collective takes at least.
         launch: Seconds between the starts of two operations.
+        copies_beside: Whether a sharded base is gathered while it computes: the cores of a CPU do both.
     """
 
     memory: float
@@ -119,6 +120,7 @@ class Machine:
     node: int
     latency: float
     launch: float
+    copies_beside: bool = True
 
 
 def _gpu(gib: int, half: float, single: float, memory: float, link: float, network: float) -> Machine:
@@ -133,8 +135,8 @@ MACHINES: dict[str, Machine] = {
     "h100": _gpu(80, 989, 67, 3.35, 450, 50),
     "h200": _gpu(141, 989, 67, 4.8, 450, 50),
     "b200": _gpu(180, 2250, 75, 8.0, 900, 50),
-    # Of a server's CPU one core for each process, over gloo.
-    "cpu": Machine(8e9, {2: 4e9, 4: 6e10, 8: 3e10}, 8e9, 1.5e9, 1e9, 64, 2e-4, 1e-5),
+    # Of a server's CPU one core for each process, over gloo: what steps of 128 and 512 tokens a row took.
+    "cpu": Machine(8e9, {2: 4e9, 4: 6e10, 8: 3e10}, 3e9, 3e8, 2e8, 64, 2e-3, 3e-5, copies_beside=False),
 }
 """What `plan` takes for a machine, if no option says otherwise."""
 
