@@ -35,6 +35,7 @@ from meshpeft.training.base import BaseModel, find_base
 from meshpeft.training.config import ConfigError, EngineName, FinetuneConfig, PlanConfig, tensor_type
 from meshpeft.training.launch import device, workers_for
 from meshpeft.training.report import counted, describe_processes, short_path
+from meshpeft.training.streams import plain_warnings
 from meshpeft.verify.few_layers import few_layers
 from meshpeft.verify.layout import TOLERANCE, Verdict, verify_layout
 from meshpeft.verify.plan import Plan, plan
@@ -245,6 +246,7 @@ def counted_of(base: BaseModel) -> Counts:
     return lambda layouts: starmap(one, layouts)
 
 
+@plain_warnings("meshpeft plan")
 def _count_here(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
     """Count one layout, in a process that has nothing yet."""
     (found,) = _counts_of(config.model, config.engine)([(config, world)])
@@ -252,6 +254,7 @@ def _count_here(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
     return MeshPEFTError(str(found)) if isinstance(found, MeshPEFTError) else found
 
 
+@plain_warnings("meshpeft plan")
 def _get_ready(model: Path | None, engine: EngineName | None) -> None:
     _counts_of(model, engine)
 
