@@ -24,6 +24,7 @@ from meshpeft.models import DecoderConfig
 from meshpeft.parallel import MeshPEFTError
 from meshpeft.parallel.mesh import AXES
 from meshpeft.training.adapters import (
+    DefaultLayers,
     add_adapter,
     base_quantizer,
     check_adapter,
@@ -152,14 +153,29 @@ def plan_run(config: PlanConfig) -> str:
     )
 
 
-def plan_of(config: FinetuneConfig, base: BaseModel, world: int, models: Models | None = None, **options: Any) -> Plan:
-    """Count what one of `world` ranks of a run holds and sends; see `plan` for the other arguments."""
+def plan_of(
+    config: FinetuneConfig,
+    base: BaseModel,
+    world: int,
+    models: Models | None = None,
+    layers: DefaultLayers | None = None,
+    **options: Any,
+) -> Plan:
+    """Count what one of `world` ranks of a run holds and sends.
+
+    Args:
+        config: Options of the run.
+        base: Its base model.
+        world: Ranks.
+        models, layers: `few_layers` and `default_layers_of` of the base, by whoever counts more than one layout.
+        options: Other arguments of `plan`.
+    """
     machine = config.machine if isinstance(config, PlanConfig) else None
     return plan(
         base.config,
         partial(add_adapter, config=config),
         **_layout(config, world),
-        quantizer=base_quantizer(config, default_layers_of(base)),
+        quantizer=base_quantizer(config, default_layers_of(base) if layers is None else layers),
         micro_batch_size=_rows_of_a_pass(config, world),
         seq_length=config.seq_length,
         loss_chunk=config.loss_chunk,
@@ -235,11 +251,11 @@ def _counting(config: PlanConfig, base: BaseModel) -> Iterator[Counts]:
 
 def counted_of(base: BaseModel) -> Counts:
     """Return what counts the layouts of a search in this process."""
-    models = few_layers(base.config)
+    models, layers = few_layers(base.config), default_layers_of(base)
 
     def one(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
         try:
-            return plan_of(config, base, world, models, with_added=False)
+            return plan_of(config, base, world, models, layers, with_added=False)
         except MeshPEFTError as error:
             return error
 
