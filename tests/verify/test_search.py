@@ -53,7 +53,7 @@ def test_what_is_found_is_what_plan_counts(family: str, tmp_path: Path) -> None:
     config = options(directory, memory="1GB")
     base = find_base(directory, None)
     fitting, too_large, count = found_layouts(config, base, counted_of(base))
-    assert len(fitting) >= 4 and not too_large and count > 2 * len(fitting)
+    assert len(fitting) >= 5 and not too_large and count > 2 * len(fitting)
     seconds = [found.seconds for found in fitting]
     assert seconds == sorted(seconds) and all(0 <= found.waiting < found.seconds for found in fitting)
     best = fitting[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -273,6 +274,7 @@ def _count_here(config: FinetuneConfig, world: int) -> Plan | MeshPEFTError:
 @plain_warnings("meshpeft plan")
 def _get_ready(model: Path | None, engine: EngineName | None) -> None:
     _counts_of(model, engine)
+    gc.freeze()  # what is imported is not looked at again while layouts are counted
 
 
 @cache

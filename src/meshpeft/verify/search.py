@@ -34,7 +34,7 @@ Counts: TypeAlias = Callable[[Sequence[tuple[FinetuneConfig, int]]], Iterable[Pl
 
 DEFAULT_MACHINE: Literal["h100"] = "h100"
 # Layouts that are counted: as many as a minute allows of the largest models.
-SHORTLIST, _MOST, _WANTED = 6, 9, 4
+SHORTLIST, _MOST, _WANTED = 7, 10, 5
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Of a device's memory what the allocator, the kernels' work space and the buffers of collectives leave.
 USED = 0.9
