@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from meshpeft.parallel import ParallelAxis, ParallelError
@@ -132,6 +134,66 @@ def test_a_weight_is_replaced_as_a_whole_only() -> None:
             with pytest.raises(ParallelError, match="read-only"):
                 layer.weight.mul_(2)
         assert torch.equal(the_same(layer.weight + 0), new)
+
+
+@pytest.mark.parametrize(("to", "source"), [(2, 1), (0, 1), (1, 0), (0, 2)])
+def test_a_weight_is_replaced_by_another_of_its_store(to: int, source: int) -> None:
+    """Reading one starts to gather the next, which may be the one that is replaced."""
+    with simulate(dp=2) as info:
+        store, layers = BlockStore(info.dp), [linear(seed) for seed in range(3)]
+        for layer in layers:
+            stored_([(layer, "weight")], store)
+        with torch.no_grad():
+            layers[to].weight.copy_(layers[source].weight)
+        for number, layer in enumerate(layers):
+            assert torch.equal(the_same(layer.weight + 0), linear(source if number == to else number).weight)
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda w: w.mul_(2),
+    "of a view": lambda w: w[1:3].zero_(),
+    "out": lambda w: torch.mul(X[:1], 2, out=w.detach()[:1]),
+    "in a list": lambda w: torch._foreach_mul_([w.detach()], 2.0),
+}
+
+
+@pytest.mark.parametrize("operation", IN_PLACE)
+def test_nothing_is_written_into_what_was_gathered(operation: str) -> None:
+    with simulate(dp=2) as info:
+        store, layer = BlockStore(info.dp), linear(0)
+        put(layer, store)
+        with torch.no_grad(), pytest.raises(ParallelError, match="read-only"):
+            IN_PLACE[operation](layer.weight)
+        assert torch.equal(the_same(layer.weight + 0), linear(0).weight)
+
+
+def test_a_store_goes_where_its_module_goes_and_not_with_a_copy() -> None:
+    def places() -> set[str]:
+        return {shard.device.type for shard in store.shards}
+
+    with FakeTensorMode():
+        model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2))).requires_grad_(False)
+        store = BlockStore(ParallelAxis("dp"))
+        for layer in model:
+            put(layer, store)
+        copies = [value.to("meta") for value in model.state_dict().values()]
+        assert not any(isinstance(value, BlockTensor) for value in copies) and places() == {"cpu"}
+        with pytest.raises(ParallelError, match="lose its values"):
+            model.to("meta")
+        assert places() == {"cpu"}
+        model[0].weight.to("cuda:0")
+        assert places() == {"cuda"}
+        assert (model[1].weight + 0).device.type == "cpu" and places() == {"cpu"}
+        model.to("cuda:0")
+        assert places() == {"cuda"} and {p.device.type for p in model.parameters()} == {"cuda"}
+
+
+def test_a_part_of_a_weight_is_not_pickled() -> None:
+    with simulate(dp=2) as info:
+        layer = linear(0)
+        put(layer, BlockStore(info.dp))
+        with pytest.raises(ParallelError, match="save_pretrained"):
+            torch.save(layer.state_dict(), io.BytesIO())
 
 
 def test_a_copy_of_a_module_has_a_store_of_its_own() -> None:

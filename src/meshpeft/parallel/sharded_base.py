@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshpeft.parallel.errors import ParallelError
 from meshpeft.parallel.mesh import ParallelAxis
@@ -135,20 +135,20 @@ class BlockStore:
 
     def write(self, place: _Place, values: Tensor) -> None:
         """Replace the values at a place by full ones, the same on every rank of the axis. No collective."""
-        self._settle()
+        raw = values.detach().to(place.dtype).contiguous().view(-1).view(torch.uint8)
+        self._settle()  # only now: the values may be another weight's, read from these blocks
         self.changes += 1
         shard = self.shards[place.block]
         full = shard.new_zeros(shard.shape[0] * self.axis.world_size)
         mask = full.clone()
-        raw = values.detach().to(place.dtype).contiguous().view(-1).view(torch.uint8)
         full[place.start : place.start + place.nbytes] = raw
         mask[place.start : place.start + place.nbytes] = 1
         own, changed = take_slice(full, self.axis, 0), take_slice(mask, self.axis, 0)
         self.shards[place.block] = torch.where(changed.bool(), own, shard)
 
     def move(self, device: torch.device) -> None:
-        """Move this rank's bytes to a device."""
-        if self.shards and self.shards[0].device != device:
+        """Move this rank's bytes to a device, unless they are there."""
+        if self.shards and _is_elsewhere(device, self.shards[0].device):
             self._settle()
             self.shards = [shard.to(device) for shard in self.shards]
 
@@ -258,6 +258,7 @@ class BlockTensor(Tensor):
             if func is torch.ops.aten._to_copy.default:
                 return first._converted(kwargs)
             # Of its kind, whatever its values are.
+            first.store.move(first.device)
             like = first.store.shards[0][:0].view(first.dtype)
             if func.name().startswith("aten::new_"):
                 return func(like, *args[1:], **kwargs)
@@ -268,7 +269,7 @@ class BlockTensor(Tensor):
             if func is torch.ops.aten.embedding.default and len(first.places) > 1 and first.is_full:
                 return first._looked_up(args[1])
         read = _Reader((*args, *kwargs.values()))
-        if _writes(func, args):
+        if _writes(func, args, kwargs):
             raise ParallelError(f"{func} would write into a weight of a sharded base, which is read-only")
         return func(*tree_map_only(BlockTensor, read, args), **tree_map_only(BlockTensor, read, kwargs))
 
@@ -277,6 +278,7 @@ class BlockTensor(Tensor):
 
         A tensor of several blocks, and one in another type than the stored one, is new memory.
         """
+        self.store.move(self.device)  # where another parameter was moved alone
         first = self.store.read(self.places[0])
         if len(self.places) == 1:
             full, at = first, self.places[0].start // first.dtype.itemsize
@@ -332,14 +334,21 @@ class BlockTensor(Tensor):
                 at = end
         return BlockTensor(self.store, places, geometry, self.device)
 
-    def _converted(self, kwargs: Mapping[str, Any]) -> BlockTensor:
-        """Return the same in another type, to which each reading converts it, or on another device, with its store."""
+    def _converted(self, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the same in another type, to which each reading converts it, or on another device.
+
+        A parameter goes there with its store, as its module does; anything else is a copy of the values.
+        """
         device = self.device if kwargs.get("device") is None else torch.device(kwargs["device"])
-        if device != self.device:
+        if _is_elsewhere(device, self.device):
+            if not isinstance(self, nn.Parameter):
+                return self.gathered().to(device, kwargs.get("dtype"), copy=True)
+            if device.type == "meta":
+                raise ParallelError("a weight of a sharded base would lose its values on the meta device")
             self.store.move(device)
         with _disable_current_modes():
             geometry = self._geometry().to(kwargs.get("dtype") or self.dtype)
-        return BlockTensor(self.store, self.places, geometry, device)
+        return BlockTensor(self.store, self.places, geometry, self.store.shards[0].device)
 
     def _written(self, values: Tensor) -> BlockTensor:
         if not self.is_full:
@@ -365,6 +374,12 @@ class BlockTensor(Tensor):
             copied = BlockTensor(deepcopy(self.store, memo), self.places, self._geometry(), self.device)
             memo[id(self)] = _like(self, copied)
         return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ParallelError(
+            "a weight of a sharded base cannot be pickled: each rank holds a part of it. Write the model with "
+            "save_pretrained or a checkpoint with full_model=True, which any layout reads"
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
         return f"BlockTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.store.axis})"
@@ -398,11 +413,18 @@ def _is_view(func: Any) -> bool:
     return first is not None and any(returned.alias_info is not None for returned in schema.returns)
 
 
-def _writes(func: Any, args: Sequence[Any]) -> bool:
-    return any(
-        argument.is_write and isinstance(given, BlockTensor)
-        for argument, given in zip(func._schema.arguments, args, strict=False)
-    )
+def _is_elsewhere(device: torch.device, here: torch.device) -> bool:
+    """Whether a device is another one; `cuda` is any GPU."""
+    return device.type != here.type or device.index not in (None, here.index)
+
+
+def _writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation writes into a stored tensor: one that it is given by itself, in a list, or as `out=`."""
+    for at, argument in enumerate(func._schema.arguments):
+        given = args[at] if at < len(args) else kwargs.get(argument.name)
+        if argument.is_write and any(isinstance(leaf, BlockTensor) for leaf in tree_leaves(given)):
+            return True
+    return False
 
 
 def is_stored(tensor: object) -> bool:
