@@ -15,7 +15,7 @@ from transformers import Phi3Config
 from meshpeft.cli.main import main
 from meshpeft.data.batches import MicroBatch
 from meshpeft.models import Decoder, DecoderConfig, MoEConfig
-from meshpeft.models.base_blocks import shard_base
+from meshpeft.models.base_blocks import rows_of_tables, shard_base
 from meshpeft.models.spans import Spans
 from meshpeft.parallel import ModelParallelConfig
 from meshpeft.parallel.sharded_base import is_stored
@@ -249,6 +249,8 @@ def test_a_sharded_base_is_counted_in_the_bytes_it_is_stored_in() -> None:
         model = Decoder(layers, dtype=torch.float64).requires_grad_(False)
         quantize_base(model, "nf4", block_size=32, exclude_modules=("output_layer",))
         whole = sum(parameter.nbytes for parameter in model.parameters())
+        tables, rows = [model.embedding.weight, model.output_layer.weight], rows_of_tables(model)
+        pieces = sum(-(-table.shape[0] // rows) if rows else 1 for table in tables)
         (store,) = shard_base(model, "all")
         kept = sum(parameter.nbytes for parameter in model.parameters() if not is_stored(parameter))
     options: dict[str, Any] = {
@@ -260,6 +262,8 @@ def test_a_sharded_base_is_counted_in_the_bytes_it_is_stored_in() -> None:
     assert (found.activations, found.transient) == (one.activations, one.transient)
     (gathers,) = found.gathers
     assert gathers in found.micro_batch and gathers.axis == "dp" and gathers.ranks == gathers.span == 4
+    # Each layer in both passes, each part of a table in the forward pass; with two parts, two are there at a turn.
+    assert gathers.calls == 2 * layers.num_layers + pieces - (2 if pieces == 2 else 0)
 
 
 def test_products_are_those_of_the_weights_and_of_attention() -> None:

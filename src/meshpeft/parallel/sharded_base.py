@@ -102,6 +102,7 @@ class BlockStore:
         self._current = 0  # the slot that was read last
         self._order: dict[tuple[int | None, int], int] = {}  # what followed two blocks when they were read last
         self._before: int | None = None
+        self._first: int | None = None  # what was read first since there are buffers
 
     def add(self, tensors: Sequence[Tensor]) -> list[_Place]:
         """Make a block of full tensors, the same on every rank of the axis; return the place of each. No collective."""
@@ -152,6 +153,14 @@ class BlockStore:
             self._settle()
             self.shards = [shard.to(device) for shard in self.shards]
 
+    def expect_first(self) -> None:
+        """Gather what was read first since `release`: a pass has ended, and another one follows. A collective."""
+        current, other = self._slots[self._current], self._slots[1 - self._current]
+        if self._first is not None and current.block is not None:
+            self._order[self._before, current.block] = self._first
+            if other.block != self._first:
+                self._gather(self._first, other)
+
     def release(self) -> None:
         """Free the buffers, until a block is read again."""
         self._settle()
@@ -175,11 +184,12 @@ class BlockStore:
     def _settle(self) -> None:
         for slot in self._slots:
             slot.wait()
-        self._slots, self._before = [_Slot(), _Slot()], None
+        self._slots, self._before, self._first = [_Slot(), _Slot()], None, None
 
     def _move_to(self, block: int) -> _Slot:
         """Make a block the current one, and start to gather the one that is expected to follow."""
         left = self._slots[self._current].block
+        self._first = block if self._first is None else self._first
         self._current = 1 - self._current
         slot, other = self._slots[self._current], self._slots[1 - self._current]
         if slot.block != block:

@@ -480,8 +480,12 @@ class PlanConfig(FinetuneConfig):
     def check(self) -> None:
         """Raise `ConfigError` for values that no machine could have."""
         super().check()
+        rates = ("tflops", "memory_bandwidth", "bandwidth", "node_bandwidth")
         at_least(self, 1, "devices", "node_devices")
-        above(self, 0, "tflops", "memory_bandwidth", "bandwidth", "node_bandwidth")
+        above(self, 0, *rates)
+        for name in ("memory", *rates, "node_devices"):
+            if self.devices is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)}: it is for a search, which takes --devices")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -470,6 +471,11 @@ def workers_for(layout: LayoutConfig) -> int:
     )
     if isinstance(layout.shard_base, int):
         check_shards(layout.shard_base, world // layout.tp)
+    elif layout.shard_base == "all" and world == layout.tp:
+        warnings.warn(
+            "shard_base=all: there is one copy of the base, so nothing is sharded; --dp and --cp make more copies",
+            stacklevel=2,
+        )
     return world
 
 

@@ -242,8 +242,12 @@ class _Run:
         base = _bytes(p for p in model.parameters() if not p.requires_grad and not is_stored(p))
         batch = _micro_batch(layout.micro_batch_size, self.seq_length, ContextShard(0, layout.cp, layout.tp))
         if stores:
-            summed_loss(model, batch).backward()  # which block follows which is known now, and the buffers are there
+            for store in stores:
+                store.release()
+            summed_loss(model, batch).backward()
             model.zero_grad(set_to_none=True)
+            for store in stores:
+                store.expect_first()  # the buffers are there now, and which block follows which is known
         model.loss_chunk = self.loss_chunk or self._default_chunk(config, model)
         before = [(store.gathers, store.gathered_bytes) for store in stores]
         work = WorkWatch()

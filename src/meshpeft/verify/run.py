@@ -226,8 +226,20 @@ def _search(config: PlanConfig) -> str:
         "time is an estimate, to rank them by"
     )
     if not fitting:
-        return "\n".join([*lines, "nothing fits: it takes more devices, shorter rows (--seq-length) or --quantize nf4"])
-    best = fitting[0]
+        smaller = [
+            "more devices",
+            "shorter rows (--seq-length)",
+            *(["--micro-batch-size 1"] if config.micro_batch_size > 1 else []),
+            *(["--quantize nf4"] if config.quantize in ("int8", "fp8") else []),
+        ]
+        return "\n".join([*lines, f"nothing fits: it takes {' or '.join(smaller)}"])
+    best, limit = fitting[0], USED * machine.memory
+    if best.plan.worst > limit:
+        safe = next((found for found in fitting if found.plan.worst <= limit), None)
+        lines.append(
+            "at worst the first does not fit; the fastest of these that does even then: "
+            + ("none" if safe is None else ", ".join(_words_of(safe.config)))
+        )
     if best.config.quantize != config.quantize:
         lines.append(
             f"packed as {best.config.quantize} the base has other values: --quantize is part of what is trained"
@@ -431,7 +443,8 @@ def _structure(base: BaseModel) -> str:
     config = base.config
     if not isinstance(config, DecoderConfig):
         text = config.get_text_config()
-        return f"{config.model_type}, {text.num_hidden_layers} layers, transformers engine"
+        why = "" if base.reason is None else f" (not native: {base.reason.partition(';')[0]})"
+        return f"{config.model_type}, {text.num_hidden_layers} layers, transformers engine{why}"
     heads = f"{config.num_attention_heads} heads over {config.num_query_groups}"
     sizes = f"{config.model_type}, {config.num_layers} layers, {heads}"
     moe = config.moe

@@ -64,7 +64,7 @@ def bytes_of(text: str) -> float:
     Raises:
         ConfigError: It is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]i?B?|B)\s*", text, re.IGNORECASE)
     unit = "" if found is None else found[2].upper()
     unit = unit if unit.endswith("B") else f"{unit}B"
     if found is None or unit not in _UNITS or not float(found[1]):
@@ -105,7 +105,7 @@ def found_layouts(config: PlanConfig, base: BaseModel, counts: Counts) -> tuple[
     machine, sizes = machine_of(config), _Sizes.of(base, config)
     every = [(layout, _rough(layout, world, sizes, machine)) for layout, world in _layouts(config, machine, sizes)]
     if not every:
-        raise ConfigError(f"devices={config.devices}: no layout of so many processes is possible with these options")
+        raise ConfigError(_why_none(config, sizes))
     limit = USED * machine.memory
     # What fits, fastest first; then the others, smallest first.
     every.sort(key=lambda item: (False, item[1].seconds) if item[1].memory <= limit else (True, item[1].memory))
@@ -129,6 +129,18 @@ def found_layouts(config: PlanConfig, base: BaseModel, counts: Counts) -> tuple[
     fitting.sort(key=lambda found: found.seconds)
     too_large.sort(key=lambda found: found.plan.together)
     return fitting, too_large, len(every)
+
+
+def _why_none(config: PlanConfig, sizes: _Sizes) -> str:
+    given = {
+        name: getattr(config, name) for name in ("tp", "cp", "dp", "ep", "etp") if (getattr(config, name) or 1) > 1
+    }
+    words = ", ".join(f"{name}={size}" for name, size in given.items()) or "these options"
+    experts = f"; ep has to divide the {sizes.num_experts} experts" if "ep" in given else ""
+    return (
+        f"devices={config.devices}: no layout of so many processes has {words}; tp, cp and dp, and ep and etp, have to "
+        f"divide them, and a batch has to have a row for each replica (--batch-size {config.batch_size}){experts}"
+    )
 
 
 def _counted(layout: PlanConfig, world: int, plan: Plan, machine: Machine) -> Found:
@@ -235,8 +247,8 @@ def _rough(config: FinetuneConfig, world: int, sizes: _Sizes, machine: Machine) 
     of_experts = max(1, shards * (world // (config.ep * etp)) // replicas)
     dense, experts = sizes.dense * stored / config.tp, sizes.experts * stored / (config.ep * etp)
     tables = sizes.tables * size / config.tp
-    layer = (dense + experts) / sizes.layers
-    base = (dense + tables) / shards + experts / of_experts + (2 * layer if shards > 1 else 0)
+    base = (dense + tables) / shards + experts / of_experts
+    base += 2 * ((dense if shards > 1 else 0) + (experts if of_experts > 1 else 0)) / sizes.layers
     rows = min(config.micro_batch_size, math.ceil(config.batch_size / _replicas(config, world)))
     tokens = rows * config.seq_length / config.cp
     mode = config.activation_checkpointing
