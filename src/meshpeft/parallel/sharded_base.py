@@ -387,8 +387,8 @@ class BlockTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ParallelError(
-            "a weight of a sharded base cannot be pickled: each rank holds a part of it. Write the model with "
-            "save_pretrained or a checkpoint with full_model=True, which any layout reads"
+            "a weight of a sharded base cannot be pickled: each rank holds a part of it. Write the model by "
+            "save_pretrained, or as a checkpoint of the full model, which any layout reads"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
